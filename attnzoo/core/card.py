@@ -1,0 +1,189 @@
+"""Claims: what a mechanism or a fusion says about itself, and is held to."""
+
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+class Family(StrEnum):
+    """What a mechanism changes relative to softmax attention."""
+
+    DOT_PRODUCT = "dot_product"
+    LOCAL = "local"
+    SPARSE = "sparse"
+    LINEAR = "linear"
+    RECURRENT = "recurrent"
+    LATENT = "latent"
+    CHANNEL = "channel"
+    ADDITIVE = "additive"
+    MIXING = "mixing"
+
+    @property
+    def question(self) -> str:
+        """The question that members of this family answer in their own way."""
+        return _QUESTIONS[self]
+
+
+_QUESTIONS = {
+    Family.DOT_PRODUCT: "how are queries and keys compared and normalised?",
+    Family.LOCAL: "which neighbours on the grid?",
+    Family.SPARSE: "which few pairs, by content or pattern?",
+    Family.LINEAR: "how to avoid n × m?",
+    Family.RECURRENT: "what state is carried along the sequence?",
+    Family.LATENT: "what do tokens attend to instead of tokens?",
+    Family.CHANNEL: "which channels, rather than which tokens?",
+    Family.ADDITIVE: "scores by a small network",
+    Family.MIXING: "what if mixing ignores content?",
+}
+
+
+class Law(StrEnum):
+    """An algebraic claim that a check can falsify. The first group is for mechanisms, the second for fusions."""
+
+    STOCHASTIC = "stochastic"  # rows of the tapped weights are non-negative and sum to 1
+    SUBSTOCHASTIC = "substochastic"  # rows of the tapped weights are non-negative and sum to at most 1
+    PERMUTATION_EQUIVARIANT = "permutation_equivariant"  # permuting grid tokens permutes the output
+    SHIFT_EQUIVARIANT = "shift_equivariant"  # on a 1-D grid, away from the ends, shifting tokens shifts the output
+    LINEAR_IN_VALUES = "linear_in_values"  # of a head: linear in v for fixed q and k
+    LOCAL = "local"  # nothing beyond `reach()` grid steps has influence
+    BOUNDED = "bounded"  # of a head: the output lies in the convex hull of the values
+
+    SINGLE = "single"  # one branch -> that branch
+    AGREE = "agree"  # equal branches -> that value
+    CONVEX = "convex"  # elementwise between the branches' minimum and maximum
+    SYMMETRIC = "symmetric"  # permuting branches changes nothing
+    ADDITIVE = "additive"  # linear in the branches for fixed x
+    NEUTRAL_ZERO = "neutral_zero"  # an extra zero branch changes nothing
+    FAIR_START = "fair_start"  # at initialisation equals the mean of the branches
+    IDENTITY_START = "identity_start"  # with `start: identity`, bit for bit the first branch at initialisation
+    TOKEN_LOCAL = "token_local"  # token i of the output depends on token i of the inputs only
+
+
+MECHANISM_LAWS = frozenset(list(Law)[: list(Law).index(Law.SINGLE)])
+FUSION_LAWS = frozenset(Law) - MECHANISM_LAWS
+MASK_KINDS = frozenset({"keys", "pairs", "causal"})
+Fidelity = Literal["exact", "adapted", "inspired"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a mechanism comes from.
+
+    Args:
+        title: Title of the paper.
+        authors: First author "et al.", or all.
+        year: Year of publication.
+        ref: `arXiv:...`, a DOI or a venue.
+        where: Section and equations.
+    """
+
+    title: str
+    authors: str
+    year: int
+    ref: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.authors, self.title, str(self.year), self.ref, self.where) if part)
+
+
+def _coherent(card: "Card | FusionCard", laws: frozenset[Law]) -> None:
+    if not NAME.fullmatch(card.name):
+        raise ValueError(f"card {card.name!r}: a name is snake_case: a-z, 0-9 and _, at most 64, a letter first")
+    if not card.summary or "\n" in card.summary:
+        raise ValueError(f"card {card.name!r}: the summary is one line")
+    if card.fidelity != "exact" and not card.notes:
+        raise ValueError(f"card {card.name!r}: fidelity {card.fidelity!r} needs notes that say what differs")
+    if card.laws - laws:
+        raise ValueError(f"card {card.name!r}: {', '.join(sorted(card.laws - laws))} is no law of this kind of part")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a mechanism claims. The checks hold it to every claim; the composer reads it before building.
+
+    Args:
+        name: The name recipes use.
+        family: What it changes relative to softmax attention.
+        summary: One line.
+        paper: Source; None for what has none.
+        time: Multiplications in the shape letters, as implemented: `n m c`.
+        memory: Largest temporary in the shape letters, as implemented.
+        masks: Which kinds of `Mask` are honoured, of keys, pairs, causal; the others are refused.
+        context: Whether it can read from a context (cross-attention).
+        grid: Number of grid dimensions it needs, `any` when every number will do, None when it needs no geometry.
+        fixed_length: Whether it only takes as many tokens as it was built for.
+        incremental: Of a head: whether the newest query alone, against all keys so far under a causal mask, gives the
+            last row of the full pass.
+        weights: Axes of the tapped `weights`, or None when none are formed.
+        laws: Algebraic claims.
+        fidelity: `exact`, or `adapted` or `inspired` with notes that say what differs from the paper.
+        notes: What a user should know.
+        extra: Import names beyond attnzoo's own requirements.
+    """
+
+    name: str
+    family: Family
+    summary: str
+    paper: Paper | None = None
+    time: str = "n m c"
+    memory: str = "h n m"
+    masks: frozenset[str] = frozenset()
+    context: bool = False
+    grid: int | Literal["any"] | None = None
+    fixed_length: bool = False
+    incremental: bool = False
+    weights: str | None = None
+    laws: frozenset[Law] = frozenset()
+    fidelity: Fidelity = "exact"
+    notes: str = ""
+    extra: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self):
+        for name in ("masks", "laws", "extra"):  # a set literal may be written; it is kept frozen
+            object.__setattr__(self, name, frozenset(getattr(self, name)))
+        _coherent(self, MECHANISM_LAWS)
+        if self.masks - MASK_KINDS:
+            raise ValueError(f"card {self.name!r}: {sorted(self.masks - MASK_KINDS)} is no kind of mask")
+        if self.incremental and "causal" not in self.masks:
+            raise ValueError(f"card {self.name!r}: incremental needs a causal mask")
+        if self.laws & {Law.STOCHASTIC, Law.SUBSTOCHASTIC} and self.weights is None:
+            raise ValueError(f"card {self.name!r}: a law about weights needs `weights`")
+
+    @property
+    def growth(self) -> int:
+        """The power of the number of tokens in `time`; n and m both count tokens."""
+        powers = {"n": 1, "m": 1, "n²": 2, "m²": 2}
+        return max(sum(powers.get(letter, 0) for letter in term.split()) for term in self.time.split("+"))
+
+
+@dataclass(frozen=True)
+class FusionCard:
+    """What a fusion claims.
+
+    Args:
+        name: The name recipes use.
+        summary: One line, with the equation.
+        paper: Source; None for what has none.
+        laws: Algebraic claims.
+        arity: Fewest and most branches; None for no bound.
+        hard_routing: Whether some branches may get no gradient.
+        fidelity: `exact`, or `adapted` or `inspired` with notes.
+        notes: What a user should know.
+    """
+
+    name: str
+    summary: str
+    paper: Paper | None = None
+    laws: frozenset[Law] = frozenset()
+    arity: tuple[int, int | None] = (1, None)
+    hard_routing: bool = False
+    fidelity: Fidelity = "exact"
+    notes: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "laws", frozenset(self.laws))
+        _coherent(self, FUSION_LAWS)

@@ -1,0 +1,279 @@
+"""Mechanisms: what mixes tokens. One method each.
+
+`Head` works inside the heads, `Mechanism` on tokens. `MultiHead` makes a mechanism of a head; `FusedHeads` and `Fused`
+make one of several.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attnzoo.core.card import Card, FusionCard, Law
+from attnzoo.core.fusion import Fusion, inside_heads
+from attnzoo.core.layout import Layout
+from attnzoo.core.mask import FREE, Mask
+from attnzoo.core.site import Site
+from attnzoo.errors import UnsupportedContext
+
+Cache = tuple[Tensor, Tensor]
+"""Keys and values so far, (b h m d) each."""
+
+
+class _Part(nn.Module):
+    """What heads and mechanisms have in common: a card, and a word in initialisation and weight decay."""
+
+    card: ClassVar[Card]
+
+    @classmethod
+    def claims(cls, **options) -> Card:
+        """The card under these options; override it where an option changes what can be claimed."""
+        return cls.card
+
+    def init_weights(self) -> None:
+        """Special initialisation. Call it in `__init__`; hosts call it again after their own initialisation."""
+
+    def reset_parameters(self) -> None:
+        """PyTorch's name for `init_weights`."""
+        self.init_weights()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of own parameters, beyond 1-D ones, that an optimiser must not decay."""
+        return set()
+
+    def reach(self) -> int:
+        """For the law `LOCAL`: how far, in grid steps along any dimension, a token has influence."""
+        raise NotImplementedError(f"{type(self).__name__} claims the law `local` but does not say how far it reaches")
+
+
+class Head(_Part, ABC):
+    """What happens inside the heads, between shared projections. Built as `Cls(site, **options)`.
+
+    Parameters, if any, have a leading head axis. A concrete head is final: it is never subclassed.
+    """
+
+    @abstractmethod
+    def attend(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h m d"],
+        v: Float[Tensor, "b h m d"],
+        *,
+        mask: Mask = FREE,
+        layout: Layout,
+    ) -> Float[Tensor, "b h n d"]:
+        """What each query token receives.
+
+        Args:
+            q: Queries (b h n d).
+            k: Keys (b h m d).
+            v: Values (b h m d).
+            mask: Who may attend to whom; refuse what cannot be honoured with `mask.only(...)`.
+            layout: How the key tokens are arranged.
+        """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = FREE, layout: Layout) -> Tensor:
+        """`attend`, so that hooks and tools of PyTorch see heads as modules."""
+        return self.attend(q, k, v, mask=mask, layout=layout)
+
+
+class Mechanism(_Part, ABC):
+    """Mixes n tokens, reading from a context of m tokens (itself when none is given).
+
+    Built as `Cls(site, **options)`. A concrete mechanism is final: it is never subclassed.
+    """
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m e"] | None = None,
+        *,
+        mask: Mask = FREE,
+        layout: Layout,
+    ) -> Float[Tensor, "b n c"]:
+        """Mixed tokens.
+
+        Args:
+            x: Tokens (b n c).
+            context: Tokens to read from (b m e), of width `site.context_dim`; x itself when None.
+            mask: Who may attend to whom; refuse what cannot be honoured with `mask.only(...)`.
+            layout: How the tokens that are read from are arranged.
+        """
+
+
+@final
+class MultiHead(Mechanism):
+    """Projections around a head: qkv -> attend -> merge -> proj.
+
+    With a `softmax` head its state-dict keys are timm's (`qkv.*`, `proj.*`, ...) and so is its arithmetic, so that
+    timm's checkpoints load and give timm's numbers.
+
+    Args:
+        site: Where it is put.
+        head: What happens inside the heads, built for the same site.
+    """
+
+    def __init__(self, site: Site, head: Head):
+        super().__init__()
+        self.card = head.card
+        self.heads, self.head_dim, self.dim = site.heads, site.head_dim, site.dim
+        self.reads_context = site.context_dim is not None
+        if self.reads_context:
+            self.q = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
+            self.kv = nn.Linear(site.context_dim, 2 * site.dim, bias=site.qkv_bias)
+        else:
+            self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=site.qkv_bias)
+        self.q_norm = site.norm(site.head_dim) if site.qk_norm else nn.Identity()
+        self.k_norm = site.norm(site.head_dim) if site.qk_norm else nn.Identity()
+        self.head = head
+        self.norm = site.norm(site.dim) if site.scale_norm else nn.Identity()
+        self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
+        self.proj_drop = nn.Dropout(site.proj_drop)
+
+    def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b h n d), keys and values (b h m d)."""
+        b, n, _ = x.shape
+        if self.reads_context != (context is not None):
+            raise UnsupportedContext(
+                "AZ404",
+                "a context was given, but this site has none"
+                if context is not None
+                else "this mechanism reads from a context, and none was given",
+                help="build it for a site with `context_dim` (cross-attention) or without (self-attention)",
+            )
+        if context is None:
+            qkv = self.qkv(x).reshape(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.unbind(0)
+        else:
+            q = self.q(x).reshape(b, n, self.heads, self.head_dim).transpose(1, 2)
+            kv = self.kv(context).reshape(b, context.shape[1], 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+            k, v = kv.unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def merge(self, heads: Tensor) -> Tensor:
+        """Heads (b h n d) as tokens (b n c), projected."""
+        b, _, n, _ = heads.shape
+        return self.proj_drop(self.proj(self.norm(heads.transpose(1, 2).reshape(b, n, self.dim))))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m e"] | None = None,
+        *,
+        mask: Mask = FREE,
+        layout: Layout,
+    ) -> Float[Tensor, "b n c"]:
+        q, k, v = self.project(x, context)
+        return self.merge(self.head(q, k, v, mask=mask, layout=layout))
+
+    def step(
+        self, x: Float[Tensor, "b n c"], past: Cache | None, *, mask: Mask, layout: Layout
+    ) -> tuple[Float[Tensor, "b n c"], Cache]:
+        """The newest tokens only, against all keys and values so far; for heads that claim `incremental`.
+
+        Args:
+            x: The newest n tokens (b n c).
+            past: Keys and values of the tokens before; None at the beginning.
+            mask: A causal mask; its `keys` cover all tokens so far.
+            layout: All tokens so far.
+        """
+        q, k, v = self.project(x, None)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        return self.merge(self.head(q, k, v, mask=mask, layout=layout)), (k, v)
+
+
+Build = Callable[[Site], _Part]
+"""Builds a branch for the site that the fusion gives it."""
+
+
+def _branches(sites: Sequence[Site], builds: Sequence[Build]) -> nn.ModuleDict:
+    branches = nn.ModuleDict()
+    for site, build in zip(sites, builds, strict=True):
+        part = build(site)
+        name = part.card.name
+        same = sum(other.card.name == name for other in branches.values())
+        branches[f"{name}_{same + 1}" if same else name] = part
+    return branches
+
+
+def fused_card(fusion: FusionCard, branches: Sequence[Card]) -> Card:
+    """What a fusion of these branches can claim: what all can, and the needs of each."""
+    grids = [card.grid for card in branches if card.grid is not None]
+    return Card(
+        name=fusion.name,
+        family=branches[0].family,
+        summary=f"{fusion.name} of {', '.join(card.name for card in branches)}",
+        time=" + ".join(dict.fromkeys(card.time for card in branches)),
+        memory=" + ".join(dict.fromkeys(card.memory for card in branches)),
+        masks=frozenset.intersection(*(card.masks for card in branches)),
+        context=all(card.context for card in branches),
+        grid=max(grids, key=lambda grid: grid != "any", default=None),  # a number asks for more than `any`
+        fixed_length=any(card.fixed_length for card in branches),
+        incremental=all(card.incremental for card in branches) and Law.TOKEN_LOCAL in fusion.laws,
+        extra=frozenset().union(*(card.extra for card in branches)),
+    )
+
+
+def _masks(fusion: Fusion, mask: Mask) -> list[Mask]:
+    """The mask of each branch: the pairs of its own heads, where there are pairs for each head."""
+    if mask.pairs is None or mask.pairs.shape[1] == 1:
+        return [mask] * fusion.arity
+    return [replace(mask, pairs=pairs) for pairs in fusion.scatter(mask.pairs, 1)]
+
+
+@final
+class FusedHeads(Head):
+    """Several heads and a fusion, between the same projections: a head again, so fusions nest.
+
+    Args:
+        site: Where it is put.
+        fusion: Builds the fusion for a site and a number of branches.
+        branches: Build a head each.
+    """
+
+    def __init__(self, site: Site, fusion: Callable[[Site, int], Fusion], branches: Sequence[Build]):
+        super().__init__()
+        self.fusion = fusion(inside_heads(site), len(branches))
+        self.fusion.head_axis = 1
+        self.branches = _branches(type(self.fusion).sites(site, len(branches)), branches)
+        self.card = fused_card(self.fusion.card, [part.card for part in self.branches.values()])
+
+    def attend(self, q, k, v, *, mask: Mask = FREE, layout: Layout) -> Float[Tensor, "b h n d"]:
+        parts = zip(*(self.fusion.scatter(t, 1) for t in (q, k, v)), _masks(self.fusion, mask), strict=True)
+        outs = [
+            branch(q_i, k_i, v_i, mask=mask_i, layout=layout)
+            for branch, (q_i, k_i, v_i, mask_i) in zip(self.branches.values(), parts, strict=True)
+        ]
+        return self.fusion(outs, q)
+
+
+@final
+class Fused(Mechanism):
+    """Several token-level branches and a fusion: a mechanism again, so fusions nest and hosts know nothing of them.
+
+    Args:
+        site: Where it is put.
+        fusion: Builds the fusion for a site and a number of branches.
+        branches: Build a mechanism each.
+    """
+
+    def __init__(self, site: Site, fusion: Callable[[Site, int], Fusion], branches: Sequence[Build]):
+        super().__init__()
+        self.fusion = fusion(site, len(branches))
+        self.branches = _branches(type(self.fusion).sites(site, len(branches)), branches)
+        self.card = fused_card(self.fusion.card, [part.card for part in self.branches.values()])
+
+    def forward(self, x, context=None, *, mask: Mask = FREE, layout: Layout) -> Float[Tensor, "b n c"]:
+        outs = [
+            branch(x_i, context, mask=mask_i, layout=layout)
+            for branch, x_i, mask_i in zip(
+                self.branches.values(), self.fusion.scatter(x, -1), _masks(self.fusion, mask), strict=True
+            )
+        ]
+        return self.fusion(outs, x)

@@ -1,0 +1,61 @@
+"""A place in a host where a mechanism is put."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from attnzoo.core.layout import Layout
+from attnzoo.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a mechanism may know when it is built.
+
+    Args:
+        name: Where it is, as recipes address it: `blocks.3`, `decoder.0.cross`.
+        dim: Width of the tokens, in channels.
+        heads: Number of heads the host asks for.
+        layout: Expected arrangement; may differ at run time unless a card says `fixed_length`.
+        layer: Index of the layer, from 0.
+        depth: Number of layers of the host.
+        context_dim: Width of the context, where there is one.
+        attn_drop: Dropout of attention weights, a probability.
+        proj_drop: Dropout after the output projection, a probability.
+        qkv_bias: Whether input projections have a bias.
+        proj_bias: Whether the output projection has a bias.
+        qk_norm: Whether queries and keys are normalised per head.
+        scale_norm: Whether the merged heads are normalised before the output projection.
+        norm: Builds a normalisation layer for a width.
+    """
+
+    name: str
+    dim: int
+    heads: int
+    layout: Layout
+    layer: int = 0
+    depth: int = 1
+    context_dim: int | None = None
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    qk_norm: bool = False
+    scale_norm: bool = False
+    norm: Callable[[int], nn.Module] = nn.LayerNorm
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head.
+
+        Raises:
+            RecipeError: AZ308, when the heads do not divide the width.
+        """
+        if self.dim % self.heads:
+            raise RecipeError(
+                "AZ308",
+                f"{self.heads} heads do not divide a width of {self.dim} at `{self.name}`",
+                help=f"choose one of {', '.join(str(h) for h in range(1, 65) if self.dim % h == 0)}",
+            )
+        return self.dim // self.heads

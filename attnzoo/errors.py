@@ -1,0 +1,161 @@
+"""What goes wrong, said so that a person can mend it. Standard library only.
+
+Library code raises a `ZooError`; it carries one or more `Diagnostic`s (code, sentence, place, why, help).
+Only the command line draws them in colour; `str(error)` is the same text without colour.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """A spot in a text: lines and columns count from 1.
+
+    Args:
+        file: Path or name of the text, as the user wrote it.
+        line: Line of the spot.
+        column: Column of the spot.
+        width: How many characters are meant.
+        text: The line itself, to be shown; empty when unknown.
+    """
+
+    file: str
+    line: int = 1
+    column: int = 1
+    width: int = 1
+    text: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One fault: what is wrong, where, why it is wrong and what to do about it.
+
+    Args:
+        code: `AZnnn`; `docs/errors.md` has a section for each.
+        message: One sentence, lower case, names in backticks.
+        place: Where in the user's text, if anywhere.
+        why: The rule that is broken, when it is not obvious.
+        help: The next step.
+    """
+
+    code: str
+    message: str
+    place: Place | None = None
+    why: str = ""
+    help: str = ""
+
+    def lines(self) -> list[str]:
+        """The fault as plain text, compiler style."""
+        out = [f"error[{self.code}]: {self.message}"]
+        if self.place is not None:
+            number = str(self.place.line)
+            pad = " " * len(number)
+            out.append(f"{pad}--> {self.place}")
+            if self.place.text:
+                shown, column = _clip(self.place.text, self.place.column)
+                out.append(f"{pad} |")
+                out.append(f"{number} | {shown}")
+                out.append(f"{pad} | {' ' * (column - 1)}{'^' * max(1, min(self.place.width, 60))}")
+        if self.why:
+            out.append(f"  = why:  {self.why}")
+        if self.help:
+            out.append(f"  = help: {self.help}")
+        return out
+
+    def as_dict(self) -> dict:
+        """The fault as data, for `--json`."""
+        place = self.place
+        where = None if place is None else {"file": place.file, "line": place.line, "column": place.column}
+        return {"code": self.code, "message": self.message, "place": where, "why": self.why, "help": self.help}
+
+
+def _clip(text: str, column: int, width: int = 100) -> tuple[str, int]:
+    """A long line cut around the column, unprintable characters made visible, and the column in the cut line."""
+    text = "".join(c if c.isprintable() else "·" for c in text)
+    start = max(0, column - width // 2) if len(text) > width else 0
+    return text[start : start + width], column - start
+
+
+class ZooError(Exception):
+    """A fault of the input, with everything a person needs to mend it.
+
+    Args:
+        code: `AZnnn`.
+        message: One sentence.
+        place: Where in the user's text.
+        why: The broken rule.
+        help: The next step.
+    """
+
+    exit_code = 2
+
+    def __init__(self, code: str, message: str, *, place: Place | None = None, why: str = "", help: str = ""):
+        self.diagnostics: tuple[Diagnostic, ...] = (Diagnostic(code, message, place, why, help),)
+        super().__init__(code, message)
+
+    @classmethod
+    def of(cls, diagnostics: Iterable[Diagnostic]) -> "ZooError":
+        """All faults of one text together, in the order of the text."""
+        ordered = sorted(diagnostics, key=lambda d: (d.place.line, d.place.column) if d.place else (0, 0))
+        error = cls(ordered[0].code, ordered[0].message)
+        error.diagnostics = tuple(ordered)
+        return error
+
+    @property
+    def code(self) -> str:
+        """The code of the first fault."""
+        return self.diagnostics[0].code
+
+    def __str__(self) -> str:
+        blocks = ["\n".join(d.lines()) for d in self.diagnostics]
+        return "\n\n".join(blocks)
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.diagnostics)
+
+
+def _rebuild(cls: type[ZooError], diagnostics: tuple[Diagnostic, ...]) -> ZooError:
+    return cls.of(diagnostics)
+
+
+class PluginError(ZooError):
+    """A plugin is at fault (AZ0xx)."""
+
+    exit_code = 3
+
+
+class RecipeError(ZooError):
+    """A recipe is at fault (AZ1xx text, AZ2xx names and options, AZ3xx composing)."""
+
+
+class LayoutMismatch(ZooError):
+    """The tokens do not fit the layout they came with (AZ401), or are more than the mechanism was built for (AZ403)."""
+
+
+class UnsupportedMask(ZooError):
+    """A mechanism was handed a mask that it cannot honour (AZ402), or a mask that is none (AZ405)."""
+
+
+class UnsupportedContext(ZooError):
+    """A mechanism without cross-attention was handed a context (AZ404)."""
+
+
+class CheckError(ZooError):
+    """A conformance run was asked for something that does not exist (AZ5xx)."""
+
+
+def did_you_mean(word: str, candidates: Sequence[str]) -> str:
+    """`` did you mean `x`? `` for the nearest candidate, or the empty string.
+
+    Args:
+        word: What was written.
+        candidates: What may be written.
+    """
+    lowered = {c.lower(): c for c in candidates}
+    close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
+    return f"did you mean `{lowered[close[0]]}`?" if close else ""

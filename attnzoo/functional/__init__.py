@@ -1,0 +1,9 @@
+"""Maths used unchanged by two or more mechanisms."""
+
+from attnzoo.functional.additive import additive_scores
+from attnzoo.functional.heads import merge_heads, split_heads
+from attnzoo.functional.softmax import attention_from_scores, dot_product_attention, masked_softmax
+
+__all__ = [
+    "additive_scores", "attention_from_scores", "dot_product_attention", "masked_softmax", "merge_heads", "split_heads",
+]  # fmt: skip

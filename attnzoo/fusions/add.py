@@ -1,0 +1,27 @@
+"""Sum, HAM B's fusion.
+
+Martínez-Marín et al., "Transformer Architecture Reconfiguration Using Heterogeneous Attention", §3.
+"""
+
+from functools import reduce
+from operator import add
+
+from attnzoo.core import Fusion, FusionCard, Law, Paper
+
+
+class Add(Fusion):
+    """Σ_i s_i. With `start: identity`: s₁ + γ Σ_{i>1} s_i, γ = 0 at first."""
+
+    card = FusionCard(
+        name="add",
+        summary="Sum of the branches: Σ sᵢ (HAM B).",
+        paper=Paper("Transformer Architecture Reconfiguration Using Heterogeneous Attention", "Martínez-Marín et al.",
+                    2025, "HAM", where="§3"),
+        laws={Law.SINGLE, Law.SYMMETRIC, Law.ADDITIVE, Law.NEUTRAL_ZERO, Law.IDENTITY_START, Law.TOKEN_LOCAL},
+    )  # fmt: skip
+
+    def merge(self, branches, x):
+        return reduce(add, branches)
+
+    def merge_from_first(self, branches, x):
+        return branches[0] + self.gain * reduce(add, branches[1:])

@@ -1,0 +1,27 @@
+"""Element-wise product, HAM A's fusion.
+
+Martínez-Marín et al., "Transformer Architecture Reconfiguration Using Heterogeneous Attention", §3.
+"""
+
+from functools import reduce
+from operator import mul
+
+from attnzoo.core import Fusion, FusionCard, Law, Paper
+
+
+class Hadamard(Fusion):
+    """Π_i s_i. With `start: identity`: s₁ ⊙ (1 + γ Π_{i>1} s_i), γ = 0 at first."""
+
+    card = FusionCard(
+        name="hadamard",
+        summary="Element-wise product of the branches: Π sᵢ (HAM A).",
+        paper=Paper("Transformer Architecture Reconfiguration Using Heterogeneous Attention", "Martínez-Marín et al.",
+                    2025, "HAM", where="§3"),
+        laws={Law.SINGLE, Law.SYMMETRIC, Law.IDENTITY_START, Law.TOKEN_LOCAL},
+    )  # fmt: skip
+
+    def merge(self, branches, x):
+        return reduce(mul, branches)
+
+    def merge_from_first(self, branches, x):
+        return branches[0] * (1 + self.gain * reduce(mul, branches[1:]))

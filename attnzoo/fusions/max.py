@@ -1,0 +1,22 @@
+"""Element-wise maximum."""
+
+from functools import reduce
+
+import torch
+
+from attnzoo.core import Fusion, FusionCard, Law
+
+
+class Max(Fusion):
+    """max_i s_i, element by element; where branches are equal the gradient is shared."""
+
+    card = FusionCard(
+        name="max",
+        summary="Element-wise maximum of the branches.",
+        laws={Law.SINGLE, Law.AGREE, Law.CONVEX, Law.SYMMETRIC, Law.IDENTITY_START, Law.TOKEN_LOCAL},
+        hard_routing=True,
+        notes="Each element hands its gradient to the branch that is largest there.",
+    )
+
+    def merge(self, branches, x):
+        return reduce(torch.maximum, branches)

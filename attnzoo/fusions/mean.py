@@ -1,0 +1,20 @@
+"""Arithmetic mean."""
+
+from functools import reduce
+from operator import add
+
+from attnzoo.core import Fusion, FusionCard, Law
+
+
+class Mean(Fusion):
+    """Σ_i s_i / k."""
+
+    card = FusionCard(
+        name="mean",
+        summary="Mean of the branches: Σ sᵢ / k.",
+        laws={Law.SINGLE, Law.AGREE, Law.CONVEX, Law.SYMMETRIC, Law.ADDITIVE, Law.FAIR_START, Law.IDENTITY_START,
+              Law.TOKEN_LOCAL},
+    )  # fmt: skip
+
+    def merge(self, branches, x):
+        return reduce(add, branches) / self.arity

@@ -1,0 +1,114 @@
+"""Luong's local attention, monotonic and predictive.
+
+Luong, Pham and Manning, "Effective Approaches to Attention-based Neural Machine Translation", 2015, arXiv:1508.04025,
+§3.2, eq. 9-10.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attnzoo.core import FREE, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site, Tap
+from attnzoo.functional import masked_softmax
+
+Alignment = Literal["monotonic", "predictive"]
+
+
+class LuongLocal(Mechanism):
+    """Attention in a window [p_t - D, p_t + D] of positions around an aligned position p_t, counted from 0.
+
+    `monotonic`: p_t = t. `predictive`: p_t = S σ(v_pᵀ tanh(W_p h_t)), S the number of positions that exist, and the
+    weights are multiplied by exp(-(s - p_t)² / (2 (D/2)²)) without being normalised again, so they sum to at most 1.
+    Positions outside the window or the sequence are absent from the softmax.
+
+    Args:
+        site: Where the mechanism is put.
+        alignment: `monotonic` (local-m) or `predictive` (local-p).
+        window: D, in tokens to each side.
+        score: `dot` h_tᵀ h̄_s or `general` h_tᵀ W h̄_s, unscaled.
+    """
+
+    card = Card(
+        name="luong_local",
+        family=Family.ADDITIVE,
+        summary="Luong's attention in a window around an aligned position, monotonic or predicted.",
+        paper=Paper("Effective Approaches to Attention-based Neural Machine Translation", "Luong et al.", 2015,
+                    "arXiv:1508.04025", where="§3.2, eq. 9-10"),
+        time="n m c",
+        memory="n m",
+        masks={"keys", "causal", "pairs"},
+        context=True,
+        weights="b h n m",
+        laws={Law.STOCHASTIC, Law.LOCAL},
+        notes="Computed as dense attention under a window mask. Special tokens count as positions.",
+    )  # fmt: skip
+
+    @classmethod
+    def claims(cls, *, alignment: Alignment = "monotonic", **options) -> Card:
+        if alignment == "predictive":  # p_t knows the whole length, and the Gaussian is not normalised
+            return replace(cls.card, masks=frozenset({"keys"}), laws=frozenset({Law.SUBSTOCHASTIC}))
+        return cls.card
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        alignment: Alignment = "monotonic",
+        window: PositiveInt = 10,
+        score: Literal["dot", "general"] = "general",
+    ):
+        super().__init__()
+        self.card = self.claims(alignment=alignment)
+        self.alignment, self.window, self.attn_drop = alignment, window, site.attn_drop
+        width = site.context_dim or site.dim
+        same = score == "dot" and width == site.dim  # of other widths, `dot` has nothing to multiply
+        self.general = nn.Identity() if same else nn.Linear(width, site.dim, bias=False)
+        if alignment == "predictive":
+            self.position = nn.Linear(site.dim, site.dim, bias=False)  # W_p
+            self.position_weight = nn.Parameter(torch.empty(site.dim))  # v_p
+        self.scores, self.weights = Tap("b h n m"), Tap("b h n m")
+        self.proj = nn.Linear(width + site.dim, site.dim, bias=False)  # W_c: c first
+        self.proj_drop = nn.Dropout(site.proj_drop)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """v_p from N(0, 0.02²): the predicted position starts in the middle; the Linears are the host's."""
+        if self.alignment == "predictive":
+            nn.init.normal_(self.position_weight, std=0.02)
+
+    def reach(self) -> int:
+        return self.window
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m e"] | None = None,
+        *,
+        mask: Mask = FREE,
+        layout: Layout,
+    ) -> Float[Tensor, "b n c"]:
+        mask.only(*self.card.masks)
+        source = x if context is None else context
+        n, m = x.shape[1], source.shape[1]
+        distance = torch.arange(m, device=x.device) - self._aligned(x, m, mask)  # (b n m)
+        allowed = (distance.abs() <= self.window)[:, None]
+        outer = mask.dense(n, m, x.device)
+        allowed = allowed if outer is None else allowed & outer
+        weights = masked_softmax(self.scores((x @ self.general(source).mT)[:, None]), allowed)
+        if self.alignment == "predictive":
+            sigma = self.window / 2
+            weights = weights * (-(distance**2) / (2 * sigma**2)).exp()[:, None]  # eq. 10
+        weights = nn.functional.dropout(self.weights(weights), self.attn_drop if self.training else 0.0)
+        c = (weights @ source[:, None])[:, 0]
+        return self.proj_drop(torch.tanh(self.proj(torch.cat([c, x], dim=-1))))
+
+    def _aligned(self, x: Tensor, m: int, mask: Mask) -> Tensor:
+        """p_t, in positions: (b n 1), or (1 n 1) where it is t."""
+        if self.alignment == "monotonic":
+            return torch.arange(x.shape[1], device=x.device)[None, :, None]
+        length = m if mask.keys is None else mask.keys.sum(dim=1)[:, None, None]
+        share = torch.sigmoid(torch.tanh(self.position(x)) @ self.position_weight)[..., None]  # eq. 9
+        return length * share

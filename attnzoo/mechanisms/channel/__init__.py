@@ -1,0 +1,1 @@
+"""Which channels, rather than which tokens."""

@@ -1,0 +1,1 @@
+"""Attention whose cost grows with n instead of n m."""

@@ -1,0 +1,1 @@
+"""Which neighbours on the grid."""

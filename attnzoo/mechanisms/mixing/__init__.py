@@ -1,0 +1,1 @@
+"""Mixing that ignores content."""

@@ -1,0 +1,45 @@
+"""Makes the models of all recipes known to timm, whichever of the two is imported first.
+
+timm has no plugin discovery. When timm is there already its registry is filled at once; otherwise a finder on
+`sys.meta_path` waits for `import timm` and fills it right after. Standard library only.
+"""
+
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+
+
+def _register() -> None:
+    from attnzoo.hosts.registration import register_models
+    from attnzoo.zoo import when_loaded
+
+    when_loaded(register_models)
+
+
+class _AfterTimm(MetaPathFinder):
+    """Finds timm as everybody else would, and has the models registered once it is imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)  # once; and so that the question below reaches the other finders
+        spec = importlib.util.find_spec("timm")
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            _register()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def register_when_timm_is_imported() -> None:
+    """Now, if timm is imported; as soon as it is, otherwise."""
+    timm = sys.modules.get("timm")
+    if timm is None:
+        sys.meta_path.insert(0, _AfterTimm())
+    elif hasattr(timm, "create_model"):
+        _register()

@@ -1,0 +1,51 @@
+"""The hooks a plugin may implement. Each takes nothing and returns what the plugin offers.
+
+A plugin is a module named by an entry point of the group `attnzoo`:
+
+    [project.entry-points.attnzoo]
+    wavelets = "attnzoo_wavelets"
+
+and its hooks are plain functions:
+
+    from attnzoo import hookimpl
+
+    @hookimpl
+    def attnzoo_mechanisms():
+        return [Haar]
+
+A module may say `ATTNZOO_API = 1`: the version of this page that it was written for.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from attnzoo.core import Fusion, Head, Mechanism
+
+PROJECT = "attnzoo"
+API = 1
+"""Version of the hooks. It grows when a hook changes its meaning; plugins written for another version are refused."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def attnzoo_mechanisms() -> "Iterable[type[Mechanism] | type[Head]]":
+    """Mechanisms and heads: classes with a `card`."""
+    raise NotImplementedError
+
+
+@hookspec
+def attnzoo_fusions() -> "Iterable[type[Fusion]]":
+    """Fusions: classes with a `card`."""
+    raise NotImplementedError
+
+
+@hookspec
+def attnzoo_recipes() -> Iterable[Path]:
+    """Recipes: YAML files, or folders of them; the file's stem is the recipe's name."""
+    raise NotImplementedError
