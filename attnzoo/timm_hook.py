@@ -10,7 +10,7 @@ from importlib.abc import MetaPathFinder
 
 
 def _register() -> None:
-    from attnzoo.hosts.registration import register_models
+    from attnzoo.recipe.timm_models import register_models
     from attnzoo.zoo import when_loaded
 
     when_loaded(register_models)

@@ -1,0 +1,42 @@
+"""What a site demands of a card, and what a card does not meet."""
+
+from dataclasses import dataclass
+
+from attnzoo.core import Card
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a place in a host asks of whatever is put there.
+
+    Args:
+        masks: Kinds of mask that must be honoured.
+        context: Whether there is a context to read from.
+        grid: Number of grid dimensions on offer.
+        varying_length: Why the number of tokens may change from call to call; empty when it may not.
+        drops_tokens: Why tokens may be missing from the grid; empty when they may not.
+    """
+
+    masks: frozenset[str] = frozenset()
+    context: bool = False
+    grid: int = 1
+    varying_length: str = ""
+    drops_tokens: str = ""
+
+
+def unmet(card: Card, demand: Demand) -> list[str]:
+    """The reasons why a card cannot go there; none when it can."""
+    reasons = []
+    missing = [kind for kind in ("keys", "causal", "pairs") if kind in demand.masks and kind not in card.masks]
+    if missing:
+        claims = ", ".join(sorted(card.masks)) or "none"
+        reasons.append(f"the site demands masks of kind {', '.join(missing)}; `{card.name}` claims masks: {claims}")
+    if demand.context and not card.context:
+        reasons.append(f"the site reads from a context; `{card.name}` cannot")
+    if isinstance(card.grid, int) and card.grid != demand.grid:
+        reasons.append(f"`{card.name}` needs a {card.grid}-D grid; the site has a {demand.grid}-D grid")
+    if card.fixed_length and demand.varying_length:
+        reasons.append(f"`{card.name}` takes a fixed number of tokens; {demand.varying_length}")
+    if (card.fixed_length or card.grid is not None) and demand.drops_tokens:
+        reasons.append(f"`{card.name}` needs every token in its place; {demand.drops_tokens}")
+    return reasons

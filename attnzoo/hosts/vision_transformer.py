@@ -1,0 +1,325 @@
+"""timm's ViTs as hosts, by timm's documented seams: `block_fn`, `embed_layer`, `attn_layer`."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import LayerNorm, PatchEmbed
+from timm.models import VisionTransformer, get_pretrained_cfg, is_model, model_entrypoint
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from attnzoo.core import FREE, Layout, Mask, Mechanism, Site
+from attnzoo.errors import RecipeError, UnsupportedMask, did_you_mean
+
+default_cfgs: dict[str, Any] = {}
+"""timm looks here for the configurations of the models that are registered from this module."""
+
+Put = Callable[[Site], Mechanism]
+"""Builds what is put at a site."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a base model looks like, learnt without allocating it.
+
+    Args:
+        base: Its name in timm.
+        arguments: The constructor arguments that differ from the base's.
+        dim: Width of the tokens, in channels.
+        heads: Heads of each block.
+        depth: Number of blocks.
+        layout: Prefix tokens and grid.
+        image: Channels, rows and columns of the expected picture, in pixels.
+        classes: Number of classes.
+        params: Number of parameters of the plain model.
+        dynamic: Whether the picture's size may change from call to call.
+        patch_drop: Share of patches dropped in training.
+        model: The plain model, on the meta device.
+    """
+
+    base: str
+    arguments: Mapping[str, Any]
+    dim: int
+    heads: int
+    depth: int
+    layout: Layout
+    image: tuple[int, int, int]
+    classes: int
+    params: int
+    dynamic: bool
+    patch_drop: float
+    model: VisionTransformer
+
+    @property
+    def bytes(self) -> int:
+        """A floor for the memory of one training step on one picture in float32: weights, gradients, activations."""
+        activations = 16 * self.depth * self.layout.length * self.dim
+        return 4 * (2 * self.params + activations)
+
+    def sites(self) -> list[str]:
+        """Names of the places where mechanisms are put."""
+        return [f"blocks.{i}" for i in range(self.depth)]
+
+
+def timm_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a recipe or of `timm.create_model` as `VisionTransformer` takes them."""
+    out = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    eps = out.pop("norm_eps", None)
+    if eps is not None:
+        if out.get("norm_layer", "layernorm") != "layernorm":
+            raise RecipeError("AZ309", "`norm_eps` belongs to `norm_layer: layernorm`", help="leave one of the two out")
+        out["norm_layer"] = partial(LayerNorm, eps=eps)
+    return out
+
+
+def survey(base: str, arguments: Mapping[str, Any]) -> Survey:
+    """Build the base on the meta device and look at it.
+
+    Args:
+        base: Name of a timm model.
+        arguments: Constructor arguments that differ from the base's.
+
+    Raises:
+        RecipeError: AZ301 no such model, AZ309 timm refuses the arguments, AZ310 not a model that can be a host.
+    """
+    if not is_model(base):
+        names = timm.list_models()
+        hint = did_you_mean(base, names)
+        raise RecipeError("AZ301", f"timm has no model called `{base}`", help=f"{hint} timm.list_models('vit*') shows them".strip())
+    try:
+        with torch.device("meta"):
+            model = model_entrypoint(base)(pretrained=False, **timm_arguments(arguments))
+    except RecipeError:
+        raise
+    except Exception as error:  # whatever timm's constructors raise: assertion, type, value and runtime errors
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError("AZ309", f"timm cannot build `{base}` with these arguments: {text}",
+                          help="look at `host.model`") from None  # fmt: skip
+    _check_host(base, model)
+    first = model.blocks[0]
+    grid = tuple(model.patch_embed.grid_size)
+    return Survey(
+        base=base,
+        arguments=arguments,
+        dim=model.embed_dim,
+        heads=first.attn.num_heads,
+        depth=len(model.blocks),
+        layout=Layout(grid, model.num_prefix_tokens),
+        image=(model.in_chans, *model.patch_embed.img_size),
+        classes=model.num_classes,
+        params=sum(p.numel() for p in model.parameters()),
+        dynamic=model.dynamic_img_size,
+        patch_drop=getattr(model.patch_drop, "prob", 0.0),
+        model=model,
+    )
+
+
+def _check_host(base: str, model: nn.Module) -> None:
+    reason = ""
+    if not isinstance(model, VisionTransformer):
+        reason = f"it is a {type(model).__name__}, not a VisionTransformer"
+    elif type(model.patch_embed) is not PatchEmbed:
+        reason = f"its patches are made by {type(model.patch_embed).__name__}, not by PatchEmbed"
+    elif strange := {type(block).__name__ for block in model.blocks if type(block) is not Block}:
+        reason = f"its blocks are {', '.join(sorted(strange))}, which have no place for another mechanism"
+    if reason:
+        raise RecipeError(
+            "AZ310",
+            f"`{base}` cannot be a host",
+            why=reason,
+            help="choose a model with plain blocks, such as vit_base_patch16_224 or deit_small_patch16_224",
+        )
+
+
+class Cell:
+    """The layout of the tokens now in the model, written by the patch embedding and read by every block."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+
+
+class ZooPatchEmbed(PatchEmbed):
+    """timm's patch embedding, which also tells the blocks how the patches are arranged."""
+
+    def __init__(self, *args, prefix: int, cell: Cell, **timm_options):
+        super().__init__(*args, **timm_options)
+        self.prefix, self.cell = prefix, cell
+
+    def set_input_size(self, img_size=None, patch_size=None) -> None:
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        self.cell.layout = Layout(tuple(self.grid_size), self.prefix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.strict_img_size:  # a fixed size needs no writing, and symbolic tracing knows no sizes
+            self.cell.layout = Layout(self.dynamic_feat_size((x.shape[2], x.shape[3])), self.prefix)
+        return super().forward(x)
+
+
+class ZooBlock(Block):
+    """timm's block with a mechanism in its attention slot."""
+
+    def __init__(self, *, dim: int, num_heads: int, depth: int, put: Callable[..., Mechanism], cell: Cell, **timm_options):
+        super().__init__(dim, num_heads, depth=depth, **timm_options | {"attn_layer": nn.Identity})
+        self.attn = put(dim, num_heads, depth, timm_options)
+        self.cell = cell
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        mixed = self.attn(self.norm1(x), mask=from_timm(attn_mask, is_causal), layout=self.cell.layout)
+        x = x + self.drop_path1(self.ls1(mixed))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def from_timm(attn_mask: Tensor | None, is_causal: bool) -> Mask:
+    """timm's mask arguments as a `Mask`.
+
+    Args:
+        attn_mask: Boolean, True = may attend, or float with 0 and -inf; (n m), (b n m) or (b h n m).
+        is_causal: Whether later tokens are hidden.
+
+    Raises:
+        UnsupportedMask: AZ405, when a float mask holds anything but 0 and -inf.
+    """
+    if attn_mask is None:
+        return Mask(causal=True) if is_causal else FREE
+    if attn_mask.dtype != torch.bool:
+        allowed = attn_mask == 0
+        if not attn_mask.is_floating_point() or not bool((allowed | (attn_mask == float("-inf"))).all()):
+            raise UnsupportedMask(
+                "AZ405",
+                "a mask with values other than 0 and -inf was given",
+                why="a bias on the scores is part of a mechanism, not of a mask",
+                help="hand a boolean mask in which True means may attend",
+            )
+        attn_mask = allowed
+    pairs = attn_mask.reshape(1, 1, *attn_mask.shape) if attn_mask.ndim == 2 else attn_mask
+    return Mask(pairs=pairs[:, None] if pairs.ndim == 3 else pairs, causal=is_causal)
+
+
+class NoWeightDecay:
+    """What timm asks a model for: names of the parameters that an optimiser must not decay."""
+
+    def __init__(self, names: frozenset[str]):
+        self.names = names
+
+    def __call__(self) -> set[str]:
+        return set(self.names)
+
+
+def site_of(seen: Survey, layer: int, **options) -> Site:
+    """The place in block `layer`, as its mechanism will know it."""
+    return Site(
+        name=f"blocks.{layer}", dim=seen.dim, heads=seen.heads, layout=seen.layout, layer=layer, depth=seen.depth, **options
+    )
+
+
+def build_vit(
+    seen: Survey,
+    put: Put,
+    *,
+    pretrained: bool = False,
+    pretrained_cfg: Mapping[str, Any],
+    init: str = "timm",
+    **timm_options,
+) -> nn.Module:
+    """The base with mechanisms in its blocks.
+
+    Args:
+        seen: The surveyed base.
+        put: Builds what is put at a site.
+        pretrained: Whether timm shall load the weights that `pretrained_cfg` names.
+        pretrained_cfg: timm's configuration of the model.
+        init: `timm`, or `normal` for N(0, 0.02²) everywhere.
+        timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, `device`, ...
+    """
+    cell = Cell(seen.layout)
+
+    def put_at(dim: int, heads: int, layer: int, block: dict[str, Any]) -> Mechanism:
+        site = site_of(
+            seen,
+            layer,
+            attn_drop=block["attn_drop"],
+            proj_drop=block["proj_drop"],
+            qkv_bias=block["qkv_bias"],
+            proj_bias=block["proj_bias"],
+            qk_norm=block["qk_norm"],
+            scale_norm=block["scale_attn_norm"],
+            norm=block["norm_layer"],
+        )
+        with torch.device(block["device"]) if block["device"] is not None else nullcontext():
+            return put(site).to(dtype=block["dtype"])
+
+    model = model_entrypoint(seen.base)(
+        pretrained=pretrained,
+        pretrained_cfg=dict(pretrained_cfg),
+        block_fn=partial(ZooBlock, put=put_at, cell=cell),
+        embed_layer=partial(ZooPatchEmbed, prefix=seen.layout.prefix, cell=cell),
+        **timm_arguments(seen.arguments),
+        **timm_options,
+    )
+    vit = model if isinstance(model, VisionTransformer) else model.model  # features_only wraps it
+    vit.no_weight_decay = NoWeightDecay(frozenset(vit.no_weight_decay() | _undecayed(vit)))
+    if init == "normal" and not pretrained:
+        init_normal(vit)
+    return model
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    names = set()
+    for path, module in model.named_modules():
+        own = getattr(module, "no_weight_decay", None)
+        if module is not model and callable(own):
+            names |= {f"{path}.{name}" for name in own()}
+    return names
+
+
+@torch.no_grad()
+def init_normal(model: VisionTransformer) -> None:
+    """Weights of all Linear and Conv layers, class token and positions from N(0, 0.02²), biases 0; mechanisms after."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for token in (model.cls_token, model.reg_token, model.pos_embed):
+        if token is not None:
+            nn.init.trunc_normal_(token, std=0.02)
+    for block in model.blocks:
+        timm.models.named_apply(_own_init, block.attn, include_root=True)
+
+
+def _own_init(module: nn.Module, name: str) -> None:
+    if hasattr(module, "init_weights"):
+        module.init_weights()
+
+
+def model_cfg(name: str, base: str, arguments: Mapping[str, Any], mean: list[float] | None, std: list[float] | None) -> dict:
+    """timm's configuration of a composed model: the base's, without its weights.
+
+    Args:
+        name: The model's own name.
+        base: The base's name.
+        arguments: Constructor arguments that differ from the base's.
+        mean: Mean of the pictures by channel; the base's when None.
+        std: Standard deviation of the pictures by channel; the base's when None.
+    """
+    cfg = get_pretrained_cfg(base)
+    size = arguments.get("img_size", cfg.input_size[-2:])
+    rows, columns = (size, size) if isinstance(size, int) else size
+    channels = arguments.get("in_chans", cfg.input_size[0])
+    cfg = replace(
+        cfg,
+        url=None, file=None, hf_hub_id=None, hf_hub_filename=None, custom_load=False, tag=None,
+        test_input_size=None, min_input_size=None, pool_size=None,
+        architecture=name,
+        input_size=(channels, rows, columns),
+        fixed_input_size=True,
+        num_classes=arguments.get("num_classes", cfg.num_classes),
+        mean=tuple(mean or cfg.mean),
+        std=tuple(std or cfg.std),
+    )  # fmt: skip
+    return {key: value for key, value in vars(cfg).items() if value is not None}

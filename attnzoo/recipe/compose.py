@@ -1,0 +1,114 @@
+"""From a recipe to a model."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from attnzoo.errors import RecipeError
+from attnzoo.hosts.vision_transformer import build_vit, model_cfg
+from attnzoo.recipe.load import Loaded, load
+from attnzoo.recipe.resolve import Composition, resolve
+
+ANONYMOUS = "attnzoo_vit"
+"""timm's name for a composed model that no recipe registers; its recipe travels as an argument."""
+BUILDER = ("features_only", "out_indices", "feature_cls", "cache_dir", "pretrained_strict", "pretrained_model_args",
+           "pretrained_cfg_overlay", "device", "dtype", "pruned", "use_naflex")  # fmt: skip
+"""Arguments of `timm.create_model` that go to timm's builder, not to the model."""
+
+
+def compose(recipe: str | os.PathLike, *, edits: Sequence[str] = (), **arguments) -> nn.Module:
+    """The model of a recipe, as timm would hand it out.
+
+    Args:
+        recipe: Name (`ham_a`), file, or text.
+        edits: Changes such as `attention.with.start=identity`.
+        arguments: What `timm.create_model` takes: `num_classes`, `img_size`, `features_only`, `device`, ...
+
+    Raises:
+        RecipeError: what is wrong with the recipe, all at once.
+    """
+    return build(load(recipe, edits), arguments)
+
+
+def compose_file(recipe: str | os.PathLike, edits: Sequence[str] = ()) -> Composition:
+    """A recipe with every name known and every demand met, not yet built; for those who want to look first."""
+    return resolve(load(recipe, edits))
+
+
+def build(loaded: Loaded, arguments: Mapping[str, Any], *, pretrained: bool = False, pretrained_cfg: Any = None) -> nn.Module:
+    """The model of a loaded recipe.
+
+    Args:
+        loaded: The recipe.
+        arguments: What `timm.create_model` takes.
+        pretrained: Whether timm shall load weights.
+        pretrained_cfg: timm's configuration, when it comes with weights.
+
+    Raises:
+        RecipeError: AZ306 no weights to load, AZ307 the lock `expect.params` does not hold, AZ311 too large.
+    """
+    host = loaded.recipe.host
+    options = {name: arguments[name] for name in BUILDER if name in arguments}
+    changed = {name: value for name, value in arguments.items() if name not in BUILDER and value is not None}
+    composition = resolve(loaded, changed)
+    seen = composition.seen
+    _check_memory(composition)
+    cfg = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else None
+    if cfg is None:
+        name = host.registers or ANONYMOUS
+        cfg = model_cfg(name, host.base, seen.arguments, host.mean, host.std)
+    overlay = options.get("pretrained_cfg_overlay") or {}
+    if pretrained and not any({**cfg, **overlay}.get(key) for key in ("url", "file", "state_dict", "hf_hub_id")):
+        raise RecipeError(
+            "AZ306",
+            f"there are no published weights for `{cfg.get('architecture', loaded.name)}`",
+            help=f"load a base's weights instead: model.load_state_dict(timm.create_model('{host.base}', "
+            "pretrained=True).state_dict(), strict=False), or `attnzoo compose RECIPE --init-from FILE`",
+        )
+    model = build_vit(seen, composition.put, pretrained=pretrained, pretrained_cfg=cfg, init=host.init, **options)
+    if not changed and not options.get("features_only"):
+        check_expectations(loaded, model)
+    model._model_args = {"recipe": loaded.text}  # what timm writes to config.json, so that it can build it again
+    return model
+
+
+def check_expectations(loaded: Loaded, model: nn.Module) -> None:
+    """Hold a model to its recipe's `expect`, unless the recipe was edited.
+
+    Raises:
+        RecipeError: AZ307.
+    """
+    expected = loaded.recipe.expect.params
+    found = sum(p.numel() for p in model.parameters())
+    if expected is not None and found != expected and not loaded.edited:
+        raise RecipeError(
+            "AZ307",
+            f"the model has {found:,} parameters, the recipe expects {expected:,}",
+            place=loaded.source.value_place(("expect", "params")),
+            help="correct the recipe, or the expectation if the change is meant",
+        )
+
+
+def _check_memory(composition: Composition) -> None:
+    need, there = composition.seen.bytes, available_memory()
+    if there and need > 0.8 * there and not os.environ.get("ATTNZOO_FORCE"):
+        source = composition.loaded.source
+        loc = ("host", "model") if ("host", "model") in source.values else ("host",)
+        raise RecipeError(
+            "AZ311",
+            f"one training step needs {need / 2**30:,.1f} GiB or more; {there / 2**30:,.1f} GiB are free",
+            place=source.value_place(loc),
+            why=f"{composition.seen.params:,} parameters, {composition.seen.layout.length:,} tokens",
+            help="make the model smaller; ATTNZOO_FORCE=1 tries all the same",
+        )
+
+
+def available_memory() -> int:
+    """Free memory of this machine, in bytes; 0 when unknown."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+    except OSError:
+        return 0

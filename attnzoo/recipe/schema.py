@@ -1,0 +1,151 @@
+"""What a recipe may say. Data only: names from the zoo, never import paths, nothing is evaluated."""
+
+import re
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_BRANCHES = 16
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Part = Annotated[str, Field(pattern=r"^([a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}/)?[a-z][a-z0-9_]{0,63}$", max_length=130)]
+Text = Annotated[str, Field(max_length=1000)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), populate_by_name=True)
+
+
+class Use(_Strict):
+    """One mechanism, by name. A plain string is short for `{use: ...}`."""
+
+    use: Part = Field(description="Name of a mechanism, or plugin/name.")
+    with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Its options.")
+    heads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="Heads, instead of the host's number.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"use": value} if isinstance(value, str) else value
+
+
+class Fuse(_Strict):
+    """Several mechanisms, merged."""
+
+    fuse: Part = Field(description="Name of a fusion, or plugin/name.")
+    of: list["Spec"] = Field(min_length=1, max_length=MAX_BRANCHES, description="The branches.")
+    with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Options of the fusion.")
+    heads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="Heads, instead of the host's number.")
+    level: Literal["heads", "tokens"] | None = Field(
+        None, description="Where branches meet; inside the heads when all of them can, unless said otherwise."
+    )
+
+
+def spec_tag(value: Any) -> str | None:
+    """Which kind of spec a raw value means to be; the tags cannot be mistaken for keys."""
+    if isinstance(value, (str, Use)):
+        return "(use)"
+    if isinstance(value, Fuse):
+        return "(fuse)"
+    if isinstance(value, dict):
+        return "(fuse)" if "fuse" in value or "of" in value else "(use)" if "use" in value else None
+    return None
+
+
+Spec = Annotated[
+    Union[Annotated[Use, Tag("(use)")], Annotated[Fuse, Tag("(fuse)")]],  # noqa: UP007 - a union of forward references
+    Discriminator(spec_tag, custom_error_type="spec", custom_error_message="neither `use` nor `fuse`"),
+]
+Fuse.model_rebuild()
+
+Channels = Annotated[list[Annotated[float, Field(ge=-10, le=10)]], Field(min_length=1, max_length=64)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+
+
+class VitModel(_Strict):
+    """Arguments of timm's `VisionTransformer` that a recipe may set; the base's own hold otherwise."""
+
+    img_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    patch_size: Annotated[int, Field(ge=1, le=1024)] | None = None
+    in_chans: Annotated[int, Field(ge=1, le=1024)] | None = None
+    num_classes: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    global_pool: Literal["", "avg", "avgmax", "max", "token", "map", "prr"] | None = None
+    embed_dim: Annotated[int, Field(ge=1, le=8192)] | None = None
+    depth: Annotated[int, Field(ge=1, le=96)] | None = None
+    num_heads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] | None = None
+    qkv_bias: bool | None = None
+    qk_norm: bool | None = None
+    proj_bias: bool | None = None
+    init_values: Annotated[float, Field(gt=0, le=10)] | None = None
+    class_token: bool | None = None
+    pos_embed: Literal["learn", "none"] | None = None
+    no_embed_class: bool | None = None
+    reg_tokens: Annotated[int, Field(ge=0, le=256)] | None = None
+    pre_norm: bool | None = None
+    final_norm: bool | None = None
+    fc_norm: bool | None = None
+    dynamic_img_size: bool | None = None
+    dynamic_img_pad: bool | None = None
+    drop_rate: Rate | None = None
+    pos_drop_rate: Rate | None = None
+    patch_drop_rate: Rate | None = None
+    proj_drop_rate: Rate | None = None
+    attn_drop_rate: Rate | None = None
+    drop_path_rate: Rate | None = None
+    norm_layer: Literal["layernorm", "rmsnorm", "simplenorm"] | None = None
+    norm_eps: Annotated[float, Field(gt=0, le=1)] | None = None
+    act_layer: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "mish", "hard_swish"] | None = None
+    weight_init: Literal["", "skip", "jax", "jax_nlhb", "moco"] | None = None
+
+
+class VitHost(_Strict):
+    """A timm backbone built on `VisionTransformer`."""
+
+    kind: Literal["vit"]
+    base: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,100}$")] = Field(
+        "vit_base_patch16_224", description="Any timm model built on VisionTransformer; its arguments are the defaults."
+    )
+    model: VitModel = Field(default_factory=VitModel, description="Arguments that differ from the base's.")
+    init: Literal["timm", "normal"] = Field(
+        "timm", description="timm's initialisation, or N(0, 0.02²) for all weights and tokens and 0 for all biases."
+    )
+    mean: Channels | None = Field(None, description="Mean of the pictures by channel, of 1; the base's otherwise.")
+    std: Channels | None = Field(None, description="Standard deviation of the pictures by channel, of 1.")
+    registers: Name | None = Field(None, description="Name under which timm.create_model knows the model.")
+
+
+class Override(_Strict):
+    """Something else at some sites. Later entries win."""
+
+    at: Annotated[str, Field(min_length=1, max_length=100)] = Field(description="A glob over site names: blocks.*")
+    put: Spec = Field(description="What is put there.")
+
+
+class Expect(_Strict):
+    """A lock: composing fails when it does not hold."""
+
+    params: Annotated[int, Field(ge=0)] | None = Field(None, description="Number of parameters.")
+
+
+class Recipe(_Strict):
+    """Which mechanism goes to which site of which host."""
+
+    recipe: Literal[1] = Field(description="Version of this format.")
+    name: Name | None = Field(None, description="The file's stem.")
+    summary: Text = Field("", description="One line.")
+    source: Text = Field("", description="Paper, with sections.")
+    extends: Text | None = Field(None, description="A recipe whose parts hold where this one says nothing.")
+    host: VitHost = Field(description="The model that is composed.")
+    attention: Spec = Field(description="What is put at every site ...")
+    overrides: list[Override] = Field(default_factory=list, max_length=256, description="... except where these say.")
+    expect: Expect = Field(default_factory=Expect, description="What must come out.")
+
+    @field_validator("summary", "source")
+    @classmethod
+    def _one_line(cls, value: str) -> str:
+        if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", value):
+            raise PydanticCustomError("control", "control characters")
+        return value

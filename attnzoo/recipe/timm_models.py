@@ -1,0 +1,68 @@
+"""The models of all recipes, made known to timm."""
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import generate_default_cfgs, is_model, register_model
+from torch import nn
+
+from attnzoo.errors import RecipeError, ZooError
+from attnzoo.hosts import vision_transformer
+from attnzoo.hosts.vision_transformer import model_cfg
+from attnzoo.recipe.compose import ANONYMOUS, build
+from attnzoo.recipe.load import Loaded, is_text, load
+from attnzoo.zoo import Problem, load_zoo
+
+registered: dict[str, str] = {}
+"""The models that are known to timm through us: model name to recipe name."""
+
+
+def register_models() -> None:
+    """Register every recipe of the zoo that says `registers:`. A recipe that cannot be is noted, not raised."""
+    zoo = load_zoo()
+    if ANONYMOUS not in registered:
+        _register(ANONYMOUS, None)
+    for name, entry in zoo.recipes.items():
+        try:
+            loaded = load(str(entry.value))
+            model = loaded.recipe.host.registers
+            if model is None or registered.get(model) == name:
+                continue
+            if is_model(model):
+                raise RecipeError("AZ305", f"timm already has a model called `{model}`")
+            _register(model, loaded)
+            registered[model] = name
+        except ZooError as error:
+            first = error.diagnostics[0]
+            zoo.problems.append(Problem(entry.plugin, first.code, f"recipe `{name}`: {first.message}", str(error), False))
+
+
+def _register(name: str, loaded: Loaded | None) -> None:
+    if loaded is None:
+        registered[ANONYMOUS] = ""
+    else:
+        host = loaded.recipe.host
+        arguments = host.model.model_dump(exclude_unset=True, exclude_none=True)
+        cfg = model_cfg(name, host.base, arguments, host.mean, host.std)
+        vision_transformer.default_cfgs.update(generate_default_cfgs({name: cfg}))
+    register_model(_entry_point(name, loaded))
+
+
+def _entry_point(name: str, loaded: Loaded | None) -> Callable[..., nn.Module]:
+    """The function timm calls for a model name."""
+
+    def entry_point(pretrained: bool = False, *, recipe: str | None = None, **arguments: Any) -> nn.Module:
+        cfg = arguments.pop("pretrained_cfg", None)
+        if recipe is None and loaded is None:
+            raise RecipeError("AZ111", f"`{name}` needs `recipe=`", help="hand the name or the text of a recipe")
+        if recipe is not None and not is_text(recipe):
+            load_zoo().recipes.find(recipe)  # a name of the zoo: a saved configuration never makes us open files
+        source = loaded if recipe is None else load(recipe)
+        assert source is not None
+        return build(source, arguments, pretrained=pretrained, pretrained_cfg=cfg if isinstance(cfg, dict) else None)
+
+    summary = loaded.recipe.summary if loaded else "A composed ViT; its recipe is an argument."
+    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__module__ = vision_transformer.__name__
+    entry_point.__doc__ = summary
+    return entry_point
