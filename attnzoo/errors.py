@@ -5,6 +5,7 @@ Only the command line draws them in colour; `str(error)` is the same text withou
 """
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class Place:
     text: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}"
+        return f"{_visible(self.file)}:{self.line}:{self.column}"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Diagnostic:
     place: Place | None = None
     why: str = ""
     help: str = ""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "message",
+            "why",
+            "help",
+        ):  # they quote what was written, which may be made to rule a terminal
+            object.__setattr__(self, name, _visible(getattr(self, name)))
 
     def lines(self) -> list[str]:
         """The fault as plain text, compiler style."""
@@ -71,12 +80,23 @@ class Diagnostic:
         """The fault as data, for `--json`."""
         place = self.place
         where = None if place is None else {"file": place.file, "line": place.line, "column": place.column}
-        return {"code": self.code, "message": self.message, "place": where, "why": self.why, "help": self.help}
+        return {
+            "code": self.code,
+            "message": self.message,
+            "place": where,
+            "why": self.why,
+            "help": self.help,
+        }
+
+
+def _visible(text: str) -> str:
+    """The text with a dot for every character that does not show, or changes how others show."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "·" for c in text)
 
 
 def _clip(text: str, column: int, width: int = 100) -> tuple[str, int]:
     """A long line cut around the column, unprintable characters made visible, and the column in the cut line."""
-    text = "".join(c if c.isprintable() else "·" for c in text)
+    text = _visible(text)
     start = max(0, column - width // 2) if len(text) > width else 0
     return text[start : start + width], column - start
 
@@ -100,8 +120,15 @@ class ZooError(Exception):
 
     @classmethod
     def of(cls, diagnostics: Iterable[Diagnostic]) -> "ZooError":
-        """All faults of one text together, in the order of the text."""
-        ordered = sorted(diagnostics, key=lambda d: (d.place.line, d.place.column) if d.place else (0, 0))
+        """All faults of a text together, in the order of the text; those of another file after them."""
+        found = list(diagnostics)
+        files = list(dict.fromkeys(d.place.file for d in found if d.place))
+        ordered = sorted(
+            found,
+            key=lambda d: (
+                (files.index(d.place.file), d.place.line, d.place.column) if d.place else (-1, 0, 0)
+            ),
+        )
         error = cls(ordered[0].code, ordered[0].message)
         error.diagnostics = tuple(ordered)
         return error
@@ -156,6 +183,18 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
         word: What was written.
         candidates: What may be written.
     """
-    lowered = {c.lower(): c for c in candidates}
-    close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
+    word, lowered = word.lower(), {c.lower(): c for c in candidates}
+    slips = [candidate for candidate in lowered if _one_slip(word, candidate)]
+    close = difflib.get_close_matches(word, slips or lowered, n=1, cutoff=0 if slips else 0.6)
     return f"did you mean `{lowered[close[0]]}`?" if close else ""
+
+
+def _one_slip(one: str, other: str) -> bool:
+    """Whether they differ by a letter too many, too few, another, or two swapped; of short words difflib knows nothing."""
+    if abs(len(one) - len(other)) > 1:
+        return False
+    start = len(os.path.commonprefix([one, other]))
+    one, other = one[start:], other[start:]
+    end = len(os.path.commonprefix([one[::-1], other[::-1]]))
+    one, other = one[: len(one) - end], other[: len(other) - end]
+    return max(len(one), len(other)) <= 1 or (len(one) == 2 and one == other[::-1])

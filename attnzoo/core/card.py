@@ -159,6 +159,12 @@ class Card:
         powers = {"n": 1, "m": 1, "n²": 2, "m²": 2}
         return max(sum(powers.get(letter, 0) for letter in term.split()) for term in self.time.split("+"))
 
+    @property
+    def grows(self) -> str:
+        """How `time` grows with the number of tokens, for people: `O(n²)`."""
+        power = ("", "n", "n²", "n³", "n⁴")[self.growth]
+        return f"O({power} log n)" if "log(n)" in self.time else f"O({power or 1})"
+
 
 @dataclass(frozen=True)
 class FusionCard:

@@ -69,7 +69,7 @@ class Fusion(nn.Module, ABC):
         return [x] * self.arity
 
     @abstractmethod
-    def merge(self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*b n c"]) -> Float[Tensor, "*b n c"]:
+    def merge(self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*_ n _"]) -> Float[Tensor, "*_ n _"]:
         """One output from the branches' outputs.
 
         Args:
@@ -78,15 +78,15 @@ class Fusion(nn.Module, ABC):
         """
 
     def merge_from_first(
-        self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*b n c"]
-    ) -> Float[Tensor, "*b n c"]:
+        self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*_ n _"]
+    ) -> Float[Tensor, "*_ n _"]:
         """The merge reached from the first branch: a + γ (merge − a), γ = 0 at first."""
         first = branches[0]
         return first + self.gain * (self.merge(branches, x) - first)
 
     def forward(
-        self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*b n c"]
-    ) -> Float[Tensor, "*b n c"]:
+        self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*_ n _"]
+    ) -> Float[Tensor, "*_ n _"]:
         """`merge`, or `merge_from_first` with `start: identity`."""
         if self.start == "identity":
             return self.merge_from_first(branches, x) if self.arity > 1 else branches[0]

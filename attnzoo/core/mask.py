@@ -50,6 +50,20 @@ class Mask:
             allowed = allowed & part
         return allowed
 
+    def for_one_head(self) -> "Mask":
+        """This mask, once it is certain that it does not differ by head.
+
+        Raises:
+            UnsupportedMask: AZ402, when there are pairs for several heads.
+        """
+        if self.pairs is not None and self.pairs.shape[1] != 1:
+            raise UnsupportedMask(
+                "AZ402",
+                f"a mask for {self.pairs.shape[1]} heads was given to a mechanism with one head",
+                help="hand a mask of shape (b, 1, n, m)",
+            )
+        return self
+
     def only(self, *kinds: str) -> "Mask":
         """This mask, once it is certain that no other kind is set.
 

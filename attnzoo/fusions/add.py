@@ -6,6 +6,8 @@ Martínez-Marín et al., "Transformer Architecture Reconfiguration Using Heterog
 from functools import reduce
 from operator import add
 
+import torch
+
 from attnzoo.core import Fusion, FusionCard, Law, Paper
 
 
@@ -24,4 +26,4 @@ class Add(Fusion):
         return reduce(add, branches)
 
     def merge_from_first(self, branches, x):
-        return branches[0] + self.gain * reduce(add, branches[1:])
+        return torch.addcmul(branches[0], self.gain, reduce(add, branches[1:]))

@@ -12,7 +12,7 @@ class WeightedSum(Fusion):
     card = FusionCard(
         name="weighted_sum",
         summary="Sum of the branches with one learned weight each: Σ wᵢ sᵢ.",
-        laws={Law.SINGLE, Law.ADDITIVE, Law.IDENTITY_START, Law.TOKEN_LOCAL},
+        laws={Law.ADDITIVE, Law.IDENTITY_START, Law.TOKEN_LOCAL},
     )
 
     def __init__(self, site: Site, arity: int, *, start: Start = "free"):

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from attnzoo.errors import Diagnostic, RecipeError
+from attnzoo.errors import Diagnostic, Place, RecipeError, did_you_mean
 from attnzoo.recipe.faults import faults_of
 from attnzoo.recipe.schema import Recipe
-from attnzoo.recipe.source import Loc, Source, parse, read_text
+from attnzoo.recipe.source import MAX_FAULTS, Loc, Source, parse, read_text
 
 MAX_CHAIN = 8
 OWN = ("name", "summary", "expect", "extends")
@@ -51,27 +51,51 @@ def load(recipe: str | os.PathLike, edits: Sequence[str] = ()) -> Loaded:
         edits: Changes such as `attention.with.start=identity`, validated like the file.
 
     Raises:
-        RecipeError: AZ1xx with all faults of the text, AZ2xx when there is no recipe of that name.
+        RecipeError: AZ1xx with all faults of the text, and what else can be said of the parts that are sound;
+            AZ204 when there is no recipe of that name.
     """
-    text = os.fspath(recipe)
+    text, path = os.fsdecode(recipe), None
     if is_text(text):
-        source, stem = parse(text, "<recipe>"), ""
-        folder = None
+        source = parse(text, "<recipe>")
     else:
         path = find(text)
         shown = text if is_path(text) else str(path)
-        source, stem, folder = parse(read_text(path, shown), shown), path.stem, path.parent
-    _inherit(source, folder, [stem])
+        source = parse(read_text(path, shown), shown)
+    whole = _inherit(source, path, ())
     for edit in edits:
         _edit(source, edit)
-    recipe_, faults = _validate(source)
+    checked = _validate(source, whole)
     declared = source.tree.get("name") if isinstance(source.tree, dict) else None
-    if stem and isinstance(declared, str) and declared != stem:
-        faults.append(Diagnostic("AZ115", f"the recipe is called `{declared}`, its file `{stem}`",
-                                 source.value_place(("name",)), help=f"write `name: {stem}` or rename the file"))  # fmt: skip
-    if faults or recipe_ is None:
-        raise RecipeError.of(faults)
-    return Loaded(declared or stem or "recipe", recipe_, source, edited=bool(edits))
+    if path and isinstance(declared, str) and declared != path.stem:
+        place = source.value_place(("name",))
+        help = f"write `name: {path.stem}` or rename the file"
+        source.fault(
+            "AZ115", f"the recipe is called `{declared[:64]}`, its file `{path.stem}`", place, help=help
+        )
+    loaded = (
+        Loaded(declared or (path.stem if path else "recipe"), checked, source, bool(edits))
+        if checked
+        else None
+    )
+    if source.faults or loaded is None:
+        raise RecipeError.of(_with_others(source, loaded)[:MAX_FAULTS])
+    return loaded
+
+
+def _with_others(source: Source, loaded: Loaded | None) -> list[Diagnostic]:
+    """The faults of the text, and those of its names and options, which they must not hide."""
+    from attnzoo.recipe.resolve import look_over, resolve
+
+    others: Sequence[Diagnostic] = ()
+    if loaded is None:
+        others = look_over(source)
+    else:
+        try:
+            resolve(loaded)
+        except RecipeError as error:
+            others = error.diagnostics
+    places = {fault.place for fault in source.faults}
+    return [*source.faults, *(fault for fault in others if fault.place not in places)]
 
 
 def is_text(recipe: str) -> bool:
@@ -81,7 +105,7 @@ def is_text(recipe: str) -> bool:
 
 def is_path(recipe: str) -> bool:
     """Whether this names a file and not a recipe of the zoo."""
-    return recipe.endswith((".yaml", ".yml")) or os.sep in recipe and "\0" not in recipe and Path(recipe).exists()
+    return recipe.endswith((".yaml", ".yml")) or (os.sep in recipe and os.path.exists(recipe))
 
 
 def find(recipe: str) -> Path:
@@ -90,111 +114,175 @@ def find(recipe: str) -> Path:
     Raises:
         RecipeError: AZ204, when the zoo has no recipe of that name.
     """
-    from attnzoo.zoo import load_zoo
-
-    return Path(recipe) if is_path(recipe) else load_zoo().recipes.find(recipe).value
+    return Path(recipe) if is_path(recipe) else _named(recipe)
 
 
-def _validate(source: Source) -> tuple[Recipe | None, list[Diagnostic]]:
+def _validate(source: Source, whole: bool) -> Recipe | None:
+    """Hold a tree to the schema; what is wrong goes to the source's faults.
+
+    Args:
+        source: The tree.
+        whole: Whether all that it extends is there; otherwise nothing is said to be missing.
+    """
     if not isinstance(source.tree, dict):
         place = source.value_place(())
-        return None, [Diagnostic("AZ112", "a recipe must be a mapping (`key: value`)", place, help="begin with `recipe: 1`")]
+        source.fault(
+            "AZ112", "a recipe must be a mapping (`key: value`)", place, help="begin with `recipe: 1`"
+        )
+        return None
     try:
-        return Recipe.model_validate(source.tree), []
+        return Recipe.model_validate(source.tree)
     except ValidationError as error:
-        return None, faults_of(error, source)
+        known = {fault.place for fault in source.faults}  # what cannot be read is not measured as well
+        faults = [
+            fault for fault in faults_of(error, source) if fault.place not in known or fault.code == "AZ111"
+        ]
+        source.faults += [fault for fault in faults if whole or fault.code != "AZ111"]
+        return None
 
 
-def _inherit(source: Source, folder: Path | None, chain: list[str]) -> None:
-    """Work `extends` in: what this recipe does not say is taken from the other, with the places of the other."""
+def _inherit(source: Source, path: Path | None, chain: tuple[Path, ...]) -> bool:
+    """Work `extends` in: what this recipe does not say is taken from the other, with the places of the other.
+
+    Args:
+        source: The recipe.
+        path: Its file.
+        chain: The files that led here.
+
+    Returns:
+        Whether all that it extends could be had.
+    """
     tree = source.tree
     if not isinstance(tree, dict) or not isinstance(tree.get("extends"), str):
-        return
-    word, place = tree["extends"], source.value_place(("extends",))
-    if len(chain) > MAX_CHAIN:
-        raise RecipeError("AZ116", f"more than {MAX_CHAIN} recipes extend each other", place=place)
-    path = _other(word, folder, place)
-    if path.stem in chain:
-        raise RecipeError("AZ116", f"`{word}` extends itself: {' -> '.join([*chain, path.stem])}", place=place)
+        return True
+    place = source.value_place(("extends",))
     try:
-        other = parse(read_text(path, str(path)), str(path))
+        chain = (*chain, path.resolve()) if path else chain
+        file = _other(tree["extends"], path, chain, place)
+        other = parse(read_text(file, str(file)), str(file))
     except RecipeError as error:
-        if error.code == "AZ101":
-            raise RecipeError("AZ116", f"`extends: {word}` names no file that can be read", place=place,
-                              help="it must stand in the same folder, or be the name of a recipe of the zoo") from None  # fmt: skip
-        raise
-    _inherit(other, path.parent, [*chain, path.stem])
-    if isinstance(other.tree, dict):
-        for key in OWN:
-            other.tree.pop(key, None)
-        if isinstance(other.tree.get("host"), dict):
-            other.tree["host"].pop("registers", None)
-        _merge(source, other, ())
+        source.faults += error.diagnostics
+        return False
+    whole = _inherit(other, file, chain)
+    source.faults += other.faults
+    if not isinstance(other.tree, dict):
+        source.fault("AZ116", f"`{file.name}` holds no recipe", place)
+        return False
+    for key in OWN:
+        other.tree.pop(key, None)
+    if isinstance(other.tree.get("host"), dict):
+        other.tree["host"].pop("registers", None)
+    taken = _merge(tree, other.tree, ())
+    for table, extra in ((source.values, other.values), (source.keys, other.keys)):
+        table.update({loc: at for loc, at in extra.items() if any(loc[:n] in taken for n in (1, 2, 3))})
     del tree["extends"]
-    source.forget(("extends",))
+    return whole
 
 
-def _other(word: str, folder: Path | None, place) -> Path:
-    if any(c in word for c in "/\\\0") or word.startswith("."):
+def _other(word: str, path: Path | None, chain: tuple[Path, ...], place: Place) -> Path:
+    """The file that `extends` means.
+
+    Raises:
+        RecipeError: AZ116, AZ204.
+    """
+    if any(c in word for c in "/\\\0") or word.startswith(".") or not word:
         raise RecipeError("AZ116", f"`extends` takes a file of the same folder or a name, not `{word[:60]}`", place=place,
                           why="opening a recipe never reads outside its folder")  # fmt: skip
     if not word.endswith((".yaml", ".yml")):
-        from attnzoo.zoo import load_zoo
+        file = _named(word, place)
+    elif path is None:
+        raise RecipeError("AZ116", f"a recipe without a file has no folder to find `{word[:60]}` in", place=place,
+                          help="write the name of a recipe of the zoo, without `.yaml`")  # fmt: skip
+    else:
+        file = path.parent / word
+        if not os.path.isfile(file):
+            others = [p.name for p in path.parent.glob("*.y*ml") if p != path]
+            help = (
+                did_you_mean(word, others)
+                or "it must stand in the same folder, or be the name of a recipe of the zoo"
+            )
+            raise RecipeError(
+                "AZ116", f"`extends` names `{word[:60]}`, which is no file here", place=place, help=help
+            )
+        if file.resolve().parent != path.resolve().parent:
+            raise RecipeError("AZ116", f"`{word[:60]}` is a link out of its folder", place=place,
+                              why="opening a recipe never reads outside its folder")  # fmt: skip
+    if file.resolve() in chain:
+        names = " -> ".join(f"`{one.name}`" for one in (*chain, file))
+        raise RecipeError("AZ116", f"the recipes extend each other in a circle: {names}", place=place)
+    if len(chain) >= MAX_CHAIN:
+        raise RecipeError("AZ116", f"more than {MAX_CHAIN} recipes extend each other", place=place)
+    return file
 
-        return load_zoo().recipes.find(word, place).value
-    if folder is None:
-        raise RecipeError("AZ116", "a recipe without a file can only extend a recipe of the zoo by name", place=place)
-    path = folder / word
-    if path.is_symlink() and path.resolve().parent != folder.resolve():
-        raise RecipeError("AZ116", f"`{word}` is a link out of its folder", place=place)
-    return path
+
+def _named(word: str, place: Place | None = None) -> Path:
+    from attnzoo.zoo import load_zoo
+
+    return load_zoo().recipes.find(word, place).value
 
 
-def _merge(source: Source, other: Source, loc: Loc) -> None:
-    mine, theirs = _at(source.tree, loc), _at(other.tree, loc)
+def _merge(mine: dict, theirs: dict, loc: Loc) -> set[Loc]:
+    """Take what is not said; returns which spots were taken."""
+    taken: set[Loc] = set()
     for key, value in theirs.items():
-        spot = (*loc, key)
         if key not in mine:
             mine[key] = value
-            for table, extra in ((source.values, other.values), (source.keys, other.keys)):
-                table.update({k: p for k, p in extra.items() if k[: len(spot)] == spot})
+            taken.add((*loc, key))
         elif key in MERGED and isinstance(value, dict) and isinstance(mine[key], dict):
-            _merge(source, other, spot)
-
-
-def _at(tree: Any, loc: Loc) -> Any:
-    for step in loc:
-        tree = tree[step]
-    return tree
+            taken |= _merge(mine[key], value, (*loc, key))
+    return taken
 
 
 def _edit(source: Source, edit: str) -> None:
     """One `--set path=value`: the value is YAML, the path is keys and indices with dots."""
     path, equals, text = edit.partition("=")
-    steps = path.strip().split(".")
+    steps = path.split(".")
+    place = Place("--set", text=edit, width=len(path))
     if not equals or not all(steps):
-        raise RecipeError("AZ117", f"`{edit}` is no edit", help="write it as `attention.with.start=identity`")
-    value = parse(text if text.strip() else "null", f"--set {edit}")
+        source.fault(
+            "AZ117", f"`{edit[:60]}` is no edit", place, help="write it as `attention.with.start=identity`"
+        )
+        return
+    if steps[0] == "extends":
+        source.fault("AZ117", "`extends` cannot be set", place, help="give the other recipe instead")
+        return
+    try:
+        value = parse(text or "null", "--set", before=f"{path}=")
+    except RecipeError as error:
+        source.faults += error.diagnostics
+        return
+    source.faults += value.faults
+    here: Any = source.tree
     loc: Loc = ()
-    here = source.tree
-    for position, step in enumerate(steps):
-        last = position == len(steps) - 1
-        if isinstance(here, list):
-            if not step.isdigit() or int(step) >= len(here):
-                raise RecipeError("AZ117", f"`{'.'.join(steps[: position + 1])}`: there are entries 0 to {len(here) - 1}")
-            key: str | int = int(step)
-        elif isinstance(here, dict):
-            key = step
-            if not last and not isinstance(here.get(step), (dict, list)):
-                here[step] = {"use": here[step]} if isinstance(here.get(step), str) else {}  # a spec in short form
-        else:
-            raise RecipeError("AZ117", f"`{'.'.join(steps[:position])}` has nothing inside it to set")
+    column = 1
+    for step, last in zip(steps, [*[False] * (len(steps) - 1), True], strict=True):
+        at = Place("--set", 1, column, len(step), edit)
+        if isinstance(here, list) and not (step.isdecimal() and int(step) < len(here)):
+            there = f"has entries 0 to {len(here) - 1}" if here else "is an empty list"
+            source.fault("AZ117", f"`{'.'.join(map(str, loc))}` {there}; there is no `{step[:40]}`", at)
+            return
+        if not isinstance(here, (dict, list)):
+            what = f"`{'.'.join(map(str, loc))}`" if loc else "the recipe"
+            source.fault("AZ117", f"`{step[:40]}` cannot be set: {what} is no mapping and no list", at)
+            return
+        key: Any = int(step) if isinstance(here, list) else step
         loc = (*loc, key)
+        if isinstance(here, dict):
+            source.keys.setdefault(loc, at)
         if last:
             here[key] = value.tree
-            source.forget(loc)
-            for table, extra in ((source.values, value.values), (source.keys, value.keys)):
-                table.update({(*loc, *k): p for k, p in extra.items()})
-        else:
-            here = here[key]
-            source.values.setdefault(loc, value.values[()])
+            source.put(loc, value)
+            return
+        if isinstance(here, dict) and here.get(key) is None:
+            here[key] = {}
+            source.values[loc] = at
+        elif isinstance(here[key], str) and _holds_spec(loc):
+            here[key] = {"use": here[key]}
+            source.values[(*loc, "use")] = source.values[loc]
+        here = here[key]
+        column += len(step) + 1
+
+
+def _holds_spec(loc: Loc) -> bool:
+    """Whether a spec may stand there, which may be written as a plain name."""
+    return loc == ("attention",) or loc[-1] == "put" or (len(loc) > 1 and loc[-2] == "of")

@@ -5,21 +5,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import ValidationError
 
 from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Mechanism, MultiHead, Site, options_of
 from attnzoo.core.mechanism import fused_card
-from attnzoo.errors import Diagnostic, Place, RecipeError
+from attnzoo.errors import Diagnostic, Place, RecipeError, did_you_mean
 from attnzoo.hosts.demand import Demand, unmet
 from attnzoo.hosts.vision_transformer import Survey, site_of, survey
 from attnzoo.recipe.faults import faults_of
 from attnzoo.recipe.load import Loaded
-from attnzoo.recipe.schema import Fuse, Spec, Use
-from attnzoo.recipe.source import Loc, Source
-from attnzoo.zoo import Entry, Zoo, load_zoo
+from attnzoo.recipe.schema import FUSE, Fuse, Spec, Use, VitHost, spec_tag
+from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
+from attnzoo.zoo import Entry, Provider, Registry, Zoo, load_zoo
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ class Plan:
         if self.heads is not None:
             site = replace(site, heads=self.heads)
         if self.inside_heads:
-            with _blame(self):
+            with _blame(self.entry, self.place):
                 site.head_dim  # noqa: B018 - raises AZ308 when the heads do not divide the width
             return MultiHead(site, self._head(site))
         if not self.branches:
-            with _blame(self):
+            with _blame(self.entry, self.place):
                 return self.entry.value(site, **self.options)
         fusion = partial(_fusion, self)
         return Fused(site, fusion, [partial(_branch, branch) for branch in self.branches])
 
     def _head(self, site: Site) -> Head:
         if not self.branches:
-            with _blame(self):
+            with _blame(self.entry, self.place):
                 return self.entry.value(site, **self.options)
         return FusedHeads(site, partial(_fusion, self), [branch._head for branch in self.branches])
 
@@ -90,28 +90,28 @@ def _branch(plan: Plan, site: Site) -> Mechanism:
 
 
 def _fusion(plan: Plan, site: Site, arity: int) -> Fusion:
-    with _blame(plan):
+    with _blame(plan.entry, plan.place):
         type_ = cast(type[Fusion], plan.entry.value)
         type_.sites(site, arity)
         return type_(site, arity, **plan.options)
 
 
 @contextmanager
-def _blame(plan: Plan) -> Iterator[None]:
+def _blame(entry: Entry, place: Place) -> Iterator[None]:
     """Faults raised while a part is built get the place of its name; what is no fault of ours becomes one of the part."""
     try:
         yield
     except RecipeError as error:
-        raise RecipeError.of([d if d.place else replace(d, place=plan.place) for d in error.diagnostics]) from None
+        raise RecipeError.of([d if d.place else replace(d, place=place) for d in error.diagnostics]) from None
     except Exception as error:
-        if plan.entry.plugin == "attnzoo":
+        if entry.plugin == "attnzoo":
             raise
         text = str(error).splitlines()[0] if str(error) else ""
         raise RecipeError(
             "AZ215",
-            f"`{plan.entry.full_name}` cannot be built: {type(error).__name__}: {text}",
-            place=plan.place,
-            help=f"this is a fault of the plugin; `attnzoo check {plan.entry.full_name}` shows more",
+            f"`{entry.full_name}` cannot be built: {type(error).__name__}: {text}",
+            place=place,
+            help=f"this is a fault of the plugin; `attnzoo check {entry.full_name}` shows more",
         ) from error
 
 
@@ -139,7 +139,9 @@ class Composition:
         return all(plan.starts_as_softmax() for plan in self.plans.values())
 
 
-def resolve(loaded: Loaded, arguments: Mapping[str, Any] | None = None, zoo: Zoo | None = None) -> Composition:
+def resolve(
+    loaded: Loaded, arguments: Mapping[str, Any] | None = None, zoo: Zoo | None = None
+) -> Composition:
     """Check a recipe against the zoo and its host.
 
     Args:
@@ -153,15 +155,15 @@ def resolve(loaded: Loaded, arguments: Mapping[str, Any] | None = None, zoo: Zoo
     recipe, source = loaded.recipe, loaded.source
     planner = _Planner(zoo or load_zoo(), source)
     main = planner.plan(recipe.attention, ("attention",))
-    puts = [planner.plan(override.put, ("overrides", i, "put")) for i, override in enumerate(recipe.overrides)]
-    faults = planner.faults
+    puts = [
+        planner.plan(override.put, ("overrides", i, "put")) for i, override in enumerate(recipe.overrides)
+    ]
     wanted = {**recipe.host.model.model_dump(exclude_unset=True, exclude_none=True), **(arguments or {})}
+    faults = planner.faults
     try:
-        seen = survey(recipe.host.base, wanted)
+        seen = _survey(recipe.host.base, wanted, source)
     except RecipeError as error:
-        loc: Loc = ("host", "base") if error.code in ("AZ301", "AZ310") else ("host", "model")
-        place = source.value_place(loc if loc in source.values else ("host",))
-        raise RecipeError.of([*faults, *(replace(d, place=place) for d in error.diagnostics)]) from None
+        raise RecipeError.of([*faults, *error.diagnostics]) from None
     plans = dict.fromkeys(seen.sites(), main)
     for i, override in enumerate(recipe.overrides):
         names = fnmatch.filter(plans, override.at)
@@ -173,8 +175,62 @@ def resolve(loaded: Loaded, arguments: Mapping[str, Any] | None = None, zoo: Zoo
     faults += _misfits(plans, seen)
     if faults:
         unique = {(d.code, d.message, d.place): d for d in faults}
-        raise RecipeError.of(unique.values())
+        raise RecipeError.of(list(unique.values())[:MAX_FAULTS])
     return Composition(loaded, seen, cast(dict[str, Plan], plans))
+
+
+def look_over(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
+    """What is wrong beyond the schema in a tree that does not fit it: unknown names, bad options, a base that is none.
+
+    Only what is sound on its own is judged, so that one mistake is not reported twice.
+
+    Args:
+        source: The recipe.
+        zoo: Where names are looked up; the installed plugins when None.
+    """
+    planner = _Planner(zoo or load_zoo(), source)
+    tree = source.tree if isinstance(source.tree, dict) else {}
+    planner.look(tree.get("attention"), ("attention",))
+    overrides = tree.get("overrides")
+    for i, override in enumerate(overrides if isinstance(overrides, list) else ()):
+        if isinstance(override, dict):
+            planner.look(override.get("put"), ("overrides", i, "put"))
+    try:
+        host = VitHost.model_validate(tree.get("host"))
+        wanted = host.model.model_dump(exclude_unset=True, exclude_none=True)
+    except ValidationError as error:
+        spots = {item["loc"][:1] for item in error.errors(include_url=False)}
+        if spots & {(), ("base",)}:
+            return planner.faults
+        host, wanted = VitHost(kind="vit", **{k: v for k, v in tree["host"].items() if k == "base"}), {}
+    try:
+        _survey(host.base, wanted, source)
+    except RecipeError as error:
+        planner.faults += error.diagnostics
+    return planner.faults
+
+
+def _survey(base: str, arguments: Mapping[str, Any], source: Source) -> Survey:
+    """The base, or faults with their places."""
+    try:
+        try:
+            return survey(base, arguments)
+        except RecipeError as error:
+            if error.code == "AZ309" and arguments:
+                plain = survey(
+                    base, {}
+                )  # what is no host at all takes other arguments: say the first, not the second
+                dim, heads = arguments.get("embed_dim", plain.dim), arguments.get("num_heads", plain.heads)
+                Site("blocks.0", dim, heads, plain.layout).head_dim  # noqa: B018 - AZ308 has both numbers
+            raise
+    except RecipeError as error:
+        loc: Loc = ("host", "base") if error.code in ("AZ301", "AZ310") else ("host", "model")
+        if error.code == "AZ308":
+            loc = next(
+                (spot for key in ("num_heads", "embed_dim") if (spot := (*loc, key)) in source.values), loc
+            )
+        place = source.value_place(loc) if loc in source.values else source.key_place(("host",))
+        raise RecipeError.of([replace(d, place=place) for d in error.diagnostics]) from None
 
 
 def _misfits(plans: Mapping[str, Plan | None], seen: Survey) -> list[Diagnostic]:
@@ -212,34 +268,44 @@ class _Planner:
     def plan(self, spec: Spec, loc: Loc) -> Plan | None:
         return self.use(spec, loc) if isinstance(spec, Use) else self.fuse(spec, loc)
 
-    def name_place(self, loc: Loc, key: str) -> Place:
-        return self.source.value_place((*loc, key) if (*loc, key) in self.source.values else loc)
+    def look(self, spec: Any, loc: Loc) -> None:
+        """Names and options of a spec that may be malformed, and of those inside it."""
+        spec = {"use": spec} if isinstance(spec, str) else spec
+        if not isinstance(spec, dict):
+            return
+        key: Literal["use", "fuse"] = "fuse" if spec_tag(spec) == FUSE else "use"
+        name, given, branches = spec.get(key), spec.get("with", {}), spec.get("of")
+        if isinstance(name, str) and name:
+            self.part(key, name, given if isinstance(given, dict) else {}, loc)
+        for i, inner in enumerate(branches if isinstance(branches, list) else ()):
+            self.look(inner, (*loc, "of", i))
 
     def use(self, spec: Use, loc: Loc) -> Plan | None:
-        place = self.name_place(loc, "use")
-        entry = self.find(self.zoo.mechanisms, spec.use, place, self.zoo.fusions, "`fuse: {}` with `of: [...]`")
-        if entry is None:
+        part = self.part("use", spec.use, spec.with_, loc)
+        if part is None:
             return None
-        options = self.options(entry, spec.with_, loc)
-        if options is None:
+        entry, options, place = part
+        try:
+            with _blame(entry, place):
+                card = entry.value.claims(**options)
+        except RecipeError as error:
+            self.faults += error.diagnostics
             return None
-        inside = issubclass(entry.value, Head)
-        return Plan(entry, options, entry.value.claims(**options), inside, spec.heads, (), place)
+        return Plan(entry, options, card, issubclass(entry.value, Head), spec.heads, (), place)
 
     def fuse(self, spec: Fuse, loc: Loc) -> Plan | None:
-        place = self.name_place(loc, "fuse")
-        entry = self.find(self.zoo.fusions, spec.fuse, place, self.zoo.mechanisms, "`use: {}`")
+        part = self.part("fuse", spec.fuse, spec.with_, loc)
         branches = [self.plan(inner, (*loc, "of", i)) for i, inner in enumerate(spec.of)]
-        options = self.options(entry, spec.with_, loc) if entry is not None else None
-        if entry is None or options is None or any(branch is None for branch in branches):
+        if part is None or any(branch is None for branch in branches):
             return None
+        entry, options, place = part
         known = cast(list[Plan], branches)
         on_tokens = [branch for branch in known if not branch.inside_heads]
         inside = spec.level == "heads" or (spec.level is None and not on_tokens)
         if inside and on_tokens:
             names = ", ".join(f"`{branch.entry.name}`" for branch in on_tokens)
             self.fault("AZ303", f"{names} cannot be fused inside the heads", on_tokens[0].place,
-                       why="it has projections of its own, so it works on tokens", help="write `level: tokens`")  # fmt: skip
+                       why="what has projections of its own works on tokens", help="write `level: tokens`")  # fmt: skip
             return None
         own = [branch for branch in known if branch.heads is not None] if inside else []
         for branch in own:
@@ -249,37 +315,61 @@ class _Planner:
         card = fused_card(entry.value.card, [branch.card for branch in known])
         return None if own else Plan(entry, options, card, inside, spec.heads, tuple(known), place)
 
-    def find(self, registry, name: str, place: Place, other, instead: str) -> Entry | None:
-        """The entry, or a fault; a name of the other kind gets its own hint."""
+    def part(
+        self, key: Literal["use", "fuse"], name: str, given: Mapping[str, Any], loc: Loc
+    ) -> tuple[Entry, dict[str, Any], Place] | None:
+        """A mechanism or fusion with its options and the place of its name, or a fault."""
+        if len(self.faults) >= MAX_FAULTS:
+            return None
+        spot = (*loc, key)
+        place = self.source.value_place(spot if spot in self.source.values else loc)
+        entry = self.find(key, name, place)
+        if entry is None:
+            return None
+        schema = options_of(entry.value)
+        try:
+            checked = schema.model_validate(dict(given))
+        except ValidationError as error:
+            self.faults += faults_of(error, self.source, schema, (*loc, "with"), entry.name)
+            return None
+        return entry, {name: getattr(checked, name) for name in given}, place
+
+    def find(self, key: Literal["use", "fuse"], name: str, place: Place) -> Entry | None:
+        """The entry, or a fault; a name of the other kind, or of a plugin that is not there, gets its own hint."""
+        registry: Registry = self.zoo.mechanisms if key == "use" else self.zoo.fusions
+        other: Registry = self.zoo.fusions if key == "use" else self.zoo.mechanisms
         try:
             return registry.find(name, place)
         except RecipeError as error:
+            plugin, slash, _ = name.partition("/")
+            provider = next((provider for provider in self.zoo.providers if provider.name == plugin), None)
             if name in other:
-                self.fault("AZ203", f"`{name}` is a {other.kind}, not a {registry.kind}", place,
-                           help=f"write {instead.format(name)}")  # fmt: skip
+                instead = f"fuse: {name}` with `of: [...]" if key == "use" else f"use: {name}"
+                self.fault(
+                    "AZ203",
+                    f"`{name}` is a {other.kind}, not a {registry.kind}",
+                    place,
+                    help=f"write `{instead}`",
+                )
+            elif slash and (provider is None or provider.status != "loaded"):
+                self.absent(name, plugin, provider, place)
             else:
                 self.faults += error.diagnostics
             return None
 
-    def options(self, entry: Entry, given: Mapping[str, Any], loc: Loc) -> dict[str, Any] | None:
-        try:
-            checked = options_of(entry.value).model_validate(dict(given))
-        except ValidationError as error:
-            faults = faults_of(error, self.source, (*loc, "with"), entry.name)
-            self.faults += [self.hinted(fault, entry) for fault in faults]
-            return None
-        return {name: getattr(checked, name) for name in given}
-
-    def hinted(self, fault: Diagnostic, entry: Entry) -> Diagnostic:
-        """For an unknown option: which one was meant."""
-        if fault.code != "AZ210":
-            return fault
-        from attnzoo.errors import did_you_mean
-
-        names = list(options_of(entry.value).model_fields)
-        key = fault.message.rsplit("`", 2)[1]
-        hint = did_you_mean(key, names) or (f"its options are {', '.join(names)}" if names else "it has none")
-        return replace(fault, help=hint)
+    def absent(self, name: str, plugin: str, provider: Provider | None, place: Place) -> None:
+        """A name of a plugin that is not installed, switched off or broken."""
+        names = [provider.name for provider in self.zoo.providers]
+        if provider is None:
+            what = "which is not installed"
+            shown = ", ".join(f"`{name}`" for name in names)
+            help = did_you_mean(plugin, names) or f"`pip install attnzoo-{plugin}`; installed are {shown}"
+        else:
+            what = (
+                "which is switched off" if provider.status == "switched off" else "which could not be loaded"
+            )
+            help = "`attnzoo plugins` says why"
+        self.fault("AZ205", f"`{name}` belongs to the plugin `{plugin}`, {what}", place, help=help)
 
     def fault(self, code: str, message: str, place: Place, why: str = "", help: str = "") -> None:
         self.faults.append(Diagnostic(code, message, place, why, help))

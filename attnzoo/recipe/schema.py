@@ -1,21 +1,31 @@
 """What a recipe may say. Data only: names from the zoo, never import paths, nothing is evaluated."""
 
-import re
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+VERSION = 1
+"""Version of the format; `recipe:` says for which one a recipe was written."""
 MAX_BRANCHES = 16
+USE, FUSE = "(use)", "(fuse)"
+"""Tags of the two kinds of spec, which cannot be mistaken for keys."""
 
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
-Part = Annotated[str, Field(pattern=r"^([a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}/)?[a-z][a-z0-9_]{0,63}$", max_length=130)]
+# A text beside a Field says in words what is wanted, where its limits would not.
+Name = Annotated[
+    str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$"), "a name of a-z, 0-9 and _ that begins with a letter"
+]  # fmt: skip
+Part = Annotated[str, Field(min_length=1, max_length=130), "the name of a part of the zoo"]
+Base = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,100}$"), "the name of a timm model, without a tag"]
 Text = Annotated[str, Field(max_length=1000)]
+Line = Annotated[str, Field(pattern=r"^[^\n]{0,1000}\n?$"), "one line of at most 1000 characters"]
+Heads = Annotated[int, Field(ge=1, le=1024)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), populate_by_name=True
+    )
 
 
 class Use(_Strict):
@@ -23,7 +33,7 @@ class Use(_Strict):
 
     use: Part = Field(description="Name of a mechanism, or plugin/name.")
     with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Its options.")
-    heads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="Heads, instead of the host's number.")
+    heads: Heads | None = Field(None, description="Heads, instead of the host's number.")
 
     @model_validator(mode="before")
     @classmethod
@@ -37,25 +47,25 @@ class Fuse(_Strict):
     fuse: Part = Field(description="Name of a fusion, or plugin/name.")
     of: list["Spec"] = Field(min_length=1, max_length=MAX_BRANCHES, description="The branches.")
     with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Options of the fusion.")
-    heads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="Heads, instead of the host's number.")
+    heads: Heads | None = Field(None, description="Heads, instead of the host's number.")
     level: Literal["heads", "tokens"] | None = Field(
         None, description="Where branches meet; inside the heads when all of them can, unless said otherwise."
     )
 
 
 def spec_tag(value: Any) -> str | None:
-    """Which kind of spec a raw value means to be; the tags cannot be mistaken for keys."""
+    """Which kind of spec a raw value means to be, by its tag."""
     if isinstance(value, (str, Use)):
-        return "(use)"
+        return USE
     if isinstance(value, Fuse):
-        return "(fuse)"
+        return FUSE
     if isinstance(value, dict):
-        return "(fuse)" if "fuse" in value or "of" in value else "(use)" if "use" in value else None
+        return FUSE if "fuse" in value or "of" in value else USE if "use" in value else None
     return None
 
 
 Spec = Annotated[
-    Union[Annotated[Use, Tag("(use)")], Annotated[Fuse, Tag("(fuse)")]],  # noqa: UP007 - a union of forward references
+    Union[Annotated[Use, Tag(USE)], Annotated[Fuse, Tag(FUSE)]],  # noqa: UP007 - a union of forward references
     Discriminator(spec_tag, custom_error_type="spec", custom_error_message="neither `use` nor `fuse`"),
 ]
 Fuse.model_rebuild()
@@ -74,7 +84,7 @@ class VitModel(_Strict):
     global_pool: Literal["", "avg", "avgmax", "max", "token", "map", "prr"] | None = None
     embed_dim: Annotated[int, Field(ge=1, le=8192)] | None = None
     depth: Annotated[int, Field(ge=1, le=96)] | None = None
-    num_heads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    num_heads: Heads | None = None
     mlp_ratio: Annotated[float, Field(gt=0, le=64)] | None = None
     qkv_bias: bool | None = None
     qk_norm: bool | None = None
@@ -105,14 +115,18 @@ class VitHost(_Strict):
     """A timm backbone built on `VisionTransformer`."""
 
     kind: Literal["vit"]
-    base: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,100}$")] = Field(
-        "vit_base_patch16_224", description="Any timm model built on VisionTransformer; its arguments are the defaults."
+    base: Base = Field(
+        "vit_base_patch16_224",
+        description="Any timm model built on VisionTransformer; its arguments are the defaults.",
     )
     model: VitModel = Field(default_factory=VitModel, description="Arguments that differ from the base's.")
     init: Literal["timm", "normal"] = Field(
-        "timm", description="timm's initialisation, or N(0, 0.02²) for all weights and tokens and 0 for all biases."
+        "timm",
+        description="timm's initialisation, or N(0, 0.02²) for all weights and tokens and 0 for all biases.",
     )
-    mean: Channels | None = Field(None, description="Mean of the pictures by channel, of 1; the base's otherwise.")
+    mean: Channels | None = Field(
+        None, description="Mean of the pictures by channel, of 1; the base's otherwise."
+    )
     std: Channels | None = Field(None, description="Standard deviation of the pictures by channel, of 1.")
     registers: Name | None = Field(None, description="Name under which timm.create_model knows the model.")
 
@@ -120,7 +134,9 @@ class VitHost(_Strict):
 class Override(_Strict):
     """Something else at some sites. Later entries win."""
 
-    at: Annotated[str, Field(min_length=1, max_length=100)] = Field(description="A glob over site names: blocks.*")
+    at: Annotated[str, Field(min_length=1, max_length=100)] = Field(
+        description="A glob over site names: blocks.*"
+    )
     put: Spec = Field(description="What is put there.")
 
 
@@ -135,17 +151,12 @@ class Recipe(_Strict):
 
     recipe: Literal[1] = Field(description="Version of this format.")
     name: Name | None = Field(None, description="The file's stem.")
-    summary: Text = Field("", description="One line.")
+    summary: Line = Field("", description="One line.")
     source: Text = Field("", description="Paper, with sections.")
     extends: Text | None = Field(None, description="A recipe whose parts hold where this one says nothing.")
     host: VitHost = Field(description="The model that is composed.")
     attention: Spec = Field(description="What is put at every site ...")
-    overrides: list[Override] = Field(default_factory=list, max_length=256, description="... except where these say.")
+    overrides: list[Override] = Field(
+        default_factory=list, max_length=256, description="... except where these say."
+    )
     expect: Expect = Field(default_factory=Expect, description="What must come out.")
-
-    @field_validator("summary", "source")
-    @classmethod
-    def _one_line(cls, value: str) -> str:
-        if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", value):
-            raise PydanticCustomError("control", "control characters")
-        return value

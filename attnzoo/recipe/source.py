@@ -2,7 +2,7 @@
 
 The reader is our own, on PyYAML's events, because `yaml.safe_load` accepts duplicate keys, reads `no` as false and
 `1e-3` as text, and lets a few bytes grow into gigabytes. Scalars are those of YAML 1.2; anchors, aliases, tags, second
-documents and everything oversized are refused.
+documents and everything oversized are refused. Faults that leave the rest readable are gathered and do not stop it.
 """
 
 import math
@@ -21,12 +21,49 @@ from attnzoo.errors import Diagnostic, Place, RecipeError
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 32
 MAX_NODES = 10_000
+MAX_FAULTS = 20
+"""So many are reported at once."""
 Loc = tuple[str | int, ...]
 """Where a value is in the tree: keys and indices from the top."""
 
 _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
+)
+"""Characters that do not show, or change how others show: controls, line separators, changes of direction."""
+_SYNTAX = (
+    ("\\t", "a tab stands where only spaces may", "YAML is indented with spaces"),
+    (
+        "mapping values are not allowed",
+        "a `:` where no key can stand",
+        "quote text that holds `: `, or mend the indentation",
+    ),
+    ("expected ':'", "a key without `:`", "write `key: value`"),
+    (
+        "expected <block end>",
+        "this does not line up with what is above",
+        "indent all entries of a list or mapping alike",
+    ),
+    (
+        "expected the node content",
+        "a value is missing",
+        "write one, or quote a text that begins with a special character",
+    ),
+    (
+        "expected ',' or",
+        "a comma or a closing bracket is missing",
+        "separate entries by `, ` and close every bracket",
+    ),
+    ("unexpected end of stream", "a quote is not closed", "close every quote"),
+    ("unexpected document separator", "a quote is not closed", "close every quote"),
+    ("cannot start any token", "no value can begin with this character", "put the text in quotes"),
+    ("escape", "an escape that YAML does not know", "write the text in single quotes"),
+    ("hexadecimal", "an escape that YAML does not know", "write the text in single quotes"),
+)
+"""What PyYAML says, what we say, what to do."""
 
 
 @dataclass
@@ -38,12 +75,14 @@ class Source:
         tree: Dicts, lists and scalars.
         values: Place of each value.
         keys: Place of each key.
+        faults: What is wrong with it, as far as it could be read all the same.
     """
 
     file: str
     tree: Any = None
     values: dict[Loc, Place] = field(default_factory=dict)
     keys: dict[Loc, Place] = field(default_factory=dict)
+    faults: list[Diagnostic] = field(default_factory=list)
 
     def value_place(self, loc: Loc) -> Place:
         """The place of the value there, or of the nearest one around it."""
@@ -55,11 +94,16 @@ class Source:
         """The place of the key there; of the value where there is no key."""
         return self.keys.get(loc) or self.value_place(loc)
 
-    def forget(self, loc: Loc) -> None:
-        """Drop the places at and below a spot, because another value takes it."""
-        for table in (self.values, self.keys):
-            for known in [k for k in table if k[: len(loc)] == loc]:
+    def fault(self, code: str, message: str, place: Place, why: str = "", help: str = "") -> None:
+        """Note a fault and go on."""
+        self.faults.append(Diagnostic(code, message, place, why, help))
+
+    def put(self, loc: Loc, other: "Source") -> None:
+        """Take the places of another text for a spot and what is below it; its value is now the other's tree."""
+        for table, extra in ((self.values, other.values), (self.keys, other.keys)):
+            for known in [k for k in table if k[: len(loc)] == loc and (k != loc or table is self.values)]:
                 del table[known]
+            table.update({(*loc, *k): place for k, place in extra.items()})
 
 
 def read_text(path: Path, shown: str) -> str:
@@ -70,22 +114,25 @@ def read_text(path: Path, shown: str) -> str:
         shown: Its name for faults.
 
     Raises:
-        RecipeError: AZ101 not a readable file, AZ102 too large, AZ103 not UTF-8, AZ104 control characters.
+        RecipeError: AZ101 not a readable file, AZ102 too large, AZ103 not UTF-8.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not make us wait
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = (getattr(error, "strerror", None) or "this cannot be the name of a file").lower()
         raise RecipeError(
             "AZ101",
-            f"cannot read `{shown}`: {(error.strerror or 'unreadable').lower()}",
+            f"cannot read `{shown[:200]}`: {reason}",
             help="`attnzoo list recipes` shows the recipes that can be called by name",
         ) from None
-    with os.fdopen(handle, "rb") as stream:
-        info = os.fstat(stream.fileno())
+    try:
+        info = os.fstat(handle)
         if not stat.S_ISREG(info.st_mode):
-            what = "a folder" if stat.S_ISDIR(info.st_mode) else "no regular file"
+            what = "a folder" if stat.S_ISDIR(info.st_mode) else "not a regular file"
             raise RecipeError("AZ101", f"cannot read `{shown}`: it is {what}", help="name a YAML file")
-        data = stream.read(MAX_BYTES + 1)
+        data = os.read(handle, MAX_BYTES + 1)
+    finally:
+        os.close(handle)
     if len(data) > MAX_BYTES:
         raise RecipeError(
             "AZ102",
@@ -94,167 +141,197 @@ def read_text(path: Path, shown: str) -> str:
             help="a recipe is a page of YAML; is this the right file?",
         )
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        before = data[: error.start]
-        line, column = before.count(b"\n") + 1, len(before) - (before.rfind(b"\n") + 1) + 1
+        before = data.removeprefix(b"\xef\xbb\xbf")[: error.start].decode()
+        utf16 = "this looks like UTF-16; " if data.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
         raise RecipeError(
             "AZ103",
-            f"byte {error.start + 1} (0x{data[error.start]:02x}) is not UTF-8",
-            place=Place(shown, line, column),
-            help="save the file as UTF-8",
+            f"byte {error.start + 1} (0x{error.object[error.start]:02x}) is not UTF-8",
+            place=Place(shown, before.count("\n") + 1, len(before) - before.rfind("\n")),
+            help=f"{utf16}save the file as UTF-8",
         ) from None
-    return text
 
 
-def parse(text: str, file: str) -> Source:
-    """The tree and the places of a text.
+def parse(text: str, file: str, before: str = "") -> Source:
+    """The tree and the places of a text; what is wrong but does not end the reading is in its `faults`.
 
     Args:
         text: YAML.
         file: Its name, for faults.
+        before: What stands in front of the text on its first line, for faults.
 
     Raises:
-        RecipeError: AZ102, AZ104 to AZ109; duplicate keys, anchors and the like are all reported together.
+        RecipeError: AZ102, AZ104, AZ105, AZ107 to AZ109, AZ111: what ends the reading.
     """
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        raise RecipeError("AZ102", f"a recipe has at most {MAX_BYTES:,} bytes", place=Place(file))
-    reader = _Reader(text, file)
-    reader.read()
-    if reader.faults:
-        raise RecipeError.of(reader.faults[:20])
-    return reader.source
+    text = text.removeprefix("\ufeff")
+    if (size := len(text.encode("utf-8", "surrogatepass"))) > MAX_BYTES:
+        raise RecipeError(
+            "AZ102", f"the recipe has {size:,} bytes; a recipe has at most {MAX_BYTES:,}", place=Place(file)
+        )
+    return _Reader(text, file, before).read()
 
 
 class _Reader:
-    """Builds a `Source` from PyYAML's events, without recursion in the parser's own stack."""
+    """Builds a `Source` from PyYAML's events, never deeper than `MAX_DEPTH`."""
 
-    def __init__(self, text: str, file: str):
-        self.lines = text.split("\n")
-        self.text, self.file = text, file
+    def __init__(self, text: str, file: str, before: str):
+        self.lines = re.split("\r\n|\r|\n", before + text)
+        self.text = " " * len(before) + text
         self.source = Source(file)
-        self.faults: list[Diagnostic] = []
         self.nodes = 0
 
     def place(self, mark: Any, end: Any = None) -> Place:
         """A mark of PyYAML, which counts from 0, as a place."""
-        line = self.lines[mark.line].rstrip("\r") if mark.line < len(self.lines) else ""
+        line = self.lines[mark.line] if mark.line < len(self.lines) else ""
         width = end.column - mark.column if end is not None and end.line == mark.line else 1
-        return Place(self.file, mark.line + 1, mark.column + 1, max(1, width), line)
-
-    def fault(self, code: str, message: str, place: Place, why: str = "", help: str = "") -> None:
-        self.faults.append(Diagnostic(code, message, place, why, help))
+        return Place(self.source.file, mark.line + 1, mark.column + 1, max(1, width), line)
 
     def fail(self, code: str, message: str, place: Place, why: str = "", help: str = "") -> RecipeError:
-        self.fault(code, message, place, why, help)
-        return RecipeError.of(self.faults)
+        """The faults so far and a last one, to be raised."""
+        return RecipeError.of(
+            [*self.source.faults[: MAX_FAULTS - 1], Diagnostic(code, message, place, why, help)]
+        )
 
-    def read(self) -> None:
+    def read(self) -> Source:
+        """The whole text."""
         for number, line in enumerate(self.lines, start=1):
-            bad = next((i for i, c in enumerate(line) if ord(c) < 32 and c not in "\t\r" or c == "\x7f"), None)
-            if bad is not None:
+            if bad := _UNSEEN.search(line):
+                place = Place(self.source.file, number, bad.start() + 1, 1, line)
+                message = f"the character U+{ord(bad[0]):04X} does not show"
                 raise self.fail(
-                    "AZ104",
-                    f"control character U+{ord(line[bad]):04X}",
-                    Place(self.file, number, bad + 1, 1, line),
-                    help="a recipe is plain text; is this the right file?",
+                    "AZ104", message, place, help="a recipe is plain text; is this the right file?"
                 )
-        events = yaml.parse(self.text, Loader=yaml.SafeLoader)
         try:
-            self.document(events)
+            self.document(yaml.parse(self.text, Loader=yaml.SafeLoader))
         except yaml.YAMLError as error:
             raise self.syntax(error) from None
-        except RecursionError:
-            raise self.fail("AZ108", f"more than {MAX_DEPTH} levels deep", Place(self.file)) from None
+        return self.source
 
     def syntax(self, error: yaml.YAMLError) -> RecipeError:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        """PyYAML's complaint in our words."""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        place = self.place(mark) if mark else Place(self.file)
-        help = "quote text that holds `: `, `#` or brackets; indent with spaces"
-        if "\\t" in problem or "\t" in place.text[: place.column]:
-            problem, help = "a tab where only spaces may stand", "YAML is indented with spaces"
-        return self.fail("AZ105", f"this is not YAML: {problem}", place, help=help)
+        mark, context = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
+        plain, help = next(
+            ((plain, help) for theirs, plain, help in _SYNTAX if theirs in problem), (problem, "")
+        )
+        if context and ("not closed" in plain or "closing bracket" in plain):
+            mark = context  # where the quote or bracket was opened
+        place = self.place(mark) if mark else Place(self.source.file)
+        if "\t" in place.text[: place.column] and not place.text[: place.column].strip():
+            _, plain, help = _SYNTAX[0]
+        return self.fail("AZ105", f"this is not YAML: {plain}", place, help=help)
 
-    def document(self, events: Iterator[yaml.Event]) -> None:
+    def document(self, events: Iterator[Any]) -> None:
+        """The one document."""
         for event in events:
-            if isinstance(event, (yaml.StreamStartEvent, yaml.DocumentStartEvent, yaml.DocumentEndEvent)):
-                if isinstance(event, yaml.DocumentStartEvent) and self.nodes:
-                    raise self.fail(
-                        "AZ107", "a second document begins", self.place(event.start_mark), help="one recipe per file"
-                    )
-            elif isinstance(event, yaml.StreamEndEvent):
-                break
-            else:
+            if isinstance(event, yaml.DocumentStartEvent) and self.nodes:
+                place = self.place(event.start_mark, event.end_mark)
+                raise self.fail(
+                    "AZ107", "a second document begins here", place, help="write one recipe per file"
+                )
+            if isinstance(event, yaml.NodeEvent):
                 self.source.tree = self.node(event, events, (), 1)
         if not self.nodes:
-            raise self.fail("AZ111", "the recipe is empty", Place(self.file), help="`attnzoo new recipe NAME` writes one")
+            place = Place(self.source.file)
+            raise self.fail(
+                "AZ111", "the recipe is empty", place, help="`attnzoo new recipe NAME` writes one"
+            )
 
-    def node(self, event: Any, events: Iterator[yaml.Event], loc: Loc, depth: int) -> Any:
-        place = self.place(event.start_mark, event.end_mark)
-        self.source.values[loc] = place
+    def node(self, event: Any, events: Iterator[Any], loc: Loc, depth: int) -> Any:
+        """One value and all that is in it."""
+        place = self.source.values[loc] = self.place(event.start_mark, event.end_mark)
         self.nodes += 1
         if self.nodes > MAX_NODES:
-            raise self.fail("AZ108", f"more than {MAX_NODES:,} values", place, help="a recipe is a page of YAML")
+            raise self.fail(
+                "AZ108", f"there are more than {MAX_NODES:,} values", place, help="a recipe is a page of YAML"
+            )
         if depth > MAX_DEPTH:
-            raise self.fail("AZ108", f"more than {MAX_DEPTH} levels deep", place, help="nest less")
-        if isinstance(event, yaml.AliasEvent):
-            self.fault("AZ107", "aliases (`*name`) are not allowed", place, help="write the value out")
-            return None
-        if event.anchor:
-            self.fault("AZ107", "anchors (`&name`) are not allowed", place, help="write the value out where it is used")
-        if event.tag is not None and event.tag != "!":
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            self.fault("AZ107", f"tags (`{tag}`) are not allowed", place, why="a recipe is data: it never makes objects")
+            raise self.fail("AZ108", f"this is more than {MAX_DEPTH} levels deep", place, help="nest less")
+        self.refuse(event, place)
         if isinstance(event, yaml.ScalarEvent):
             return self.scalar(event, place)
         if isinstance(event, yaml.SequenceStartEvent):
             items: list[Any] = []
-            for inner in events:
-                if isinstance(inner, yaml.SequenceEndEvent):
-                    break
+            while not isinstance(inner := next(events), yaml.SequenceEndEvent):
                 items.append(self.node(inner, events, (*loc, len(items)), depth + 1))
             return items
-        return self.mapping(events, loc, depth)
+        return self.mapping(events, loc, depth) if isinstance(event, yaml.MappingStartEvent) else None
 
-    def mapping(self, events: Iterator[yaml.Event], loc: Loc, depth: int) -> dict[str, Any]:
+    def refuse(self, event: Any, place: Place) -> None:
+        """Note what makes a node more than data."""
+        tag = getattr(event, "tag", None)
+        if isinstance(event, yaml.AliasEvent):
+            self.source.fault(
+                "AZ107", f"aliases (`*{event.anchor}`) are not allowed", place, help="write the value out"
+            )
+        elif event.anchor:
+            self.source.fault("AZ107", f"anchors (`&{event.anchor}`) are not allowed", place,
+                              help="write the value out where it is used")  # fmt: skip
+        elif tag not in (None, "!"):
+            shown = tag.replace("tag:yaml.org,2002:", "!!")[:40]
+            self.source.fault(
+                "AZ107",
+                f"tags (`{shown}`) are not allowed",
+                place,
+                why="a recipe is data: it never makes objects",
+            )
+
+    def mapping(self, events: Iterator[Any], loc: Loc, depth: int) -> dict[str, Any]:
+        """The entries of a mapping; of a key that stands there twice the first holds."""
         entries: dict[str, Any] = {}
-        for event in events:
-            if isinstance(event, yaml.MappingEndEvent):
-                break
+        while not isinstance(event := next(events), yaml.MappingEndEvent):
             place = self.place(event.start_mark, event.end_mark)
-            if not isinstance(event, yaml.ScalarEvent):
-                raise self.fail("AZ109", "a key must be a word", place, help="did a bracket or `?` slip in?")
-            if event.anchor or (event.tag is not None and event.tag != "!"):
-                self.fault("AZ107", "anchors and tags are not allowed", place)
-            key = event.value
+            if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
+                raise self.fail(
+                    "AZ109", "a key must be a word", place, help="did a bracket or a `?` slip in?"
+                )
+            self.refuse(event, place)
+            key = "*" + event.anchor if isinstance(event, yaml.AliasEvent) else event.value
+            spot = (*loc, key)
             if key == "<<":
-                self.fault("AZ107", "merge keys (`<<`) are not allowed", place, help="use `extends: other.yaml`")
+                self.source.fault(
+                    "AZ107", "merge keys (`<<`) are not allowed", place, help="use `extends: other.yaml`"
+                )
+            elif key == "":
+                self.source.fault(
+                    "AZ109", "there is no key in front of this `:`", place, help="write `key: value`"
+                )
+            elif bad := _UNSEEN.search(key):
+                self.source.fault("AZ104", f"the character U+{ord(bad[0]):04X} does not show", place)
             elif key in entries:
-                first = self.source.keys[(*loc, key)]
-                self.fault("AZ106", f"`{key}` stands here a second time", place, why=f"first on line {first.line}",
-                           help="keep one of the two")  # fmt: skip
+                line = self.source.keys[spot].line
+                self.source.fault("AZ106", f"`{key[:40]}` stands here a second time", place, f"the first is on line {line}",
+                                  "keep one of the two")  # fmt: skip
                 self.node(next(events), events, (*loc, f"{key} (again)"), depth + 1)
                 continue
-            self.source.keys[(*loc, key)] = place
-            entries[key] = self.node(next(events), events, (*loc, key), depth + 1)
+            self.source.keys[spot] = place
+            entries[key] = self.node(next(events), events, spot, depth + 1)
         return entries
 
     def scalar(self, event: yaml.ScalarEvent, place: Place) -> Any:
+        """A scalar by the rules of YAML 1.2."""
         text = event.value
-        if event.style is not None or (event.tag == "!"):
+        if bad := _UNSEEN.search(text):  # an escape in quotes
+            self.source.fault("AZ104", f"the character U+{ord(bad[0]):04X} does not show", place)
+        if event.style is not None or event.tag == "!":
             return text
         if text.lower() in _WORDS and text in (text.lower(), text.capitalize(), text.upper()):
             return _WORDS[text.lower()]
         if _INT.fullmatch(text):
-            if len(text) > 20:
-                self.fault("AZ113", f"`{text[:20]}…` has {len(text)} digits", place, help="is this meant to be a number?")
-                return 0
-            return int(text)
+            if len(text) <= 20:
+                return int(text)
+            self.source.fault("AZ113", f"`{text[:20]}…` has {len(text)} digits, too many for a number", place)
+            return 0
         if _FLOAT.fullmatch(text):
             number = float(text)
-            if math.isinf(number):
-                self.fault("AZ113", f"`{text[:20]}` is too large for a number", place)
-                return 0.0
-            return number
+            if math.isfinite(number):
+                return number
+            self.source.fault("AZ113", f"`{text[:20]}` is too large for a number", place)
+            return 0.0
+        if _NOT_FINITE.fullmatch(text):
+            self.source.fault(
+                "AZ113", f"`{text}` is not a finite number", place, help="write it in quotes if text is meant"
+            )
+            return 0.0
         return text

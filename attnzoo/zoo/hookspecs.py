@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PROJECT = "attnzoo"
 API = 1
-"""Version of the hooks. It grows when a hook changes its meaning; plugins written for another version are refused."""
+"""Version of the hooks. It grows when a hook changes its meaning; plugins for another version are refused."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

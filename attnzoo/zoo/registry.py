@@ -55,7 +55,9 @@ class Registry(Mapping[str, Entry[T]]):
         if entry.full_name in self._full:
             return [self._full[entry.full_name]]
         self._full[entry.full_name] = entry
-        rivals = self.conflicts.get(entry.name) or ([self._bare[entry.name]] if entry.name in self._bare else [])
+        rivals = self.conflicts.get(entry.name) or (
+            [self._bare[entry.name]] if entry.name in self._bare else []
+        )
         if rivals and not builtin:
             if rivals[0].plugin != "attnzoo":
                 self._bare.pop(entry.name, None)
@@ -70,7 +72,9 @@ class Registry(Mapping[str, Entry[T]]):
     def __iter__(self) -> Iterator[str]:
         """Bare names, then full names of entries without a bare one, each sorted."""
         yield from sorted(self._bare)
-        yield from sorted(full for full, entry in self._full.items() if self._bare.get(entry.name) is not entry)
+        yield from sorted(
+            full for full, entry in self._full.items() if self._bare.get(entry.name) is not entry
+        )
 
     def __len__(self) -> int:
         return len(self._full)

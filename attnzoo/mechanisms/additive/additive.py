@@ -66,7 +66,7 @@ class Additive(Mechanism):
     ) -> Float[Tensor, "b n c"]:
         source = x if context is None else context
         scores = additive_scores(self.query(x)[:, None], self.key(source)[:, None], self.score_weight[None])
-        allowed = mask.dense(x.shape[1], source.shape[1], x.device)
+        allowed = mask.for_one_head().dense(x.shape[1], source.shape[1], x.device)
         dropout = self.attn_drop if self.training else 0.0
         out = attention_from_scores(scores, source[:, None], allowed, self.scores, self.weights, dropout)
         return self.proj_drop(self.proj(out[:, 0]))

@@ -91,7 +91,7 @@ class LuongGlobal(Mechanism):
     ) -> Float[Tensor, "b n c"]:
         source = x if context is None else context
         scores = self._scores(x, source)[:, None]  # one head
-        allowed = mask.dense(x.shape[1], source.shape[1], x.device)
+        allowed = mask.for_one_head().dense(x.shape[1], source.shape[1], x.device)
         dropout = self.attn_drop if self.training else 0.0
         c = attention_from_scores(scores, source[:, None], allowed, self.scores, self.weights, dropout)[:, 0]
         return self.proj_drop(torch.tanh(self.proj(torch.cat([c, x], dim=-1))))

@@ -95,7 +95,7 @@ class LuongLocal(Mechanism):
         n, m = x.shape[1], source.shape[1]
         distance = torch.arange(m, device=x.device) - self._aligned(x, m, mask)  # (b n m)
         allowed = (distance.abs() <= self.window)[:, None]
-        outer = mask.dense(n, m, x.device)
+        outer = mask.for_one_head().dense(n, m, x.device)
         allowed = allowed if outer is None else allowed & outer
         weights = masked_softmax(self.scores((x @ self.general(source).mT)[:, None]), allowed)
         if self.alignment == "predictive":

@@ -62,8 +62,8 @@ class Soft(Head):
                 weights="b h n m",
                 laws=frozenset(laws | {Law.LINEAR_IN_VALUES, Law.BOUNDED, Law.PERMUTATION_EQUIVARIANT}),
             )
-        if reading == "cls_query":  # the first token is special
-            return replace(cls.card, laws=frozenset(laws | {Law.LINEAR_IN_VALUES, Law.BOUNDED}))
+        if reading == "cls_query":  # the first token is special, and no key mask says whether it exists
+            return replace(cls.card, masks=frozenset(), laws=frozenset(laws | {Law.LINEAR_IN_VALUES, Law.BOUNDED}))
         if reading == "gated":
             return replace(cls.card, context=False, laws=frozenset(laws | {Law.PERMUTATION_EQUIVARIANT}))
         return replace(cls.card, laws=frozenset(laws | {Law.BOUNDED, Law.PERMUTATION_EQUIVARIANT}))
@@ -115,12 +115,12 @@ class Soft(Head):
             scores = additive_scores(q @ self.query_weight, k @ self.key_weight, self.score_weight)
             allowed = mask.dense(q.shape[2], k.shape[2], q.device)
             return attention_from_scores(scores, v, allowed, self.scores, self.weights, dropout)
-        mask.only("keys")
+        mask.only(*self.card.masks)
         if self.reading == "cls_query":
             hidden = torch.tanh(k @ self.key_weight + q[:, :, :1] @ self.query_weight)
-        else:
-            hidden = torch.tanh(v @ self.value_weight + self.value_bias[:, None])  # (b h m a)
-        scores = (hidden @ self.score_weight[..., None]).squeeze(-1)  # (b h m)
+        else:  # einsum takes v as it lies in memory, where @ would copy it
+            hidden = torch.tanh(torch.einsum("bhmd,hda->bhma", v, self.value_weight) + self.value_bias[:, None])
+        scores = torch.einsum("bhma,ha->bhm", hidden, self.score_weight)
         allowed = None if mask.keys is None else mask.keys[:, None]
         weights = self.weights(masked_softmax(self.scores(scores), allowed))
         weights = nn.functional.dropout(weights, dropout)

@@ -1,0 +1,5 @@
+"""`python -m attnzoo` is `attnzoo`."""
+
+from attnzoo.cli.app import main
+
+main()

@@ -1,0 +1,1 @@
+"""What things cost: parameters, FLOPs, time, memory."""

@@ -1,0 +1,76 @@
+"""The command line put together. `--help` and usage errors import neither torch nor timm."""
+
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+import attnzoo
+from attnzoo.cli import bench, check, compose, doctor, list, new, plugins, run, schema, show
+from attnzoo.errors import ZooError
+
+
+class Verbs(TyperGroup):
+    """All verbs: faults of the input are drawn, not traced; 0 ok, 1 a check failed, 2 user error, 3 plugin error."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except ZooError as error:
+            from attnzoo.cli.render import show_error
+
+            show_error(error, as_json="--json" in sys.argv)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Verbs,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A zoo of attention mechanisms that compose into timm backbones.",
+    epilog="First steps: attnzoo list · attnzoo compose ham_a · attnzoo new plugin mine",
+)
+app.command("list")(list.list_)
+app.command("show")(show.show)
+app.command("compose")(compose.compose)
+app.command("check")(check.check)
+app.add_typer(new.app, name="new")
+app.command("plugins")(plugins.plugins)
+app.command("doctor")(doctor.doctor)
+app.command("schema")(schema.schema)
+app.command("bench")(bench.bench)
+app.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run.run)
+
+FIRST_STEPS = """\
+attnzoo: a zoo of attention mechanisms that compose into timm backbones.
+
+  attnzoo list                     what there is
+  attnzoo show softmax             one of them: equations, options, masks, paper
+  attnzoo compose ham_a            a recipe as a model: what is put where, what it costs, one forward and backward
+  attnzoo check softmax            the conformance suite
+  attnzoo new plugin mine          your own mechanism, in one file
+  attnzoo --help                   all verbs"""
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """A zoo of attention mechanisms that compose into timm backbones."""
+    if version:
+        typer.echo(f"attnzoo {attnzoo.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(FIRST_STEPS)
+
+
+def main() -> None:
+    """Run a verb and end the program with its exit code."""
+    app(prog_name="attnzoo")

@@ -1,0 +1,77 @@
+"""`attnzoo bench MODEL --against MODEL`: two models side by side in one run."""
+
+from typing import Annotated, Any
+
+import typer
+
+from attnzoo.cli.list import AsJson
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="A timm model's name, or a recipe.")],
+    against: Annotated[str, typer.Option(help="The baseline: a timm model's name, or a recipe.")],
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per forward in eval mode.")] = 8,
+    train_batch: Annotated[int, typer.Option(min=1, help="Pictures per training step.")] = 4,
+    rounds: Annotated[int, typer.Option(min=2, help="Pairs of alternating runs that are counted.")] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Compare speed and memory of two models: medians of alternating runs, and their ratios."""
+    import torch
+
+    from attnzoo.bench.speed import compare, machine
+    from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.errors import ZooError
+
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise ZooError("AZ609", f"there is no device `{device}` here: {str(error).splitlines()[0]}",
+                       help="use --device cpu") from None  # fmt: skip
+    if threads:
+        torch.set_num_threads(threads)
+    candidate, baseline = _model(model), _model(against)
+    sizes = [m.pretrained_cfg["input_size"] for m in (candidate, baseline)]
+    if sizes[0] != sizes[1]:
+        raise ZooError("AZ610", f"`{model}` takes pictures of {sizes[0]}, `{against}` of {sizes[1]}",
+                       help="compare models that see the same")  # fmt: skip
+    here = machine(where)
+    figures = compare(candidate, baseline, image=tuple(sizes[0]), batch=batch, train_batch=train_batch, rounds=rounds, device=where)
+    if as_json:
+        say_json({"model": model, "against": against, "machine": vars(here), "figures": [f.as_dict() for f in figures]})
+        return
+    say(f"{model} against {against}: batch {batch} in eval, {train_batch} in training, {rounds} alternating pairs")
+    say(f"{here.device}, {here.threads} threads, torch {here.torch}, timm {here.timm}; "
+        f"float32 matrix product {here.gemm:.0f} GFLOP/s, tanh {here.tanh:.2f} Gelem/s")  # fmt: skip
+    table(
+        ["", model, against, "ratio", "wanted"],
+        [[f"{f.what} [{f.unit}]", _spread(f.candidate), _spread(f.baseline), f"{f.ratio:.3f}", f.better] for f in figures],
+        right=[model, against, "ratio"],
+    )
+    say("median (25th to 75th percentile); memory counts weights, gradients and everything in between", style="dim")
+    say_next("attnzoo compose RECIPE")
+
+
+def _spread(values: tuple[float, float, float]) -> str:
+    middle, low, high = values
+    return f"{middle:.2f}" if low == high else f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _model(name: str) -> Any:
+    import timm
+
+    from attnzoo.recipe import compose
+    from attnzoo.recipe.load import is_path
+    from attnzoo.zoo import load_zoo
+
+    if timm.is_model(name):
+        return timm.create_model(name)
+    from attnzoo.errors import RecipeError, did_you_mean
+
+    recipes = load_zoo().recipes
+    if name not in recipes and not is_path(name):
+        hint = did_you_mean(name, [*recipes, *timm.list_models("vit*"), *timm.list_models("ham*")])
+        raise RecipeError("AZ204", f"there is no model or recipe called `{name}`", help=hint or "`attnzoo list models` shows ours")
+    return compose(name)

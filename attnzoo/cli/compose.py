@@ -1,0 +1,117 @@
+"""`attnzoo compose RECIPE`: a recipe as a model, as a person wants to see it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnzoo.cli.list import AsJson
+
+
+def compose(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (ham_a) or file (recipes/ham_a.yaml).")],
+    edits: Annotated[list[str], typer.Option("--set", help="Change a value: attention.with.start=identity")] = [],  # noqa: B006
+    image: Annotated[Path | None, typer.Option(help="Picture for the forward and backward; a small one otherwise.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write what timm.create_model('local-dir:DIR') loads.")] = None,
+    init_from: Annotated[Path | None, typer.Option(help="Load weights from this file first (.safetensors, .pth).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compose a model, show what it is and costs, and run one forward and backward."""
+    from attnzoo.bench.composition import default_picture, describe, exercise
+    from attnzoo.cli.render import say, say_json, say_next
+    from attnzoo.recipe import compose_file
+    from attnzoo.recipe.compose import build
+    from attnzoo.recipe.weights import init_model, save
+
+    composition = compose_file(recipe, edits)
+    report = describe(composition)
+    if not as_json:
+        _describe(report)
+    model = build(composition.loaded, {})
+    ledger = init_model(model, init_from) if init_from else None
+    run = exercise(model, image or default_picture())
+    if out:
+        save(model, out)
+    if as_json:
+        say_json(report.as_dict() | {"run": run.as_dict(), "weights": ledger, "out": str(out) if out else None})
+    else:
+        if ledger:
+            say(f"weights: {ledger['copied']} tensors copied from {init_from}, {len(ledger['new'])} new")
+        _ran(run)
+        name = f"timm.create_model({report.registers!r})" if report.registers else f"attnzoo.compose({recipe!r})"
+        steps = [f"in Python: import attnzoo, timm; {name}" if report.registers else f"in Python: {name}"]
+        if out:
+            say(f"written: {out}/config.json and {out}/model.safetensors")
+            steps.insert(0, f"timm.create_model('local-dir:{out}', pretrained=True)")
+        else:
+            steps.append(f"attnzoo compose {recipe} --out DIR")
+        say_next(*steps)
+    if run.without_gradient:
+        raise typer.Exit(1)
+
+
+def _describe(report) -> None:
+    from attnzoo.cli.render import count, say, share, spaced, table
+
+    say(f"{report.name}   {report.file}   sha256 {report.sha256[:12]}", style="bold")
+    if report.summary:
+        say(report.summary)
+    channels, rows, columns = report.image
+    grid, prefix = " × ".join(map(str, report.grid)), f" + {report.prefix}" if report.prefix else ""
+    inner = " | ".join(dict.fromkeys(_formulas(report)))
+    head = f"{report.classes} classes" if report.classes else "features"
+    say()
+    say(f"{channels} × {rows} × {columns} picture → {grid}{prefix} tokens → {report.depth} × [ {inner} → mlp ] → {head}")
+    lines = []
+    for part in report.parts:
+        sites = part.sites
+        where = "" if not sites else sites[0] if len(sites) == 1 else f"{sites[0]} … {sites[-1]}"
+        number = f" ({len(sites)})" if len(sites) > 1 else ""
+        what = "   " * part.depth + ("└ " if part.depth else "") + part.what + (f"  [{part.level}]" if part.level else "")
+        masks = ", ".join(part.masks) or "none"
+        lines.append([where + number, what, str(part.heads), spaced(part.params), count(part.flops), part.growth, masks, part.provider])
+    table(
+        ["site", "what is put there", "heads", "parameters", "FLOPs", "grows", "masks", "provider"],
+        lines,
+        right=["heads", "parameters", "FLOPs"],
+    )
+    say(
+        f"{report.sites} sites · {spaced(report.params)} parameters (plain ViT {spaced(report.base_params)}, "
+        f"{share(report.params, report.base_params)}) · {count(report.flops)}FLOP ({share(report.flops, report.base_flops)})"
+    )
+    start = "yes, bit for bit, given its weights" if report.starts_equal else "no"
+    loads = "yes" if not report.lost_tensors else f"all but {len(report.lost_tensors)} tensors"
+    say(f"starts equal to {report.base}: {start}   loads its weights: {loads}, {report.new_tensors} new tensors")
+    say(f"supports: {', '.join(report.supports)}   not: {', '.join(report.lacks)}")
+
+
+def _formulas(report) -> list[str]:
+    """What is put at each run of sites as a formula: `hadamard(softmax, soft)`."""
+    out: list[str] = []
+    parts = list(report.parts)
+
+    def formula(index: int) -> tuple[str, int]:
+        part = parts[index]
+        name, index = part.what.split()[0], index + 1
+        inner = []
+        while index < len(parts) and parts[index].depth > part.depth:
+            text, index = formula(index)
+            inner.append(text)
+        return (f"{name}({', '.join(inner)})" if inner else name), index
+
+    index = 0
+    while index < len(parts):
+        text, index = formula(index)
+        out.append(text)
+    return out
+
+
+def _ran(run) -> None:
+    from attnzoo.cli.render import say, seconds
+
+    shape = " × ".join(map(str, run.shape))
+    say(f"forward: {Path(run.image).name} → {shape} in {seconds(run.forward)}   forward and backward: {seconds(run.backward)}")
+    if run.without_gradient:
+        say(f"no finite gradient for {', '.join(run.without_gradient)}", style="red")
+    else:
+        say(f"gradients: all {run.tensors} parameter tensors received a finite one", style="green")

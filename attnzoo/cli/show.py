@@ -1,0 +1,110 @@
+"""`attnzoo show NAME`: one mechanism, fusion or recipe."""
+
+from typing import Annotated, Any
+
+import typer
+
+from attnzoo.cli.list import AsJson
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="A mechanism, fusion or recipe; or plugin/name.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a part is, what it claims, its options and where it comes from."""
+    from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.errors import RecipeError, did_you_mean
+    from attnzoo.zoo import load_zoo
+
+    zoo = load_zoo()
+    for registry in (zoo.mechanisms, zoo.fusions, zoo.recipes):
+        if name in registry or name in registry.conflicts:
+            entry = registry.find(name)
+            break
+    else:
+        everything = [*zoo.mechanisms, *zoo.fusions, *zoo.recipes]
+        raise RecipeError("AZ201", f"there is nothing called `{name}`",
+                          help=f"{did_you_mean(name, everything)} `attnzoo list` shows all".strip())  # fmt: skip
+    if registry is zoo.recipes:
+        text = entry.value.read_text(encoding="utf-8")
+        if as_json:
+            say_json({"name": entry.name, "kind": "recipe", "file": entry.file, "text": text})
+            return
+        say(f"# {entry.file}", style="dim")
+        say(text.rstrip())
+        say_next(f"attnzoo compose {name}")
+        return
+    data = _part(entry, registry.kind)
+    if as_json:
+        say_json(data)
+        return
+    say(f"{data['name']}", style="bold")
+    say(data["summary"])
+    if data["doc"]:
+        say(f"\n{data['doc']}")
+    say()
+    table(["", " "], [[key, value] for key, value in data["claims"].items() if value])
+    if data["options"]:
+        rows = [[o["name"], o["type"], o["default"], o["text"]] for o in data["options"]]
+        table(["option", "type", "default", "meaning"], rows)
+    say("in a recipe:", style="dim")
+    say(data["example"])
+    say_next(f"attnzoo check {name}", "attnzoo compose RECIPE")
+
+
+def _part(entry, kind: str) -> dict[str, Any]:
+    import inspect
+
+    from attnzoo.core import Head, options_of
+
+    card = entry.value.card
+    claims = {
+        "form": kind if kind == "fusion" else "head (inside the heads)" if issubclass(entry.value, Head) else "on tokens",
+        "family": f"{card.family}: {card.family.question}" if kind == "mechanism" else "",
+        "paper": str(card.paper) if card.paper else "",
+        "fidelity": card.fidelity,
+        "time": getattr(card, "time", ""),
+        "memory": getattr(card, "memory", ""),
+        "masks": ", ".join(sorted(card.masks)) or "none" if kind == "mechanism" else "",
+        "context": "yes" if getattr(card, "context", False) else "",
+        "grid": str(getattr(card, "grid", None) or ""),
+        "weights": getattr(card, "weights", None) or "",
+        "laws": ", ".join(sorted(card.laws)),
+        "notes": card.notes,
+        "from": f"{entry.plugin} {entry.version}".strip(),
+        "file": entry.file,
+    }
+    options = [
+        {
+            "name": name,
+            "type": _type(info.annotation),
+            "default": "required" if info.is_required() else _yaml(info.default),
+            "text": info.description or "",
+        }
+        for name, info in options_of(entry.value).model_fields.items()
+    ]
+    doc = inspect.cleandoc(entry.value.__doc__ or "").partition("\nArgs:")[0].partition("\nRaises:")[0].strip()
+    example = f"attention: {entry.name}" if kind == "mechanism" else f"attention: {{fuse: {entry.name}, of: [softmax, soft]}}"
+    return {"name": entry.name, "kind": kind, "summary": card.summary, "doc": doc, "claims": claims,
+            "options": options, "example": example}  # fmt: skip
+
+
+def _yaml(value: Any) -> str:
+    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _type(annotation: Any) -> str:
+    """An annotation in a researcher's words."""
+    import types
+    import typing
+
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type(inner[0])
+    if origin is typing.Literal:
+        return " | ".join(_yaml(value) for value in inner)
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(_type(arg) for arg in inner)
+    return {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "null"}.get(
+        annotation, str(annotation)
+    )

@@ -1,0 +1,46 @@
+"""The JSON Schema of recipes, for editors: names of what is installed, options of each. Draft-07 constructs only."""
+
+from typing import Any
+
+from attnzoo.core import options_of
+from attnzoo.recipe.schema import Recipe
+from attnzoo.zoo import load_zoo
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The schema, with an `enum` of the installed names."""
+    zoo = load_zoo()
+    schema = Recipe.model_json_schema(by_alias=True)
+    definitions = schema.pop("$defs")
+    parts = {"Use": ("use", zoo.mechanisms), "Fuse": ("fuse", zoo.fusions)}
+    for model, (key, registry) in parts.items():
+        definition = definitions[model]
+        definition["properties"][key] = {"enum": list(registry), "description": definition["properties"][key]["description"]}
+        definition["allOf"] = [
+            {"if": {"properties": {key: {"const": name}}}, "then": {"properties": {"with": _options(entry.value)}}}
+            for name, entry in registry.items()
+        ]
+    spec = {"anyOf": [{"$ref": "#/definitions/Use"}, {"$ref": "#/definitions/Fuse"}, {"enum": list(zoo.mechanisms)}]}
+    definitions["Spec"] = spec
+    for owner, key in ((schema, "attention"), (definitions["Override"], "put")):
+        owner["properties"][key] = {"$ref": "#/definitions/Spec"}
+    definitions["Fuse"]["properties"]["of"]["items"] = {"$ref": "#/definitions/Spec"}
+    schema["required"] = ["recipe"]  # the rest may come through `extends`
+    definitions["VitHost"]["required"] = []
+    return _draft7({"$schema": "http://json-schema.org/draft-07/schema#", **schema, "definitions": definitions})
+
+
+def _options(cls: type) -> dict[str, Any]:
+    schema = options_of(cls).model_json_schema()
+    return {"type": "object", "properties": schema.get("properties", {}), "additionalProperties": False}
+
+
+def _draft7(node: Any) -> Any:
+    """References where draft 7 keeps definitions; without the discriminators that are OpenAPI's."""
+    if isinstance(node, dict):
+        return {
+            key: value.replace("#/$defs/", "#/definitions/") if key == "$ref" else _draft7(value)
+            for key, value in node.items()
+            if key != "discriminator"
+        }
+    return [_draft7(item) for item in node] if isinstance(node, list) else node

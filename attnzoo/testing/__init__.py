@@ -1,0 +1,23 @@
+"""The conformance suite: holds mechanisms, heads and fusions to their cards. Importable by anyone.
+
+from attnzoo.testing import check, parametrize_with_checks
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from attnzoo.testing.report import CheckResult
+from attnzoo.testing.runner import check, checks_for, load_file
+from attnzoo.testing.strategies import Scene, scenes
+
+if TYPE_CHECKING:
+    from attnzoo.testing.pytest import parametrize_with_checks
+
+__all__ = ["CheckResult", "Scene", "check", "checks_for", "load_file", "parametrize_with_checks", "scenes"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "parametrize_with_checks":  # pytest is no requirement of attnzoo
+        from attnzoo.testing.pytest import parametrize_with_checks
+
+        return parametrize_with_checks
+    raise AttributeError(f"module 'attnzoo.testing' has no attribute {name!r}")

@@ -1,0 +1,98 @@
+"""Token mixing by a Haar wavelet transform along the grid."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attnzoo.core import FREE, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site
+from attnzoo.errors import UnsupportedContext
+from attnzoo_wavelets.transform import analyse, synthesise
+
+
+class Haar(Mechanism):
+    """W Hᵀ (g ⊙ H x) + b: to the wavelet domain, a gain per resolution and channel, back, and a projection.
+
+    At first the approximation is kept and the details are weighed from 0 in the first channel to 1 in the last, so
+    that the channels see the grid at all degrees of smoothness.
+
+    Args:
+        site: Where the mechanism is put; its grid bounds the number of levels.
+        levels: Number of resolutions: level l tells blocks of 2^l tokens a side from their halves. Levels for which
+            the site's grid is too small are left out.
+    """
+
+    card = Card(
+        name="haar",
+        family=Family.MIXING,
+        summary="Learned gains in the domain of a Haar wavelet transform along the grid.",
+        paper=Paper("A Theory for Multiresolution Signal Decomposition: The Wavelet Representation", "Mallat",
+                    1989, "doi:10.1109/34.192463", where="the pyramid; gains and projection are ours"),
+        time="n c²",
+        memory="n c",
+        masks={"keys"},
+        grid="any",
+        laws={Law.LOCAL},
+        fidelity="inspired",
+        notes="The last token of an odd side joins the next coarser level as it is. Special tokens receive the mean "
+        "of the grid; grid tokens do not see them. Tokens that do not exist count as zero, and not in the mean.",
+    )  # fmt: skip
+
+    def __init__(self, site: Site, *, levels: PositiveInt = 3):
+        super().__init__()
+        self.levels = levels
+        useful = min(
+            levels, (max(site.layout.grid) - 1).bit_length()
+        )  # a side s is one token after ⌈log₂ s⌉ levels
+        self.gain = nn.Parameter(
+            torch.empty(1 + useful, site.dim)
+        )  # the approximation, then details, finest first
+        self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
+        self.proj_drop = nn.Dropout(site.proj_drop)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """1 for the approximation, 0 to 1 over the channels for the details."""
+        with torch.no_grad():
+            self.gain[0] = 1
+            self.gain[1:] = torch.linspace(0, 1, self.gain.shape[1])
+
+    def no_weight_decay(self) -> set[str]:
+        return {"gain"}
+
+    def reach(self) -> int:
+        return 2**self.levels - 1  # blocks do not overlap
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m e"] | None = None,
+        *,
+        mask: Mask = FREE,
+        layout: Layout,
+    ) -> Float[Tensor, "b n c"]:
+        mask.only("keys")
+        if context is not None:
+            raise UnsupportedContext("AZ404", "`haar` mixes a grid with itself; it cannot read a context")
+        prefix, grid = layout.split(x)
+        if mask.keys is None:
+            mean = grid.mean(dim=1, keepdim=True)
+        else:
+            there = mask.keys[:, layout.prefix :, None]
+            grid = grid * there
+            mean = grid.sum(dim=1, keepdim=True) / there.sum(dim=1, keepdim=True).clamp(
+                min=1
+            )  # of nothing: zero
+        mixed = layout.from_grid(prefix + mean, self.mix(layout.to_grid(grid)))
+        return self.proj_drop(self.proj(mixed))
+
+    def mix(self, grid: Tensor) -> Tensor:
+        """Hᵀ (g ⊙ H x) for a grid, channels first.
+
+        Args:
+            grid: (b c *grid).
+        """
+        dims = range(2, grid.ndim)
+        coarse_gain, *gains = self.gain.unflatten(1, (-1, *[1] * len(dims)))  # (c 1 ... 1) each
+        coarse, details = analyse(grid, dims, len(gains))
+        weighed = [[gain * band for band in bands] for gain, bands in zip(gains, details, strict=True)]
+        return synthesise(coarse_gain * coarse, weighed, dims)

@@ -1,0 +1,50 @@
+"""One thread, no network, reproducible examples."""
+
+import os
+import socket
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers on two cores, one thread each
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+settings.register_profile("dev", max_examples=25, deadline=None)
+settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, database=None)
+settings.register_profile("deep", max_examples=500, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+LOCAL = ("127.", "localhost", "::1")
+_connect, _connect_ex = socket.socket.connect, socket.socket.connect_ex
+
+
+def _local(address) -> bool:
+    """Whether an address is on this machine: a Unix socket's path, or the loopback."""
+    return isinstance(address, (str, bytes)) or str(address[0]).startswith(LOCAL)
+
+
+def _guarded(connect):
+    def guarded(self, address, *args):
+        if not _local(address):
+            raise OSError(f"tests have no network; one asked for {address}")
+        return connect(self, address, *args)
+
+    return guarded
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Connections to other machines are refused."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(socket.socket, "connect", _guarded(_connect))
+    patch.setattr(socket.socket, "connect_ex", _guarded(_connect_ex))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Every test starts from the same random state, in whatever order tests run."""
+    torch.manual_seed(0)
