@@ -8,6 +8,7 @@ import difflib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _visible(text: str) -> str:
 
 
 def _clip(text: str, column: int, width: int = 100) -> tuple[str, int]:
-    """A long line cut around the column, unprintable characters made visible, and the column in the cut line."""
+    """A long line cut around the column, and the column in the cut line; all its characters are made visible."""
     text = _visible(text)
     start = max(0, column - width // 2) if len(text) > width else 0
     return text[start : start + width], column - start
@@ -119,7 +120,7 @@ class ZooError(Exception):
         super().__init__(code, message)
 
     @classmethod
-    def of(cls, diagnostics: Iterable[Diagnostic]) -> "ZooError":
+    def of(cls, diagnostics: Iterable[Diagnostic]) -> Self:
         """All faults of a text together, in the order of the text; those of another file after them."""
         found = list(diagnostics)
         files = list(dict.fromkeys(d.place.file for d in found if d.place))
@@ -161,7 +162,7 @@ class RecipeError(ZooError):
 
 
 class LayoutMismatch(ZooError):
-    """The tokens do not fit the layout they came with (AZ401), or are more than the mechanism was built for (AZ403)."""
+    """The tokens do not fit the layout they came with (AZ401), or are more than were prepared for (AZ403)."""
 
 
 class UnsupportedMask(ZooError):
@@ -190,7 +191,7 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
 
 
 def _one_slip(one: str, other: str) -> bool:
-    """Whether they differ by a letter too many, too few, another, or two swapped; of short words difflib knows nothing."""
+    """Whether a letter was left out, added, changed or swapped with the next; of short words difflib sees little."""
     if abs(len(one) - len(other)) > 1:
         return False
     start = len(os.path.commonprefix([one, other]))

@@ -32,7 +32,7 @@ class _AfterTimm(MetaPathFinder):
             run(module)
             _register()
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

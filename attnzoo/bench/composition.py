@@ -97,7 +97,14 @@ def describe(composition: Composition) -> Report:
     mine, theirs = model.state_dict(), seen.model.state_dict()
     cards = [leaf.card for plan in composition.plans.values() for leaf in plan.leaves()]
     fixed = any(card.fixed_length for card in cards)
-    supports = ("features_only", "forward_intermediates", "checkpointing", "torch.compile", "torch.export", "ONNX")
+    supports = (
+        "features_only",
+        "forward_intermediates",
+        "checkpointing",
+        "torch.compile",
+        "torch.export",
+        "ONNX",
+    )
     return Report(
         name=loaded.name,
         file=loaded.source.file,
@@ -140,7 +147,7 @@ def _parts(composition: Composition, model: nn.Module, counted: dict[str, int]) 
 
 
 def _lines(
-    plan: Plan, module: nn.Module, path: str, counted: dict[str, int], heads: int, sites: Sequence[str], depth: int
+    plan: Plan, module: Any, path: str, counted: dict[str, int], heads: int, sites: Sequence[str], depth: int
 ) -> Iterator[Part]:
     options = "".join(f" {key}={value}" for key, value in plan.options.items())
     yield Part(
@@ -160,7 +167,11 @@ def _lines(
     inside = getattr(module, "head", module)  # MultiHead holds the fused heads
     where = f"{path}.head" if inside is not module else path
     for branch, (name, child) in zip(plan.branches, inside.branches.named_children(), strict=True):
-        own = heads // len(plan.branches) if plan.entry.full_name == "attnzoo/head_split" else branch.heads or heads
+        own = (
+            heads // len(plan.branches)
+            if plan.entry.full_name == "attnzoo/head_split"
+            else branch.heads or heads
+        )
         yield from _lines(branch, child, f"{where}.branches.{name}", counted, own, (), depth + 1)
 
 
@@ -215,7 +226,12 @@ def open_picture(path: str | os.PathLike, model: nn.Module) -> Tensor:
     channels, rows, columns = config["input_size"]
     if channels not in (1, 3):
         raise RecipeError("AZ604", f"the model takes pictures of {channels} channels; a file has 1 or 3")
-    config |= {"crop_pct": 1.0, "crop_mode": "squash", "input_size": (3, rows, columns), "mean": config["mean"][:3]}
+    config |= {
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "input_size": (3, rows, columns),
+        "mean": config["mean"][:3],
+    }
     tensor = create_transform(**{k: v for k, v in config.items() if k in _TRANSFORM})(rgb)[None]
     return tensor if channels == 3 else tensor.mean(dim=1, keepdim=True)
 
@@ -242,10 +258,16 @@ def exercise(model: nn.Module, picture: str | os.PathLike) -> Exercise:
     model.train()
     began = time.perf_counter()
     logits = model(x.repeat(2, 1, 1, 1))
-    logits.float().logsumexp(dim=-1).mean().backward() if logits.ndim == 2 else logits.float().square().mean().backward()
+    logits.float().logsumexp(
+        dim=-1
+    ).mean().backward() if logits.ndim == 2 else logits.float().square().mean().backward()
     backward = time.perf_counter() - began
-    missing = tuple(n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.isfinite().all()))
+    missing = tuple(
+        n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.isfinite().all())
+    )
     model.zero_grad(set_to_none=True)
     model.train(was_training)
     tensors = sum(1 for _ in model.parameters())
-    return Exercise(os.fspath(picture), tuple(out.shape), statistics.median(times), backward, tensors, missing)
+    return Exercise(
+        os.fspath(picture), tuple(out.shape), statistics.median(times), backward, tensors, missing
+    )

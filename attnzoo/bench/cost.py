@@ -22,6 +22,6 @@ def flops(model: nn.Module, image: tuple[int, int, int]) -> dict[str, int]:
         ghost(torch.empty(1, *image, device="meta"))
     root = type(model).__name__
     totals = {path: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}
-    return {path.removeprefix(root).removeprefix("."): total for path, total in totals.items() if path != "Global"} | {
-        "": totals.get("Global", 0)
-    }
+    return {
+        path.removeprefix(root).removeprefix("."): total for path, total in totals.items() if path != "Global"
+    } | {"": totals.get("Global", 0)}

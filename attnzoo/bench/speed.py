@@ -66,7 +66,14 @@ def machine(device: torch.device) -> Machine:
     gemm = statistics.median(_timed(lambda: a @ a, device) for _ in range(15))
     tanh = statistics.median(_timed(flat.tanh, device) for _ in range(15))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} cpu"
-    return Machine(name, torch.get_num_threads(), torch.__version__, timm.__version__, 2 * 1024**3 / gemm / 1e9, 2**20 / tanh / 1e9)
+    return Machine(
+        name,
+        torch.get_num_threads(),
+        torch.__version__,
+        timm.__version__,
+        2 * 1024**3 / gemm / 1e9,
+        2**20 / tanh / 1e9,
+    )
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:

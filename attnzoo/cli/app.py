@@ -1,6 +1,5 @@
 """The command line put together. `--help` and usage errors import neither torch nor timm."""
 
-import sys
 from typing import Annotated
 
 import typer
@@ -14,13 +13,17 @@ from attnzoo.errors import ZooError
 class Verbs(TyperGroup):
     """All verbs: faults of the input are drawn, not traced; 0 ok, 1 a check failed, 2 user error, 3 plugin error."""
 
+    def parse_args(self, ctx, args):
+        self.as_json = "--json" in args
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
         except ZooError as error:
             from attnzoo.cli.render import show_error
 
-            show_error(error, as_json="--json" in sys.argv)
+            show_error(error, as_json=self.as_json)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
@@ -45,7 +48,7 @@ app.command("plugins")(plugins.plugins)
 app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)
 app.command("bench")(bench.bench)
-app.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run.run)
+app.command("run", context_settings=run.CONTEXT)(run.run)
 
 FIRST_STEPS = """\
 attnzoo: a zoo of attention mechanisms that compose into timm backbones.

@@ -38,19 +38,42 @@ def bench(
         raise ZooError("AZ610", f"`{model}` takes pictures of {sizes[0]}, `{against}` of {sizes[1]}",
                        help="compare models that see the same")  # fmt: skip
     here = machine(where)
-    figures = compare(candidate, baseline, image=tuple(sizes[0]), batch=batch, train_batch=train_batch, rounds=rounds, device=where)
+    figures = compare(
+        candidate,
+        baseline,
+        image=tuple(sizes[0]),
+        batch=batch,
+        train_batch=train_batch,
+        rounds=rounds,
+        device=where,
+    )
     if as_json:
-        say_json({"model": model, "against": against, "machine": vars(here), "figures": [f.as_dict() for f in figures]})
+        say_json(
+            {
+                "model": model,
+                "against": against,
+                "machine": vars(here),
+                "figures": [f.as_dict() for f in figures],
+            }
+        )
         return
-    say(f"{model} against {against}: batch {batch} in eval, {train_batch} in training, {rounds} alternating pairs")
+    say(
+        f"{model} against {against}: batch {batch} in eval, {train_batch} in training, {rounds} alternating pairs"
+    )
     say(f"{here.device}, {here.threads} threads, torch {here.torch}, timm {here.timm}; "
         f"float32 matrix product {here.gemm:.0f} GFLOP/s, tanh {here.tanh:.2f} Gelem/s")  # fmt: skip
     table(
         ["", model, against, "ratio", "wanted"],
-        [[f"{f.what} [{f.unit}]", _spread(f.candidate), _spread(f.baseline), f"{f.ratio:.3f}", f.better] for f in figures],
+        [
+            [f"{f.what} [{f.unit}]", _spread(f.candidate), _spread(f.baseline), f"{f.ratio:.3f}", f.better]
+            for f in figures
+        ],
         right=[model, against, "ratio"],
     )
-    say("median (25th to 75th percentile); memory counts weights, gradients and everything in between", style="dim")
+    say(
+        "median (25th to 75th percentile); memory counts weights, gradients and everything in between",
+        style="dim",
+    )
     say_next("attnzoo compose RECIPE")
 
 
@@ -73,5 +96,9 @@ def _model(name: str) -> Any:
     recipes = load_zoo().recipes
     if name not in recipes and not is_path(name):
         hint = did_you_mean(name, [*recipes, *timm.list_models("vit*"), *timm.list_models("ham*")])
-        raise RecipeError("AZ204", f"there is no model or recipe called `{name}`", help=hint or "`attnzoo list models` shows ours")
+        raise RecipeError(
+            "AZ204",
+            f"there is no model or recipe called `{name}`",
+            help=hint or "`attnzoo list models` shows ours",
+        )
     return compose(name)

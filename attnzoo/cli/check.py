@@ -1,7 +1,7 @@
 """`attnzoo check`: the conformance suite."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -9,8 +9,12 @@ from attnzoo.cli.list import AsJson
 
 
 def check(
-    names: Annotated[list[str] | None, typer.Argument(help="Mechanisms, fusions, or Python files that hold some.")] = None,
-    plugin: Annotated[str | None, typer.Option(help="All that this plugin (or distribution) provides.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Mechanisms, fusions, or Python files that hold some.")
+    ] = None,
+    plugin: Annotated[
+        str | None, typer.Option(help="All that this plugin (or distribution) provides.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that there is.")] = False,
     examples: Annotated[int, typer.Option(min=1, max=100_000, help="Examples for each property.")] = 25,
     as_json: AsJson = False,
@@ -34,7 +38,9 @@ def check(
         for cls in classes:
             own = [r for r in results if r.mechanism == cls.card.name]
             bad = [r.check for r in own if r in failed]
-            rows.append([cls.card.name, str(sum(r.status == "passed" for r in own)), str(len(bad)), ", ".join(bad)])
+            rows.append(
+                [cls.card.name, str(sum(r.status == "passed" for r in own)), str(len(bad)), ", ".join(bad)]
+            )
         table(["name", "passed", "failed", "which"], rows, right=["passed", "failed"])
         for result in failed:
             say(f"{result.mechanism}: {result.check}", style="bold red")
@@ -50,7 +56,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _classes(names: list[str], plugin: str | None, everything: bool) -> list[type]:
+def _classes(names: list[str], plugin: str | None, everything: bool) -> list[Any]:
     from attnzoo.errors import CheckError, RecipeError, did_you_mean
     from attnzoo.zoo import load_zoo
 
@@ -58,7 +64,7 @@ def _classes(names: list[str], plugin: str | None, everything: bool) -> list[typ
     offers = [*zoo.mechanisms.values(), *zoo.fusions.values()]
     if everything:
         return [entry.value for entry in offers]
-    classes: list[type] = []
+    classes: list[Any] = []
     if plugin:
         found = [p.name for p in zoo.providers if plugin in (p.name, p.dist)]
         classes = [entry.value for entry in offers if entry.plugin in found]
@@ -82,5 +88,7 @@ def _classes(names: list[str], plugin: str | None, everything: bool) -> list[typ
             raise RecipeError("AZ201", f"there is no mechanism or fusion called `{name}`",
                               help=f"{hint} `attnzoo list` shows all".strip())  # fmt: skip
     if not classes:
-        raise CheckError("AZ502", "nothing to check", help="name a mechanism or a file, or say --plugin NAME or --all")
+        raise CheckError(
+            "AZ502", "nothing to check", help="name a mechanism or a file, or say --plugin NAME or --all"
+        )
     return classes

@@ -10,10 +10,18 @@ from attnzoo.cli.list import AsJson
 
 def compose(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (ham_a) or file (recipes/ham_a.yaml).")],
-    edits: Annotated[list[str], typer.Option("--set", help="Change a value: attention.with.start=identity")] = [],  # noqa: B006
-    image: Annotated[Path | None, typer.Option(help="Picture for the forward and backward; a small one otherwise.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write what timm.create_model('local-dir:DIR') loads.")] = None,
-    init_from: Annotated[Path | None, typer.Option(help="Load weights from this file first (.safetensors, .pth).")] = None,
+    edits: Annotated[
+        list[str], typer.Option("--set", help="Change a value: attention.with.start=identity")
+    ] = [],  # noqa: B006
+    image: Annotated[
+        Path | None, typer.Option(help="Picture for the forward and backward; a small one otherwise.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write what timm.create_model('local-dir:DIR') loads.")
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Load weights from this file first (.safetensors, .pth).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compose a model, show what it is and costs, and run one forward and backward."""
@@ -33,12 +41,16 @@ def compose(
     if out:
         save(model, out)
     if as_json:
-        say_json(report.as_dict() | {"run": run.as_dict(), "weights": ledger, "out": str(out) if out else None})
+        say_json(
+            report.as_dict() | {"run": run.as_dict(), "weights": ledger, "out": str(out) if out else None}
+        )
     else:
         if ledger:
             say(f"weights: {ledger['copied']} tensors copied from {init_from}, {len(ledger['new'])} new")
         _ran(run)
-        name = f"timm.create_model({report.registers!r})" if report.registers else f"attnzoo.compose({recipe!r})"
+        name = (
+            f"timm.create_model({report.registers!r})" if report.registers else f"attnzoo.compose({recipe!r})"
+        )
         steps = [f"in Python: import attnzoo, timm; {name}" if report.registers else f"in Python: {name}"]
         if out:
             say(f"written: {out}/config.json and {out}/model.safetensors")
@@ -61,15 +73,33 @@ def _describe(report) -> None:
     inner = " | ".join(dict.fromkeys(_formulas(report)))
     head = f"{report.classes} classes" if report.classes else "features"
     say()
-    say(f"{channels} × {rows} × {columns} picture → {grid}{prefix} tokens → {report.depth} × [ {inner} → mlp ] → {head}")
+    say(
+        f"{channels} × {rows} × {columns} picture → {grid}{prefix} tokens → {report.depth} × [ {inner} → mlp ] → {head}"
+    )
     lines = []
     for part in report.parts:
         sites = part.sites
         where = "" if not sites else sites[0] if len(sites) == 1 else f"{sites[0]} … {sites[-1]}"
         number = f" ({len(sites)})" if len(sites) > 1 else ""
-        what = "   " * part.depth + ("└ " if part.depth else "") + part.what + (f"  [{part.level}]" if part.level else "")
+        what = (
+            "   " * part.depth
+            + ("└ " if part.depth else "")
+            + part.what
+            + (f"  [{part.level}]" if part.level else "")
+        )
         masks = ", ".join(part.masks) or "none"
-        lines.append([where + number, what, str(part.heads), spaced(part.params), count(part.flops), part.growth, masks, part.provider])
+        lines.append(
+            [
+                where + number,
+                what,
+                str(part.heads),
+                spaced(part.params),
+                count(part.flops),
+                part.growth,
+                masks,
+                part.provider,
+            ]
+        )
     table(
         ["site", "what is put there", "heads", "parameters", "FLOPs", "grows", "masks", "provider"],
         lines,
@@ -77,11 +107,14 @@ def _describe(report) -> None:
     )
     say(
         f"{report.sites} sites · {spaced(report.params)} parameters (plain ViT {spaced(report.base_params)}, "
-        f"{share(report.params, report.base_params)}) · {count(report.flops)}FLOP ({share(report.flops, report.base_flops)})"
+        f"{share(report.params, report.base_params)}) · {count(report.flops)}FLOP "
+        f"({share(report.flops, report.base_flops)})"
     )
     start = "yes, bit for bit, given its weights" if report.starts_equal else "no"
     loads = "yes" if not report.lost_tensors else f"all but {len(report.lost_tensors)} tensors"
-    say(f"starts equal to {report.base}: {start}   loads its weights: {loads}, {report.new_tensors} new tensors")
+    say(
+        f"starts equal to {report.base}: {start}   loads its weights: {loads}, {report.new_tensors} new tensors"
+    )
     say(f"supports: {', '.join(report.supports)}   not: {', '.join(report.lacks)}")
 
 
@@ -110,7 +143,8 @@ def _ran(run) -> None:
     from attnzoo.cli.render import say, seconds
 
     shape = " × ".join(map(str, run.shape))
-    say(f"forward: {Path(run.image).name} → {shape} in {seconds(run.forward)}   forward and backward: {seconds(run.backward)}")
+    say(f"forward: {Path(run.image).name} → {shape} in {seconds(run.forward)}")
+    say(f"forward and backward, two pictures, training mode: {seconds(run.backward)}")
     if run.without_gradient:
         say(f"no finite gradient for {', '.join(run.without_gradient)}", style="red")
     else:

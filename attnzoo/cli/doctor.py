@@ -15,7 +15,9 @@ EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
 def doctor(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the tracebacks of broken plugins.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the tracebacks of broken plugins.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Look at versions, devices, extras and plugins. Ends with 3 when a plugin is broken, 2 when something else is."""
@@ -26,7 +28,9 @@ def doctor(
                             "extras": {}, "ills": ills}  # fmt: skip
     for extra, names in EXTRAS.items():
         missing = [name for name in names if not _version(name)]
-        data["extras"][extra] = f'missing {", ".join(missing)}: pip install "attnzoo[{extra}]"' if missing else "there"
+        data["extras"][extra] = (
+            f'missing {", ".join(missing)}: pip install "attnzoo[{extra}]"' if missing else "there"
+        )
     if not ills:
         import torch
 
@@ -36,7 +40,11 @@ def doctor(
         zoo = load_zoo()
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         data["devices"] = {"cpu threads": torch.get_num_threads(), "gpu": gpu or "none"}
-        data["switches"] = {name: os.environ[name] for name in ("ATTNZOO_PLUGINS", "ATTNZOO_DISABLE_PLUGINS") if name in os.environ}
+        data["switches"] = {
+            name: os.environ[name]
+            for name in ("ATTNZOO_PLUGINS", "ATTNZOO_DISABLE_PLUGINS")
+            if name in os.environ
+        }
         data["plugins"] = [vars(provider) for provider in zoo.providers]
         data["models"] = len(timm_models.registered)
         data["problems"] = [vars(problem) for problem in zoo.problems]
@@ -44,18 +52,28 @@ def doctor(
     if as_json:
         say_json(data)
     else:
-        table(["package", "version"], [["python", data["python"]]] + [[n, v or "missing"] for n, v in data["versions"].items()])
+        table(
+            ["package", "version"],
+            [["python", data["python"]]] + [[n, v or "missing"] for n, v in data["versions"].items()],
+        )
         for extra, state in data["extras"].items():
             say(f"extra {extra}: {state}")
         for name, value in (data.get("devices", {}) | data.get("switches", {})).items():
             say(f"{name}: {value}")
-        plugins = data.get("plugins", [])
-        table(["plugin", "distribution", "version", "status", "import"],
-              [[p["name"], p["dist"], p["version"], p["status"], f"{p['seconds'] * 1000:.0f} ms"] for p in plugins])  # fmt: skip
+        table(
+            ["plugin", "distribution", "version", "status", "import"],
+            [
+                [p["name"], p["dist"], p["version"], p["status"], f"{p['seconds'] * 1000:.0f} ms"]
+                for p in data.get("plugins", [])
+            ],
+        )
         for ill in ills:
             say(f"ill: {ill}", style="red")
         for problem in data.get("problems", []):
-            say(f"{problem['plugin']} [{problem['code']}]: {problem['reason']}", style="red" if problem["fatal"] else "yellow")
+            say(
+                f"{problem['plugin']} [{problem['code']}]: {problem['reason']}",
+                style="red" if problem["fatal"] else "yellow",
+            )
             if verbose and problem["details"]:
                 say(problem["details"], style="dim")
         if not ills and not data.get("problems"):

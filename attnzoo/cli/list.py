@@ -28,7 +28,9 @@ class MaskKind(StrEnum):
 def list_(
     kind: Annotated[Kind | None, typer.Argument(help="Only these.")] = None,
     family: Annotated[str | None, typer.Option(help="Only mechanisms of this family.")] = None,
-    mask: Annotated[MaskKind | None, typer.Option(help="Only mechanisms that honour masks of this kind.")] = None,
+    mask: Annotated[
+        MaskKind | None, typer.Option(help="Only mechanisms that honour masks of this kind.")
+    ] = None,
     law: Annotated[str | None, typer.Option(help="Only those that claim this law.")] = None,
     plugin: Annotated[str | None, typer.Option(help="Only what this plugin provides.")] = None,
     as_json: AsJson = False,
@@ -45,7 +47,13 @@ def list_(
             raise ZooError("AZ605", f"there is no {name} called `{value}`", help=hint)
     zoo = load_zoo()
     listing: dict[str, list[dict[str, Any]]] = {}
-    wanted = [kind] if kind else [Kind.mechanisms] if family or mask else [Kind.mechanisms, Kind.fusions, Kind.recipes]
+    wanted = (
+        [kind]
+        if kind
+        else [Kind.mechanisms]
+        if family or mask
+        else [Kind.mechanisms, Kind.fusions, Kind.recipes]
+    )
     for each in wanted:
         rows = _MAKERS[each](zoo)
         listing[each.value] = [
@@ -64,7 +72,11 @@ def list_(
         if not rows:
             say(f"no {name} match")
             continue
-        columns = [c for c in ("name", "family", "form", "masks", "grows", "base", "registers", "summary", "provider") if c in rows[0]]
+        columns = [
+            c
+            for c in ("name", "family", "form", "masks", "grows", "base", "registers", "summary", "provider")
+            if c in rows[0]
+        ]
         table(columns, [[_cell(row[c]) for c in columns] for row in rows], title=f"{len(rows)} {name}")
     broken = sorted({problem["plugin"] for problem in problems})
     if broken:
@@ -101,7 +113,12 @@ def _mechanisms(zoo) -> list[dict[str, Any]]:
 
 def _fusions(zoo) -> list[dict[str, Any]]:
     return [
-        {"name": name, "summary": entry.value.card.summary, "laws": sorted(entry.value.card.laws), **_provided(zoo, entry)}
+        {
+            "name": name,
+            "summary": entry.value.card.summary,
+            "laws": sorted(entry.value.card.laws),
+            **_provided(zoo, entry),
+        }
         for name, entry in zoo.fusions.items()
     ]
 
@@ -114,9 +131,19 @@ def _recipes(zoo) -> list[dict[str, Any]]:
     for name, entry in zoo.recipes.items():
         try:
             recipe = load(str(entry.value)).recipe
-            row = {"name": name, "base": recipe.host.base, "registers": recipe.host.registers, "summary": recipe.summary}
+            row = {
+                "name": name,
+                "base": recipe.host.base,
+                "registers": recipe.host.registers,
+                "summary": recipe.summary,
+            }
         except ZooError as error:
-            row = {"name": name, "base": "", "registers": None, "summary": f"broken: {error.diagnostics[0].message}"}
+            row = {
+                "name": name,
+                "base": "",
+                "registers": None,
+                "summary": f"broken: {error.diagnostics[0].message}",
+            }
         rows.append(row | {"file": entry.file} | _provided(zoo, entry))
     return rows
 
@@ -126,7 +153,12 @@ def _models(zoo) -> list[dict[str, Any]]:
 
     known = {row["name"]: row for row in _recipes(zoo)}
     return [
-        {"name": model, "base": known[recipe]["base"], "summary": known[recipe]["summary"], **_provided(zoo, zoo.recipes[recipe])}
+        {
+            "name": model,
+            "base": known[recipe]["base"],
+            "summary": known[recipe]["summary"],
+            **_provided(zoo, zoo.recipes[recipe]),
+        }
         for model, recipe in sorted(registered.items())
         if recipe
     ]

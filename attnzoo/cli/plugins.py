@@ -23,7 +23,8 @@ def plugins(as_json: AsJson = False) -> None:
     table(
         ["plugin", "distribution", "version", "status", "mechanisms", "fusions", "recipes"],
         [
-            [r["name"], r["dist"], r["version"], r["status"]] + [_few(r[kind]) for kind in ("mechanisms", "fusions", "recipes")]
+            [r["name"], r["dist"], r["version"], r["status"]]
+            + [_few(r[kind]) for kind in ("mechanisms", "fusions", "recipes")]
             for r in rows
         ],
     )

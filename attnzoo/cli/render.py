@@ -17,7 +17,9 @@ from attnzoo.errors import Diagnostic, ZooError
 def console(err: bool = False) -> Console:
     """A console; colours only on a terminal, `NO_COLOR` honoured. Piped output is wide enough for every table."""
     stream = sys.stderr if err else sys.stdout
-    return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 160)
+    return Console(
+        file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 160
+    )
 
 
 def say(text: str = "", style: str = "") -> None:
@@ -37,9 +39,13 @@ def say_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (), title: str = "") -> None:
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (), title: str = ""
+) -> None:
     """A table; columns named in `right` are numbers. Cells are plain text."""
-    drawn = Table(box=box.SIMPLE_HEAD, title=escape(title) or None, title_justify="left", pad_edge=False, expand=False)
+    drawn = Table(
+        box=box.SIMPLE_HEAD, title=escape(title) or None, title_justify="left", pad_edge=False, expand=False
+    )
     for name in columns:
         drawn.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
@@ -80,7 +86,9 @@ def count(number: float) -> str:
     """1234567 as `1.23 M`."""
     for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= scale:
-            return f"{number / scale:.3g} {unit}" if number / scale < 1000 else f"{number / scale:,.0f} {unit}"
+            return (
+                f"{number / scale:.3g} {unit}" if number / scale < 1000 else f"{number / scale:,.0f} {unit}"
+            )
     return f"{number:.0f}"
 
 

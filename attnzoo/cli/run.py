@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+"""All that follows the script is the script's."""
+
 
 def run(
     context: typer.Context,
@@ -28,4 +31,6 @@ def run(
         except ImportError as error:
             if f"No module named {script}" not in str(error).replace("'", ""):
                 raise
-            raise ZooError("AZ608", f"there is no script or module `{script}`", help="name a Python file") from None
+            raise ZooError(
+                "AZ608", f"there is no script or module `{script}`", help="name a Python file"
+            ) from None

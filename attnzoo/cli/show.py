@@ -59,7 +59,11 @@ def _part(entry, kind: str) -> dict[str, Any]:
 
     card = entry.value.card
     claims = {
-        "form": kind if kind == "fusion" else "head (inside the heads)" if issubclass(entry.value, Head) else "on tokens",
+        "form": kind
+        if kind == "fusion"
+        else "head (inside the heads)"
+        if issubclass(entry.value, Head)
+        else "on tokens",
         "family": f"{card.family}: {card.family.question}" if kind == "mechanism" else "",
         "paper": str(card.paper) if card.paper else "",
         "fidelity": card.fidelity,
@@ -83,14 +87,24 @@ def _part(entry, kind: str) -> dict[str, Any]:
         }
         for name, info in options_of(entry.value).model_fields.items()
     ]
-    doc = inspect.cleandoc(entry.value.__doc__ or "").partition("\nArgs:")[0].partition("\nRaises:")[0].strip()
-    example = f"attention: {entry.name}" if kind == "mechanism" else f"attention: {{fuse: {entry.name}, of: [softmax, soft]}}"
+    doc = (
+        inspect.cleandoc(entry.value.__doc__ or "").partition("\nArgs:")[0].partition("\nRaises:")[0].strip()
+    )
+    example = (
+        f"attention: {entry.name}"
+        if kind == "mechanism"
+        else f"attention: {{fuse: {entry.name}, of: [softmax, soft]}}"
+    )
     return {"name": entry.name, "kind": kind, "summary": card.summary, "doc": doc, "claims": claims,
             "options": options, "example": example}  # fmt: skip
 
 
 def _yaml(value: Any) -> str:
-    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
+    return (
+        {True: "true", False: "false", None: "null"}[value]
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _type(annotation: Any) -> str:

@@ -5,7 +5,14 @@ from attnzoo.core.fusion import Fusion, Start
 from attnzoo.core.layout import Layout
 from attnzoo.core.mask import FREE, Mask
 from attnzoo.core.mechanism import Fused, FusedHeads, Head, Mechanism, MultiHead
-from attnzoo.core.options import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, option_texts, options_of
+from attnzoo.core.options import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    option_texts,
+    options_of,
+)
 from attnzoo.core.site import Site
 from attnzoo.core.tap import Tap, find_taps, watch
 

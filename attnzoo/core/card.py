@@ -1,7 +1,8 @@
 """Claims: what a mechanism or a fusion says about itself, and is held to."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Set
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
@@ -46,7 +47,9 @@ class Law(StrEnum):
     STOCHASTIC = "stochastic"  # rows of the tapped weights are non-negative and sum to 1
     SUBSTOCHASTIC = "substochastic"  # rows of the tapped weights are non-negative and sum to at most 1
     PERMUTATION_EQUIVARIANT = "permutation_equivariant"  # permuting grid tokens permutes the output
-    SHIFT_EQUIVARIANT = "shift_equivariant"  # on a 1-D grid, away from the ends, shifting tokens shifts the output
+    SHIFT_EQUIVARIANT = (
+        "shift_equivariant"  # on a 1-D grid, away from the ends, shifting tokens shifts the output
+    )
     LINEAR_IN_VALUES = "linear_in_values"  # of a head: linear in v for fixed q and k
     LOCAL = "local"  # nothing beyond `reach()` grid steps has influence
     BOUNDED = "bounded"  # of a head: the output lies in the convex hull of the values
@@ -58,7 +61,9 @@ class Law(StrEnum):
     ADDITIVE = "additive"  # linear in the branches for fixed x
     NEUTRAL_ZERO = "neutral_zero"  # an extra zero branch changes nothing
     FAIR_START = "fair_start"  # at initialisation equals the mean of the branches
-    IDENTITY_START = "identity_start"  # with `start: identity`, bit for bit the first branch at initialisation
+    IDENTITY_START = (
+        "identity_start"  # with `start: identity`, bit for bit the first branch at initialisation
+    )
     TOKEN_LOCAL = "token_local"  # token i of the output depends on token i of the inputs only
 
 
@@ -87,18 +92,24 @@ class Paper:
     where: str = ""
 
     def __str__(self) -> str:
-        return ", ".join(part for part in (self.authors, self.title, str(self.year), self.ref, self.where) if part)
+        return ", ".join(
+            part for part in (self.authors, self.title, str(self.year), self.ref, self.where) if part
+        )
 
 
 def _coherent(card: "Card | FusionCard", laws: frozenset[Law]) -> None:
     if not NAME.fullmatch(card.name):
-        raise ValueError(f"card {card.name!r}: a name is snake_case: a-z, 0-9 and _, at most 64, a letter first")
+        raise ValueError(
+            f"card {card.name!r}: a name is snake_case: a-z, 0-9 and _, at most 64, a letter first"
+        )
     if not card.summary or "\n" in card.summary:
         raise ValueError(f"card {card.name!r}: the summary is one line")
     if card.fidelity != "exact" and not card.notes:
         raise ValueError(f"card {card.name!r}: fidelity {card.fidelity!r} needs notes that say what differs")
     if card.laws - laws:
-        raise ValueError(f"card {card.name!r}: {', '.join(sorted(card.laws - laws))} is no law of this kind of part")
+        raise ValueError(
+            f"card {card.name!r}: {', '.join(sorted(card.laws - laws))} is no law of this kind of part"
+        )
 
 
 @dataclass(frozen=True)
@@ -131,16 +142,16 @@ class Card:
     paper: Paper | None = None
     time: str = "n m c"
     memory: str = "h n m"
-    masks: frozenset[str] = frozenset()
+    masks: Set[str] = frozenset()
     context: bool = False
     grid: int | Literal["any"] | None = None
     fixed_length: bool = False
     incremental: bool = False
     weights: str | None = None
-    laws: frozenset[Law] = frozenset()
+    laws: Set[Law] = frozenset()
     fidelity: Fidelity = "exact"
     notes: str = ""
-    extra: frozenset[str] = field(default_factory=frozenset)
+    extra: Set[str] = frozenset()
 
     def __post_init__(self):
         for name in ("masks", "laws", "extra"):  # a set literal may be written; it is kept frozen
@@ -184,7 +195,7 @@ class FusionCard:
     name: str
     summary: str
     paper: Paper | None = None
-    laws: frozenset[Law] = frozenset()
+    laws: Set[Law] = frozenset()
     arity: tuple[int, int | None] = (1, None)
     hard_routing: bool = False
     fidelity: Fidelity = "exact"

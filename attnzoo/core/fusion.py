@@ -34,19 +34,29 @@ class Fusion(nn.Module, ABC):
     """
 
     card: ClassVar[FusionCard]
+    gain: nn.Parameter  # None unless the fusion starts as its first of several branches
 
     def __init__(self, site: Site, arity: int, *, start: Start = "free"):
         super().__init__()
         self._check_arity(arity)
         self.arity, self.start = arity, start
-        self.head_axis = -1  # where heads lie: among the channels on tokens; `FusedHeads` sets 1, an axis of their own
-        self.gain = nn.Parameter(torch.zeros(site.dim)) if start == "identity" and arity > 1 else None
+        self.head_axis = (
+            -1
+        )  # where heads lie: among the channels on tokens; `FusedHeads` sets 1, an axis of their own
+        gains = nn.Parameter(torch.zeros(site.dim)) if start == "identity" and arity > 1 else None
+        self.register_parameter("gain", gains)
 
     @classmethod
     def _check_arity(cls, arity: int) -> None:
         fewest, most = cls.card.arity
         if arity < fewest or (most is not None and arity > most):
-            wanted = f"{fewest}" if most == fewest else f"{fewest} or more" if most is None else f"{fewest} to {most}"
+            wanted = (
+                f"{fewest}"
+                if most == fewest
+                else f"{fewest} or more"
+                if most is None
+                else f"{fewest} to {most}"
+            )
             raise RecipeError(
                 "AZ312",
                 f"`{cls.card.name}` merges {wanted} branches; it was given {arity}",
@@ -69,7 +79,9 @@ class Fusion(nn.Module, ABC):
         return [x] * self.arity
 
     @abstractmethod
-    def merge(self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*_ n _"]) -> Float[Tensor, "*_ n _"]:
+    def merge(
+        self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*_ n _"]
+    ) -> Float[Tensor, "*_ n _"]:
         """One output from the branches' outputs.
 
         Args:

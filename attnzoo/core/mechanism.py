@@ -5,6 +5,7 @@ make one of several.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar, final
@@ -47,7 +48,9 @@ class _Part(nn.Module):
 
     def reach(self) -> int:
         """For the law `LOCAL`: how far, in grid steps along any dimension, a token has influence."""
-        raise NotImplementedError(f"{type(self).__name__} claims the law `local` but does not say how far it reaches")
+        raise NotImplementedError(
+            f"{type(self).__name__} claims the law `local` but does not say how far it reaches"
+        )
 
 
 class Head(_Part, ABC):
@@ -123,7 +126,7 @@ class MultiHead(Mechanism):
         self.card = head.card
         self.heads, self.head_dim, self.dim = site.heads, site.head_dim, site.dim
         self.reads_context = site.context_dim is not None
-        if self.reads_context:
+        if site.context_dim is not None:
             self.q = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
             self.kv = nn.Linear(site.context_dim, 2 * site.dim, bias=site.qkv_bias)
         else:
@@ -151,7 +154,11 @@ class MultiHead(Mechanism):
             q, k, v = qkv.unbind(0)
         else:
             q = self.q(x).reshape(b, n, self.heads, self.head_dim).transpose(1, 2)
-            kv = self.kv(context).reshape(b, context.shape[1], 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+            kv = (
+                self.kv(context)
+                .reshape(b, context.shape[1], 2, self.heads, self.head_dim)
+                .permute(2, 0, 3, 1, 4)
+            )
             k, v = kv.unbind(0)
         return self.q_norm(q), self.k_norm(k), v
 
@@ -193,12 +200,12 @@ Build = Callable[[Site], _Part]
 
 
 def _branches(sites: Sequence[Site], builds: Sequence[Build]) -> nn.ModuleDict:
-    branches = nn.ModuleDict()
+    branches, seen = nn.ModuleDict(), Counter[str]()
     for site, build in zip(sites, builds, strict=True):
         part = build(site)
         name = part.card.name
-        same = sum(other.card.name == name for other in branches.values())
-        branches[f"{name}_{same + 1}" if same else name] = part
+        seen[name] += 1
+        branches[name if seen[name] == 1 else f"{name}_{seen[name]}"] = part
     return branches
 
 
@@ -211,7 +218,7 @@ def fused_card(fusion: FusionCard, branches: Sequence[Card]) -> Card:
         summary=f"{fusion.name} of {', '.join(card.name for card in branches)}",
         time=" + ".join(dict.fromkeys(card.time for card in branches)),
         memory=" + ".join(dict.fromkeys(card.memory for card in branches)),
-        masks=frozenset.intersection(*(card.masks for card in branches)),
+        masks=frozenset.intersection(*(frozenset(card.masks) for card in branches)),
         context=all(card.context for card in branches),
         grid=max(grids, key=lambda grid: grid != "any", default=None),  # a number asks for more than `any`
         fixed_length=any(card.fixed_length for card in branches),

@@ -37,7 +37,9 @@ def find_taps(module: nn.Module, name: str | None = None) -> dict[str, Tap]:
         name: Keep only the taps called so (`weights`); None keeps all.
     """
     taps = {full: part for full, part in module.named_modules() if isinstance(part, Tap)}
-    return taps if name is None else {full: tap for full, tap in taps.items() if full.rpartition(".")[2] == name}
+    return (
+        taps if name is None else {full: tap for full, tap in taps.items() if full.rpartition(".")[2] == name}
+    )
 
 
 @contextmanager

@@ -36,7 +36,9 @@ def additive_scores(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
     eq, ek = (2 * q.clamp(-limit, limit)).exp(), (2 * k.clamp(-limit, limit)).exp()
     keep_nothing = torch.is_grad_enabled() and q.shape[2] > ROWS and not torch.compiler.is_compiling()
     pieces = [
-        checkpoint(_rows, piece, ek, weight, use_reentrant=False) if keep_nothing else _rows(piece, ek, weight)
+        checkpoint(_rows, piece, ek, weight, use_reentrant=False)
+        if keep_nothing
+        else _rows(piece, ek, weight)
         for piece in eq.split(ROWS, dim=2)
     ]
     return (torch.cat(pieces, dim=2) + weight.sum(dim=-1)[:, None, None]).to(dtype)

@@ -58,8 +58,11 @@ def dot_product_attention(
         return attention_from_scores(scores, v, allowed, tap_scores, tap_weights, dropout)
     if not mask.kinds:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    if mask.kinds == ("causal",) and q.shape[2] == k.shape[2]:  # PyTorch aligns the first query with the first key
+    if (
+        mask.kinds == ("causal",) and q.shape[2] == k.shape[2]
+    ):  # PyTorch aligns the first query with the first key
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     allowed = mask.dense(q.shape[2], k.shape[2], q.device)
+    assert allowed is not None  # the mask is of some kind
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
     return torch.where(allowed.any(dim=-1, keepdim=True), out, 0.0)  # some kernels give NaN for an empty row

@@ -14,7 +14,10 @@ from attnzoo.core import Fusion, FusionCard, Law, Paper, Site, Start
 
 
 class Difference(Fusion):
-    """s_1 - λ Σ_{i>1} s_i, λ learned per channel; it starts at 0.8 - 0.6 e^{-0.3 layer}, or 0 with `start: identity`."""
+    """s_1 - λ Σ_{i>1} s_i, λ learned per channel.
+
+    λ starts at 0.8 - 0.6 e^{-0.3 layer}, or at 0 with `start: identity`.
+    """
 
     card = FusionCard(
         name="difference",

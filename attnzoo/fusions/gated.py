@@ -1,18 +1,28 @@
 """A gate per token chooses how much of each branch goes through."""
 
-import torch
 from torch import nn
 
 from attnzoo.core import Fusion, FusionCard, Law, Site, Start, Tap
 
 
 class Gated(Fusion):
-    """Σ_i g_i s_i, g = softmax(W x + b) over the branches, for each token; W and b start at 0, so all shares are equal."""
+    """Σ_i g_i s_i, g = softmax(W x + b) over the branches, for each token.
+
+    W and b start at 0, so that all shares are equal.
+    """
 
     card = FusionCard(
         name="gated",
         summary="A convex mixture per token: Σ gᵢ sᵢ, g = softmax(W x + b).",
-        laws={Law.SINGLE, Law.AGREE, Law.CONVEX, Law.ADDITIVE, Law.FAIR_START, Law.IDENTITY_START, Law.TOKEN_LOCAL},
+        laws={
+            Law.SINGLE,
+            Law.AGREE,
+            Law.CONVEX,
+            Law.ADDITIVE,
+            Law.FAIR_START,
+            Law.IDENTITY_START,
+            Law.TOKEN_LOCAL,
+        },
     )
 
     def __init__(self, site: Site, arity: int, *, start: Start = "free"):

@@ -10,7 +10,7 @@ from attnzoo.errors import RecipeError
 
 
 class HeadSplit(Fusion):
-    """[s_1; ...; s_k]: the heads (on tokens: the channels) are dealt out to the branches in equal parts, and put together.
+    """[s_1; ...; s_k]: the heads (on tokens: the channels) are dealt to the branches in equal parts.
 
     Args:
         site: Where it is.

@@ -7,7 +7,10 @@ from attnzoo.core import Fusion, FusionCard, Law, Site, Start
 
 
 class WeightedSum(Fusion):
-    """Σ_i w_i s_i with learned scalars, 1 at first; with `start: identity` 1 for the first branch and 0 for the rest."""
+    """Σ_i w_i s_i with learned scalars, 1 at first.
+
+    With `start: identity` they are 1 for the first branch and 0 for the rest.
+    """
 
     card = FusionCard(
         name="weighted_sum",

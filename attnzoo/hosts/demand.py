@@ -27,10 +27,14 @@ class Demand:
 def unmet(card: Card, demand: Demand) -> list[str]:
     """The reasons why a card cannot go there; none when it can."""
     reasons = []
-    missing = [kind for kind in ("keys", "causal", "pairs") if kind in demand.masks and kind not in card.masks]
+    missing = [
+        kind for kind in ("keys", "causal", "pairs") if kind in demand.masks and kind not in card.masks
+    ]
     if missing:
         claims = ", ".join(sorted(card.masks)) or "none"
-        reasons.append(f"the site demands masks of kind {', '.join(missing)}; `{card.name}` claims masks: {claims}")
+        reasons.append(
+            f"the site demands masks of kind {', '.join(missing)}; `{card.name}` claims masks: {claims}"
+        )
     if demand.context and not card.context:
         reasons.append(f"the site reads from a context; `{card.name}` cannot")
     if isinstance(card.grid, int) and card.grid != demand.grid:

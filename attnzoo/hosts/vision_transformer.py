@@ -9,9 +9,9 @@ from typing import Any
 import timm
 import torch
 from timm.layers import LayerNorm, PatchEmbed
-from timm.models import VisionTransformer, get_pretrained_cfg, is_model, model_entrypoint
+from timm.models import PretrainedCfg, VisionTransformer, get_pretrained_cfg, is_model, model_entrypoint
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attnzoo.core import FREE, Layout, Mask, Mechanism, Site
 from attnzoo.errors import RecipeError, UnsupportedMask, did_you_mean
@@ -68,11 +68,13 @@ class Survey:
 
 def timm_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a recipe or of `timm.create_model` as `VisionTransformer` takes them."""
-    out = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    out: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
     eps = out.pop("norm_eps", None)
     if eps is not None:
         if out.get("norm_layer", "layernorm") != "layernorm":
-            raise RecipeError("AZ309", "`norm_eps` belongs to `norm_layer: layernorm`", help="leave one of the two out")
+            raise RecipeError(
+                "AZ309", "`norm_eps` belongs to `norm_layer: layernorm`", help="leave one of the two out"
+            )
         out["norm_layer"] = partial(LayerNorm, eps=eps)
     return out
 
@@ -90,13 +92,19 @@ def survey(base: str, arguments: Mapping[str, Any]) -> Survey:
     if not is_model(base):
         names = timm.list_models()
         hint = did_you_mean(base, names)
-        raise RecipeError("AZ301", f"timm has no model called `{base}`", help=f"{hint} timm.list_models('vit*') shows them".strip())
+        raise RecipeError(
+            "AZ301",
+            f"timm has no model called `{base}`",
+            help=f"{hint} timm.list_models('vit*') shows them".strip(),
+        )
     try:
         with torch.device("meta"):
             model = model_entrypoint(base)(pretrained=False, **timm_arguments(arguments))
     except RecipeError:
         raise
-    except Exception as error:  # whatever timm's constructors raise: assertion, type, value and runtime errors
+    except (
+        Exception
+    ) as error:  # whatever timm's constructors raise: assertion, type, value and runtime errors
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError("AZ309", f"timm cannot build `{base}` with these arguments: {text}",
                           help="look at `host.model`") from None  # fmt: skip
@@ -163,15 +171,44 @@ class ZooPatchEmbed(PatchEmbed):
 class ZooBlock(Block):
     """timm's block with a mechanism in its attention slot."""
 
-    def __init__(self, *, dim: int, num_heads: int, depth: int, put: Callable[..., Mechanism], cell: Cell, **timm_options):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        depth: int,
+        put: Callable[..., Mechanism],
+        cell: Cell,
+        **timm_options,
+    ):
         super().__init__(dim, num_heads, depth=depth, **timm_options | {"attn_layer": nn.Identity})
         self.attn = put(dim, num_heads, depth, timm_options)
         self.cell = cell
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        mixed = self.attn(self.norm1(x), mask=from_timm(attn_mask, is_causal), layout=self.cell.layout)
+        if isinstance(attn_mask, fx.Proxy) or isinstance(is_causal, fx.Proxy):
+            x, mask = unmasked(x, attn_mask, is_causal), FREE
+        else:
+            mask = from_timm(attn_mask, is_causal)
+        mixed = self.attn(self.norm1(x), mask=mask, layout=self.cell.layout)
         x = x + self.drop_path1(self.ls1(mixed))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def unmasked(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """x itself, in a graph made by symbolic tracing, which cannot follow masks: a graph refuses them when it runs.
+
+    Raises:
+        UnsupportedMask: AZ402, when there is a mask.
+    """
+    if attn_mask is not None or is_causal:
+        raise UnsupportedMask(
+            "AZ402", "a model traced by torch.fx takes no masks", help="use torch.export with the mask"
+        )
+    return x
+
+
+fx.wrap("unmasked")
 
 
 def from_timm(attn_mask: Tensor | None, is_causal: bool) -> Mask:
@@ -213,7 +250,13 @@ class NoWeightDecay:
 def site_of(seen: Survey, layer: int, **options) -> Site:
     """The place in block `layer`, as its mechanism will know it."""
     return Site(
-        name=f"blocks.{layer}", dim=seen.dim, heads=seen.heads, layout=seen.layout, layer=layer, depth=seen.depth, **options
+        name=f"blocks.{layer}",
+        dim=seen.dim,
+        heads=seen.heads,
+        layout=seen.layout,
+        layer=layer,
+        depth=seen.depth,
+        **options,
     )
 
 
@@ -262,7 +305,7 @@ def build_vit(
         **timm_options,
     )
     vit = model if isinstance(model, VisionTransformer) else model.model  # features_only wraps it
-    vit.no_weight_decay = NoWeightDecay(frozenset(vit.no_weight_decay() | _undecayed(vit)))
+    vit.no_weight_decay = NoWeightDecay(frozenset(vit.no_weight_decay() | _undecayed(vit)))  # type: ignore[method-assign]
     if init == "normal" and not pretrained:
         init_normal(vit)
     return model
@@ -288,16 +331,14 @@ def init_normal(model: VisionTransformer) -> None:
     for token in (model.cls_token, model.reg_token, model.pos_embed):
         if token is not None:
             nn.init.trunc_normal_(token, std=0.02)
-    for block in model.blocks:
-        timm.models.named_apply(_own_init, block.attn, include_root=True)
+    for module in reversed(list(model.blocks.modules())):  # owners after what they own
+        if hasattr(module, "init_weights"):
+            module.init_weights()
 
 
-def _own_init(module: nn.Module, name: str) -> None:
-    if hasattr(module, "init_weights"):
-        module.init_weights()
-
-
-def model_cfg(name: str, base: str, arguments: Mapping[str, Any], mean: list[float] | None, std: list[float] | None) -> dict:
+def model_cfg(
+    name: str, base: str, arguments: Mapping[str, Any], mean: list[float] | None, std: list[float] | None
+) -> dict:
     """timm's configuration of a composed model: the base's, without its weights.
 
     Args:
@@ -307,7 +348,7 @@ def model_cfg(name: str, base: str, arguments: Mapping[str, Any], mean: list[flo
         mean: Mean of the pictures by channel; the base's when None.
         std: Standard deviation of the pictures by channel; the base's when None.
     """
-    cfg = get_pretrained_cfg(base)
+    cfg = get_pretrained_cfg(base) or PretrainedCfg()
     size = arguments.get("img_size", cfg.input_size[-2:])
     rows, columns = (size, size) if isinstance(size, int) else size
     channels = arguments.get("in_chans", cfg.input_size[0])

@@ -37,7 +37,9 @@ def compose_file(recipe: str | os.PathLike, edits: Sequence[str] = ()) -> Compos
     return resolve(load(recipe, edits))
 
 
-def build(loaded: Loaded, arguments: Mapping[str, Any], *, pretrained: bool = False, pretrained_cfg: Any = None) -> nn.Module:
+def build(
+    loaded: Loaded, arguments: Mapping[str, Any], *, pretrained: bool = False, pretrained_cfg: Any = None
+) -> nn.Module:
     """The model of a loaded recipe.
 
     Args:
@@ -60,17 +62,23 @@ def build(loaded: Loaded, arguments: Mapping[str, Any], *, pretrained: bool = Fa
         name = host.registers or ANONYMOUS
         cfg = model_cfg(name, host.base, seen.arguments, host.mean, host.std)
     overlay = options.get("pretrained_cfg_overlay") or {}
-    if pretrained and not any({**cfg, **overlay}.get(key) for key in ("url", "file", "state_dict", "hf_hub_id")):
+    if pretrained and not any(
+        {**cfg, **overlay}.get(key) for key in ("url", "file", "state_dict", "hf_hub_id")
+    ):
         raise RecipeError(
             "AZ306",
             f"there are no published weights for `{cfg.get('architecture', loaded.name)}`",
             help=f"load a base's weights instead: model.load_state_dict(timm.create_model('{host.base}', "
             "pretrained=True).state_dict(), strict=False), or `attnzoo compose RECIPE --init-from FILE`",
         )
-    model = build_vit(seen, composition.put, pretrained=pretrained, pretrained_cfg=cfg, init=host.init, **options)
+    model = build_vit(
+        seen, composition.put, pretrained=pretrained, pretrained_cfg=cfg, init=host.init, **options
+    )
     if not changed and not options.get("features_only"):
         check_expectations(loaded, model)
-    model._model_args = {"recipe": loaded.text}  # what timm writes to config.json, so that it can build it again
+    vars(model)["_model_args"] = {
+        "recipe": loaded.text
+    }  # what timm writes to config.json, so that it can build it again
     return model
 
 

@@ -1,7 +1,7 @@
 """pydantic's errors as faults of a recipe's text: what is wrong in plain words, where, and what was meant.
 
-pydantic says which spots are wrong; the sentences are made from the schema, so that both bounds, all choices and all
-branches of a union are named.
+pydantic says which spots are wrong; the sentences are made from the schema, so that both bounds, all choices and
+all branches of a union are named.
 """
 
 import json
@@ -217,7 +217,8 @@ def _neither(spot: Loc, value: Any, source: Source) -> Diagnostic:
     many = isinstance(value, list) and value
     help = "several are merged by `{fuse: add, of: [...]}`" if many else "`attnzoo list` shows the names"
     for key in value if isinstance(value, dict) else ():
-        if hint := did_you_mean(key, ["use", "fuse"]):
+        hint = "write a space after the colon" if ":" in key else did_you_mean(key, ["use", "fuse"])
+        if hint:
             message = f"unknown key `{key[:40]}` in `{_dotted(spot)}`"
             return Diagnostic("AZ110", message, source.key_place((*spot, key)), help=hint)
     message = f"`{_dotted(spot)}` must say `use: NAME`, or `fuse: NAME` with `of: [...]`; {_found(value)}"
@@ -247,13 +248,9 @@ def _hint(spot: Loc, rule: Any, value: Any) -> str:
         return f"this attnzoo reads version {VERSION} of the format; a later attnzoo may read this one"
     branches = [_apart(branch)[0] for branch in _alternatives(rule)]
     choices = [choice for branch in branches if get_origin(branch) is Literal for choice in get_args(branch)]
+    if len(branches) == 1 and get_origin(branches[0]) is list and value is not None and type(value) is not list:
+        return "begin each entry with `- `, or write `[..., ...]`"
     if not isinstance(value, str):
-        if (
-            any(get_origin(branch) is list for branch in branches)
-            and value is not None
-            and not isinstance(value, list)
-        ):
-            return "begin each entry with `- `, or write `[..., ...]`"
         return (
             f'write it in quotes: "{_yaml(value)}"'
             if str in branches and isinstance(value, (int, float))

@@ -15,19 +15,33 @@ def recipe_schema() -> dict[str, Any]:
     parts = {"Use": ("use", zoo.mechanisms), "Fuse": ("fuse", zoo.fusions)}
     for model, (key, registry) in parts.items():
         definition = definitions[model]
-        definition["properties"][key] = {"enum": list(registry), "description": definition["properties"][key]["description"]}
+        definition["properties"][key] = {
+            "enum": list(registry),
+            "description": definition["properties"][key]["description"],
+        }
         definition["allOf"] = [
-            {"if": {"properties": {key: {"const": name}}}, "then": {"properties": {"with": _options(entry.value)}}}
+            {
+                "if": {"properties": {key: {"const": name}}},
+                "then": {"properties": {"with": _options(entry.value)}},
+            }
             for name, entry in registry.items()
         ]
-    spec = {"anyOf": [{"$ref": "#/definitions/Use"}, {"$ref": "#/definitions/Fuse"}, {"enum": list(zoo.mechanisms)}]}
+    spec = {
+        "anyOf": [
+            {"$ref": "#/definitions/Use"},
+            {"$ref": "#/definitions/Fuse"},
+            {"enum": list(zoo.mechanisms)},
+        ]
+    }
     definitions["Spec"] = spec
     for owner, key in ((schema, "attention"), (definitions["Override"], "put")):
         owner["properties"][key] = {"$ref": "#/definitions/Spec"}
     definitions["Fuse"]["properties"]["of"]["items"] = {"$ref": "#/definitions/Spec"}
     schema["required"] = ["recipe"]  # the rest may come through `extends`
     definitions["VitHost"]["required"] = []
-    return _draft7({"$schema": "http://json-schema.org/draft-07/schema#", **schema, "definitions": definitions})
+    return _draft7(
+        {"$schema": "http://json-schema.org/draft-07/schema#", **schema, "definitions": definitions}
+    )
 
 
 def _options(cls: type) -> dict[str, Any]:

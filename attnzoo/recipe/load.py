@@ -114,7 +114,7 @@ def find(recipe: str) -> Path:
     Raises:
         RecipeError: AZ204, when the zoo has no recipe of that name.
     """
-    return Path(recipe) if is_path(recipe) else _named(recipe)
+    return Path(recipe) if is_path(recipe) else _named(recipe[:200])
 
 
 def _validate(source: Source, whole: bool) -> Recipe | None:
@@ -186,13 +186,16 @@ def _other(word: str, path: Path | None, chain: tuple[Path, ...], place: Place) 
         RecipeError: AZ116, AZ204.
     """
     if any(c in word for c in "/\\\0") or word.startswith(".") or not word:
-        raise RecipeError("AZ116", f"`extends` takes a file of the same folder or a name, not `{word[:60]}`", place=place,
-                          why="opening a recipe never reads outside its folder")  # fmt: skip
+        message = f"`extends` takes a file of the same folder or a name, not `{word[:60]}`"
+        raise RecipeError(
+            "AZ116", message, place=place, why="opening a recipe never reads outside its folder"
+        )
     if not word.endswith((".yaml", ".yml")):
         file = _named(word, place)
     elif path is None:
-        raise RecipeError("AZ116", f"a recipe without a file has no folder to find `{word[:60]}` in", place=place,
-                          help="write the name of a recipe of the zoo, without `.yaml`")  # fmt: skip
+        message = f"a recipe without a file has no folder to find `{word[:60]}` in"
+        help = "write the name of a recipe of the zoo, without `.yaml`"
+        raise RecipeError("AZ116", message, place=place, help=help)
     else:
         file = path.parent / word
         if not os.path.isfile(file):

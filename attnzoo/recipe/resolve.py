@@ -1,4 +1,4 @@
-"""From a recipe to plans: names become entries of the zoo, options are checked, demands meet claims. Nothing is built."""
+"""From a recipe to plans: names become entries of the zoo, options are checked, demands meet claims; no model yet."""
 
 import fnmatch
 from collections.abc import Iterator, Mapping
@@ -98,7 +98,7 @@ def _fusion(plan: Plan, site: Site, arity: int) -> Fusion:
 
 @contextmanager
 def _blame(entry: Entry, place: Place) -> Iterator[None]:
-    """Faults raised while a part is built get the place of its name; what is no fault of ours becomes one of the part."""
+    """Faults of a part get the place of its name; whatever else a plugin raises becomes a fault of the plugin."""
     try:
         yield
     except RecipeError as error:
@@ -169,8 +169,9 @@ def resolve(
         names = fnmatch.filter(plans, override.at)
         if not names:
             shown = ", ".join(plans) if len(plans) < 5 else f"{seen.sites()[0]} to {seen.sites()[-1]}"
-            faults.append(Diagnostic("AZ304", f"`{override.at}` matches no site", source.value_place(("overrides", i, "at")),
-                                     help=f"the sites are {shown}; `blocks.*` means all"))  # fmt: skip
+            place = source.value_place(("overrides", i, "at"))
+            help = f"the sites are {shown}; `blocks.*` means all"
+            planner.fault("AZ304", f"`{override.at}` matches no site", place, help=help)
         plans |= dict.fromkeys(names, puts[i])
     faults += _misfits(plans, seen)
     if faults:
@@ -180,7 +181,7 @@ def resolve(
 
 
 def look_over(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
-    """What is wrong beyond the schema in a tree that does not fit it: unknown names, bad options, a base that is none.
+    """What else is wrong in a tree that does not fit the schema: unknown names, bad options, a base that is none.
 
     Only what is sound on its own is judged, so that one mistake is not reported twice.
 
@@ -234,7 +235,7 @@ def _survey(base: str, arguments: Mapping[str, Any], source: Source) -> Survey:
 
 
 def _misfits(plans: Mapping[str, Plan | None], seen: Survey) -> list[Diagnostic]:
-    """Demands that are not met, and parts that cannot be built where they are put. One fault per plan, not per site."""
+    """Demands that are not met, and parts that cannot be built where they are put; per plan, not per site."""
     demand = Demand(
         grid=len(seen.layout.grid),
         varying_length="`dynamic_img_size` lets it change" if seen.dynamic else "",
@@ -248,8 +249,9 @@ def _misfits(plans: Mapping[str, Plan | None], seen: Survey) -> list[Diagnostic]
     for name, plan in first_sites.values():
         for leaf in plan.leaves():
             for why in unmet(leaf.card, demand):
-                faults.append(Diagnostic("AZ302", f"`{leaf.entry.name}` cannot be put at {name}", leaf.place, why,
-                                         "`attnzoo list mechanisms` shows what each can do"))  # fmt: skip
+                message = f"`{leaf.entry.name}` cannot be put at {name}"
+                help = "`attnzoo list mechanisms` shows what each can do"
+                faults.append(Diagnostic("AZ302", message, leaf.place, why, help))
         try:
             with torch.device("meta"):
                 plan.build(site_of(seen, seen.sites().index(name)))
@@ -305,13 +307,13 @@ class _Planner:
         if inside and on_tokens:
             names = ", ".join(f"`{branch.entry.name}`" for branch in on_tokens)
             self.fault("AZ303", f"{names} cannot be fused inside the heads", on_tokens[0].place,
-                       why="what has projections of its own works on tokens", help="write `level: tokens`")  # fmt: skip
+                       "what has projections of its own works on tokens", "write `level: tokens`")  # fmt: skip
             return None
         own = [branch for branch in known if branch.heads is not None] if inside else []
         for branch in own:
-            self.fault("AZ303", f"`{branch.entry.name}` cannot have its own number of heads inside the heads", branch.place,
-                       why="the branches share queries, keys and values",
-                       help="write `level: tokens`, or put `heads:` at the fusion")  # fmt: skip
+            message = f"`{branch.entry.name}` cannot have its own number of heads inside the heads"
+            help = "write `level: tokens`, or put `heads:` at the fusion"
+            self.fault("AZ303", message, branch.place, "the branches share queries, keys and values", help)
         card = fused_card(entry.value.card, [branch.card for branch in known])
         return None if own else Plan(entry, options, card, inside, spec.heads, tuple(known), place)
 
@@ -335,7 +337,7 @@ class _Planner:
         return entry, {name: getattr(checked, name) for name in given}, place
 
     def find(self, key: Literal["use", "fuse"], name: str, place: Place) -> Entry | None:
-        """The entry, or a fault; a name of the other kind, or of a plugin that is not there, gets its own hint."""
+        """The entry, or a fault; names of the other kind and of absent plugins get their own."""
         registry: Registry = self.zoo.mechanisms if key == "use" else self.zoo.fusions
         other: Registry = self.zoo.fusions if key == "use" else self.zoo.mechanisms
         try:
@@ -353,6 +355,10 @@ class _Planner:
                 )
             elif slash and (provider is None or provider.status != "loaded"):
                 self.absent(name, plugin, provider, place)
+            elif slash:
+                names = [entry.full_name for entry in registry.values() if entry.plugin == plugin]
+                hint = did_you_mean(name, names) or f"`attnzoo list {registry.kind}s` shows what there is"
+                self.fault(error.code, error.diagnostics[0].message, place, help=hint)
             else:
                 self.faults += error.diagnostics
             return None

@@ -23,9 +23,7 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, protected_namespaces=(), populate_by_name=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class Use(_Strict):
@@ -159,4 +157,4 @@ class Recipe(_Strict):
     overrides: list[Override] = Field(
         default_factory=list, max_length=256, description="... except where these say."
     )
-    expect: Expect = Field(default_factory=Expect, description="What must come out.")
+    expect: Expect = Field(Expect(params=None), description="What must come out.")

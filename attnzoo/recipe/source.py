@@ -1,8 +1,8 @@
 """Recipe text to a tree of plain values, with the place of every value; and back from places to faults.
 
-The reader is our own, on PyYAML's events, because `yaml.safe_load` accepts duplicate keys, reads `no` as false and
-`1e-3` as text, and lets a few bytes grow into gigabytes. Scalars are those of YAML 1.2; anchors, aliases, tags, second
-documents and everything oversized are refused. Faults that leave the rest readable are gathered and do not stop it.
+The reader is our own, on PyYAML's events, because `yaml.safe_load` accepts duplicate keys, reads `no` as false
+and `1e-3` as text, and lets a few bytes grow into gigabytes. Scalars are those of YAML 1.2; anchors, aliases, tags,
+second documents and everything oversized are refused. Faults that leave the rest readable do not end the reading.
 """
 
 import math
@@ -99,7 +99,7 @@ class Source:
         self.faults.append(Diagnostic(code, message, place, why, help))
 
     def put(self, loc: Loc, other: "Source") -> None:
-        """Take the places of another text for a spot and what is below it; its value is now the other's tree."""
+        """Take the places of another text at and below a spot, because its tree is now the value there."""
         for table, extra in ((self.values, other.values), (self.keys, other.keys)):
             for known in [k for k in table if k[: len(loc)] == loc and (k != loc or table is self.values)]:
                 del table[known]
@@ -287,7 +287,7 @@ class _Reader:
                     "AZ109", "a key must be a word", place, help="did a bracket or a `?` slip in?"
                 )
             self.refuse(event, place)
-            key = "*" + event.anchor if isinstance(event, yaml.AliasEvent) else event.value
+            key = f"*{event.anchor}" if isinstance(event, yaml.AliasEvent) else event.value
             spot = (*loc, key)
             if key == "<<":
                 self.source.fault(
@@ -301,8 +301,8 @@ class _Reader:
                 self.source.fault("AZ104", f"the character U+{ord(bad[0]):04X} does not show", place)
             elif key in entries:
                 line = self.source.keys[spot].line
-                self.source.fault("AZ106", f"`{key[:40]}` stands here a second time", place, f"the first is on line {line}",
-                                  "keep one of the two")  # fmt: skip
+                message, why = f"`{key[:40]}` stands here a second time", f"the first is on line {line}"
+                self.source.fault("AZ106", message, place, why, "keep one of the two")
                 self.node(next(events), events, (*loc, f"{key} (again)"), depth + 1)
                 continue
             self.source.keys[spot] = place

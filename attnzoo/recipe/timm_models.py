@@ -34,7 +34,9 @@ def register_models() -> None:
             registered[model] = name
         except ZooError as error:
             first = error.diagnostics[0]
-            zoo.problems.append(Problem(entry.plugin, first.code, f"recipe `{name}`: {first.message}", str(error), False))
+            zoo.problems.append(
+                Problem(entry.plugin, first.code, f"recipe `{name}`: {first.message}", str(error), False)
+            )
 
 
 def _register(name: str, loaded: Loaded | None) -> None:
@@ -54,12 +56,18 @@ def _entry_point(name: str, loaded: Loaded | None) -> Callable[..., nn.Module]:
     def entry_point(pretrained: bool = False, *, recipe: str | None = None, **arguments: Any) -> nn.Module:
         cfg = arguments.pop("pretrained_cfg", None)
         if recipe is None and loaded is None:
-            raise RecipeError("AZ111", f"`{name}` needs `recipe=`", help="hand the name or the text of a recipe")
+            raise RecipeError(
+                "AZ111", f"`{name}` needs `recipe=`", help="hand the name or the text of a recipe"
+            )
         if recipe is not None and not is_text(recipe):
-            load_zoo().recipes.find(recipe)  # a name of the zoo: a saved configuration never makes us open files
+            load_zoo().recipes.find(
+                recipe
+            )  # a name of the zoo: a saved configuration never makes us open files
         source = loaded if recipe is None else load(recipe)
         assert source is not None
-        return build(source, arguments, pretrained=pretrained, pretrained_cfg=cfg if isinstance(cfg, dict) else None)
+        return build(
+            source, arguments, pretrained=pretrained, pretrained_cfg=cfg if isinstance(cfg, dict) else None
+        )
 
     summary = loaded.recipe.summary if loaded else "A composed ViT; its recipe is an argument."
     entry_point.__name__ = entry_point.__qualname__ = name

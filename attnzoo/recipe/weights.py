@@ -33,11 +33,13 @@ def init_model(model: nn.Module, file: str | os.PathLike) -> dict[str, Any]:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, safetensors.SafetensorError, RuntimeError, ValueError, EOFError, ImportError) as error:
-        raise RecipeError("AZ606", f"cannot read weights from `{os.fspath(file)}`: {str(error).splitlines()[0]}") from None
+        raise RecipeError(
+            "AZ606", f"cannot read weights from `{os.fspath(file)}`: {str(error).splitlines()[0]}"
+        ) from None
     except Exception as error:  # torch names no type of its own for what it refuses to unpickle
         raise RecipeError("AZ606", f"`{os.fspath(file)}` is no file of tensors", why=str(error).splitlines()[0],
                           help="save weights with safetensors") from None  # fmt: skip
-    state = checkpoint_filter_fn(state, model)
+    state = checkpoint_filter_fn(state, model)  # type: ignore[arg-type]  # it only reads attributes
     own = model.state_dict()
     strange = sorted(state.keys() - own.keys())
     wrong = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)
@@ -67,8 +69,12 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     folder = Path(folder)
     taken = [name for name in ("config.json", "model.safetensors") if (folder / name).exists()]
     if taken:
-        raise RecipeError("AZ607", f"`{folder}` already holds {' and '.join(taken)}", help="name another folder")
+        raise RecipeError(
+            "AZ607", f"`{folder}` already holds {' and '.join(taken)}", help="name another folder"
+        )
     try:
         save_for_hf(model, str(folder), safe_serialization=True)
     except OSError as error:
-        raise RecipeError("AZ607", f"cannot write to `{folder}`: {(error.strerror or str(error)).lower()}") from None
+        raise RecipeError(
+            "AZ607", f"cannot write to `{folder}`: {(error.strerror or str(error)).lower()}"
+        ) from None

@@ -47,5 +47,5 @@ def attnzoo_fusions() -> "Iterable[type[Fusion]]":
 
 @hookspec
 def attnzoo_recipes() -> Iterable[Path]:
-    """Recipes: YAML files, or folders of them; the file's stem is the recipe's name."""
+    """Recipes: absolute paths of YAML files, or of folders of them; a file's stem is its recipe's name."""
     raise NotImplementedError

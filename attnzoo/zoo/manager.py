@@ -290,7 +290,7 @@ def _being_imported(module: str) -> bool:
 
 
 def _switched_off(name: str, dist: str) -> bool:
-    """What the environment says: an allow-list (empty: none at all) and a deny-list, of plugins or distributions."""
+    """What the environment says: an allow-list (empty: none) and a deny-list, of plugins or distributions."""
     both = {name, dist}
     allowed = os.environ.get(ALLOW)
     if allowed is not None and not both & {word.strip() for word in allowed.split(",")}:

@@ -93,12 +93,13 @@ class Registry(Mapping[str, Entry[T]]):
             return self[name]
         rivals = self.conflicts.get(name, [])
         if rivals:
-            full = [f"`{rival.full_name}`" for rival in rivals]
+            owners = " and ".join(f"`{rival.plugin}`" for rival in rivals)
+            full = " or ".join(f"`{rival.full_name}`" for rival in rivals)
             raise RecipeError(
                 "AZ202",
-                f"the {self.kind} `{name}` is offered by {' and '.join(f'`{rival.plugin}`' for rival in rivals)}",
+                f"the {self.kind} `{name}` is offered by {owners}",
                 place=at,
-                help=f"write {' or '.join(full)}",
+                help=f"write {full}",
             )
         hint = did_you_mean(name, list(self))
         listing = f"`attnzoo list {self.kind}s` shows all {len(self)}"

@@ -63,7 +63,9 @@ class Soft(Head):
                 laws=frozenset(laws | {Law.LINEAR_IN_VALUES, Law.BOUNDED, Law.PERMUTATION_EQUIVARIANT}),
             )
         if reading == "cls_query":  # the first token is special, and no key mask says whether it exists
-            return replace(cls.card, masks=frozenset(), laws=frozenset(laws | {Law.LINEAR_IN_VALUES, Law.BOUNDED}))
+            return replace(
+                cls.card, masks=frozenset(), laws=frozenset(laws | {Law.LINEAR_IN_VALUES, Law.BOUNDED})
+            )
         if reading == "gated":
             return replace(cls.card, context=False, laws=frozenset(laws | {Law.PERMUTATION_EQUIVARIANT}))
         return replace(cls.card, laws=frozenset(laws | {Law.BOUNDED, Law.PERMUTATION_EQUIVARIANT}))
@@ -87,7 +89,8 @@ class Soft(Head):
             self.key_weight = nn.Parameter(torch.empty(h, d, a))
             self.query_weight = nn.Parameter(torch.empty(h, d, a))
         self.score_weight = nn.Parameter(torch.empty(h, a))
-        self.scores, self.weights = Tap(self.card.weights), Tap(self.card.weights)
+        axes = "b h n m" if reading == "bahdanau" else "b h m"
+        self.scores, self.weights = Tap(axes), Tap(axes)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -119,7 +122,9 @@ class Soft(Head):
         if self.reading == "cls_query":
             hidden = torch.tanh(k @ self.key_weight + q[:, :, :1] @ self.query_weight)
         else:  # einsum takes v as it lies in memory, where @ would copy it
-            hidden = torch.tanh(torch.einsum("bhmd,hda->bhma", v, self.value_weight) + self.value_bias[:, None])
+            hidden = torch.tanh(
+                torch.einsum("bhmd,hda->bhma", v, self.value_weight) + self.value_bias[:, None]
+            )
         scores = torch.einsum("bhma,ha->bhm", hidden, self.score_weight)
         allowed = None if mask.keys is None else mask.keys[:, None]
         weights = self.weights(masked_softmax(self.scores(scores), allowed))

@@ -22,7 +22,9 @@ class SqueezeExcite(Mechanism):
         name="squeeze_excite",
         family=Family.CHANNEL,
         summary="Channel gates from the mean token, by timm's layers.",
-        paper=Paper("Squeeze-and-Excitation Networks", "Hu et al.", 2018, "arXiv:1709.01507", where="§3, eq. 2-4"),
+        paper=Paper(
+            "Squeeze-and-Excitation Networks", "Hu et al.", 2018, "arXiv:1709.01507", where="§3, eq. 2-4"
+        ),
         time="n c",
         memory="n c",
         masks={"keys"},
@@ -50,7 +52,9 @@ class SqueezeExcite(Mechanism):
     ) -> Float[Tensor, "b n c"]:
         mask.only("keys")
         if context is not None:
-            raise UnsupportedContext("AZ404", "`squeeze_excite` gates tokens by themselves; it cannot read a context")
+            raise UnsupportedContext(
+                "AZ404", "`squeeze_excite` gates tokens by themselves; it cannot read a context"
+            )
         _, grid = layout.split(x)
         if mask.keys is None:
             mean = grid.mean(dim=1)

@@ -65,7 +65,9 @@ class GroupedQuery(Mechanism):
         k, v = self.kv(x if context is None else context).chunk(2, dim=-1)
         q, k, v = split_heads(self.q(x), self.heads), split_heads(k, self.groups), split_heads(v, self.groups)
         q, k = self.q_norm(q), self.k_norm(k)
-        k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))  # contiguous heads share
+        k, v = (
+            t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v)
+        )  # contiguous heads share
         dropout = self.attn_drop if self.training else 0.0
         out = dot_product_attention(q, k, v, mask, self.scores, self.weights, dropout)
         return self.proj_drop(self.proj(merge_heads(out)))

@@ -57,7 +57,10 @@ class EluLinear(Head):
             kv = torch.einsum("bhmd,bhme->bhmde", k, v).cumsum(dim=2)  # eq. 10
             past = k.cumsum(dim=2)  # eq. 11
             n, m = q.shape[2], k.shape[2]
-            q, first = q[:, :, max(0, n - m) :], q[:, :, : max(0, n - m)]  # queries before the first key see nothing
+            q, first = (
+                q[:, :, max(0, n - m) :],
+                q[:, :, : max(0, n - m)],
+            )  # queries before the first key see nothing
             kv, past = kv[:, :, m - q.shape[2] :], past[:, :, m - q.shape[2] :]
             top = torch.einsum("bhnd,bhnde->bhne", q, kv)
             norm = (q * past).sum(dim=-1, keepdim=True)

@@ -104,7 +104,8 @@ class Neighborhood(Head):
     def neighbours(self, layout: Layout, device: torch.device) -> Bool[Tensor, "1 1 n n"]:
         """Who sees whom: the conjunction over dimensions, special tokens added."""
         sides = [
-            windows(side, self.window, self.stride, self.dilation, self.causal).to(device) for side in layout.grid
+            windows(side, self.window, self.stride, self.dilation, self.causal).to(device)
+            for side in layout.grid
         ]
         grid = reduce(lambda outer, inner: torch.kron(outer, inner), sides)  # row-major, as tokens are
         seen = torch.ones(layout.length, layout.length, dtype=torch.bool, device=device)

@@ -47,6 +47,8 @@ class Fourier(Mechanism):
     ) -> Float[Tensor, "b n c"]:
         mask.only()
         if context is not None:
-            raise UnsupportedContext("AZ404", "`fourier` mixes a sequence with itself; it cannot read a context")
+            raise UnsupportedContext(
+                "AZ404", "`fourier` mixes a sequence with itself; it cannot read a context"
+            )
         wide = x if x.dtype == torch.float64 else x.float()  # the transform takes no half precision
         return torch.fft.fft2(wide, norm=self.norm).real.to(x.dtype)

@@ -1,6 +1,6 @@
-from attnzoo_template import Template
-
 from attnzoo.testing import parametrize_with_checks
+
+from attnzoo_template import Template
 
 
 @parametrize_with_checks([Template])

@@ -1,6 +1,6 @@
-from attnzoo_wavelets import Haar, Subband
-
 from attnzoo.testing import parametrize_with_checks
+
+from attnzoo_wavelets import Haar, Subband
 
 
 @parametrize_with_checks([Haar, Subband])

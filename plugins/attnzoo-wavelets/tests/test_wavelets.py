@@ -2,13 +2,13 @@
 
 from itertools import chain, product
 
+import attnzoo
 import pytest
 import torch
+from attnzoo.core import Layout, Site
+
 from attnzoo_wavelets import Haar, Subband
 from attnzoo_wavelets.transform import analyse, join, split, synthesise
-
-import attnzoo
-from attnzoo.core import Layout, Site
 
 ROOT2 = 2**0.5
 GRIDS = [(1,), (2,), (5,), (8,), (13,), (1, 1), (4, 4), (3, 5), (1, 6), (7, 2), (3, 2, 5)]

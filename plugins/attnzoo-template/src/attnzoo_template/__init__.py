@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-
 from attnzoo import hookimpl
 from attnzoo.core import FREE, Card, Family, Head, Law, Layout, Mask, PositiveFloat, Site, Tap
 from attnzoo.functional import attention_from_scores
+from jaxtyping import Float
+from torch import Tensor, nn
 
 ATTNZOO_API = 1
 

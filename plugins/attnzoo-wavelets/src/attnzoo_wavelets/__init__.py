@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from attnzoo import hookimpl
+
 from attnzoo_wavelets.haar import Haar
 from attnzoo_wavelets.subband import Subband
 

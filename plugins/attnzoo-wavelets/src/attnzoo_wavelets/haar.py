@@ -1,11 +1,11 @@
 """Token mixing by a Haar wavelet transform along the grid."""
 
 import torch
+from attnzoo.core import FREE, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site
+from attnzoo.errors import UnsupportedContext
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attnzoo.core import FREE, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site
-from attnzoo.errors import UnsupportedContext
 from attnzoo_wavelets.transform import analyse, synthesise
 
 
@@ -34,7 +34,8 @@ class Haar(Mechanism):
         laws={Law.LOCAL},
         fidelity="inspired",
         notes="The last token of an odd side joins the next coarser level as it is. Special tokens receive the mean "
-        "of the grid; grid tokens do not see them. Tokens that do not exist count as zero, and not in the mean.",
+        "of the grid, with the approximation's gain; grid tokens do not see them. Tokens that do not exist count as "
+        "zero, and not in the mean.",
     )  # fmt: skip
 
     def __init__(self, site: Site, *, levels: PositiveInt = 3):
@@ -79,10 +80,9 @@ class Haar(Mechanism):
         else:
             there = mask.keys[:, layout.prefix :, None]
             grid = grid * there
-            mean = grid.sum(dim=1, keepdim=True) / there.sum(dim=1, keepdim=True).clamp(
-                min=1
-            )  # of nothing: zero
-        mixed = layout.from_grid(prefix + mean, self.mix(layout.to_grid(grid)))
+            count = there.sum(dim=1, keepdim=True).clamp(min=1)  # of nothing: zero
+            mean = grid.sum(dim=1, keepdim=True) / count
+        mixed = layout.from_grid(prefix + self.gain[0] * mean, self.mix(layout.to_grid(grid)))
         return self.proj_drop(self.proj(mixed))
 
     def mix(self, grid: Tensor) -> Tensor:

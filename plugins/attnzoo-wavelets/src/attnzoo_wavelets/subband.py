@@ -1,8 +1,8 @@
 """A fusion of frequency bands along the tokens."""
 
 import torch
-
 from attnzoo.core import Fusion, FusionCard, Law, Site, Start
+
 from attnzoo_wavelets.transform import join, split
 
 

@@ -1,0 +1,227 @@
+"""Maths that mechanisms share: softmax under masks, additive scores, heads."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.profiler import ProfilerActivity, profile
+
+from attnzoo.core import FREE, Mask, Tap
+from attnzoo.functional import (
+    additive_scores,
+    attention_from_scores,
+    dot_product_attention,
+    masked_softmax,
+    merge_heads,
+    split_heads,
+)
+from attnzoo.functional.additive import LIMIT, ROWS
+
+
+def double(*shape: int) -> torch.Tensor:
+    """Random numbers in float64 that ask for a gradient."""
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+# Heads
+
+
+def test_heads_are_split_and_merged():
+    x = torch.arange(2 * 3 * 8.0).reshape(2, 3, 8)
+    heads = split_heads(x, 4)
+    assert heads.shape == (2, 4, 3, 2)
+    assert torch.equal(heads[1, 2, 0], x[1, 0, 4:6])
+    assert torch.equal(merge_heads(heads), x)
+
+
+# Softmax
+
+
+def test_masked_softmax_is_softmax_over_the_allowed():
+    scores, allowed = double(2, 3, 4, 5), torch.rand(2, 1, 4, 5) < 0.6
+    found = masked_softmax(scores, allowed)
+    for index in torch.cartesian_prod(*map(torch.arange, (2, 3, 4))).tolist():
+        keep = allowed[index[0], 0, index[2]]
+        row = torch.zeros(5, dtype=torch.float64)
+        row[keep] = scores[tuple(index)][keep].softmax(-1) if keep.any() else row[keep]
+        torch.testing.assert_close(found[tuple(index)], row, rtol=0, atol=1e-14)
+    assert torch.equal(masked_softmax(scores), scores.softmax(-1))
+    assert torch.equal(masked_softmax(scores, torch.ones(5, dtype=torch.bool)), scores.softmax(-1))
+
+
+def test_an_empty_row_gives_zeros_and_zero_gradient():
+    scores = double(2, 3)
+    allowed = torch.tensor([[False, False, False], [True, True, False]])
+    found = masked_softmax(scores, allowed)
+    assert torch.equal(found[0], torch.zeros(3, dtype=torch.float64)) and found[1].sum() == 1
+    (found * torch.randn(2, 3)).sum().backward()
+    assert torch.equal(scores.grad[0], torch.zeros(3, dtype=torch.float64))
+    assert scores.grad[1, 2] == 0 and scores.grad[1, :2].abs().min() > 0
+
+
+def test_masked_softmax_has_the_right_gradient():
+    allowed = torch.tensor(
+        [[False, False, False, False], [True, False, True, True], [False, True, False, False]]
+    )
+    assert gradcheck(lambda s: masked_softmax(s, allowed), double(2, 3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_masked_softmax_survives_large_scores(dtype):
+    top = torch.finfo(dtype).max
+    found = masked_softmax(torch.tensor([[top, -top, 0.0]], dtype=dtype), torch.tensor([[True, True, False]]))
+    assert found.tolist() == [[1, 0, 0]] and found.dtype == dtype
+    hidden = masked_softmax(
+        torch.tensor([[top, -top, 0.0]], dtype=dtype), torch.tensor([[False, True, True]])
+    )
+    assert hidden.tolist() == [[0, 0, 1]]
+
+
+def test_what_is_hidden_does_not_matter():
+    scores = torch.tensor([[1.0, float("inf"), float("nan"), 2.0]], dtype=torch.float64)
+    allowed = torch.tensor([[True, False, False, True]])
+    wanted = torch.tensor([[1.0, 2.0]], dtype=torch.float64).softmax(-1)
+    found = masked_softmax(scores, allowed)
+    assert torch.equal(found[:, [0, 3]], wanted) and torch.equal(
+        found[:, 1:3], torch.zeros(1, 2, dtype=torch.float64)
+    )
+
+
+def test_dropout_falls_on_the_weights_after_the_tap():
+    seen, tap = [], Tap("b h n m")
+    tap.register_forward_hook(lambda _module, _args, out: seen.append(out))
+    scores, v = torch.zeros(1, 1, 400, 50), torch.ones(1, 1, 50, 1)
+    out = attention_from_scores(scores, v, None, Tap("b h n m"), tap, dropout=0.5)
+    torch.testing.assert_close(seen[0], torch.full((1, 1, 400, 50), 1 / 50))
+    assert 0.95 < out.mean() < 1.05 and out.std() > 0.05
+    assert torch.equal(attention_from_scores(scores, v, None, Tap(""), Tap("")), seen[0] @ v)
+
+
+@pytest.mark.parametrize("kinds", [(), ("keys",), ("causal",), ("pairs",), ("keys", "causal", "pairs")])
+@pytest.mark.parametrize("n,m", [(5, 5), (3, 5), (5, 3)])
+def test_both_paths_of_dot_product_attention_agree(kinds, n, m):
+    q, k, v = double(2, 3, n, 4), double(2, 3, m, 4), double(2, 3, m, 4)
+    mask = Mask(
+        keys=torch.rand(2, m) < 0.5 if "keys" in kinds else None,
+        pairs=torch.rand(2, 1, n, m) < 0.5 if "pairs" in kinds else None,
+        causal="causal" in kinds,
+    )
+    watched = Tap("b h n m")
+    watched.register_forward_hook(lambda *_: None)
+    outs, gradients = [], []
+    for tap in (Tap("b h n m"), watched):
+        out = dot_product_attention(q, k, v, mask, tap, tap)
+        outs.append(out)
+        gradients.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+        assert out.isfinite().all() and all(g.isfinite().all() for g in gradients[-1])
+    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=1e-12)
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+def test_dot_product_attention_of_nothing_to_attend_to_is_zero():
+    q, k, v = double(2, 1, 3, 4), double(2, 1, 3, 4), double(2, 1, 3, 4)
+    keys = torch.tensor([[True, True, True], [False, False, False]])
+    out = dot_product_attention(q, k, v, Mask(keys=keys), Tap(""), Tap(""))
+    assert not out[1].any() and out[0].all()
+    out.sum().backward()
+    assert not q.grad[1].any() and not v.grad[1].any() and v.grad[0].any()
+    assert dot_product_attention(q, k, v, FREE, Tap(""), Tap("")).all()
+
+
+# Additive scores
+
+
+def naive(q, k, weight):
+    """wᵀ tanh(q_i + k_j), with the (n, m, a) tensor."""
+    return torch.einsum("bhnma,ha->bhnm", torch.tanh(q[:, :, :, None] + k[:, :, None]), weight)
+
+
+SIZES = [1, 2, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS, 2 * ROWS + 3]
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("m", [1, 5])
+def test_additive_scores_are_the_definition(n, m):
+    q, k, weight = double(2, 3, n, 4), double(2, 3, m, 4), double(3, 4)
+    found, wanted = additive_scores(q, k, weight), naive(q, k, weight)
+    assert found.shape == (2, 3, n, m)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
+    out = torch.randn(found.shape, dtype=torch.float64)
+    gradients = [torch.autograd.grad((form * out).sum(), (q, k, weight)) for form in (found, wanted)]
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(additive_scores(q, k, weight), found)
+
+
+def test_additive_scores_have_the_right_gradient():
+    assert gradcheck(additive_scores, (double(1, 2, 3, 2), double(1, 2, 4, 2), double(2, 2)))
+    assert gradcheck(additive_scores, (double(1, 1, ROWS + 1, 1), double(1, 1, 2, 1), double(1, 1)))
+
+
+@pytest.mark.parametrize(
+    "dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
+def test_additive_scores_in_narrow_numbers(dtype, tolerance):
+    q, k, weight = (
+        t.detach().to(dtype) for t in (double(2, 2, 20, 8) * 3, double(2, 2, 7, 8) * 3, double(2, 8))
+    )
+    found = additive_scores(q, k, weight)
+    assert found.dtype == dtype
+    wanted = naive(q.double(), k.double(), weight.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [19.0, 100.0, 1e4])
+def test_additive_scores_saturate_and_stay_finite(dtype, size):
+    q = torch.tensor([size, -size, 0.0], dtype=dtype).reshape(1, 1, 3, 1).requires_grad_()
+    k = torch.tensor([size, -size, 0.0], dtype=dtype).reshape(1, 1, 3, 1).requires_grad_()
+    found = additive_scores(q, k, torch.ones(1, 1, dtype=dtype))
+    wanted = [[1.0, 0, 1], [0, -1, -1], [1, -1, 0]]
+    torch.testing.assert_close(
+        found[0, 0].detach().double(), torch.tensor(wanted).double(), rtol=0, atol=1e-6
+    )
+    found.sum().backward()
+    assert q.grad.isfinite().all() and k.grad.isfinite().all()
+
+
+def test_additive_scores_are_exact_up_to_the_limit():
+    for dtype, limit in LIMIT.items():
+        values = torch.linspace(-limit, limit, 41, dtype=torch.float64).to(dtype)
+        q, k = values.reshape(1, 1, -1, 1), values.flip(0).add(0.25).clamp(-limit, limit).reshape(1, 1, -1, 1)
+        wanted = torch.tanh(q.double() + k.double().mT)
+        found = additive_scores(q, k, torch.ones(1, 1, dtype=dtype))
+        torch.testing.assert_close(found[0, 0].double(), wanted[0, 0], rtol=0, atol=3e-6 if dtype == torch.float32 else 1e-12)  # fmt: skip
+
+
+def peak(run) -> int:
+    """The most memory that was taken at a time while something ran, in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    changes = sorted(
+        (event.time_range.start, event.cpu_memory_usage)
+        for event in profiler.events()
+        if event.name == "[memory]"
+    )
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_additive_scores_never_hold_all_pairs_of_all_channels(training):
+    n, a = 512, 16
+    q, k, weight = (t.requires_grad_(training) for t in (torch.randn(1, 1, n, a), torch.randn(1, 1, n, a), torch.randn(1, a)))  # fmt: skip
+
+    def run(form):
+        out = form(q, k, weight)
+        if training:
+            out.sum().backward()
+
+    whole = 4 * n * n * a  # bytes of the (n, m, a) tensor
+    small, large = peak(lambda: run(additive_scores)), peak(lambda: run(naive))
+    assert large >= whole  # the measurement sees such a tensor
+    assert small < whole / 3 and small < large / 3, (small, large, whole)

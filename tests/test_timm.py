@@ -1,0 +1,367 @@
+"""Registered models behave as timm's own do, and a plain softmax recipe *is* timm's ViT."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import attnzoo
+from attnzoo.errors import ZooError
+
+MODELS = sorted(name for name in timm.list_models("*ham*"))
+SMALL = [name for name in MODELS if "base" not in name and "small" not in name]
+"""One of each recipe and mechanism; the larger ones differ in width alone."""
+
+
+def size(name: str) -> int:
+    """Side of the pictures used here: full-size models see four patches, so that 2-D geometry stays real."""
+    return 32
+
+
+@cache
+def made(name: str) -> VisionTransformer:
+    """A model in eval mode, its new parameters moved off their start; shared, so never change it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=size(name), num_classes=10).eval()
+    return stirred(model)
+
+
+def stirred(model):
+    """Gains away from zero, so that every branch takes part."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "fusion" in path or "branches" in path:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def picture(name: str, batch: int = 2, side: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(batch, 3, side or size(name), side or size(name), generator=generator)
+
+
+def test_the_registered_models():
+    full = [f"vit_ham_{v}_{s}_patch16_224" for v in "ab" for s in ("base", "small", "tiny")]
+    assert sorted(["ham_vit_a", "ham_vit_b", "ham_vit_classic", *full]) == MODELS
+
+
+@pytest.mark.parametrize(
+    "order", ["import timm, attnzoo", "import attnzoo, timm", "import attnzoo; from timm import create_model"]
+)
+def test_both_import_orders(order):
+    code = f"{order}\nimport timm; print(sum(p.numel() for p in timm.create_model('ham_vit_b').parameters()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "121786", "")
+
+
+def test_importing_attnzoo_is_light():
+    code = "import sys, attnzoo; print(sorted({'torch', 'timm', 'numpy', 'pydantic'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "params"), [("ham_vit_classic", 119_098), ("ham_vit_a", 121_786), ("ham_vit_b", 121_786)]
+)
+def test_parameters(name, params):
+    assert sum(p.numel() for p in timm.create_model(name).parameters()) == params
+
+
+PLAIN = '{"recipe": 1, "host": {"kind": "vit", "base": "%s"}, "attention": "softmax"}'
+
+
+@pytest.mark.parametrize(
+    "base", ["vit_base_patch16_224", "vit_small_patch16_384", "deit_tiny_patch16_224", "vit_base_patch16_rpn_224",
+             "vit_medium_patch16_reg4_gap_256", "vit_base_patch32_clip_224", "vit_base_patch16_siglip_224", "deit3_small_patch16_224",
+             "vit_tiny_r_s16_p8_224", "vit_betwixt_patch16_reg4_gap_256"],
+)  # fmt: skip
+def test_softmax_is_timms_vit(base):
+    """Equal state-dict keys and order, and with timm's weights a difference of 0.0; or a refusal that says why."""
+    try:
+        model = attnzoo.compose(PLAIN % base).eval()
+    except ZooError as error:
+        assert error.code == "AZ310" and base in ("vit_base_patch16_rpn_224", "vit_tiny_r_s16_p8_224"), error
+        return
+    torch.manual_seed(3)
+    plain = timm.create_model(base).eval()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    model.load_state_dict(plain.state_dict())
+    x = torch.randn(1, *plain.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        assert (model(x) - plain(x)).abs().max() == 0.0
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "base"])
+@pytest.mark.parametrize("version", ["a", "b"])
+def test_full_size_models_start_equal_to_their_base(version, scale):
+    model = timm.create_model(f"vit_ham_{version}_{scale}_patch16_224").eval()
+    plain = timm.create_model(f"vit_{scale}_patch16_224").eval()
+    result = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert result.missing_keys and all(".attn.head." in key for key in result.missing_keys)
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("recipe", ["nested", "local_then_global"])
+@pytest.mark.parametrize("name", ["a recipe", "its text"])
+def test_recipes_compose_by_name_and_text(recipe, name):
+    from attnzoo.recipe import load
+
+    loaded = load(recipe)
+    model = attnzoo.compose(recipe if name == "a recipe" else loaded.text, img_size=64, num_classes=3)
+    assert model(picture("", side=64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+class TestEveryModel:
+    """What timm's own tests ask of timm's own models."""
+
+    def test_all_parameters_get_finite_gradients(self, name):
+        model = copy.deepcopy(made(name)).train()
+        model(picture(name)).square().mean().backward()
+        without = [
+            path for path, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+        ]
+        dead = [path for path, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
+        assert not without and not dead
+
+    def test_gradient_checkpointing_changes_nothing(self, name):
+        model = copy.deepcopy(made(name))
+        x, expected = picture(name), made(name)(picture(name))
+        model.set_grad_checkpointing()
+        model.train()
+        out = model(x)
+        assert torch.allclose(out, expected, atol=1e-5)
+        out.sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+    def test_features_only(self, name):
+        model = timm.create_model(name, img_size=size(name), features_only=True, out_indices=(-2, -1)).eval()
+        maps = model(picture(name))
+        side = size(name) // made(name).patch_embed.patch_size[0]
+        assert [tuple(m.shape) for m in maps] == [(2, made(name).embed_dim, side, side)] * 2
+
+    def test_forward_intermediates(self, name):
+        model, x = made(name), picture(name)
+        with torch.no_grad():
+            final, inner = model.forward_intermediates(x)
+            assert torch.equal(final, model.forward_features(x))
+            assert len(inner) == len(model.blocks)
+            assert len(model.get_intermediate_layers(x, n=2)) == 2
+
+    def test_prune_intermediate_layers(self, name):
+        model = copy.deepcopy(made(name))
+        model.prune_intermediate_layers(indices=[0, 1])
+        assert len(model.blocks) == 2
+        assert model.forward_features(picture(name)).isfinite().all()
+
+    def test_classifier(self, name):
+        model = copy.deepcopy(made(name))
+        x = picture(name)
+        assert model.get_classifier().out_features == 10
+        model.reset_classifier(7)
+        assert model(x).shape == (2, 7)
+        model.reset_classifier(0)
+        assert model(x).shape == (2, model.num_features)
+        model.reset_classifier(0, "")
+        assert model(x).ndim == 3
+        assert timm.create_model(name, img_size=size(name), num_classes=0)(x).shape == (2, model.num_features)
+
+    def test_weight_decay_and_layer_groups(self, name):
+        model = made(name)
+        spared, names = model.no_weight_decay(), {path for path, _ in model.named_parameters()}
+        assert {"pos_embed", "cls_token"} <= spared and spared - {"reg_token", "dist_token"} <= names
+        fresh = [path for path in names if path.endswith(("gain", "value_bias"))]
+        assert set(fresh) <= spared
+        optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.9)
+        undecayed = {
+            id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]
+        }
+        assert all(id(p) in undecayed for path, p in model.named_parameters() if path in spared)
+        assert len({group["lr_scale"] for group in optimizer.param_groups}) > len(model.blocks)
+
+    def test_set_input_size(self, name):
+        model = copy.deepcopy(made(name))
+        patch = model.patch_embed.patch_size[0]
+        model.set_input_size((4 * patch, 6 * patch))
+        assert model(torch.randn(1, 3, 4 * patch, 6 * patch)).isfinite().all()
+        assert model.blocks[0].cell.layout.grid == (4, 6)
+        assert (
+            made(name).blocks[0].cell.layout.grid == (size(name) // patch,) * 2
+        )  # the copy has its own cell
+
+    def test_dynamic_img_size(self, name):
+        model = timm.create_model(name, img_size=size(name), dynamic_img_size=True, num_classes=10).eval()
+        model.load_state_dict(made(name).state_dict())
+        x = picture(name)
+        with torch.no_grad():
+            assert torch.allclose(model(x), made(name)(x), atol=1e-6)
+            patch = model.patch_embed.patch_size[0]
+            assert model(torch.randn(1, 3, 3 * patch, 5 * patch)).shape == (1, 10)
+        assert model.blocks[0].cell.layout.grid == (3, 5)
+
+    def test_positions_are_resized_at_load(self, name):
+        patch = made(name).patch_embed.patch_size[0]
+        overlay = {"state_dict": made(name).state_dict(), "num_classes": 10}
+        model = timm.create_model(
+            name, img_size=4 * patch, num_classes=10, pretrained=True, pretrained_cfg_overlay=overlay
+        )
+        assert model.pos_embed.shape[1] == 17
+        assert torch.equal(model.blocks[0].attn.qkv.weight, made(name).blocks[0].attn.qkv.weight)
+
+    def test_meta_device(self, name):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        assert all(p.is_meta for p in model.parameters())
+        assert timm.create_model(name, device="meta")(
+            torch.empty(1, 3, *model.patch_embed.img_size, device="meta")
+        ).is_meta
+
+    def test_device_and_dtype(self, name):
+        model = timm.create_model(name, img_size=size(name), device="cpu", dtype=torch.bfloat16).eval()
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        out = model(picture(name).bfloat16())
+        assert out.dtype == torch.bfloat16 and out.isfinite().all()
+
+    def test_autocast(self, name):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            out = made(name)(picture(name))
+        assert out.isfinite().all()
+        assert torch.allclose(out.float(), made(name)(picture(name)), atol=0.3)
+
+    def test_deepcopy_and_pickle(self, name):
+        x, expected = picture(name), made(name)(picture(name))
+        assert torch.equal(copy.deepcopy(made(name))(x), expected)
+        again = pickle.loads(pickle.dumps(made(name)))  # noqa: S301 - our own bytes
+        assert torch.equal(again(x), expected)
+        assert again.no_weight_decay() == made(name).no_weight_decay()
+
+    def test_round_trip_through_a_folder(self, name, tmp_path):
+        save_for_hf(made(name), str(tmp_path), safe_serialization=True)
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert torch.equal(again(picture(name)), made(name)(picture(name)))
+
+    def test_unknown_arguments_are_refused(self, name):
+        with pytest.raises((ZooError, TypeError), match="nmu_heads"):
+            timm.create_model(name, nmu_heads=3)
+
+    def test_pretrained_says_that_there_are_no_weights(self, name):
+        with pytest.raises(ZooError, match="no published weights") as error:
+            timm.create_model(name, pretrained=True)
+        assert error.value.code == "AZ306"
+
+    def test_fx(self, name):
+        extractor = create_feature_extractor(made(name), return_nodes={"head": "out"})
+        assert torch.equal(extractor(picture(name))["out"], made(name)(picture(name)))
+        with pytest.raises(ZooError, match="no masks"):
+            extractor(picture(name), is_causal=True)
+
+    def test_compile_in_one_graph(self, name):
+        torch._dynamo.reset()
+        compiled = torch.compile(made(name), backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            assert torch.allclose(compiled(picture(name)), made(name)(picture(name)), atol=1e-5)
+
+    def test_export(self, name):
+        batch = torch.export.Dim("batch", min=1, max=64)
+        with torch.no_grad():
+            program = torch.export.export(made(name), (picture(name),), dynamic_shapes=({0: batch},))
+            x = picture(name, batch=3)
+            assert torch.allclose(program.module()(x), made(name)(x), atol=1e-5)
+
+    def test_watched_equals_fused(self, name):
+        from attnzoo.core import watch
+
+        seen = {}
+        with torch.no_grad():
+            expected = made(name)(picture(name))
+            with watch(made(name), "weights", lambda path, t: seen.update({path: t})):
+                out = made(name)(picture(name))
+        assert torch.allclose(out, expected, atol=1e-5)
+        assert len(seen) == len(made(name).blocks) * (1 if name == "ham_vit_classic" else 2)
+        assert all(torch.allclose(t.sum(-1), torch.ones(()), atol=1e-5) for t in seen.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_compile_with_inductor(name):
+    torch._dynamo.reset()
+    compiled = torch.compile(made(name), fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(picture(name)), made(name)(picture(name)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in SMALL else pytest.mark.slow) for n in MODELS]
+)
+def test_onnx(name):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+    buffer = io.BytesIO()
+    program = torch.onnx.export(made(name), (picture(name),), dynamo=True, verbose=False)
+    program.save(buffer)
+    session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {session.get_inputs()[0].name: picture(name).numpy()})
+    assert torch.allclose(torch.from_numpy(out), made(name)(picture(name)), atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["", "skip", "jax", "jax_nlhb", "moco", "reset"])
+@pytest.mark.parametrize(
+    "edit", ["attention.fuse=gated", "attention.fuse=weighted_sum", "attention.fuse=difference"]
+)
+def test_special_initialisation_survives_timm(mode, edit):
+    """Gates, weights and shares are what they say, whatever timm does to Linears afterwards."""
+    options = {"weight_init": mode} if mode != "reset" else {}
+    model = attnzoo.compose("ham_b", edits=[edit, "host.init=timm"], **options)
+    if mode == "reset":
+        model.init_weights("reset")
+    fusion = model.blocks[1].attn.head.fusion
+    if "gated" in edit:
+        assert not fusion.gate.weight.any() and not fusion.gate.bias.any()
+    elif "weighted" in edit:
+        assert fusion.weight.tolist() == [1.0, 1.0]
+    else:
+        assert torch.allclose(fusion.share, torch.tensor(0.8 - 0.6 * 2.718281828 ** (-0.3)))
+
+
+def test_an_unregistered_recipe_travels_in_the_configuration(tmp_path):
+    model = stirred(attnzoo.compose("nested", img_size=32, num_classes=5)).eval()
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = picture("", side=32)
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_saved_configuration_cannot_open_files(tmp_path):
+    secret = tmp_path / "x.yaml"
+    secret.write_text("recipe: 1")
+    with pytest.raises(ZooError) as error:
+        timm.create_model("attnzoo_vit", recipe=str(secret))
+    assert error.value.code == "AZ204"
+
+
+def test_masks_reach_the_mechanisms():
+    """timm hands masks to blocks; a causal mask hides later tokens, an unsupported one is refused."""
+    block = attnzoo.compose("ham_classic", edits=["host.init=timm"]).eval().blocks[0]
+    torch.nn.init.normal_(block.attn.qkv.weight, std=0.5, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(1, 65, 48)
+    y = x.clone()
+    y[:, 40:] = torch.randn(1, 25, 48)
+    with torch.no_grad():
+        assert torch.allclose(block(x, is_causal=True)[:, :40], block(y, is_causal=True)[:, :40], atol=1e-6)
+        assert not torch.allclose(block(x)[:, :40], block(y)[:, :40], atol=1e-6)
+    with pytest.raises(ZooError) as error:
+        attnzoo.compose("ham_a").blocks[0](x, is_causal=True)
+    assert error.value.code == "AZ402"
