@@ -96,7 +96,7 @@ def _visible(text: str) -> str:
 
 
 def _clip(text: str, column: int, width: int = 100) -> tuple[str, int]:
-    """A long line cut around the column, and the column in the cut line; all its characters are made visible."""
+    """A long line cut around the column, all of it visible, and the column in the cut line."""
     text = _visible(text)
     start = max(0, column - width // 2) if len(text) > width else 0
     return text[start : start + width], column - start
@@ -191,7 +191,7 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
 
 
 def _one_slip(one: str, other: str) -> bool:
-    """Whether a letter was left out, added, changed or swapped with the next; of short words difflib sees little."""
+    """Whether a letter was left out, added, changed or swapped; of short words difflib sees little."""
     if abs(len(one) - len(other)) > 1:
         return False
     start = len(os.path.commonprefix([one, other]))

@@ -20,7 +20,10 @@ def sections() -> dict[str, str]:
 
 def examples() -> dict[str, tuple[str, str]]:
     """Language and text of the example of each code."""
-    found = {code: re.search(r"^```(yaml|python)\n(.*?)^```$", text, re.M | re.S) for code, text in sections().items()}
+    found = {
+        code: re.search(r"^```(yaml|python)\n(.*?)^```$", text, re.M | re.S)
+        for code, text in sections().items()
+    }
     return {code: (match[1], match[2]) for code, match in found.items() if match}
 
 

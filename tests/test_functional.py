@@ -199,14 +199,10 @@ def peak(run) -> int:
     """The most memory that was taken at a time while something ran, in bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    changes = sorted(
-        (event.time_range.start, event.cpu_memory_usage)
-        for event in profiler.events()
-        if event.name == "[memory]"
-    )
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
-    for _, change in changes:
-        held += change
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
         most = max(most, held)
     return most
 

@@ -1,5 +1,6 @@
 """MultiHead, FusedHeads and Fused: mechanisms of one head, of several heads, of several mechanisms."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from timm.layers import Attention
 from torch import nn
 
 from attnzoo.core import FREE, Fused, FusedHeads, Layout, Mask, MultiHead, Site, watch
+from attnzoo.core.mechanism import fused_card
 from attnzoo.errors import RecipeError, UnsupportedContext, UnsupportedMask
 from attnzoo.fusions.add import Add
 from attnzoo.fusions.concat import Concat
@@ -212,7 +214,6 @@ def test_parameters_inside_the_heads_are_per_channel_of_a_head():
 @pytest.mark.parametrize("heads", [True, False])
 def test_identity_start_is_the_first_branch_and_still_learns(fusion, heads):
     start = partial(fusion, start="identity")
-    start.sites = fusion.sites
     if heads:
         part = multi(lambda s: FusedHeads(s, start, [Softmax, Soft]))
         plain = multi(Softmax)
@@ -313,10 +314,6 @@ def test_a_nested_card_is_derived_from_derived_cards():
 
 @pytest.mark.parametrize("grids,wanted", [((None, None), None), ((None, 2), 2), (("any", 2), 2), ((2, "any"), 2), (("any", None), "any")])  # fmt: skip
 def test_the_grid_of_a_fused_card(grids, wanted):
-    from dataclasses import replace
-
-    from attnzoo.core.mechanism import fused_card
-
     cards = [
         replace(Softmax.card, grid=grid, fixed_length=grid == 2, extra={"x"} if grid else set())
         for grid in grids

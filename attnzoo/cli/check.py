@@ -1,5 +1,6 @@
 """`attnzoo check`: the conformance suite."""
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,11 @@ def check(
     from attnzoo.cli.render import console, say, say_json, say_next, table
 
     classes = _classes(names or [], plugin, everything)
+    from hypothesis.configuration import set_hypothesis_home_dir
+
     from attnzoo.testing import check as run_checks
+
+    set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "attnzoo-check")  # nothing is left where the user works
 
     results = []
     for cls in classes:

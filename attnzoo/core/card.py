@@ -80,20 +80,20 @@ class Paper:
     Args:
         title: Title of the paper.
         authors: First author "et al.", or all.
-        year: Year of publication.
+        year: Year of publication; None when we do not know it.
         ref: `arXiv:...`, a DOI or a venue.
         where: Section and equations.
     """
 
     title: str
     authors: str
-    year: int
-    ref: str
+    year: int | None = None
+    ref: str = ""
     where: str = ""
 
     def __str__(self) -> str:
         return ", ".join(
-            part for part in (self.authors, self.title, str(self.year), self.ref, self.where) if part
+            part for part in (self.authors, self.title, str(self.year or ""), self.ref, self.where) if part
         )
 
 

@@ -30,6 +30,9 @@ class _Part(nn.Module):
 
     card: ClassVar[Card]
 
+    def __init__(self, site: Site | None = None):
+        super().__init__()
+
     @classmethod
     def claims(cls, **options) -> Card:
         """The card under these options; override it where an option changes what can be claimed."""

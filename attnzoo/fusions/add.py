@@ -18,7 +18,7 @@ class Add(Fusion):
         name="add",
         summary="Sum of the branches: Σ sᵢ (HAM B).",
         paper=Paper("Transformer Architecture Reconfiguration Using Heterogeneous Attention", "Martínez-Marín et al.",
-                    2025, "HAM", where="§3"),
+                    where="§3"),
         laws={Law.SINGLE, Law.SYMMETRIC, Law.ADDITIVE, Law.NEUTRAL_ZERO, Law.IDENTITY_START, Law.TOKEN_LOCAL},
     )  # fmt: skip
 

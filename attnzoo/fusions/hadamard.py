@@ -16,7 +16,7 @@ class Hadamard(Fusion):
         name="hadamard",
         summary="Element-wise product of the branches: Π sᵢ (HAM A).",
         paper=Paper("Transformer Architecture Reconfiguration Using Heterogeneous Attention", "Martínez-Marín et al.",
-                    2025, "HAM", where="§3"),
+                    where="§3"),
         laws={Law.SINGLE, Law.SYMMETRIC, Law.IDENTITY_START, Law.TOKEN_LOCAL},
     )  # fmt: skip
 

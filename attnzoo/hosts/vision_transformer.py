@@ -13,7 +13,7 @@ from timm.models import PretrainedCfg, VisionTransformer, get_pretrained_cfg, is
 from timm.models.vision_transformer import Block
 from torch import Tensor, fx, nn
 
-from attnzoo.core import FREE, Layout, Mask, Mechanism, Site
+from attnzoo.core import FREE, Fusion, Head, Layout, Mask, Mechanism, Site
 from attnzoo.errors import RecipeError, UnsupportedMask, did_you_mean
 
 default_cfgs: dict[str, Any] = {}
@@ -332,7 +332,7 @@ def init_normal(model: VisionTransformer) -> None:
         if token is not None:
             nn.init.trunc_normal_(token, std=0.02)
     for module in reversed(list(model.blocks.modules())):  # owners after what they own
-        if hasattr(module, "init_weights"):
+        if isinstance(module, Head | Mechanism | Fusion):
             module.init_weights()
 
 

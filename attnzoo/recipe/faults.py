@@ -1,7 +1,7 @@
 """pydantic's errors as faults of a recipe's text: what is wrong in plain words, where, and what was meant.
 
-pydantic says which spots are wrong; the sentences are made from the schema, so that both bounds, all choices and
-all branches of a union are named.
+pydantic says which spots are wrong; the sentences are made from the schema, so that both bounds, all choices
+and all branches of a union are named.
 """
 
 import json
@@ -248,7 +248,7 @@ def _hint(spot: Loc, rule: Any, value: Any) -> str:
         return f"this attnzoo reads version {VERSION} of the format; a later attnzoo may read this one"
     branches = [_apart(branch)[0] for branch in _alternatives(rule)]
     choices = [choice for branch in branches if get_origin(branch) is Literal for choice in get_args(branch)]
-    if len(branches) == 1 and get_origin(branches[0]) is list and value is not None and type(value) is not list:
+    if list(map(get_origin, branches)) == [list] and value is not None and not isinstance(value, list):
         return "begin each entry with `- `, or write `[..., ...]`"
     if not isinstance(value, str):
         return (

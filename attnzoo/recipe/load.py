@@ -175,7 +175,7 @@ def _inherit(source: Source, path: Path | None, chain: tuple[Path, ...]) -> bool
     taken = _merge(tree, other.tree, ())
     for table, extra in ((source.values, other.values), (source.keys, other.keys)):
         table.update({loc: at for loc, at in extra.items() if any(loc[:n] in taken for n in (1, 2, 3))})
-    del tree["extends"]
+    del tree["extends"], source.keys["extends",], source.values["extends",]
     return whole
 
 

@@ -1,4 +1,4 @@
-"""From a recipe to plans: names become entries of the zoo, options are checked, demands meet claims; no model yet."""
+"""From a recipe to plans: names become entries of the zoo, options are checked, demands meet claims."""
 
 import fnmatch
 from collections.abc import Iterator, Mapping
@@ -98,7 +98,7 @@ def _fusion(plan: Plan, site: Site, arity: int) -> Fusion:
 
 @contextmanager
 def _blame(entry: Entry, place: Place) -> Iterator[None]:
-    """Faults of a part get the place of its name; whatever else a plugin raises becomes a fault of the plugin."""
+    """Faults of a part get the place of its name; what else a plugin raises becomes a fault of the plugin."""
     try:
         yield
     except RecipeError as error:
@@ -181,7 +181,7 @@ def resolve(
 
 
 def look_over(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
-    """What else is wrong in a tree that does not fit the schema: unknown names, bad options, a base that is none.
+    """What else is wrong in a tree that does not fit the schema: unknown names, bad options, no such base.
 
     Only what is sound on its own is judged, so that one mistake is not reported twice.
 
@@ -306,8 +306,8 @@ class _Planner:
         inside = spec.level == "heads" or (spec.level is None and not on_tokens)
         if inside and on_tokens:
             names = ", ".join(f"`{branch.entry.name}`" for branch in on_tokens)
-            self.fault("AZ303", f"{names} cannot be fused inside the heads", on_tokens[0].place,
-                       "what has projections of its own works on tokens", "write `level: tokens`")  # fmt: skip
+            why, help = "what has projections of its own works on tokens", "write `level: tokens`"
+            self.fault("AZ303", f"{names} cannot be fused inside the heads", on_tokens[0].place, why, help)
             return None
         own = [branch for branch in known if branch.heads is not None] if inside else []
         for branch in own:

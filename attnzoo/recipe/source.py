@@ -1,8 +1,9 @@
 """Recipe text to a tree of plain values, with the place of every value; and back from places to faults.
 
-The reader is our own, on PyYAML's events, because `yaml.safe_load` accepts duplicate keys, reads `no` as false
-and `1e-3` as text, and lets a few bytes grow into gigabytes. Scalars are those of YAML 1.2; anchors, aliases, tags,
-second documents and everything oversized are refused. Faults that leave the rest readable do not end the reading.
+The reader is our own, on PyYAML's events, because `yaml.safe_load` accepts duplicate keys, reads `no` as
+false and `1e-3` as text, and lets a few bytes grow into gigabytes. Scalars are those of YAML 1.2; anchors,
+aliases, tags, second documents and everything oversized are refused. Faults that leave the rest readable do
+not end the reading.
 """
 
 import math

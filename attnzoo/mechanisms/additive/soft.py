@@ -37,7 +37,7 @@ class Soft(Head):
         family=Family.ADDITIVE,
         summary="HAM's soft attention: one additive map over the tokens pools each head's values.",
         paper=Paper("Transformer Architecture Reconfiguration Using Heterogeneous Attention", "Martínez-Marín et al.",
-                    2025, "HAM", where="§3"),
+                    where="§3"),
         time="n c d",
         memory="h n d",
         masks={"keys"},

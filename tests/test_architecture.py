@@ -1,0 +1,258 @@
+"""Who may import whom, and how files are named: an AST walk over the package, and proof that it catches violations."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import attnzoo
+from attnzoo.core import Family
+from attnzoo.zoo import load_zoo
+
+ROOT = Path(attnzoo.__file__).parent
+
+NOUNS = {"errors", "core"}
+MAY_IMPORT = {
+    "errors": set(),
+    "__init__": {"timm_hook", "zoo"},  # the rest by name, when asked for
+    "__main__": {"cli"},
+    "timm_hook": {"recipe", "zoo"},  # inside a function: only once timm is imported
+    "core": NOUNS,
+    "functional": {*NOUNS, "functional"},
+    "mechanisms": {*NOUNS, "functional"},
+    "fusions": {*NOUNS, "functional"},
+    "zoo": {*NOUNS, "zoo", "attnzoo"},
+    "hosts": {*NOUNS, "hosts"},
+    "recipe": {*NOUNS, "zoo", "hosts", "recipe"},
+    "bench": {*NOUNS, "hosts", "recipe", "bench"},
+    "testing": {*NOUNS, "testing"},
+    "scaffold": {"errors", "attnzoo"},
+    "cli": {*NOUNS, "zoo", "hosts", "recipe", "bench", "testing", "scaffold", "cli", "attnzoo"},
+}
+"""Package -> packages that it may import, at any level; `attnzoo` is the root itself. Nobody else may import `cli`."""
+
+HEAVY = {"timm", "torchvision", "yaml", "pydantic", "pydantic_core", "typer", "rich", "hypothesis", "pluggy"}
+MAY_NEED = {
+    "errors": set(),
+    "__init__": set(),
+    "__main__": set(),
+    "timm_hook": set(),
+    "core": set(),
+    "functional": set(),
+    "mechanisms": set(),
+    "fusions": set(),
+    "zoo": {"pluggy"},
+    "hosts": {"timm"},
+    "recipe": {"timm", "yaml", "pydantic", "pydantic_core"},
+    "bench": {"timm"},
+    "testing": {"hypothesis"},
+    "scaffold": set(),
+    "cli": {"typer"},
+}
+"""Package -> libraries of `HEAVY` that it may import at module level."""
+EXCEPTIONS = {"core/options.py": {"pydantic"}, "cli/render.py": {"rich"}}
+MECHANISM_LIBRARIES = {"torch", "jaxtyping", "attnzoo"} | sys.stdlib_module_names
+LIGHT = {"errors.py", "__init__.py", "__main__.py", "timm_hook.py", "zoo/__init__.py", "zoo/hookspecs.py"}
+"""Files that `import attnzoo` or `attnzoo --help` reads: they must not wait for torch."""
+MEANINGLESS = {"utils", "util", "helpers", "common", "base", "misc"}
+MAX_LINES, MAX_FILES = 150, 12
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: a dotted name, its line, whether it runs when the module is imported."""
+
+    name: str
+    line: int
+    at_import: bool
+
+    @property
+    def library(self) -> str:
+        """The first word."""
+        return self.name.partition(".")[0]
+
+    @property
+    def package(self) -> str | None:
+        """The package of attnzoo, `attnzoo` for the root itself, None for another library."""
+        words = self.name.split(".")
+        if words[0] != "attnzoo":
+            return None
+        return words[1] if len(words) > 1 and words[1] in MAY_IMPORT else "attnzoo"
+
+
+def imports(source: str) -> Iterator[Import]:
+    """All imports of a source. `from attnzoo import core` counts as `attnzoo.core`; names for type checkers do not run."""
+
+    def walk(node: ast.AST, at_import: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, at_import)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield Import("." * node.level + f"{node.module or ''}.{alias.name}", node.lineno, at_import)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in ast.iter_child_nodes(node):
+                yield from walk(child, False)
+        else:
+            inside = at_import and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            for child in ast.iter_child_nodes(node):
+                yield from walk(child, inside)
+
+    return walk(ast.parse(source), True)
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What is wrong with a file.
+
+    Args:
+        path: Relative to the package, with slashes.
+        source: Its text.
+    """
+    package = path.partition("/")[0].removesuffix(".py")
+    found = []
+    if package not in MAY_IMPORT:
+        return [f"{path}: `{package}` is in no row of the table"]
+    for line in imports(source):
+        where = f"{path}:{line.line}:"
+        if line.name.startswith("."):
+            found.append(f"{where} a relative import hides where it goes")
+        elif line.package is not None and line.package not in MAY_IMPORT[package]:
+            found.append(f"{where} `{package}` may not import `{line.name}`")
+        allowed = MAY_NEED[package] | EXCEPTIONS.get(path, set())
+        if line.at_import and line.library in HEAVY - allowed:
+            found.append(f"{where} `{package}` may not import `{line.library}` at module level")
+        if line.library == "rich" and path != "cli/render.py":
+            found.append(f"{where} only cli/render.py draws with rich")
+        if (
+            package in ("mechanisms", "fusions")
+            and line.at_import
+            and line.library not in MECHANISM_LIBRARIES
+        ):
+            found.append(f"{where} a mechanism's file does not need `{line.library}`")
+        if path in LIGHT and line.at_import and line.library in {"torch", "timm", "jaxtyping", "numpy"}:
+            found.append(f"{where} `import attnzoo` would wait for `{line.library}`")
+    return [*found, *_form(path, source)]
+
+
+def _form(path: str, source: str) -> list[str]:
+    """Docstrings, names and sizes."""
+    tree, found = ast.parse(source), []
+    if not ast.get_docstring(tree):
+        found.append(f"{path}: no docstring")
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            public = not node.name.startswith("_")
+            if public and not ast.get_docstring(node):
+                found.append(f"{path}:{node.lineno}: `{node.name}` has no docstring")
+    name = Path(path).stem
+    if name in MEANINGLESS:
+        found.append(f"{path}: a file called `{name}` says nothing")
+    if path.startswith("mechanisms/") and source.count("\n") > MAX_LINES:
+        found.append(f"{path}: more than {MAX_LINES} lines")
+    return found
+
+
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_a_file_keeps_the_rules(path):
+    assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+def test_the_walk_covers_the_package():
+    assert len(FILES) > 60 and {path.partition("/")[0].removesuffix(".py") for path in FILES} == set(
+        MAY_IMPORT
+    )
+    assert not set(EXCEPTIONS) - set(FILES) and not LIGHT - set(FILES)
+    lines = [line for path in FILES for line in imports((ROOT / path).read_text(encoding="utf-8"))]
+    assert len(lines) > 300 and any(line.package == "core" for line in lines)
+
+
+def test_every_family_has_few_files():
+    for folder in (ROOT / "mechanisms").iterdir():
+        if folder.is_dir() and folder.name != "__pycache__":
+            files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+            assert folder.name in set(Family) and len(files) <= MAX_FILES, folder
+
+
+def test_folder_is_family_and_file_is_name():
+    zoo, seen = load_zoo(), set()
+    for entry in (*zoo.mechanisms.values(), *zoo.fusions.values()):
+        if entry.plugin == "attnzoo":
+            card, file = entry.value.card, Path(entry.file)
+            folder = "fusions" if entry in zoo.fusions.values() else card.family
+            assert (file.parent.name, file.stem) == (folder, card.name)
+            seen.add(file.relative_to(ROOT).as_posix())
+    there = {
+        path
+        for path in FILES
+        if path.startswith(("mechanisms/", "fusions/")) and not path.endswith("__init__.py")
+    }
+    assert seen == there
+
+
+DOC = '"""Doc."""\n'
+MUTANTS = [
+    ("core/layout.py", "from attnzoo.functional import softmax", "`core` may not import"),
+    ("core/layout.py", "import attnzoo.zoo", "`core` may not import"),
+    ("core/layout.py", "from attnzoo import recipe", "`core` may not import"),
+    ("core/layout.py", "def _f():\n    from attnzoo.hosts import demand", "`core` may not import"),
+    ("errors.py", "from attnzoo.core import Card", "`errors` may not import"),
+    ("functional/heads.py", "from attnzoo.mechanisms.linear import elu_linear", "`functional` may not import"),
+    ("mechanisms/linear/x.py", "from attnzoo.mechanisms.linear.elu_linear import EluLinear", "`mechanisms` may not import"),
+    ("mechanisms/linear/x.py", "from attnzoo.fusions.add import Add", "`mechanisms` may not import"),
+    ("fusions/x.py", "from attnzoo.fusions.add import Add", "`fusions` may not import"),
+    ("fusions/x.py", "from attnzoo import Fusion", "`fusions` may not import"),
+    ("hosts/demand.py", "from attnzoo.recipe import load", "`hosts` may not import"),
+    ("zoo/manager.py", "from attnzoo.recipe import load", "`zoo` may not import"),
+    ("recipe/load.py", "from attnzoo.bench import speed", "`recipe` may not import"),
+    ("bench/speed.py", "from attnzoo.testing import check", "`bench` may not import"),
+    ("recipe/load.py", "def _f():\n    import attnzoo.cli.render", "`recipe` may not import"),
+    ("testing/runner.py", "from attnzoo.cli import render", "`testing` may not import"),
+    ("core/card.py", "import pydantic", "`core` may not import `pydantic` at module level"),
+    ("core/options.py", "import yaml", "`core` may not import `yaml` at module level"),
+    ("core/options.py", "import pydantic", ""),
+    ("zoo/registry.py", "import timm", "`zoo` may not import `timm` at module level"),
+    ("testing/runner.py", "from timm.layers import SEModule", "`testing` may not import `timm` at module level"),
+    ("testing/runner.py", "def _f():\n    from timm.layers import SEModule", ""),
+    ("testing/runner.py", "try:\n    import timm\nexcept ImportError:\n    pass", "may not import `timm` at module level"),
+    ("testing/runner.py", "class _A:\n    import timm", "may not import `timm` at module level"),
+    ("recipe/load.py", "import typer", "`recipe` may not import `typer`"),
+    ("cli/show.py", "import rich", "`cli` may not import `rich`"),
+    ("cli/show.py", "def _f():\n    from rich.table import Table", "only cli/render.py draws"),
+    ("cli/render.py", "from rich.table import Table", ""),
+    ("mechanisms/channel/x.py", "import numpy as np", "does not need `numpy`"),
+    ("mechanisms/channel/x.py", "import timm", "may not import `timm`"),
+    ("mechanisms/channel/x.py", "def _f():\n    from timm.layers import SEModule", ""),
+    ("mechanisms/channel/x.py", "import math\nfrom torch import nn\nfrom jaxtyping import Float", ""),
+    ("zoo/hookspecs.py", "import torch", "would wait for `torch`"),
+    ("zoo/hookspecs.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from torch import Tensor", ""),
+    ("hosts/demand.py", "from . import vision_transformer", "a relative import"),
+    ("hosts/demand.py", "from ..core import Card", "a relative import"),
+    ("recipe/utils.py", "", "says nothing"),
+    ("core/base.py", "", "says nothing"),
+    ("recipe/load.py", "def load():\n    return 1", "`load` has no docstring"),
+    ("recipe/load.py", "class Loaded:\n    pass", "`Loaded` has no docstring"),
+    ("recipe/load.py", "def _own():\n    return 1", ""),
+    ("mechanisms/linear/x.py", "# line\n" * MAX_LINES, "more than 150 lines"),
+    ("mechanisms/linear/x.py", "# line\n" * (MAX_LINES - 2), ""),
+    ("lab/probe.py", "", "`lab` is in no row"),
+]  # fmt: skip
+"""A file with one violation each, and what must be said of it; the empty string where all is well."""
+
+
+@pytest.mark.parametrize("path,source,said", MUTANTS)
+def test_the_walk_catches(path, source, said):
+    found = violations(path, DOC + source + "\n")
+    if said:
+        assert any(said in text for text in found), found
+    else:
+        assert found == []
+
+
+def test_a_file_without_a_docstring_is_caught():
+    assert violations("core/layout.py", "import math\n") == ["core/layout.py: no docstring"]

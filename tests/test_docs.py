@@ -1,0 +1,74 @@
+"""The documentation is true: tables, code, recipes, links."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_tables_are_fresh():
+    made = runpy.run_path(str(ROOT / "docs" / "tables.py"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "| `softmax` |" in text
+    assert made["with_tables"](text) == text, "run `make docs`"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_recipes_of_the_pages_compose(page, tmp_path):
+    from attnzoo.recipe import compose_file
+
+    found = blocks(ROOT / page, "yaml")
+    assert found
+    for text in found:
+        (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+        assert compose_file(tmp_path / "mine.yaml").plans
+
+
+def test_python_of_the_readme_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for text in blocks(ROOT / "README.md", "python"):
+        scope: dict = {}
+        exec(text, scope)
+        assert scope["model"]
+
+
+def test_the_readme_shows_what_is_printed():
+    """Every line of the cast but the times stands in today's output."""
+    from typer.testing import CliRunner
+
+    from attnzoo.cli.app import app
+
+    output = CliRunner().invoke(app, ["compose", str(ROOT / "recipes" / "ham_a.yaml")]).output
+    printed = {" ".join(line.split()) for line in output.splitlines()}
+    cast = next(text for text in blocks(ROOT / "README.md", "text") if "$ attnzoo compose" in text)
+    shown = [" ".join(line.split()) for line in cast.splitlines()[2:]]
+    steady = [s for s in shown if s and "─" not in s and " ms" not in s and "..." not in s and "next:" not in s]
+    assert len(steady) >= 8
+    assert not [line for line in steady if line not in printed]
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (page.parent / target).exists(), (page, target)
+
+
+def test_tests_named_in_pages_exist():
+    for page in PAGES:
+        for path, name in re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8")):
+            assert (ROOT / path).exists(), (page, path)
+            assert not name or f"def {name}" in (ROOT / path).read_text(encoding="utf-8"), (page, name)
+
+
+def test_benchmarks_stand_beside_their_commands():
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert "attnzoo bench vit_ham_b_base_patch16_224 --against vit_base_patch16_224" in text
