@@ -177,6 +177,14 @@ class CheckError(ZooError):
     """A conformance run was asked for something that does not exist (AZ5xx)."""
 
 
+class DataError(ZooError):
+    """A data set, or what is to be done to its pictures, is at fault (AZ7xx)."""
+
+
+class RunError(ZooError):
+    """A run, its settings or its checkpoints are at fault, or the disk they lie on (AZ8xx)."""
+
+
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
     """`` did you mean `x`? `` for the nearest candidate, or the empty string.
 

@@ -1,5 +1,7 @@
 """Maths that mechanisms share: softmax under masks, additive scores, heads."""
 
+import warnings
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -56,6 +58,16 @@ def test_an_empty_row_gives_zeros_and_zero_gradient():
     (found * torch.randn(2, 3)).sum().backward()
     assert torch.equal(scores.grad[0], torch.zeros(3, dtype=torch.float64))
     assert scores.grad[1, 2] == 0 and scores.grad[1, :2].abs().min() > 0
+
+
+def test_an_empty_row_makes_no_nan_on_the_way():
+    scores = double(1, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says that looking for anomalies is slow
+        anomaly = torch.autograd.detect_anomaly()
+    with anomaly:
+        masked_softmax(scores, torch.zeros(1, 3, dtype=torch.bool)).sum().backward()
+    assert not scores.grad.any()
 
 
 def test_masked_softmax_has_the_right_gradient():

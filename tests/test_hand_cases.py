@@ -145,7 +145,7 @@ def test_scores_of_a_thousand_stay_finite_in_half_precision(dtype):
 
 
 def test_additive_scalar_case():
-    part = set_all(Additive(place(1)), 1.0)
+    part = set_all(Additive(place(1, context_dim=1)), 1.0)
     out = part(line(0), line(0, 1), layout=Layout((2,)))
     t = math.exp(math.tanh(1))
     near(out, [t / (1 + t)])
@@ -222,21 +222,21 @@ def test_luong_outputs_lie_between_minus_one_and_one():
 
 
 def test_luong_puts_the_context_vector_first():
-    part = LuongGlobal(place(1, tokens=1), score="dot").double()
+    part = LuongGlobal(place(1, tokens=1, context_dim=1), score="dot").double()
     with torch.no_grad():
         part.proj.weight.copy_(torch.tensor([[1.0, 0.0]]))
     near(part(line(5), line(2), layout=Layout((1,))), [math.tanh(2)])
 
 
 def test_luong_location_ignores_the_sources_and_refuses_more_than_it_knows():
-    part = LuongGlobal(place(3, tokens=4), score="location").double()
+    part = LuongGlobal(place(3, tokens=4, context_dim=3), score="location").double()
     x, one, two = torch.randn(3, 1, 4, 3, dtype=torch.float64)
     near(
         seen_weights(part, x, one, layout=Layout((4,))),
         seen_weights(part, x, two, layout=Layout((4,))).tolist(),
     )
     with pytest.raises(LayoutMismatch, match="AZ403.*5 tokens are more than the 4"):
-        part(torch.randn(1, 5, 3, dtype=torch.float64), layout=Layout((5,)))
+        part(x, torch.randn(1, 5, 3, dtype=torch.float64), layout=Layout((5,)))
 
 
 def test_luong_dot_refuses_another_width():

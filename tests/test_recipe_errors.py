@@ -384,10 +384,10 @@ def marked(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 def faults_of(recipe, edits=(), run=compose_file):
     """What is raised, in at most a second and in plain words."""
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ZooError) as caught:
         run(recipe, edits=edits)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     for fault in caught.value.diagnostics:
         said = re.sub("`[^`]*`", "", f"{fault.message} {fault.why} {fault.help}")
         assert not JARGON.search(said), fault

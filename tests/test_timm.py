@@ -28,11 +28,16 @@ def size(name: str) -> int:
     return 32
 
 
+def depth(name: str) -> dict:
+    """Three blocks say as much as twelve where time counts; the slow tests take all."""
+    return {"depth": 3} if name.startswith("vit_") else {}
+
+
 @cache
 def made(name: str) -> VisionTransformer:
     """A model in eval mode, its new parameters moved off their start; shared, so never change it."""
     torch.manual_seed(0)
-    model = timm.create_model(name, img_size=size(name), num_classes=10).eval()
+    model = timm.create_model(name, img_size=size(name), num_classes=10, **depth(name)).eval()
     return stirred(model)
 
 
@@ -149,7 +154,9 @@ class TestEveryModel:
         assert all(p.grad is not None for p in model.parameters())
 
     def test_features_only(self, name):
-        model = timm.create_model(name, img_size=size(name), features_only=True, out_indices=(-2, -1)).eval()
+        model = timm.create_model(
+            name, img_size=size(name), features_only=True, out_indices=(-2, -1), **depth(name)
+        ).eval()
         maps = model(picture(name))
         side = size(name) // made(name).patch_embed.patch_size[0]
         assert [tuple(m.shape) for m in maps] == [(2, made(name).embed_dim, side, side)] * 2
@@ -178,7 +185,10 @@ class TestEveryModel:
         assert model(x).shape == (2, model.num_features)
         model.reset_classifier(0, "")
         assert model(x).ndim == 3
-        assert timm.create_model(name, img_size=size(name), num_classes=0)(x).shape == (2, model.num_features)
+        assert timm.create_model(name, img_size=size(name), num_classes=0, **depth(name))(x).shape == (
+            2,
+            model.num_features,
+        )
 
     def test_weight_decay_and_layer_groups(self, name):
         model = made(name)
@@ -204,7 +214,9 @@ class TestEveryModel:
         )  # the copy has its own cell
 
     def test_dynamic_img_size(self, name):
-        model = timm.create_model(name, img_size=size(name), dynamic_img_size=True, num_classes=10).eval()
+        model = timm.create_model(
+            name, img_size=size(name), dynamic_img_size=True, num_classes=10, **depth(name)
+        ).eval()
         model.load_state_dict(made(name).state_dict())
         x = picture(name)
         with torch.no_grad():
@@ -217,7 +229,12 @@ class TestEveryModel:
         patch = made(name).patch_embed.patch_size[0]
         overlay = {"state_dict": made(name).state_dict(), "num_classes": 10}
         model = timm.create_model(
-            name, img_size=4 * patch, num_classes=10, pretrained=True, pretrained_cfg_overlay=overlay
+            name,
+            img_size=4 * patch,
+            num_classes=10,
+            pretrained=True,
+            pretrained_cfg_overlay=overlay,
+            **depth(name),
         )
         assert model.pos_embed.shape[1] == 17
         assert torch.equal(model.blocks[0].attn.qkv.weight, made(name).blocks[0].attn.qkv.weight)
@@ -231,7 +248,9 @@ class TestEveryModel:
         ).is_meta
 
     def test_device_and_dtype(self, name):
-        model = timm.create_model(name, img_size=size(name), device="cpu", dtype=torch.bfloat16).eval()
+        model = timm.create_model(
+            name, img_size=size(name), device="cpu", dtype=torch.bfloat16, **depth(name)
+        ).eval()
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         out = model(picture(name).bfloat16())
         assert out.dtype == torch.bfloat16 and out.isfinite().all()
@@ -293,6 +312,24 @@ class TestEveryModel:
         assert torch.allclose(out, expected, atol=1e-5)
         assert len(seen) == len(made(name).blocks) * (1 if name == "ham_vit_classic" else 2)
         assert all(torch.allclose(t.sum(-1), torch.ones(()), atol=1e-5) for t in seen.values())
+
+
+@cache
+def whole(name: str) -> VisionTransformer:
+    """As `made`, with all blocks."""
+    return stirred(timm.create_model(name, img_size=size(name), num_classes=10).eval())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_all_blocks_in_one_graph(name):
+    torch._dynamo.reset()
+    x = picture(name)
+    with torch.no_grad():
+        expected = whole(name)(x)
+        compiled = torch.compile(whole(name), backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(x), expected, atol=1e-5)
+        assert torch.allclose(torch.export.export(whole(name), (x,)).module()(x), expected, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -6,7 +6,22 @@ import typer
 from typer.core import TyperGroup
 
 import attnzoo
-from attnzoo.cli import bench, check, compose, doctor, list, new, plugins, run, schema, show
+from attnzoo.cli import (
+    bench,
+    check,
+    compose,
+    doctor,
+    eval,
+    heatmap,
+    list,
+    new,
+    plugins,
+    resume,
+    run,
+    schema,
+    show,
+    train,
+)
 from attnzoo.errors import ZooError
 
 
@@ -48,6 +63,10 @@ app.command("plugins")(plugins.plugins)
 app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)
 app.command("bench")(bench.bench)
+app.command("heatmap")(heatmap.heatmap)
+app.command("train")(train.train)
+app.command("resume")(resume.resume)
+app.command("eval")(eval.eval_)
 app.command("run", context_settings=run.CONTEXT)(run.run)
 
 FIRST_STEPS = """\

@@ -1,5 +1,6 @@
 """`attnzoo bench MODEL --against MODEL`: two models side by side in one run."""
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -8,8 +9,8 @@ from attnzoo.cli.list import AsJson
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="A timm model's name, or a recipe.")],
-    against: Annotated[str, typer.Option(help="The baseline: a timm model's name, or a recipe.")],
+    model: Annotated[str, typer.Argument(help="A timm model's name or a recipe; or `train`, `augment`.")],
+    against: Annotated[str | None, typer.Option(help="The baseline: a timm model's name, or a recipe.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per forward in eval mode.")] = 8,
     train_batch: Annotated[int, typer.Option(min=1, help="Pictures per training step.")] = 4,
     rounds: Annotated[int, typer.Option(min=2, help="Pairs of alternating runs that are counted.")] = 20,
@@ -17,13 +18,23 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Compare speed and memory of two models: medians of alternating runs, and their ratios."""
+    """Compare speed and memory of two models: medians of alternating runs, and their ratios.
+
+    `bench train` holds our training loop against torchvision's per-picture pipeline and a bare loop, `bench augment` the
+    augmentation alone.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr otherwise
     import torch
 
     from attnzoo.bench.speed import compare, machine
     from attnzoo.cli.render import say, say_json, say_next, table
     from attnzoo.errors import ZooError
 
+    if model in ("train", "augment"):
+        _pipeline(model, threads or os.cpu_count() or 1, as_json)
+        return
+    if against is None:
+        raise ZooError("AZ610", f"`{model}` needs something to be held against", help="say --against MODEL")
     try:
         where = torch.device(device)
         torch.empty(1, device=where)
@@ -102,3 +113,25 @@ def _model(name: str) -> Any:
             help=hint or "`attnzoo list models` shows ours",
         )
     return compose(name)
+
+
+def _pipeline(what: str, threads: int, as_json: bool) -> None:
+    """`bench train` and `bench augment`."""
+    from attnzoo.bench import augment, training
+    from attnzoo.cli.render import say, say_json, say_next
+
+    figures = training.measure(threads=threads) if what == "train" else augment.measure(threads=threads)
+    if as_json:
+        say_json(figures)
+        return
+    if what == "train":
+        say(f"{figures['recipe']}, batches of 256, {threads} threads, medians of {figures['rounds']} alternating epochs")
+        for name in ("ours", "torchvision", "bare"):
+            say(f"  {name:12s} {figures[name]:8.0f} pictures/s")
+        say(f"over torchvision's pipeline: {figures['over_torchvision']:.2f}   of a bare loop: {figures['of_bare']:.2f}")
+    else:
+        say(f"{figures['n']:,} pictures, {threads} threads, medians of {figures['rounds']} alternating epochs")
+        for name in ("batched", "pil", "tensor"):
+            say(f"  {name:12s} {figures[name]:8.0f} ms")
+        say(f"over torchvision, {figures['baseline']}: {figures['ratio']:.1f}")
+    say_next("attnzoo train ham_b --data digits")

@@ -2,12 +2,14 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -80,6 +82,67 @@ def _draw(out: Console, diagnostic: Diagnostic) -> None:
         else:
             style = "red" if set(text.partition("|")[2].strip()) == {"^"} else ""
             out.print(Text(text, style=style or "default"))
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What `attnzoo.train` reports: a bar on a terminal, a line now and then otherwise.
+
+    Args:
+        quiet: Draw nothing.
+    """
+    if quiet:
+        yield lambda event: None
+    elif console().is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+        with Progress(*columns, console=console(), transient=True) as bar:
+            task = bar.add_task("", total=None, figures="")
+
+            def draw(event: dict[str, Any]) -> None:
+                if event["event"] == "note":
+                    bar.console.print(Text(event["text"], style="dim"))
+                elif event["event"] == "step":
+                    text = f"epoch {event['epoch']}"
+                    bar.update(task, description=text, completed=event["step"], total=event["steps"],
+                               figures=escape(_figures(event)))  # fmt: skip
+
+            yield draw
+    else:
+        yield _lines()
+
+
+def _lines(every: float = 10.0) -> Callable[[dict[str, Any]], None]:
+    """Reports as plain lines, the first and the last epoch and not much more often than `every` seconds."""
+    shown = -every
+    step: dict[str, Any] = {}
+
+    def line(event: dict[str, Any]) -> None:
+        nonlocal shown, step
+        if event["event"] == "note":
+            say(event["text"])
+        elif event["event"] == "step":
+            step = event
+        elif step["seconds"] - shown >= every or step["step"] == step["steps"]:
+            shown = step["seconds"]
+            say(f"epoch {event['epoch']}  step {step['step']}/{step['steps']}  {_figures(step | event)}")
+
+    return line
+
+
+def _figures(event: dict[str, Any]) -> str:
+    accuracy = event["test_accuracy"]
+    shown = [f"loss {event['train_loss']:.4f}", f"{event['images_per_second']:,.0f} images/s"]
+    if accuracy is not None:
+        shown.insert(1, f"accuracy {100 * accuracy:.2f} %")
+    return "  ".join([*shown, f"{duration(event['left'])} left"])
+
+
+def duration(value: float) -> str:
+    """A long time for people: `1 h 05 min`, `3 min 20 s`, `12 s`."""
+    minutes, rest = divmod(round(value), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def count(number: float) -> str:

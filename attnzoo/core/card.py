@@ -4,7 +4,7 @@ import re
 from collections.abc import Set
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, get_args
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
@@ -97,6 +97,12 @@ class Paper:
         )
 
 
+def _power(term: str) -> int:
+    """How many times a product of shape letters counts tokens."""
+    powers = {"n": 1, "m": 1, "n²": 2, "m²": 2}
+    return sum(powers.get(letter, 0) for letter in term.split())
+
+
 def _coherent(card: "Card | FusionCard", laws: frozenset[Law]) -> None:
     if not NAME.fullmatch(card.name):
         raise ValueError(
@@ -104,6 +110,10 @@ def _coherent(card: "Card | FusionCard", laws: frozenset[Law]) -> None:
         )
     if not card.summary or "\n" in card.summary:
         raise ValueError(f"card {card.name!r}: the summary is one line")
+    if card.fidelity not in get_args(Fidelity):
+        raise ValueError(
+            f"card {card.name!r}: fidelity is one of {', '.join(get_args(Fidelity))}, not {card.fidelity!r}"
+        )
     if card.fidelity != "exact" and not card.notes:
         raise ValueError(f"card {card.name!r}: fidelity {card.fidelity!r} needs notes that say what differs")
     if card.laws - laws:
@@ -159,6 +169,10 @@ class Card:
         _coherent(self, MECHANISM_LAWS)
         if self.masks - MASK_KINDS:
             raise ValueError(f"card {self.name!r}: {sorted(self.masks - MASK_KINDS)} is no kind of mask")
+        if self.grid not in (None, "any") and not isinstance(self.grid, int):
+            raise ValueError(
+                f"card {self.name!r}: grid is a number of dimensions, 'any' or None, not {self.grid!r}"
+            )
         if self.incremental and "causal" not in self.masks:
             raise ValueError(f"card {self.name!r}: incremental needs a causal mask")
         if self.laws & {Law.STOCHASTIC, Law.SUBSTOCHASTIC} and self.weights is None:
@@ -167,14 +181,14 @@ class Card:
     @property
     def growth(self) -> int:
         """The power of the number of tokens in `time`; n and m both count tokens."""
-        powers = {"n": 1, "m": 1, "n²": 2, "m²": 2}
-        return max(sum(powers.get(letter, 0) for letter in term.split()) for term in self.time.split("+"))
+        return max(_power(term) for term in self.time.split("+"))
 
     @property
     def grows(self) -> str:
         """How `time` grows with the number of tokens, for people: `O(n²)`."""
         power = ("", "n", "n²", "n³", "n⁴")[self.growth]
-        return f"O({power} log n)" if "log(n)" in self.time else f"O({power or 1})"
+        leading = [term for term in self.time.split("+") if _power(term) == self.growth]
+        return f"O({power} log n)" if any("log(n)" in term for term in leading) else f"O({power or 1})"
 
 
 @dataclass(frozen=True)
@@ -204,3 +218,5 @@ class FusionCard:
     def __post_init__(self):
         object.__setattr__(self, "laws", frozenset(self.laws))
         _coherent(self, FUSION_LAWS)
+        if self.arity[0] < 1 or (self.arity[1] is not None and self.arity[1] < self.arity[0]):
+            raise ValueError(f"card {self.name!r}: an arity of {self.arity} holds for no number of branches")

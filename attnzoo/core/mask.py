@@ -28,6 +28,16 @@ class Mask:
     pairs: Bool[Tensor, "#b #h n m"] | None = None
     causal: bool = False
 
+    def __post_init__(self):
+        for name, part, axes in (("keys", self.keys, 2), ("pairs", self.pairs, 4)):
+            if isinstance(part, Tensor) and (part.dtype != torch.bool or part.ndim != axes):
+                raise UnsupportedMask(
+                    "AZ405",
+                    f"`{name}` of a mask must be boolean with {axes} axes; this has {part.ndim} and is {part.dtype}",
+                    why="True means may attend; numbers could mean anything",
+                    help="compare first: Mask(keys=lengths[:, None] > positions)",
+                )
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """The parts that are set."""
@@ -35,7 +45,15 @@ class Mask:
         return tuple(kind for kind in KINDS if given[kind])
 
     def dense(self, n: int, m: int, device: torch.device | None = None) -> Bool[Tensor, "#b #h #n m"] | None:
-        """All parts as one boolean that broadcasts to (b h n m); None when everything is allowed."""
+        """All parts as one boolean that broadcasts to (b h n m); None when everything is allowed.
+
+        Raises:
+            UnsupportedMask: AZ405, when `keys` is not about m keys.
+        """
+        if self.keys is not None and self.keys.shape[1] != m:
+            raise UnsupportedMask(
+                "AZ405", f"`keys` of a mask speaks of {self.keys.shape[1]} keys; there are {m}"
+            )
         parts = []
         if self.keys is not None:
             parts.append(self.keys[:, None, None, :])

@@ -90,8 +90,29 @@ class Head(_Part, ABC):
 class Mechanism(_Part, ABC):
     """Mixes n tokens, reading from a context of m tokens (itself when none is given).
 
-    Built as `Cls(site, **options)`. A concrete mechanism is final: it is never subclassed.
+    Built as `Cls(site, **options)`. A concrete mechanism is final: it is never subclassed. Hand the site to
+    `super().__init__` if it can read a context.
     """
+
+    def __init__(self, site: Site | None = None):
+        super().__init__()
+        self.context_dim = site.context_dim if site is not None else None
+
+    def source(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """What is read from: the context at a site with one, x itself at a site without.
+
+        Raises:
+            UnsupportedContext: AZ404, when a context is given to a site without, or none to a site with one.
+        """
+        if (context is None) != (self.context_dim is None):
+            raise UnsupportedContext(
+                "AZ404",
+                "this mechanism reads from a context, and none was given"
+                if context is None
+                else "a context was given, but this site has none",
+                help="build it for a site with `context_dim` (cross-attention) or without (self-attention)",
+            )
+        return x if context is None else context
 
     @abstractmethod
     def forward(
@@ -125,10 +146,9 @@ class MultiHead(Mechanism):
     """
 
     def __init__(self, site: Site, head: Head):
-        super().__init__()
+        super().__init__(site)
         self.card = head.card
         self.heads, self.head_dim, self.dim = site.heads, site.head_dim, site.dim
-        self.reads_context = site.context_dim is not None
         if site.context_dim is not None:
             self.q = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
             self.kv = nn.Linear(site.context_dim, 2 * site.dim, bias=site.qkv_bias)
@@ -144,22 +164,15 @@ class MultiHead(Mechanism):
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b h n d), keys and values (b h m d)."""
         b, n, _ = x.shape
-        if self.reads_context != (context is not None):
-            raise UnsupportedContext(
-                "AZ404",
-                "a context was given, but this site has none"
-                if context is not None
-                else "this mechanism reads from a context, and none was given",
-                help="build it for a site with `context_dim` (cross-attention) or without (self-attention)",
-            )
+        source = self.source(x, context)
         if context is None:
             qkv = self.qkv(x).reshape(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
             q, k, v = qkv.unbind(0)
         else:
             q = self.q(x).reshape(b, n, self.heads, self.head_dim).transpose(1, 2)
             kv = (
-                self.kv(context)
-                .reshape(b, context.shape[1], 2, self.heads, self.head_dim)
+                self.kv(source)
+                .reshape(b, source.shape[1], 2, self.heads, self.head_dim)
                 .permute(2, 0, 3, 1, 4)
             )
             k, v = kv.unbind(0)
@@ -274,7 +287,7 @@ class Fused(Mechanism):
     """
 
     def __init__(self, site: Site, fusion: Callable[[Site, int], Fusion], branches: Sequence[Build]):
-        super().__init__()
+        super().__init__(site)
         self.fusion = fusion(site, len(branches))
         self.branches = _branches(type(self.fusion).sites(site, len(branches)), branches)
         self.card = fused_card(self.fusion.card, [part.card for part in self.branches.values()])

@@ -52,7 +52,7 @@ class Site:
         Raises:
             RecipeError: AZ308, when the heads do not divide the width.
         """
-        if self.dim % self.heads:
+        if self.heads < 1 or self.dim % self.heads:
             raise RecipeError(
                 "AZ308",
                 f"{self.heads} heads do not divide a width of {self.dim} at `{self.name}`",

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from attnzoo.errors import ZooError, did_you_mean
+
 NAMES = ("scores", "weights", "gate", "shares", "state")
 """The closed list of tap names: before normalisation, after it, channel or value gates, fusion, recurrent state."""
 
@@ -23,7 +25,9 @@ class Tap(nn.Identity):
     @property
     def watched(self) -> bool:
         """Whether anybody looks. Mechanisms ask, to take a fused path when nobody does."""
-        return bool(self._forward_hooks)
+        return bool(
+            self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        )
 
     def extra_repr(self) -> str:
         return self.axes
@@ -53,7 +57,14 @@ def watch(
         name: Which taps (`weights`), or None for all.
         see: Called with the tap's full name and the tensor; a tensor that it returns takes the place of the observed
             one.
+
+    Raises:
+        ZooError: AZ406, when there is no tap of that name anywhere.
     """
+    if name is not None and name not in NAMES:
+        raise ZooError(
+            "AZ406", f"taps are never called `{name}`", help=did_you_mean(name, NAMES) or ", ".join(NAMES)
+        )
     taps = find_taps(module, name)
 
     def hook(full: str):

@@ -17,7 +17,7 @@ from attnzoo.recipe.source import MAX_FAULTS, Loc, Source, parse, read_text
 MAX_CHAIN = 8
 OWN = ("name", "summary", "expect", "extends")
 """What a recipe says of itself alone; it is not inherited."""
-MERGED = ("host", "model")
+MERGED = ("host", "model", "train", "optimizer", "schedule")
 """Mappings whose keys are inherited one by one; all else is inherited whole."""
 
 

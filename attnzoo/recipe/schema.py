@@ -129,6 +129,71 @@ class VitHost(_Strict):
     registers: Name | None = Field(None, description="Name under which timm.create_model knows the model.")
 
 
+class Transform(_Strict):
+    """One step of the augmentation of training pictures, by name."""
+
+    use: Part = Field(description="Name of the step.")
+    with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Its options.")
+
+
+class Optimizer(_Strict):
+    """One of timm's optimisers."""
+
+    use: Name = Field(default="adamw", description="Its name in timm.")
+    lr: Annotated[float, Field(gt=0, le=100)] = Field(default=1e-3, description="Learning rate.")
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=0.01, description="Of weights; biases, norms and what the model names stay without."
+    )
+    betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] | None = Field(
+        default=None, description="Decay of the two moments; the optimiser's own otherwise."
+    )
+
+
+class Schedule(_Strict):
+    """How the learning rate changes from step to step."""
+
+    use: Literal["constant", "cosine"] = Field(default="constant", description="After the warm-up.")
+    warmup: Annotated[float, Field(ge=0, le=10_000)] = Field(
+        default=0.0, description="Linear rise at the beginning, in epochs."
+    )
+    start: Annotated[float, Field(ge=0, le=100)] = Field(default=1e-6, description="Rate the rise begins at.")
+    end: Annotated[float, Field(ge=0, le=100)] = Field(default=0.0, description="Rate the cosine ends at.")
+
+
+class Train(_Strict):
+    """How the model is trained."""
+
+    data: Annotated[str, Field(min_length=1, max_length=1000)] = Field(
+        default="cifar10", description="Pictures: digits, cifar10, cifar100, synthetic or folder:PATH."
+    )
+    size: Side | None = Field(default=None, description="Side of the pictures, in pixels; the data's own.")
+    augment: list[Transform] = Field(
+        default_factory=list, max_length=32, description="Augmentation, step by step."
+    )
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        default=256, description="Pictures per optimiser step, over all processes."
+    )
+    accumulate: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        default=1, description="Parts that a process computes its share of a batch in, to save memory."
+    )
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        default=100, description="Passes over the training pictures; the schedule spans them."
+    )
+    optimizer: Optimizer = Field(default_factory=Optimizer, description="The optimiser.")
+    schedule: Schedule = Field(default_factory=Schedule, description="Of the learning rate.")
+    label_smoothing: Rate = Field(default=0.0, description="Share of a target that goes to all classes.")
+    clip_grad: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
+        default=None, description="Largest norm of the gradient."
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="Decay per step of a moving average of the weights, which is then evaluated."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Of the forward pass.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        default=0, description="Of the initial weights, the order, augmentation and dropout."
+    )
+
+
 class Override(_Strict):
     """Something else at some sites. Later entries win."""
 
@@ -158,3 +223,4 @@ class Recipe(_Strict):
         default_factory=list, max_length=256, description="... except where these say."
     )
     expect: Expect = Field(Expect(params=None), description="What must come out.")
+    train: Train = Field(default_factory=Train, description="How the model is trained.")

@@ -40,7 +40,7 @@ class Additive(Mechanism):
     )  # fmt: skip
 
     def __init__(self, site: Site, *, hidden: PositiveInt | None = None):
-        super().__init__()
+        super().__init__(site)
         width = site.context_dim or site.dim
         hidden = hidden or site.dim
         self.query = nn.Linear(site.dim, hidden, bias=False)  # W
@@ -64,7 +64,7 @@ class Additive(Mechanism):
         mask: Mask = FREE,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
-        source = x if context is None else context
+        source = self.source(x, context)
         scores = additive_scores(self.query(x)[:, None], self.key(source)[:, None], self.score_weight[None])
         allowed = mask.for_one_head().dense(x.shape[1], source.shape[1], x.device)
         dropout = self.attn_drop if self.training else 0.0

@@ -53,7 +53,7 @@ class LuongGlobal(Mechanism):
         return replace(cls.card, laws=frozenset({Law.STOCHASTIC})) if score == "location" else cls.card
 
     def __init__(self, site: Site, *, score: Score = "general", hidden: PositiveInt | None = None):
-        super().__init__()
+        super().__init__(site)
         self.card = self.claims(score=score)
         self.score, self.attn_drop = score, site.attn_drop
         width, hidden = site.context_dim or site.dim, hidden or site.dim
@@ -89,7 +89,7 @@ class LuongGlobal(Mechanism):
         mask: Mask = FREE,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
-        source = x if context is None else context
+        source = self.source(x, context)
         scores = self._scores(x, source)[:, None]  # one head
         allowed = mask.for_one_head().dense(x.shape[1], source.shape[1], x.device)
         dropout = self.attn_drop if self.training else 0.0

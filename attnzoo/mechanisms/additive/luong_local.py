@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnzoo.core import FREE, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site, Tap
+from attnzoo.errors import RecipeError
 from attnzoo.functional import masked_softmax
 
 Alignment = Literal["monotonic", "predictive"]
@@ -29,6 +30,9 @@ class LuongLocal(Mechanism):
         alignment: `monotonic` (local-m) or `predictive` (local-p).
         window: D, in tokens to each side.
         score: `dot` h_tᵀ h̄_s or `general` h_tᵀ W h̄_s, unscaled.
+
+    Raises:
+        RecipeError: AZ214, when `dot` is asked of a context of another width.
     """
 
     card = Card(
@@ -60,12 +64,17 @@ class LuongLocal(Mechanism):
         window: PositiveInt = 10,
         score: Literal["dot", "general"] = "general",
     ):
-        super().__init__()
+        super().__init__(site)
         self.card = self.claims(alignment=alignment)
         self.alignment, self.window, self.attn_drop = alignment, window, site.attn_drop
         width = site.context_dim or site.dim
-        same = score == "dot" and width == site.dim  # of other widths, `dot` has nothing to multiply
-        self.general = nn.Identity() if same else nn.Linear(width, site.dim, bias=False)
+        if score == "dot" and width != site.dim:
+            raise RecipeError(
+                "AZ214",
+                f"`luong_local` with `score: dot` compares tokens of width {site.dim} with a context of width {width}",
+                help="use `score: general`, which has a matrix between them",
+            )
+        self.general = nn.Identity() if score == "dot" else nn.Linear(width, site.dim, bias=False)
         if alignment == "predictive":
             self.position = nn.Linear(site.dim, site.dim, bias=False)  # W_p
             self.position_weight = nn.Parameter(torch.empty(site.dim))  # v_p
@@ -91,7 +100,7 @@ class LuongLocal(Mechanism):
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
         mask.only(*self.card.masks)
-        source = x if context is None else context
+        source = self.source(x, context)
         n, m = x.shape[1], source.shape[1]
         distance = torch.arange(m, device=x.device) - self._aligned(x, m, mask)  # (b n m)
         allowed = (distance.abs() <= self.window)[:, None]

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnzoo.core import FREE, Card, Family, Head, Law, Layout, Mask, Paper, PositiveInt, Site, Tap
+from attnzoo.errors import UnsupportedContext
 from attnzoo.functional import additive_scores, attention_from_scores, masked_softmax
 
 Reading = Literal["pooled", "gated", "bahdanau", "cls_query"]
@@ -121,16 +122,25 @@ class Soft(Head):
         mask.only(*self.card.masks)
         if self.reading == "cls_query":
             hidden = torch.tanh(k @ self.key_weight + q[:, :, :1] @ self.query_weight)
-        else:  # einsum takes v as it lies in memory, where @ would copy it
-            hidden = torch.tanh(
-                torch.einsum("bhmd,hda->bhma", v, self.value_weight) + self.value_bias[:, None]
-            )
-        scores = torch.einsum("bhma,ha->bhm", hidden, self.score_weight)
+            scores = torch.einsum("bhma,ha->bhm", hidden, self.score_weight)
+        else:
+            scores = self._value_scores(v)
         allowed = None if mask.keys is None else mask.keys[:, None]
         weights = self.weights(masked_softmax(self.scores(scores), allowed))
         weights = nn.functional.dropout(weights, dropout)
         if self.reading == "gated":
+            if q.shape[2] != v.shape[2]:
+                raise UnsupportedContext(
+                    "AZ404", "`soft` with `reading: gated` gates tokens by themselves; it has no context"
+                )
             tokens = v.shape[2] if allowed is None else allowed.sum(dim=-1)[..., None, None]
             return weights[..., None] * v * (tokens if self.gate_scale == "tokens" else 1)
         pooled = weights[:, :, None] @ v  # (b h 1 d)
         return pooled.expand(-1, -1, q.shape[2], -1)
+
+    def _value_scores(self, v: Tensor) -> Tensor:
+        """tanh(V W + b) w, (b h m): one product per head over all samples, which takes v as it lies in memory."""
+        b, h, m, _ = v.shape
+        rows = v.transpose(0, 1).reshape(h, b * m, -1)
+        hidden = torch.baddbmm(self.value_bias[:, None], rows, self.value_weight).tanh_()  # (h b*m a)
+        return (hidden @ self.score_weight[..., None]).reshape(h, b, m).transpose(0, 1)

@@ -38,7 +38,7 @@ class GroupedQuery(Mechanism):
     )  # fmt: skip
 
     def __init__(self, site: Site, *, groups: PositiveInt = 1):
-        super().__init__()
+        super().__init__(site)
         if site.heads % groups:
             raise RecipeError(
                 "AZ214",
@@ -62,7 +62,7 @@ class GroupedQuery(Mechanism):
         mask: Mask = FREE,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
-        k, v = self.kv(x if context is None else context).chunk(2, dim=-1)
+        k, v = self.kv(self.source(x, context)).chunk(2, dim=-1)
         q, k, v = split_heads(self.q(x), self.heads), split_heads(k, self.groups), split_heads(v, self.groups)
         q, k = self.q_norm(q), self.k_norm(k)
         k, v = (

@@ -50,6 +50,12 @@ class EluLinear(Head):
         layout: Layout,
     ) -> Float[Tensor, "b h n d"]:
         mask.only("keys", "causal")
+        dtype = v.dtype
+        if dtype in (
+            torch.float16,
+            torch.bfloat16,
+        ):  # sums over all keys overflow and lose digits in half precision
+            q, k, v = q.float(), k.float(), v.float()
         q, k = F.elu(q) + 1, F.elu(k) + 1  # eq. 7
         if mask.keys is not None:
             k = k * mask.keys[:, None, :, None]
@@ -64,7 +70,7 @@ class EluLinear(Head):
             kv, past = kv[:, :, m - q.shape[2] :], past[:, :, m - q.shape[2] :]
             top = torch.einsum("bhnd,bhnde->bhne", q, kv)
             norm = (q * past).sum(dim=-1, keepdim=True)
-            return torch.cat([torch.zeros_like(first), top / (norm + self.eps)], dim=2)
+            return torch.cat([torch.zeros_like(first), top / (norm + self.eps)], dim=2).to(dtype)
         top = q @ (k.mT @ v)  # eq. 5
         norm = q @ k.sum(dim=2)[..., None]
-        return top / (norm + self.eps)
+        return (top / (norm + self.eps)).to(dtype)

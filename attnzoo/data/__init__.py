@@ -1,0 +1,26 @@
+"""Pictures to train on, and what is done to them: data sets, and augmentation by the batch.
+
+data = load_images("digits")
+augment = Augment(PAPER, image=data.image, mean=data.mean, std=data.std, classes=len(data.classes))
+images, labels = data.train.batch(indices)
+x, targets = augment(images, labels, step_seeds(seed, epoch, indices))
+"""
+
+from attnzoo.data.augment import PAPER, STEPS, Augment, Step, evaluation
+from attnzoo.data.chance import step_seeds
+from attnzoo.data.images import ImageData, Pictures, Split
+from attnzoo.data.load import DATASETS, load_images
+
+__all__ = [
+    "DATASETS",
+    "PAPER",
+    "STEPS",
+    "Augment",
+    "ImageData",
+    "Pictures",
+    "Split",
+    "Step",
+    "evaluation",
+    "load_images",
+    "step_seeds",
+]

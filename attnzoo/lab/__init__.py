@@ -1,0 +1,1 @@
+"""Looking into trained models: attention maps, rollout, heat maps, committees."""

@@ -1,0 +1,315 @@
+"""The attention map of every layer and head, whatever mechanism is put there."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attnzoo.core import (
+    FREE,
+    Family,
+    Fused,
+    FusedHeads,
+    Head,
+    Law,
+    Layout,
+    Mask,
+    Mechanism,
+    MultiHead,
+    find_taps,
+    watch,
+)
+from attnzoo.errors import ZooError
+
+Kind = Literal["weights", "pooled", "gate", "implied"]
+
+_PAIRS, _ONE = "b h n m", "b h m"
+_WITHOUT = {
+    Family.CHANNEL: "it gates channels: no token looks at another",
+    Family.MIXING: "it mixes tokens without weights",
+}
+
+
+@dataclass(frozen=True)
+class Map:
+    """The map of one branch at one site.
+
+    Args:
+        site: Name of the site: `blocks.3`.
+        layer: Which site of the model it is, from 0.
+        branch: Name of the branch: `softmax`; `gated.softmax` for a fusion inside a fusion.
+        mechanism: Name of the mechanism.
+        kind: `weights`, seen by a tap, (b h n m). `pooled`, seen by a tap, (b h m): every token receives the same
+            weighted sum. `gate`, seen by a tap, (b h m): token j receives its own value times its weight. `implied`,
+            (b h n m), of a head without weights that is linear in its values.
+        weights: (b h n m) or (b h m).
+        stochastic: Whether the card claims that rows are non-negative and sum to 1.
+    """
+
+    site: str
+    layer: int
+    branch: str
+    mechanism: str
+    kind: Kind
+    weights: Tensor
+    stochastic: bool
+
+    @property
+    def heads(self) -> int:
+        """Number of heads."""
+        return self.weights.shape[1]
+
+    def matrix(self) -> Float[Tensor, "b h n m"]:
+        """What token i receives of token j: a pooled map is the same row n times, a gate a diagonal times m."""
+        m = self.weights.shape[-1]
+        if self.kind == "pooled":
+            return self.weights[:, :, None].expand(-1, -1, m, -1)
+        if self.kind == "gate":
+            return torch.diag_embed(self.weights * m)
+        return self.weights
+
+    def statistics(self) -> dict[str, float]:
+        """Least, most, smallest and largest sum of a row, and mean entropy as a share of log m, without unit."""
+        w = self.weights.double()
+        sums, share = w.sum(dim=-1), w.clamp(min=0)
+        entropy = -torch.xlogy(share, share).sum(dim=-1).mean() / math.log(max(w.shape[-1], 2))
+        figures = {"least": w.min(), "most": w.max(), "least_sum": sums.min(), "most_sum": sums.max()}
+        return {name: float(value) for name, value in (figures | {"entropy": entropy}).items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """What it is, and its statistics, for `--json`."""
+        about = {"site": self.site, "layer": self.layer, "branch": self.branch, "mechanism": self.mechanism}
+        return about | {"kind": self.kind, "heads": self.heads} | self.statistics()
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A branch without a map.
+
+    Args:
+        site: Name of the site.
+        layer: Which site of the model it is, from 0.
+        branch: Name of the branch.
+        mechanism: Name of the mechanism.
+        reason: Why there is none.
+    """
+
+    site: str
+    layer: int
+    branch: str
+    mechanism: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Maps:
+    """All maps of a model on some pictures.
+
+    Args:
+        maps: In the order of layers, then of branches.
+        absent: The branches that have none, and why.
+        sites: Names of the sites, by layer.
+        layout: How the tokens were arranged.
+        class_token: Whether the class is read from token 0; otherwise from the mean of the grid tokens.
+        logits: What the model answered, (b classes).
+    """
+
+    maps: tuple[Map, ...]
+    absent: tuple[Absent, ...]
+    sites: tuple[str, ...]
+    layout: Layout
+    class_token: bool
+    logits: Tensor
+
+    def branches(self) -> list[str]:
+        """Names of the branches that have maps, in order of appearance."""
+        return list(dict.fromkeys(found.branch for found in self.maps))
+
+    def asked(self, rows: Float[Tensor, "*b n m"]) -> Float[Tensor, "*b y x"]:
+        """How much the answer looks at each grid token.
+
+        Args:
+            rows: What token i receives of token j (... n m); the row of the class token is taken, or the mean row of
+                the grid tokens where the class is not read from a class token.
+        """
+        prefix = self.layout.prefix
+        row = rows[..., 0, :] if self.class_token else rows[..., prefix:, :].mean(dim=-2)
+        return row[..., prefix:].unflatten(-1, self.layout.grid)
+
+    def on_grid(self, found: Map) -> Float[Tensor, "b h y x"]:
+        """A map as the answer sees it: its `asked` row, or the one map that there is."""
+        if found.weights.ndim == 4:
+            return self.asked(found.weights)
+        return found.weights[..., self.layout.prefix :].unflatten(-1, self.layout.grid)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A mechanism or head that is no wrapper of others, and where it is."""
+
+    site: str
+    layer: int
+    branch: str
+    part: Any
+
+    def where(self) -> dict:
+        name = self.part.card.name
+        return {"site": self.site, "layer": self.layer, "branch": self.branch, "mechanism": name}
+
+
+def _branches(part: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The mechanisms inside a part, by the names of the branches that lead there."""
+    inner: Any = part.head if isinstance(part, MultiHead) else part
+    if isinstance(inner, Fused | FusedHeads):
+        for name, branch in inner.branches.named_children():
+            yield from _branches(branch, f"{path}.{name}" if path else name)
+    else:
+        yield path or inner.card.name, inner
+
+
+def _leaves(model: nn.Module) -> list[_Leaf]:
+    """All mechanisms of a model in the order of its sites.
+
+    Raises:
+        ZooError: AZ903, when there is none.
+    """
+    inside: set[nn.Module] = set()
+    sites: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Mechanism) and module not in inside:
+            sites[path.rpartition(".")[0] or path] = module
+            inside |= set(module.modules())
+    if not sites:
+        raise ZooError(
+            "AZ903",
+            f"there is no mechanism in this {type(model).__name__}",
+            why="maps are seen through the taps of mechanisms",
+            help="compose the model from a recipe; `ham_classic` is a plain ViT",
+        )
+    return [
+        _Leaf(site, layer, branch, part)
+        for layer, (site, module) in enumerate(sites.items())
+        for branch, part in _branches(module)
+    ]
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).abs().max() <= 1e-4 * wanted.abs().max())
+
+
+def implied_map(
+    head: Head,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h m d"],
+    v: Float[Tensor, "b h m d"],
+    *,
+    mask: Mask = FREE,
+    layout: Layout,
+) -> Float[Tensor, "b h n m"]:
+    """The map of a head that is linear in its values for fixed q and k: what it makes of one-hot values.
+
+    Exact: the map times v is what the head gives for v. Negative entries are possible, and rows need not sum to 1.
+
+    Args:
+        head: Claims `linear_in_values`.
+        q: Queries (b h n d).
+        k: Keys (b h m d).
+        v: Values (b h m d); only their shape matters.
+        mask: Who may attend to whom.
+        layout: How the key tokens are arranged.
+    """
+    m, d = v.shape[2:]
+    one_hot = F.pad(torch.eye(m, dtype=v.dtype, device=v.device), (0, -m % d))  # as many columns as d divides
+    columns = [
+        head.attend(q, k, values.expand_as(v), mask=mask, layout=layout) for values in one_hot.split(d, 1)
+    ]
+    return torch.cat(columns, dim=-1)[..., :m]
+
+
+def _read(
+    leaf: _Leaf, tapped: dict[str, list[Tensor]], args: tuple, context: dict, out: Tensor
+) -> Map | Absent:
+    """What is to be had from one call of a leaf.
+
+    Args:
+        leaf: What was called.
+        tapped: What its taps called `weights` let through, by name.
+        args: What it was called with.
+        context: `mask` and `layout`.
+        out: What it gave.
+    """
+    part, card = leaf.part, leaf.part.card
+    stochastic = Law.STOCHASTIC in card.laws
+    taps = find_taps(part, "weights")
+    usable = [name for name, tap in taps.items() if tap.axes in (_PAIRS, _ONE)]
+    if len(usable) == 1 and len(tapped[usable[0]]) == 1:
+        weights = tapped[usable[0]][0]
+        kind: Kind = "weights"
+        if taps[usable[0]].axes == _ONE:
+            gates = isinstance(part, Head) and not _same(weights[:, :, None] @ args[2], out)
+            kind = "gate" if gates else "pooled"
+        return Map(**leaf.where(), kind=kind, weights=weights, stochastic=stochastic)
+    if isinstance(part, Head) and Law.LINEAR_IN_VALUES in card.laws:
+        weights = implied_map(part, *args, **context)
+        if _same(weights @ args[2], out):
+            return Map(**leaf.where(), kind="implied", weights=weights, stochastic=False)
+        return Absent(**leaf.where(), reason="it mixes channels as well as tokens: no one map describes it")
+    if usable:
+        times = sum(len(tapped[name]) for name in usable)
+        reason = f"it forms weights {times} times: no one map describes it"
+    elif taps:
+        reason = f"its weights have the axes {', '.join(sorted({tap.axes for tap in taps.values()}))}: no map of tokens"
+    else:
+        why = "it forms no weights, and is not linear in the values of its heads"
+        reason = _WITHOUT.get(card.family, why)
+    return Absent(**leaf.where(), reason=reason)
+
+
+@torch.no_grad()
+def collect(model: nn.Module, images: Float[Tensor, "b c y x"]) -> Maps:
+    """The maps of every layer, branch and head for some pictures, from one forward in eval mode.
+
+    Args:
+        model: A composed model; it is left as it was.
+        images: As the model wants them, (b c y x).
+
+    Raises:
+        ZooError: AZ903, when there is no mechanism in the model.
+    """
+    leaves = _leaves(model)
+    found: dict[_Leaf, Map | Absent] = {}
+    layouts: list[Layout] = []
+
+    def look(leaf: _Leaf) -> Callable:
+        def hook(_part: nn.Module, args: tuple, context: dict, out: Tensor) -> None:
+            layouts.append(context["layout"])
+            found[leaf] = _read(leaf, tapped[leaf], args, context, out)
+
+        return hook
+
+    def note(leaf: _Leaf) -> Callable[[str, Tensor], None]:
+        return lambda name, weights: tapped[leaf][name].append(weights)
+
+    tapped: dict[_Leaf, dict[str, list[Tensor]]] = {leaf: defaultdict(list) for leaf in leaves}
+    with ExitStack() as stack:
+        for leaf in leaves:
+            stack.enter_context(watch(leaf.part, "weights", note(leaf)))
+            stack.callback(leaf.part.register_forward_hook(look(leaf), with_kwargs=True).remove)
+        stack.callback(model.train, model.training)
+        logits = model.eval()(images)
+    read = [found[leaf] for leaf in leaves]
+    return Maps(
+        maps=tuple(one for one in read if isinstance(one, Map)),
+        absent=tuple(one for one in read if isinstance(one, Absent)),
+        sites=tuple(dict.fromkeys(leaf.site for leaf in leaves)),
+        layout=layouts[0],
+        class_token=getattr(model, "global_pool", "") == "token",
+        logits=logits,
+    )

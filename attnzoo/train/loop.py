@@ -1,0 +1,593 @@
+"""The training loop: Accelerate's devices and processes, timm's optimisers and schedules, exact resume.
+
+What a step does follows from the seed, its position and the weights alone (`sampler.py`), and a checkpoint holds
+weights, the optimiser's tensors and the position. So a run that was stopped anywhere ends with the bits of one that
+never was, as long as machine, versions, threads and processes are the same, and deterministic algorithms are used.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice, starmap
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import accelerate
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm
+
+import attnzoo
+from attnzoo.data import Augment, Step, evaluation, load_images, step_seeds
+from attnzoo.errors import RunError, did_you_mean
+from attnzoo.recipe import Loaded, build, load
+from attnzoo.train import checkpoint, sampler
+from attnzoo.train.checkpoint import Checkpoint
+from attnzoo.train.curve import curve_svg
+from attnzoo.train.metrics import Evaluation, tally
+from attnzoo.train.run import Run, newest
+from attnzoo.train.settings import Settings, fit
+
+Report = Callable[[dict[str, Any]], None]
+"""Told what happens: `event` is `step`, `epoch` (with the row of the log) or `note` (with a `text`)."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop by Ctrl-C or SIGTERM; all that it did is saved.
+
+    Args:
+        run: To be continued.
+    """
+
+    def __init__(self, run: Run):
+        super().__init__()
+        self.run = run
+
+
+class NotFinite(RunError):
+    """A loss or gradient is not finite (AZ803). The weights before the step are saved."""
+
+    exit_code = 1
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Args:
+        epoch: Complete epochs.
+        step: Steps taken in the one that is under way.
+        loss: Sum of the losses of its pictures so far, in nats.
+        images: How many pictures it has seen.
+        busy: Time spent on its steps, in seconds.
+        seconds: Time spent on the run, in seconds.
+        since: What `seconds` was when the epoch began.
+        best: Highest test accuracy so far; below 0 before there is one.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    images: int = 0
+    busy: float = 0.0
+    seconds: float = 0.0
+    since: float = 0.0
+    best: float = -1.0
+
+
+class Part(NamedTuple):
+    """What a process computes at once.
+
+    Args:
+        images: Augmented, (b c y x).
+        targets: Labels (b,) or shares of the classes (b classes).
+        indices: Of the pictures; when there are none, `images` holds one that does not count.
+    """
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+
+
+class Batch(NamedTuple):
+    """A step's pictures.
+
+    Args:
+        epoch: From 0.
+        step: Within the epoch, from 0.
+        indices: Of all pictures, of all processes.
+        parts: What this process computes, one after the other.
+    """
+
+    epoch: int
+    step: int
+    indices: Tensor
+    parts: list[Part]
+
+
+def train(
+    recipe: str | Path | Loaded, settings: Settings, folder: str | Path, *, report: Report | None = None
+) -> Run:
+    """Train a model, or go on where a run of the same recipe and settings stopped.
+
+    The random states of Python, NumPy and torch are set anew in every step.
+
+    Args:
+        recipe: Name, file, text or loaded recipe; the settings count, not its own `train:`.
+        settings: How to train.
+        folder: Of the run.
+        report: Told what happens.
+
+    Raises:
+        RecipeError: what is wrong with the recipe.
+        DataError: AZ7xx, what is wrong with the data.
+        RunError: AZ802 the folder holds something else, AZ803 a loss is not finite, AZ804 the disk refuses, AZ805 no
+            checkpoint is sound, AZ806 settings that cannot be met here.
+        Stopped: after Ctrl-C or SIGTERM, when the step is done and saved.
+    """
+    loaded = recipe if isinstance(recipe, Loaded) else load(recipe)
+    training = _Training(loaded, settings, Path(folder), report or (lambda event: None))
+    with _deterministic(settings, training.device), _stop_signals() as stopping:
+        training.run(stopping)
+    return training.as_run()
+
+
+class _Training:
+    """Everything a run has in memory."""
+
+    def __init__(self, loaded: Loaded, settings: Settings, folder: Path, report: Report):
+        self.settings, self.folder = settings, folder
+        self.accelerator = _accelerator(settings)
+        self.device, self.world = self.accelerator.device, self.accelerator.num_processes
+        self.rank = self.accelerator.process_index
+        self.report: Report = report if self.rank == 0 else lambda event: None
+        if settings.batch_size < self.world * settings.accumulate:
+            raise RunError("AZ806", f"{settings.batch_size} pictures cannot be shared by {self.world} processes "
+                           f"with {settings.accumulate} parts each", help="use larger batches")  # fmt: skip
+        self.data = load_images(settings.data, root=settings.data_root, size=settings.size)
+        self.loaded = fit(loaded, settings, self.data)
+        found = _existing(folder, self.loaded, settings, self.report)
+        self.progress, self.log, self.saved = Progress(), list[dict[str, Any]](), -1
+        self.best: dict[str, Tensor] | None = None
+        self.steps = sampler.steps_per_epoch(len(self.data.train), settings.batch_size)
+        self._prepare_pictures()
+        self._prepare_model()
+        if found:
+            self._restore(found)
+
+    def _prepare_pictures(self) -> None:
+        host, image = self.loaded.recipe.host, self.data.image
+        mean, std = host.mean or list(self.data.mean), host.std or list(self.data.std)
+        steps = [Step.model_validate(step.model_dump(by_alias=True)) for step in self.settings.augment]
+        self.augment = Augment(steps, image=image, mean=mean, std=std, classes=len(self.data.classes))
+        self.evaluation = evaluation(image, mean, std)
+
+    def _prepare_model(self) -> None:
+        settings, chosen = self.settings, self.settings.optimizer
+        sampler.reseed(settings.seed)
+        self.net = build(self.loaded, {})
+        self.ema = ModelEmaV3(self.net, decay=settings.ema).to(self.device) if settings.ema else None
+        options: Any = {"betas": tuple(chosen.betas)} if chosen.betas else {}
+        names = [name for name in map(str, list_optimizers()) if not name.startswith("kron")]  # its state is nested
+        if chosen.use not in names:
+            raise RunError("AZ806", f"timm has no optimiser called `{chosen.use}`",
+                           help=did_you_mean(chosen.use, names) or "adamw is one")  # fmt: skip
+        try:
+            self.raw_optimizer = create_optimizer_v2(
+                self.net, chosen.use, lr=chosen.lr, weight_decay=chosen.weight_decay, **options
+            )
+        except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise RunError("AZ806", f"timm cannot make the optimiser `{chosen.use}`: {reason}",
+                           help="look at `train.optimizer`") from None  # fmt: skip
+        self.scheduler = _scheduler(self.raw_optimizer, settings, self.steps)
+        self.model, self.optimizer = self.accelerator.prepare(self.net, self.raw_optimizer)
+
+    @property
+    def taken(self) -> int:
+        """Optimiser steps since the start."""
+        return self.progress.epoch * self.steps + self.progress.step
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the minutes are over."""
+        return self.settings.minutes is not None and self.progress.seconds >= 60 * self.settings.minutes
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.progress.epoch >= self.settings.epochs or self.out_of_time
+
+    def as_run(self) -> Run:
+        """The run as others see it."""
+        return Run(self.folder, self.loaded, self.settings)
+
+    def run(self, stopping: threading.Event) -> None:
+        """All steps that are left."""
+        if self.rank == 0:
+            checkpoint.sweep(self.folder)
+        if self.finished:
+            return
+        if self.taken == 0:
+            self._save()
+        self._write_log()
+        self.clock = time.perf_counter()
+        every = self.settings.checkpoint_every
+        for batch in self._batches():
+            loss, stop, over = self._step(batch, stopping)
+            self._advance(loss, len(batch.indices))
+            ended = self.progress.step == self.steps or over
+            if ended:
+                self._close_epoch()
+            if stop or (self.taken % every == 0 if every else ended) or self.finished:
+                self._save()
+            if over:
+                return
+            if stop and not self.finished:
+                raise Stopped(self.as_run())
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches from here to the end, prepared ahead by `workers` threads."""
+        epochs, steps, workers = self.settings.epochs, self.steps, self.settings.workers
+        positions = (divmod(position, steps) for position in range(self.taken, epochs * steps))
+        if not workers:
+            yield from starmap(self._batch, positions)
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            ahead = deque(pool.submit(self._batch, *where) for where in islice(positions, 2 * workers))
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(pool.submit(self._batch, *where) for where in islice(positions, 1))
+
+    def _batch(self, epoch: int, step: int) -> Batch:
+        seed, split = self.settings.seed, self.data.train
+        indices = sampler.batch(len(split), self.settings.batch_size, seed=seed, epoch=epoch, step=step)
+        parts = []
+        for own in sampler.share(indices, rank=self.rank, world=self.world, parts=self.settings.accumulate):
+            shown = own if len(own) else indices[:1]
+            images, targets = self.augment(*split.batch(shown), step_seeds(seed, epoch, shown))
+            parts.append(Part(images, targets, own))
+        return Batch(epoch, step, indices, parts)
+
+    def _step(self, batch: Batch, stopping: threading.Event) -> tuple[float, bool, bool]:
+        """One optimiser step.
+
+        Returns:
+            Sum of the losses of all pictures, whether to stop, whether time is over; the same in all processes.
+        """
+        losses = torch.zeros(2, dtype=torch.float64)  # as logged; as minimised
+        self.model.train()
+        for number in range(len(batch.parts)):
+            last = number == len(batch.parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss, objective = self._losses(self.model, batch, number)
+                self.accelerator.backward(objective * self.world / len(batch.indices))
+            losses += torch.stack([loss.detach(), objective.detach()]).cpu().double()
+        flags = torch.tensor([stopping.is_set(), self.out_of_time], dtype=torch.float64)
+        loss, objective, stop, over = self._summed(torch.cat([losses, flags])).tolist()
+        if not math.isfinite(objective) or not self._finite_gradient():
+            raise self._not_finite(batch)
+        if self.settings.clip_grad:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+        self.scheduler.step_update(self.taken)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.net, step=self.taken + 1)
+        return loss, bool(stop), bool(over)
+
+    def _finite_gradient(self) -> bool:
+        """Whether the gradient is finite; with fp16 the scaler sees to it."""
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        return self.accelerator.scaler is not None or bool(get_total_norm(gradients).isfinite())
+
+    def _losses(self, model: nn.Module, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
+        """Sums over the pictures of a part: cross-entropy, and that with what mechanisms add as `aux_loss`."""
+        part = batch.parts[number]
+        sampler.reseed(self.settings.seed, batch.epoch, batch.step, number, self.rank)
+        logits = model(part.images.to(self.device, non_blocking=True))
+        losses = F.cross_entropy(
+            logits.float(),
+            part.targets.to(self.device, non_blocking=True),
+            reduction="none",
+            label_smoothing=self.settings.label_smoothing,
+        )
+        loss = losses[: len(part.indices)].sum()
+        extra: list[Any] = [
+            m.aux_loss for m in self.net.modules() if getattr(m, "aux_loss", None) is not None
+        ]
+        return loss, loss + len(part.indices) * sum(extra) if extra else loss
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """The sum over all processes, on the CPU."""
+        return values if self.world == 1 else self.accelerator.reduce(values.to(self.device)).cpu()
+
+    def _lap(self) -> float:
+        """Seconds since the last lap; they count as the run's."""
+        now = time.perf_counter()
+        elapsed, self.clock = now - self.clock, now
+        self.progress.seconds += elapsed
+        return elapsed
+
+    def _advance(self, loss: float, images: int) -> None:
+        at, elapsed = self.progress, self._lap()
+        at.step += 1
+        at.loss += loss
+        at.images += images
+        at.busy += elapsed
+        total = self.settings.epochs * self.steps
+        left = (total - self.taken) * at.seconds / self.taken
+        if self.settings.minutes is not None:
+            left = min(left, max(0.0, 60 * self.settings.minutes - at.seconds))
+        self.report({"event": "step", "epoch": at.epoch + 1, "step": self.taken, "steps": total,
+                     "train_loss": at.loss / at.images, "images_per_second": at.images / at.busy,
+                     "test_accuracy": self.log[-1]["test_accuracy"] if self.log else None,
+                     "seconds": at.seconds, "left": left})  # fmt: skip
+
+    def _close_epoch(self) -> None:
+        """Evaluate, and write the row of an epoch, or of what time allowed of it."""
+        at = self.progress
+        net = self.ema.module if self.ema else self.net
+        sums = tally(net, self.data.test, self.evaluation, len(self.data.classes),
+                     device=self.device, rank=self.rank, world=self.world)  # fmt: skip
+        found = Evaluation.of(self._summed(sums), self.data.classes)
+        self._lap()
+        row = {
+            "epoch": at.epoch + 1,
+            "train_loss": at.loss / at.images,
+            "test_loss": found.loss,
+            "test_accuracy": found.accuracy,
+            "images_per_second": at.images / at.busy,
+            "lr": self.raw_optimizer.param_groups[0]["lr"],
+            "seconds": at.seconds - at.since,
+        }
+        self.log = [other for other in self.log if other["epoch"] != row["epoch"]] + [row]
+        if found.accuracy > at.best:
+            at.best = found.accuracy
+            self.best = {name: t.detach().cpu().clone() for name, t in net.state_dict().items()}
+        if at.step == self.steps:
+            self.progress = Progress(at.epoch + 1, seconds=at.seconds, since=at.seconds, best=at.best)
+        self._write_log()
+        self.report({"event": "epoch", **row})
+
+    def _write_log(self) -> None:
+        if self.rank or not self.log:
+            return
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(self.log[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.log)
+        checkpoint.replace(self.folder / "log.csv", table.getvalue())
+        checkpoint.replace(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.log))
+        checkpoint.replace(self.folder / "curve.svg", curve_svg(self.log, self.folder.name))
+
+    def _save(self) -> None:
+        if self.saved == self.taken:
+            return
+        if self.rank == 0:
+            checkpoint.save(self.folder, self.taken, self._tensors(), self._state(), keep=self.settings.keep)
+        self.saved = self.taken
+        self.accelerator.wait_for_everyone()
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        state = self.raw_optimizer.state_dict()["state"]
+        moments = {f"{i}/{k}": v for i, own in state.items() for k, v in own.items() if isinstance(v, Tensor)}
+        files = {"model": self.net.state_dict(), "optimizer": moments}
+        if self.ema:
+            files["ema"] = self.ema.module.state_dict()
+        return files | ({"best": self.best} if self.best else {})
+
+    def _state(self) -> dict[str, Any]:
+        state = self.raw_optimizer.state_dict()["state"]
+        scaler = self.accelerator.scaler
+        return {
+            "recipe": self.loaded.text,
+            "recipe_sha256": hashlib.sha256(self.loaded.text.encode()).hexdigest(),
+            "settings": self.settings.model_dump(mode="json", by_alias=True),
+            "progress": asdict(self.progress),
+            "finished": self.finished,
+            "classes": list(self.data.classes),
+            "params": sum(p.numel() for p in self.net.parameters()),
+            "log": self.log,
+            "optimizer": {
+                i: {k: v for k, v in own.items() if not isinstance(v, Tensor)} for i, own in state.items()
+            },
+            "scaler": scaler.state_dict() if scaler else None,
+            "environment": self._environment(),
+        }
+
+    def _environment(self) -> dict[str, Any]:
+        """What bits depend on beside the settings."""
+        return {
+            "attnzoo": attnzoo.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "numpy": np.__version__,
+            "accelerate": accelerate.__version__,
+            "machine": platform.machine(),
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "processes": self.world,
+        }
+
+    def _restore(self, found: Checkpoint) -> None:
+        state = found.state()
+        self.net.load_state_dict(found.tensors("model"))
+        moments: dict[int, dict[str, Any]] = {int(i): dict(own) for i, own in state["optimizer"].items()}
+        for path, tensor in found.tensors("optimizer").items():
+            index, _, name = path.partition("/")
+            moments[int(index)][name] = tensor
+        self.raw_optimizer.load_state_dict(self.raw_optimizer.state_dict() | {"state": moments})
+        if self.ema:
+            self.ema.module.load_state_dict(found.tensors("ema"))
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.best = found.tensors("best") if found.has("best") else None
+        self.progress, self.log, self.saved = Progress(**state["progress"]), state["log"], found.step
+        before, now = state["environment"], self._environment()
+        changed = [f"{key} {now[key]}, was {was}" for key, was in before.items() if now.get(key) != was]
+        if changed:
+            self._note(f"not the same as before, so the bits may differ: {'; '.join(changed)}")
+        self._note(f"goes on after step {found.step} of {self.settings.epochs * self.steps}")
+
+    def _note(self, text: str) -> None:
+        self.report({"event": "note", "text": text})
+
+    def _not_finite(self, batch: Batch) -> NotFinite:
+        """The fault, after replaying the step to see where it begins; the weights before it are saved."""
+        culprit = next(filter(None, gather_object([self._culprit(batch)])), "the loss itself")
+        if all(bool(p.isfinite().all()) for p in self.net.parameters()):
+            self._save()
+        file = self.folder / "not_finite.json"
+        where = {"epoch": batch.epoch + 1, "step": self.taken + 1, "first": culprit}
+        if self.rank == 0:
+            checkpoint.replace(file, json.dumps(where | {"indices": batch.indices.tolist()}) + "\n")
+        return NotFinite(
+            "AZ803",
+            f"step {self.taken + 1}, in epoch {batch.epoch + 1}, is not finite",
+            why=f"it begins with {culprit}",
+            help=f"the weights before it are saved, its {len(batch.indices)} pictures named in {file}; "
+            "try a lower --lr or --set train.clip_grad=1",
+        )
+
+    def _culprit(self, batch: Batch) -> str:
+        """The first module whose output is not finite, else the parameter nearest to the loss whose gradient is not."""
+        found: list[str] = []
+
+        def look(name: str, output: Any) -> None:
+            tensors = output if isinstance(output, (tuple, list)) else (output,)
+            if not all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor)):
+                found.append(f"the output of `{name or type(self.net).__name__}`")
+
+        hooks = [module.register_forward_hook(lambda module, inputs, output, name=name: look(name, output))
+                 for name, module in self.net.named_modules()]  # fmt: skip
+        with torch.no_grad():
+            for number in range(len(batch.parts)):
+                self._losses(self.net, batch, number)
+        for hook in hooks:
+            hook.remove()
+        for name, parameter in reversed(list(self.net.named_parameters())):
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                found.append(f"the gradient of `{name}`")
+        return found[0] if found else ""
+
+
+def _accelerator(settings: Settings) -> Accelerator:
+    AcceleratorState._reset_state()  # a run in the same process may have had another precision
+    precision = "no" if settings.precision == "fp32" else settings.precision
+    accelerator = Accelerator(mixed_precision=precision, cpu=settings.device == "cpu")
+    if precision == "fp16" and accelerator.scaler is None:
+        raise RunError("AZ806", f"there is no fp16 on the {accelerator.device.type}", why="small gradients would be lost",
+                       help="use --set train.precision=bf16 or fp32")  # fmt: skip
+    return accelerator
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, steps: int) -> Scheduler:
+    """timm's schedule by steps; what it says depends on the step alone."""
+    chosen, total = settings.schedule, settings.epochs * steps
+    warmup = min(round(chosen.warmup * steps), total - 1)
+    rise: Any = {
+        "warmup_t": warmup,
+        "warmup_lr_init": chosen.start,
+        "warmup_prefix": True,
+        "t_in_epochs": False,
+    }
+    if chosen.use == "cosine":
+        return CosineLRScheduler(optimizer, t_initial=total - warmup, lr_min=chosen.end, **rise)
+    return StepLRScheduler(optimizer, decay_t=total, decay_rate=1.0, **rise)
+
+
+def _existing(folder: Path, loaded: Loaded, settings: Settings, report: Report) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a new run.
+
+    Raises:
+        RunError: AZ802 when the folder holds anything else, AZ805 when no checkpoint is sound.
+    """
+    found, notes = checkpoint.sound(folder)
+    for note in notes if found else ():
+        report({"event": "note", "text": note})
+    if found is None:
+        if notes:
+            newest(folder)
+        if folder.exists() and (
+            not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())
+        ):
+            raise RunError(
+                "AZ802", f"`{folder}` is not empty and holds no run", help="name another folder with --out"
+            )
+        return None
+    state = found.state()
+    before = Settings.model_validate(state["settings"]).decisive()
+    differing = [f"`{key}` is {before[key]} there and {now} here" for key, now in settings.decisive().items()
+                 if before[key] != now]  # fmt: skip
+    if state["recipe"] != loaded.text and not differing:
+        differing = ["the recipe is another"]
+    if differing:
+        raise RunError("AZ802", f"`{folder}` holds a run with other settings", why="; ".join(differing)[:400],
+                       help=f"name another folder with --out, or go on with it: attnzoo resume {folder}")  # fmt: skip
+    return found
+
+
+@contextmanager
+def _deterministic(settings: Settings, device: torch.device) -> Iterator[None]:
+    """Same bits in every run, if wanted."""
+    wanted = device.type == "cpu" if settings.deterministic is None else settings.deterministic
+    if not wanted:
+        yield
+        return
+    memory: Any = torch.utils.deterministic  # type: ignore[attr-defined]
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # it would only cost time
+    try:
+        with nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """The first Ctrl-C or SIGTERM sets the event, the second interrupts at once."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        stopping.set()
+        for each in before:
+            signal.signal(each, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

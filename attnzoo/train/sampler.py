@@ -1,0 +1,68 @@
+"""Which pictures a step sees, and with which random numbers: functions of the seed and the position, without a state.
+
+So a run can be resumed anywhere, by any number of processes, and goes on as if it had never stopped.
+"""
+
+import random
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derive(*numbers: int) -> int:
+    """A seed made from several numbers; other numbers give an unrelated one.
+
+    Args:
+        numbers: None negative.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def reseed(*numbers: int) -> None:
+    """Set the random states of Python, NumPy and torch.
+
+    Args:
+        numbers: As for `derive`.
+    """
+    seed = derive(*numbers)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Steps in which every picture is seen once; the last may see fewer."""
+    return -(-images // batch_size)
+
+
+@lru_cache(maxsize=2)
+def order(images: int, seed: int, epoch: int) -> Tensor:
+    """The order of the pictures in an epoch, (images,)."""
+    return torch.randperm(images, generator=torch.Generator().manual_seed(derive(seed, epoch)))
+
+
+def batch(images: int, batch_size: int, *, seed: int, epoch: int, step: int) -> Tensor:
+    """The pictures of a step, over all processes, (b,).
+
+    Args:
+        images: How many there are.
+        batch_size: How many a step sees.
+        seed: Of the run.
+        epoch: From 0.
+        step: Within the epoch, from 0.
+    """
+    return order(images, seed, epoch)[step * batch_size : (step + 1) * batch_size]
+
+
+def share(batch: Tensor, *, rank: int, world: int, parts: int) -> list[Tensor]:
+    """What one process sees of a batch, in parts; some are empty when the batch is smaller than there are parts.
+
+    Args:
+        batch: Indices, (b,).
+        rank: The process, from 0.
+        world: How many processes there are.
+        parts: How many parts each computes one after the other.
+    """
+    return list(batch[rank::world].tensor_split(parts))
