@@ -181,10 +181,13 @@ def test_crop_flip_and_resized_crop_fuse_to_what_they_are_one_by_one():
 
 def test_two_crops_do_not_fuse():
     """The second crop's frame is black, not what the first one cut off."""
-    images = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
-    view = RandomCrop(FRAME, padding=4)(View.of(images), Fixed(torch.full((2, 2), 0.5)))
+    images = smooth(2)
+    view = RandomCrop(FRAME, padding=4)(
+        View.of(images), Fixed(torch.full((2, 2), 0.99))
+    )  # 4 pixels to the lower right
     ours = RandomCrop(FRAME, padding=4)(view, Fixed(torch.zeros(2, 2))).show()
-    assert torch.equal(ours[0], tv.crop(tv.pad(images[0], [4]), 0, 0, 32, 32))
+    once = tv.crop(tv.pad(images, [4]), 8, 8, 32, 32)
+    assert torch.equal(ours, tv.crop(tv.pad(once, [4]), 0, 0, 32, 32))
 
 
 def test_a_box_that_never_fits_falls_back_to_the_middle():
@@ -312,7 +315,8 @@ def test_without_random_steps_it_is_evaluation_and_changes_nothing(steps):
     one = evaluate(IMAGES)
     assert torch.equal(one, evaluate(IMAGES)) and torch.equal(IMAGES, before)
     assert torch.equal(augment(*steps)(IMAGES, LABELS, SEEDS)[0], one)
-    assert one.dtype == torch.float32
+    floats = IMAGES.float()
+    assert torch.equal(evaluate(floats), one) and torch.equal(floats, before) and one.dtype == torch.float32
 
 
 def test_pictures_are_resized_to_the_models_size_at_the_end():

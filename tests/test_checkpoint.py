@@ -157,7 +157,9 @@ def test_a_crash_at_any_moment_leaves_the_old_or_the_new(tmp_path):
     assert found == [2] * moved + [3] * (len(calls) - moved)
 
 
-@pytest.mark.parametrize("number,words", [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "the place is read-only")])
+@pytest.mark.parametrize(
+    "number,words", [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "the place is read-only")]
+)
 def test_a_disk_that_refuses_loses_nothing(tmp_path, number, words):
     calls = calls_of_a_save(tmp_path / "count")
     for at in range(1, len(calls) + 1):
@@ -167,7 +169,11 @@ def test_a_disk_that_refuses_loses_nothing(tmp_path, number, words):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError) as caught:
             strike(patch, OSError(number, os.strerror(number)), at)
             save(run, 3)
-        assert caught.value.code == "AZ804" and words in str(caught.value) and f"attnzoo resume {run}" in str(caught.value)
+        assert (
+            caught.value.code == "AZ804"
+            and words in str(caught.value)
+            and f"attnzoo resume {run}" in str(caught.value)
+        )
         assert newest(run) in (2, 3)
 
 
@@ -190,4 +196,6 @@ def test_the_state_is_json_and_finite(tmp_path):
         checkpoint.save(tmp_path, 1, {}, {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
     made = save(tmp_path, 1)
-    assert json.loads((made.folder / checkpoint.MANIFEST).read_text())["state.json"]["bytes"] == len('{"step": 1}')
+    assert json.loads((made.folder / checkpoint.MANIFEST).read_text())["state.json"]["bytes"] == len(
+        '{"step": 1}'
+    )

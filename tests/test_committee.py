@@ -1,6 +1,7 @@
 """Models that decide together: invariants, hand cases, and runs."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -143,8 +144,8 @@ class Run:
     greys: torch.Tensor
 
     @property
-    def loaded(self):
-        return SimpleNamespace(name=f"over {self.threshold}")
+    def folder(self):
+        return Path(f"runs/over {self.threshold}")
 
     def model(self, which):
         return Bright(self.threshold if which == "best" else -9.0)

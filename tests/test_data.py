@@ -363,7 +363,8 @@ def test_digits():
         and torch.equal(images[:, 0], images[:, 2])
     )
     again = load_images("digits", seed=5)
-    assert torch.equal(again.test.labels, data.test.labels)  # the split is always the same
+    assert torch.equal(again.test.labels, data.test.labels)
+    assert data.mean[0] == pytest.approx(0.3064324, abs=1e-6)  # the split is always the same
     pixels = data.train.batch(torch.arange(len(data.train)))[0][:, 0].double() / 255
     assert data.mean == pytest.approx((float(pixels.mean()),) * 3) and data.std[0] == pytest.approx(
         float(pixels.std()), 1e-4
@@ -388,7 +389,7 @@ def test_digits_in_their_own_size_are_scikit_learns():
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     code, text = code_of(load_images, "digits")
-    assert code == "AZ708" and 'pip install "attnzoo[data]"' in text
+    assert code == "AZ708" and 'pip install scikit-learn' in text
 
 
 def test_shapes_are_the_same_everywhere():

@@ -21,7 +21,7 @@ from attnzoo.core import options_of
 from attnzoo.errors import RecipeError, ZooError
 from attnzoo.recipe import compose, compose_file, load
 from attnzoo.recipe.faults import _fields
-from attnzoo.recipe.schema import Expect, Fuse, Override, Recipe, Use, VitHost, VitModel
+from attnzoo.recipe.schema import CctHost, CctModel, Expect, Fuse, Override, Recipe, Use, VitHost, VitModel
 from attnzoo.zoo import load_zoo
 
 H = "recipe: 1\nhost: {kind: vit, base: vit_tiny_patch16_224, model: {depth: 2}}\n"
@@ -67,6 +67,17 @@ KEYS = {
     "host_misspelt_kind": (host("⟦knid: vit"), "AZ110 did you mean `kind`?"),
     "host_model_key": (host("kind: vit, ⟦depth: 2"), "AZ110 `depth` stands under `host: model:`"),
     "host_top_key": (host("kind: vit, ⟦summary: x"), "AZ110 `summary` stands at the top of the recipe"),
+    "host_cct_model_key": (
+        f"{R}host: {{kind: cct, ⟦n_conv_blocks: 2}}\n{A}",
+        "AZ110 stands under `host: model:`",
+    ),
+    "host_vit_key_of_cct": (host("kind: vit, ⟦n_conv_blocks: 2"), "AZ110 the keys here are `kind`, `base`"),
+    "model_vit_key_of_cct": (model("⟦n_conv_blocks: 2"), "AZ110 the keys here are `img_size`, `patch_size`"),
+    "model_cct_key_of_vit": (f"{R}host: {{kind: cct, model: {{⟦patch_size: 4}}}}\n{A}", "AZ110 `host.model`"),
+    "model_cct_misspelt": (
+        f"{R}host: {{kind: cct, model: {{⟦n_conv_block: 4}}}}\n{A}",
+        "AZ110 did you mean `n_conv_blocks`?",
+    ),
     "top_model_key": (f"{H}{A}⟦embed_dim: 48\n", "AZ110 `embed_dim` stands under `host: model:`"),
     "top_host_key": (f"{H}{A}⟦registers: a\n", "AZ110 `registers` stands under `host:`"),
     "top_expect_key": (f"{H}{A}⟦params: 5\n", "AZ110 `params` stands under `expect:`"),
@@ -185,7 +196,10 @@ RANGES = {
     "mean_empty": (host("kind: vit, mean: ⟦[]"), "AZ113 a list of 1 to 64 entries"),
     "mean_far": (host("kind: vit, mean: [0.5, ⟦128, 0.5]"), "AZ113 `host.mean.1` must be a number from -10 to 10; this is 128"),
     "kind_misspelt": (host("kind: ⟦vitt"), "AZ113 did you mean `vit`?"),
-    "kind_other": (host("kind: ⟦resnet"), "AZ113 must be `vit`; this is the text `resnet`"),
+    "kind_other": (host("kind: ⟦resnet"), "AZ113 must be `vit` or `cct`; this is the text `resnet`"),
+    "kind_misspelt_cct": (f"{R}host: {{kind: ⟦ccct}}\n{A}", "AZ113 did you mean `cct`?"),
+    "kernel_huge": (f"{R}host: {{kind: cct, model: {{kernel_size: ⟦99}}}}\n{A}", "AZ113 from 1 to 31; this is 99"),
+    "sine_misspelt": (f"{R}host: {{kind: cct, model: {{pos_embed: ⟦sin}}}}\n{A}", "AZ113 did you mean `sine`?"),
     "init_misspelt": (host("kind: vit, init: ⟦norml"), "AZ113 did you mean `normal`?"),
     "act_misspelt": (model("act_layer: ⟦gleu"), "AZ113 did you mean `gelu`?"),
     "norm_misspelt": (model("norm_layer: ⟦rsmnorm"), "AZ113 did you mean `rmsnorm`?"),
@@ -244,12 +258,24 @@ NAMES = {
     "base_unknown": (f"{R}host: {{kind: vit, base: ⟦vit_tiny_patch16_225}}\n{A}", "AZ301 did you mean `vit_tiny_patch16_224`?"),
     "base_resnet": (f"{R}host: {{kind: vit, base: ⟦resnet18}}\n{A}", "AZ310 it is a ResNet"),
     "base_resnet_with_depth": (f"{R}host: {{kind: vit, base: ⟦resnet18, model: {{depth: 2}}}}\n{A}", "AZ310 it is a ResNet"),
+    "base_cct": (f"{R}host: {{kind: cct, base: ⟦cct_8_3x1}}\n{A}", "AZ301 did you mean `cct_7_3x1`?"),
+    "base_cct_other": (f"{R}host: {{kind: cct, base: ⟦vit_tiny_patch16_224}}\n{A}", "AZ301 there are `cct_2_3x2`"),
     "base_swin": (f"{R}host: {{kind: vit, base: ⟦swin_tiny_patch4_window7_224}}\n{A}", "AZ310 not a VisionTransformer"),
 }  # fmt: skip
 COMPOSING = {
     "no_such_site": (put("{at: ⟦blocks.7, put: softmax}"), "AZ304 the sites are blocks.0, blocks.1"),
     "no_such_glob": (put('{at: ⟦"encoder.*", put: softmax}'), "AZ304 `blocks.*` means all"),
     "heads_do_not_divide": (attention("{use: ⟦softmax, heads: 5}"), "AZ308 5 heads do not divide a width of 192"),
+    "cct_heads_do_not_divide": (
+        f"{R}host: {{kind: cct, model: {{num_heads: ⟦5}}}}\n{A}", "AZ308 5 heads do not divide a width of 256",
+    ),
+    "cct_without_attention": (
+        f"{R}host: {{kind: cct, model: ⟦{{n_conv_blocks: 7}}}}\n{A}", "AZ309 one or more must attend",
+    ),
+    "cct_site_in_the_conv_front": (
+        f"{R}host: {{kind: cct, model: {{n_conv_blocks: 5}}}}\n{A}overrides: [{{at: ⟦blocks.4, put: softmax}}]\n",
+        "AZ304 the sites are blocks.5, blocks.6",
+    ),
     "host_heads_do_not_divide": (model("num_heads: ⟦5"), "AZ308 5 heads do not divide a width of 192"),
     "host_width_not_divided": (model("embed_dim: ⟦100"), "AZ308 3 heads do not divide a width of 100"),
     "norm_eps_without_layernorm": (host("kind: vit, model: ⟦{norm_eps: 0.1, norm_layer: rmsnorm}"), "AZ309 `norm_eps` belongs to"),
@@ -634,6 +660,7 @@ def words() -> list[tuple[str, str, set[str]]]:
     names = "recipe: 1\nhost: {base: 5}\nattention: "  # this fault makes `load` look at the names, and not at the base
     places = {
         Recipe: f"{names}softmax\n%s: 3\n", VitHost: "host: {base: 5, %s: 3}\n", VitModel: "host: {model: {%s: 3}, base: 5}\n",
+        CctHost: "host: {kind: cct, base: 5, %s: 3}\n", CctModel: "host: {kind: cct, model: {%s: 3}, base: 5}\n",
         Use: f"{names}{{use: softmax, %s: 3}}\n", Fuse: f"{names}{{fuse: add, of: [softmax], %s: 3}}\n",
         Override: f"{names}softmax\noverrides: [{{at: blocks.0, put: softmax, %s: 3}}]\n",
         Expect: f"{names}softmax\nexpect: {{%s: 3}}\n",
@@ -689,7 +716,11 @@ SCALARS = st.one_of(
     st.sampled_from(["softmax", "soft", "add", "hadamard", "vit", "blocks.*", "yes", "1e-3", "../x", "heads", "%", "&a", "*a"]),
 )  # fmt: skip
 WORDS = st.sampled_from(
-    [key for owner in (Recipe, VitHost, VitModel, Use, Fuse, Override, Expect) for key in _fields(owner)]
+    [
+        key
+        for owner in (Recipe, VitHost, VitModel, CctHost, CctModel, Use, Fuse, Override, Expect)
+        for key in _fields(owner)
+    ]
     + ["", "<<", "x"]
 )
 TREES = st.recursive(
@@ -697,7 +728,7 @@ TREES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=4),
     max_leaves=12,
 )
-GOOD = [load(name).source.tree for name in ("ham_a", "local_then_global", "nested")]
+GOOD = [load(name).source.tree for name in ("ham_a", "local_then_global", "nested", "cct_conv_front")]
 
 
 def paths(tree, loc=()):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from training import RECIPE, STEPS, digest, last, pictures, settings, tiny
 
 from attnzoo.errors import RunError
 from attnzoo.train import Stopped, checkpoint, open_run, train
-from training import RECIPE, STEPS, digest, last, pictures, settings, tiny
 
 TOTAL = 3 * STEPS
 VARYING = ("images_per_second", "seconds")
@@ -33,7 +33,9 @@ def rows(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in VARYING} for row in open_run(folder).log()]
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "accumulate": 2, "workers": 2}, {"optimizer": {"use": "sgd", "lr": 0.1}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"ema": 0.9, "accumulate": 2, "workers": 2}, {"optimizer": {"use": "sgd", "lr": 0.1}}]
+)
 def test_resume_is_exact_at_every_kind_of_step(tmp_path, changes):
     whole = tmp_path / "whole"
     tiny(whole, checkpoint_every=1, keep=99, **changes)
@@ -59,7 +61,9 @@ def test_a_damaged_checkpoint_costs_only_its_steps(tmp_path):
     tiny(tmp_path / "run")
     state = last(tmp_path / "run") / "state.json"
     state.write_text(state.read_text().replace("synthetic", "sinthetic"))
-    assert open_run(tmp_path / "run").notes() == ["step_00000012 is damaged (state.json changed); the one before it is used"]
+    assert open_run(tmp_path / "run").notes() == [
+        "step_00000012 is damaged (state.json changed); the one before it is used"
+    ]
     told = []
     tiny(tmp_path / "run", report=told.append)
     notes = [event["text"] for event in told if event["event"] == "note"]
@@ -103,11 +107,17 @@ def test_the_second_signal_ends_it_at_once(tmp_path):
 
 def test_time_over_is_an_end_that_can_be_moved(tmp_path):
     run = tiny(tmp_path / "run", minutes=1e-9)
-    assert run.summary()["finished"] and run.summary()["last_epoch"] == 1 and last(run.folder).name == "step_00000002"
+    assert (
+        run.summary()["finished"]
+        and run.summary()["last_epoch"] == 1
+        and last(run.folder).name == "step_00000002"
+    )
     assert tiny(tmp_path / "run", minutes=1e-9).log() == run.log()
     run = tiny(tmp_path / "run")
     tiny(tmp_path / "whole")
-    assert digest(tmp_path / "run") == digest(tmp_path / "whole") and rows(run.folder) == rows(tmp_path / "whole")
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole") and rows(run.folder) == rows(
+        tmp_path / "whole"
+    )
 
 
 def test_what_may_change_the_bits_is_said(tmp_path):
@@ -115,7 +125,9 @@ def test_what_may_change_the_bits_is_said(tmp_path):
     folder = last(tmp_path)
     state = checkpoint.Checkpoint(folder, 2).state()
     state["environment"] |= {"torch": "1.0", "processes": 4}
-    tensors = {name: checkpoint.Checkpoint(folder, 2).tensors(name) for name in ("model", "optimizer", "best")}
+    tensors = {
+        name: checkpoint.Checkpoint(folder, 2).tensors(name) for name in ("model", "optimizer", "best")
+    }
     checkpoint.save(tmp_path, 2, tensors, state)
     told = []
     tiny(tmp_path, report=told.append)
@@ -180,24 +192,33 @@ SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 import attnzoo.train.loop as loop
-from training import RECIPE, pictures, settings
+from training import pictures, settings
 loop.load_images = pictures
 def report(event):
     if event.get("step") == {stop}:
         import os, signal
         os.kill(os.getpid(), signal.SIGTERM)
-loop.train(RECIPE, settings(**{changes!r}), {folder!r}, report=report)
+loop.train({recipe!r}, settings(**{changes!r}), {folder!r}, report=report)
 """
 
 
-def spread(folder: Path, processes: int, stop: int = -1, **changes) -> int:
+def spread(folder: Path, processes: int, stop: int = -1, recipe: str = RECIPE, **changes) -> int:
     """Train in several processes; the exit code."""
     script = folder.with_suffix(".py")
-    script.write_text(SCRIPT.format(changes=changes, folder=str(folder), stop=stop))
+    script.write_text(SCRIPT.format(recipe=recipe, changes=changes, folder=str(folder), stop=stop))
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, str(script)], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode in (0, 1), done.stderr[-2000:]
     return done.returncode
 
@@ -205,15 +226,9 @@ def spread(folder: Path, processes: int, stop: int = -1, **changes) -> int:
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     plain = {"optimizer": {"use": "sgd", "lr": 0.1}, "augment": []}
-    recipe_without_dropout = RECIPE.replace("proj_drop_rate: 0.1", "proj_drop_rate: 0.0")
-    assert recipe_without_dropout != RECIPE
-    SCRIPT_ = SCRIPT.replace("RECIPE, settings(", f"{recipe_without_dropout!r}, settings(")
-    globals()["SCRIPT"], kept = SCRIPT_, SCRIPT
-    try:
-        assert spread(tmp_path / "two", 2, **plain) == 0
-    finally:
-        globals()["SCRIPT"] = kept
-    one = train(recipe_without_dropout, settings(**plain), tmp_path / "one")
+    recipe = RECIPE.replace("proj_drop_rate: 0.1", "proj_drop_rate: 0.0")
+    assert spread(tmp_path / "two", 2, recipe=recipe, **plain) == 0
+    one = train(recipe, settings(**plain), tmp_path / "one")
     two = open_run(tmp_path / "two")
     for a, b in zip(one.log(), two.log(), strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-6)

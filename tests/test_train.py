@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from training import AUGMENT, RECIPE, STEPS, TINY, digest, last, pictures, settings, tiny
 from typer.testing import CliRunner
 
 import attnzoo.train.loop as loop
@@ -22,7 +23,6 @@ from attnzoo.train.curve import curve_svg
 from attnzoo.train.loop import NotFinite
 from attnzoo.train.metrics import Evaluation, wilson
 from attnzoo.train.settings import Settings, default_folder, fit, settings_of
-from training import AUGMENT, RECIPE, STEPS, TINY, digest, last, pictures, settings, tiny
 
 ROOT = Path(__file__).parent.parent
 RUNNER = CliRunner()
@@ -56,7 +56,9 @@ def test_an_epoch_shows_every_picture_once_to_one_process(world, parts):
         batch = sampler.batch(50, 12, seed=1, epoch=2, step=step)
         shares = [sampler.share(batch, rank=rank, world=world, parts=parts) for rank in range(world)]
         assert all(len(share) == parts for share in shares)
-        assert sorted(torch.cat([part for share in shares for part in share]).tolist()) == sorted(batch.tolist())
+        assert sorted(torch.cat([part for share in shares for part in share]).tolist()) == sorted(
+            batch.tolist()
+        )
         seen += batch.tolist()
     assert sorted(seen) == list(range(50)) and len(batch) == 2
 
@@ -66,7 +68,11 @@ def test_the_order_follows_seed_and_epoch_alone():
     torch.manual_seed(99)
     sampler.order.cache_clear()
     assert sampler.order(50, 1, 2).tolist() == first
-    others = [sampler.order(50, 1, 3).tolist(), sampler.order(50, 2, 2).tolist(), sampler.order(50, 2, 1).tolist()]
+    others = [
+        sampler.order(50, 1, 3).tolist(),
+        sampler.order(50, 2, 2).tolist(),
+        sampler.order(50, 2, 1).tolist(),
+    ]
     assert len({tuple(order) for order in [first, *others]}) == 4
 
 
@@ -101,7 +107,11 @@ def test_another_process_with_other_hashes_finds_the_same_bits(tmp_path):
     tiny(tmp_path / "here")
     code = (f"import torch; torch.set_num_threads(1)\nimport attnzoo.train.loop as loop, training\n"
             f"loop.load_images = training.pictures\ntraining.tiny(training.Path({str(tmp_path / 'there')!r}))")  # fmt: skip
-    environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONHASHSEED": "77",
+        "PYTHONPATH": str(Path(__file__).parent),
+        "OMP_NUM_THREADS": "1",
+    }
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
     assert digest(tmp_path / "here") == digest(tmp_path / "there")
 
@@ -110,10 +120,14 @@ def test_a_batch_in_parts_is_the_batch(tmp_path):
     recipe = RECIPE.replace("proj_drop_rate: 0.1", "proj_drop_rate: 0.0")
     plain = {"augment": [], "optimizer": {"use": "sgd", "lr": 0.1}}
     whole = train(recipe, settings(**plain), tmp_path / "whole")
-    parts = train(recipe, settings(**plain, accumulate=5), tmp_path / "parts")  # the last batch has four pictures
+    parts = train(
+        recipe, settings(**plain, accumulate=5), tmp_path / "parts"
+    )  # the last batch has four pictures
     for a, b in zip(whole.model("last").parameters(), parts.model("last").parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
-    assert [row["train_loss"] for row in whole.log()] == pytest.approx([row["train_loss"] for row in parts.log()])
+    assert [row["train_loss"] for row in whole.log()] == pytest.approx(
+        [row["train_loss"] for row in parts.log()]
+    )
     other = train(recipe, settings(**plain, batch_size=10), tmp_path / "other")
     assert not torch.allclose(other.model("last").head.weight, whole.model("last").head.weight, atol=1e-6)
 
@@ -133,7 +147,9 @@ def test_what_mechanisms_add_to_the_loss(tmp_path, monkeypatch):
 
     def change(model: nn.Module) -> None:
         mlp = model.blocks[0].mlp
-        mlp.register_forward_hook(lambda module, inputs, output: setattr(module, "aux_loss", 10 * module.fc1.bias.sum()))
+        mlp.register_forward_hook(
+            lambda module, inputs, output: setattr(module, "aux_loss", 10 * module.fc1.bias.sum())
+        )
 
     built_with(monkeypatch, change)
     pushed = tiny(tmp_path / "pushed", epochs=1)
@@ -156,7 +172,9 @@ def test_what_is_not_finite_is_named_and_loses_nothing(tmp_path, monkeypatch, wh
 
     def change(model: nn.Module) -> None:
         if where == "gradient":
-            model.blocks[0].mlp.fc2.weight.register_hook(lambda g: calls.append(1) or (g * torch.inf if len(calls) > 5 else g))
+            model.blocks[0].mlp.fc2.weight.register_hook(
+                lambda g: calls.append(1) or (g * torch.inf if len(calls) > 5 else g)
+            )
         else:
             model.blocks[0].mlp.fc1.register_forward_hook(bad)
 
@@ -180,7 +198,9 @@ def test_a_clipped_gradient_moves_the_weights_less(tmp_path):
     run = train(recipe, settings(**plain, checkpoint_every=1, keep=9), tmp_path)
     before = checkpoint.Checkpoint(tmp_path / "step_00000000", 0).tensors("model")
     moved = torch.cat([(p - before[name]).flatten() for name, p in run.model("last").named_parameters()])
-    assert moved.norm().item() == pytest.approx(1.9 * 0.01, rel=0.01)  # timm's sgd adds Nesterov's momentum of 0.9
+    assert moved.norm().item() == pytest.approx(
+        1.9 * 0.01, rel=0.01
+    )  # timm's sgd adds Nesterov's momentum of 0.9
 
 
 def test_precision_that_is_not_there(tmp_path):
@@ -231,7 +251,9 @@ def test_log_and_figures(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == log
     with open(tmp_path / "log.csv", newline="") as file:
         assert [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)] == log
-    assert [{k: v for k, v in event.items() if k != "event"} for event in told if event["event"] == "epoch"] == log
+    assert [
+        {k: v for k, v in event.items() if k != "event"} for event in told if event["event"] == "epoch"
+    ] == log
     assert sum(event["event"] == "step" for event in told) == 3 * STEPS
     figures, best = run.summary(), max(row["test_accuracy"] for row in log)
     assert figures["best_accuracy"] == best == run.evaluate("best").accuracy
@@ -250,12 +272,17 @@ def test_train_loss_is_the_mean_over_pictures(tmp_path):
     images, labels = data.train.batch(torch.arange(40))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
     logits = run.model("last")((images / 255 - mean) / std)
-    assert run.log()[0]["train_loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
+    assert run.log()[0]["train_loss"] == pytest.approx(
+        nn.functional.cross_entropy(logits, labels).item(), abs=1e-5
+    )
 
 
 def test_it_learns(tmp_path):
     run = tiny(tmp_path, epochs=40, augment=[], optimizer={"lr": 0.02, "weight_decay": 0.0})
-    assert run.summary()["last_accuracy"] > 0.9 and run.log()[-1]["train_loss"] < 0.5 * run.log()[0]["train_loss"]
+    assert (
+        run.summary()["last_accuracy"] > 0.9
+        and run.log()[-1]["train_loss"] < 0.5 * run.log()[0]["train_loss"]
+    )
 
 
 def test_the_curve_shows_every_epoch():
@@ -263,12 +290,22 @@ def test_the_curve_shows_every_epoch():
     text = curve_svg(log, "<run>")
     import xml.etree.ElementTree as ElementTree
 
-    lines = [line.get("points").split() for line in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}polyline")]
-    assert [len(points) for points in lines] == [3, 3, 3] and "&lt;run&gt;: best accuracy 33.33% in epoch 3" in text
+    lines = [
+        line.get("points").split()
+        for line in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}polyline")
+    ]
+    assert [len(points) for points in lines] == [
+        3,
+        3,
+        3,
+    ] and "&lt;run&gt;: best accuracy 33.33% in epoch 3" in text
     assert curve_svg(log[:1], "x")
 
 
-@pytest.mark.parametrize("hits,of,low,high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (98, 100, 0.9300, 0.9945), (0, 0, 0, 1)])
+@pytest.mark.parametrize(
+    "hits,of,low,high",
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (98, 100, 0.9300, 0.9945), (0, 0, 0, 1)],
+)
 def test_wilson(hits, of, low, high):
     assert wilson(hits, of) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
@@ -276,7 +313,9 @@ def test_wilson(hits, of, low, high):
 def test_an_evaluation_adds_up():
     found = Evaluation.of(torch.tensor([[2, 1, 3.0], [0, 0, 0], [4, 4, 1.0]]), ("a", "b", "c"))
     assert (found.images, found.correct, found.accuracy, found.loss) == (6, 5, 5 / 6, 4 / 6)
-    assert [c.loss for c in found.classes] == [1.5, 0.0, 0.25] and found.as_dict()["interval"] == list(found.interval)
+    assert [c.loss for c in found.classes] == [1.5, 0.0, 0.25] and found.as_dict()["interval"] == list(
+        found.interval
+    )
 
 
 # Recipe, data and settings
@@ -285,14 +324,23 @@ def test_an_evaluation_adds_up():
 def test_the_paper_and_what_extends_it():
     classic, b = (load(name).recipe.train for name in ("ham_classic", "ham_b"))
     assert classic == b and b.data == "cifar10" and (b.batch_size, b.epochs) == (256, 400)
-    assert (b.optimizer.use, b.optimizer.lr, b.optimizer.weight_decay, b.schedule.use) == ("adamw", 0.01, 0.01, "constant")
+    assert (b.optimizer.use, b.optimizer.lr, b.optimizer.weight_decay, b.schedule.use) == (
+        "adamw",
+        0.01,
+        0.01,
+        "constant",
+    )
     from attnzoo.data import PAPER
 
-    assert [step.model_dump(by_alias=True) for step in b.augment] == [step.model_dump(by_alias=True) for step in PAPER]
+    assert [step.model_dump(by_alias=True) for step in b.augment] == [
+        step.model_dump(by_alias=True) for step in PAPER
+    ]
 
 
 def test_train_is_inherited_key_by_key(tmp_path):
-    (tmp_path / "a.yaml").write_text(RECIPE.replace("tiny", "a", 1) + "train: {epochs: 7, optimizer: {lr: 0.5, weight_decay: 0.3}}\n")
+    (tmp_path / "a.yaml").write_text(
+        RECIPE.replace("tiny", "a", 1) + "train: {epochs: 7, optimizer: {lr: 0.5, weight_decay: 0.3}}\n"
+    )
     (tmp_path / "b.yaml").write_text("recipe: 1\nextends: a.yaml\ntrain: {seed: 3, optimizer: {lr: 0.25}}\n")
     found = load(tmp_path / "b.yaml").recipe.train
     assert (found.epochs, found.seed, found.optimizer.lr, found.optimizer.weight_decay) == (7, 3, 0.25, 0.3)
@@ -301,8 +349,8 @@ def test_train_is_inherited_key_by_key(tmp_path):
 def test_other_data_bring_what_they_need_and_the_user_has_the_last_word():
     _, own = prepare("ham_b")
     assert own == settings_of(load("ham_b")) and own.batch_size == 256
-    loaded, other = prepare("ham_b", ["train.data=digits", "train.batch_size=32"], minutes=2.0)
-    assert (other.epochs, other.schedule.use, other.batch_size, other.minutes) == (40, "cosine", 32, 2.0)
+    loaded, other = prepare("ham_b", ["train.data=digits", "train.batch_size=16"], minutes=2.0)
+    assert (other.epochs, other.schedule.use, other.batch_size, other.minutes) == (30, "cosine", 16, 2.0)
     assert not {step.use for step in other.augment} & {"horizontal_flip", "vertical_flip"}
     assert loaded.recipe.host.mean is None and other.optimizer.weight_decay == 0.01
     assert default_folder(loaded, other) == Path("runs/ham_b-digits-seed0")
@@ -326,7 +374,10 @@ def test_a_model_follows_its_data():
 def test_a_folder_holds_one_run(tmp_path):
     tiny(tmp_path / "run", epochs=1)
     before = digest(tmp_path / "run")
-    for changes, said in (({"batch_size": 8}, "`batch_size` is 12 there and 8 here"), ({"augment": []}, "`augment` is")):
+    for changes, said in (
+        ({"batch_size": 8}, "`batch_size` is 12 there and 8 here"),
+        ({"augment": []}, "`augment` is"),
+    ):
         with pytest.raises(RunError, match="AZ802") as caught:
             tiny(tmp_path / "run", **{"epochs": 1} | changes)
         assert said in str(caught.value) and "--out" in str(caught.value)
@@ -351,7 +402,10 @@ def test_wrong_augmentation_begins_nothing(tmp_path):
 
 def test_settings_travel_as_json():
     chosen = settings(minutes=2.5, ema=0.99, optimizer={"betas": [0.9, 0.95]})
-    assert Settings.model_validate(json.loads(json.dumps(chosen.model_dump(mode="json", by_alias=True)))) == chosen
+    assert (
+        Settings.model_validate(json.loads(json.dumps(chosen.model_dump(mode="json", by_alias=True))))
+        == chosen
+    )
     assert set(chosen.decisive()) >= set(TINY) - {"device"} and "minutes" not in chosen.decisive()
     assert chosen.decisive()["augment"] == AUGMENT
 
@@ -369,7 +423,18 @@ def cli(*arguments: str, code: int = 0) -> str:
 def test_train_eval_resume(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(RECIPE)
-    first = ("train", "tiny.yaml", "--data", "synthetic", "--epochs", "2", "--batch-size", "12", "--device", "cpu")
+    first = (
+        "train",
+        "tiny.yaml",
+        "--data",
+        "synthetic",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "12",
+        "--device",
+        "cpu",
+    )
     out = cli(*first, "--lr", "0.02", "--set", "train.ema=0.5")
     for text in ("epoch 2  step 8/8", "best: ", "last: ", "run: runs/tiny-synthetic-seed0", "curve.svg",
                  "next: attnzoo heatmap runs/tiny-synthetic-seed0 · attnzoo eval runs/tiny-synthetic-seed0"):  # fmt: skip
@@ -380,7 +445,10 @@ def test_train_eval_resume(tmp_path, monkeypatch):
     assert "AZ802" in again and "`optimizer` is" in again
     assert json.loads(cli("resume", str(run.folder), "--json"))["last_epoch"] == 2
     data = json.loads(cli("eval", str(run.folder), "--json", "--which", "last"))
-    assert data["accuracy"] == run.summary()["last_accuracy"] and sum(c["correct"] for c in data["classes"]) == data["correct"]
+    assert (
+        data["accuracy"] == run.summary()["last_accuracy"]
+        and sum(c["correct"] for c in data["classes"]) == data["correct"]
+    )
     shown = cli("eval", str(run.folder))
     assert " % of 20 pictures" in shown.replace(") of", " of").replace("(", "") and shown.count(" %") > 6
     state = last(run.folder) / "state.json"
@@ -409,7 +477,18 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop._Training, "_advance", interrupted)
     run = str(tmp_path / "run")
-    train_ = ("train", str(tmp_path / "tiny.yaml"), "--data", "synthetic", "--batch-size", "12", "--epochs", "3", "--out", run)
+    train_ = (
+        "train",
+        str(tmp_path / "tiny.yaml"),
+        "--data",
+        "synthetic",
+        "--batch-size",
+        "12",
+        "--epochs",
+        "3",
+        "--out",
+        run,
+    )
     assert f"next: attnzoo resume {run}" in cli(*train_, code=130)
     assert open_run(run).summary()["finished"] is False
     out = cli("resume", run)
@@ -419,7 +498,9 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, monkeypatch):
 def test_faults_end_with_their_code(tmp_path, monkeypatch):
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     built_with(monkeypatch, lambda model: model.head.register_forward_hook(lambda m, i, o: o * torch.nan))
-    out = cli("train", str(tmp_path / "tiny.yaml"), "--data", "synthetic", "--out", str(tmp_path / "run"), code=1)
+    out = cli(
+        "train", str(tmp_path / "tiny.yaml"), "--data", "synthetic", "--out", str(tmp_path / "run"), code=1
+    )
     assert "AZ803" in out and "`head`" in out
     assert "AZ801" in cli("resume", str(tmp_path / "nothing"), code=2)
 
@@ -427,7 +508,16 @@ def test_faults_end_with_their_code(tmp_path, monkeypatch):
 def test_a_checkpoint_holds_no_pickle(tmp_path):
     tiny(tmp_path, epochs=1, ema=0.9)
     files = {path.name for path in last(tmp_path).iterdir()}
-    assert files == {"model.safetensors", "optimizer.safetensors", "ema.safetensors", "best.safetensors", "state.json", "manifest.json"}
+    assert files == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "ema.safetensors",
+        "best.safetensors",
+        "state.json",
+        "manifest.json",
+    }
     state = json.loads((last(tmp_path) / "state.json").read_text())
     assert state["recipe_sha256"] == hashlib.sha256(state["recipe"].encode()).hexdigest()
-    assert {"torch", "timm", "threads", "processes"} <= set(state["environment"]) and state["progress"]["epoch"] == 1
+    assert {"torch", "timm", "threads", "processes"} <= set(state["environment"]) and state["progress"][
+        "epoch"
+    ] == 1

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from attnzoo.bench.cost import flops
 from attnzoo.errors import RecipeError
-from attnzoo.hosts.vision_transformer import build_vit, model_cfg
 from attnzoo.recipe import Composition, Plan
 
 
@@ -58,6 +57,7 @@ class Report:
     file: str
     sha256: str
     summary: str
+    family: str
     base: str
     image: tuple[int, int, int]
     grid: tuple[int, ...]
@@ -89,14 +89,12 @@ def describe(composition: Composition) -> Report:
         composition: From `attnzoo.recipe.compose_file`.
     """
     seen, loaded = composition.seen, composition.loaded
-    host = loaded.recipe.host
-    cfg = model_cfg(host.registers or "attnzoo_vit", host.base, seen.arguments, host.mean, host.std)
     with torch.device("meta"):
-        model = build_vit(seen, composition.put, pretrained_cfg=cfg)
+        model = composition.build(composition.model_cfg())
     counted, plain = flops(model, seen.image), flops(seen.model, seen.image)
     mine, theirs = model.state_dict(), seen.model.state_dict()
     cards = [leaf.card for plan in composition.plans.values() for leaf in plan.leaves()]
-    fixed = any(card.fixed_length for card in cards)
+    resizes = seen.resizes and not any(card.fixed_length for card in cards)
     supports = (
         "features_only",
         "forward_intermediates",
@@ -110,6 +108,7 @@ def describe(composition: Composition) -> Report:
         file=loaded.source.file,
         sha256=hashlib.sha256(loaded.text.encode()).hexdigest(),
         summary=loaded.recipe.summary,
+        family=seen.family,
         base=seen.base,
         image=seen.image,
         grid=seen.layout.grid,
@@ -125,9 +124,9 @@ def describe(composition: Composition) -> Report:
         starts_equal=composition.starts_equal,
         new_tensors=len(mine.keys() - theirs.keys()),
         lost_tensors=tuple(name for name in theirs if name not in mine),
-        supports=supports if fixed else (*supports, "dynamic_img_size", "set_input_size"),
-        lacks=("TorchScript", "dynamic_img_size") if fixed else ("TorchScript",),
-        registers=host.registers,
+        supports=(*supports, "dynamic_img_size", "set_input_size") if resizes else supports,
+        lacks=("TorchScript",) if resizes else ("TorchScript", "dynamic_img_size"),
+        registers=loaded.recipe.host.registers,
     )
 
 

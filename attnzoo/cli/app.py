@@ -9,6 +9,7 @@ import attnzoo
 from attnzoo.cli import (
     bench,
     check,
+    compare,
     compose,
     doctor,
     eval,
@@ -65,6 +66,7 @@ app.command("schema")(schema.schema)
 app.command("bench")(bench.bench)
 app.command("heatmap")(heatmap.heatmap)
 app.command("train")(train.train)
+app.command("compare")(compare.compare)
 app.command("resume")(resume.resume)
 app.command("eval")(eval.eval_)
 app.command("run", context_settings=run.CONTEXT)(run.run)

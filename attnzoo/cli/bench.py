@@ -10,7 +10,9 @@ from attnzoo.cli.list import AsJson
 
 def bench(
     model: Annotated[str, typer.Argument(help="A timm model's name or a recipe; or `train`, `augment`.")],
-    against: Annotated[str | None, typer.Option(help="The baseline: a timm model's name, or a recipe.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The baseline: a timm model's name, or a recipe.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per forward in eval mode.")] = 8,
     train_batch: Annotated[int, typer.Option(min=1, help="Pictures per training step.")] = 4,
     rounds: Annotated[int, typer.Option(min=2, help="Pairs of alternating runs that are counted.")] = 20,
@@ -20,8 +22,8 @@ def bench(
 ) -> None:
     """Compare speed and memory of two models: medians of alternating runs, and their ratios.
 
-    `bench train` holds our training loop against torchvision's per-picture pipeline and a bare loop, `bench augment` the
-    augmentation alone.
+    `bench train` holds our training loop against torchvision's per-picture pipeline and a bare loop, `bench
+    augment` the augmentation alone.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr otherwise
     import torch
@@ -125,12 +127,18 @@ def _pipeline(what: str, threads: int, as_json: bool) -> None:
         say_json(figures)
         return
     if what == "train":
-        say(f"{figures['recipe']}, batches of 256, {threads} threads, medians of {figures['rounds']} alternating epochs")
+        say(
+            f"{figures['recipe']}, batches of 256, {threads} threads, medians of {figures['rounds']} alternating epochs"
+        )
         for name in ("ours", "torchvision", "bare"):
             say(f"  {name:12s} {figures[name]:8.0f} pictures/s")
-        say(f"over torchvision's pipeline: {figures['over_torchvision']:.2f}   of a bare loop: {figures['of_bare']:.2f}")
+        say(
+            f"over torchvision's pipeline: {figures['over_torchvision']:.2f}   of a bare loop: {figures['of_bare']:.2f}"
+        )
     else:
-        say(f"{figures['n']:,} pictures, {threads} threads, medians of {figures['rounds']} alternating epochs")
+        say(
+            f"{figures['n']:,} pictures, {threads} threads, medians of {figures['rounds']} alternating epochs"
+        )
         for name in ("batched", "pil", "tensor"):
             say(f"  {name:12s} {figures[name]:8.0f} ms")
         say(f"over torchvision, {figures['baseline']}: {figures['ratio']:.1f}")

@@ -28,7 +28,9 @@ def check(
 
     from attnzoo.testing import check as run_checks
 
-    set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "attnzoo-check")  # nothing is left where the user works
+    set_hypothesis_home_dir(
+        Path(tempfile.gettempdir()) / "attnzoo-check"
+    )  # nothing is left where the user works
 
     results = []
     for cls in classes:

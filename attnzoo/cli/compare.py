@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -10,15 +10,25 @@ from attnzoo.cli.list import AsJson
 
 
 def compare(
-    recipes: Annotated[list[str], typer.Argument(help="Recipes; the first is what the others are held against.")],
-    data: Annotated[str | None, typer.Option(help="digits, cifar10, cifar100, synthetic or folder:PATH.")] = None,
+    recipes: Annotated[
+        list[str], typer.Argument(help="Recipes; the first is what the others are held against.")
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="digits, cifar10, cifar100, synthetic or folder:PATH.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each recipe.")] = 5,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data of the first recipe.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the data of the first recipe.")
+    ] = None,
     budget: Annotated[str, typer.Option(help="The same `epochs`, `flops` or `seconds` for all.")] = "epochs",
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="Of each run, with --budget seconds.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Of each run, with --budget seconds.")
+    ] = None,
     edits: Annotated[list[str], typer.Option("--set", help="Change a value in every recipe.")] = [],  # noqa: B006
     workers: Annotated[int | None, typer.Option(min=1, help="Runs side by side; as many as cores.")] = None,
-    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that runs them; `local` is this machine.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster that runs them; `local` is this machine.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs and of the page.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -34,12 +44,18 @@ def compare(
 
     known = ("epochs", "flops", "seconds")
     if budget not in known:
-        raise RunError("AZ812", f"there is no budget `{budget}`", help=did_you_mean(budget, known) or ", ".join(known))
+        raise RunError(
+            "AZ812", f"there is no budget `{budget}`", help=did_you_mean(budget, known) or ", ".join(known)
+        )
     if (budget == "seconds") != (minutes is not None):
         raise RunError("AZ812", "`--budget seconds` and `--minutes` go together", help="say both or neither")
     if len(set(recipes)) != len(recipes):
         raise RunError("AZ812", "a recipe stands here twice", help="compare it with another one")
-    changes = [*([f"train.data={data}"] if data else []), *edits, *([f"train.epochs={epochs}"] if epochs else [])]
+    changes = [
+        *([f"train.data={data}"] if data else []),
+        *edits,
+        *([f"train.epochs={epochs}"] if epochs else []),
+    ]
     prepared = []
     for recipe in recipes:
         loaded, settings = prepare(recipe, changes, minutes=minutes)
@@ -50,7 +66,9 @@ def compare(
     shares = None
     if budget == "flops":
         seen = [resolve(loaded).seen.image for _, loaded, _ in prepared]
-        counts = [flops(build(loaded, {}), image)[""] for (_, loaded, _), image in zip(prepared, seen, strict=True)]
+        counts = [
+            flops(build(loaded, {}), image)[""] for (_, loaded, _), image in zip(prepared, seen, strict=True)
+        ]
         shares = equal_flops(counts, prepared[0][2].epochs)
     folder = out or Path("runs") / f"compare-{'-'.join(names)}-{prepared[0][2].data.partition(':')[0]}"
     todo = trials(prepared, seeds, folder, shares)
@@ -59,7 +77,8 @@ def compare(
         if not as_json:
             say(f"{done} of {total}: {recipe}, seed {seed}")
 
-    result = run_all(todo, budget=budget, workers=workers or os.cpu_count() or 1, ray=ray, report=told)  # type: ignore[arg-type]
+    side_by_side = workers or os.cpu_count() or 1
+    result = run_all(todo, budget=cast(Any, budget), workers=side_by_side, ray=ray, report=told)
     target = folder / "index.html"
     target.write_text(page(result, f"{', '.join(names)} on {result.data}"), encoding="utf-8")
     if as_json:
@@ -68,7 +87,8 @@ def compare(
     table(
         ["recipe", "best accuracy", "at epoch", "last accuracy", "epochs", "parameters", "pictures/s"],
         [
-            [r.recipe, f"{r.best:.2%} ± {r.best_spread:.2%}", f"{r.best_epoch:.1f}", f"{r.last:.2%} ± {r.last_spread:.2%}",
+            [r.recipe, f"{r.best:.2%} ± {r.best_spread:.2%}", f"{r.best_epoch:.1f}",
+             f"{r.last:.2%} ± {r.last_spread:.2%}",
              f"{r.epochs:.0f}", f"{r.params:,}", f"{r.images_per_second:,.0f}"]
             for r in result.rows
         ],

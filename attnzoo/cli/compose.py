@@ -72,10 +72,10 @@ def _describe(report) -> None:
     grid, prefix = " × ".join(map(str, report.grid)), f" + {report.prefix}" if report.prefix else ""
     inner = " | ".join(dict.fromkeys(_formulas(report)))
     head = f"{report.classes} classes" if report.classes else "features"
+    front = report.depth - report.sites
+    inside = f"{f'{front} × [ conv ] → ' if front else ''}{report.sites} × [ {inner} → mlp ]"
     say()
-    say(
-        f"{channels} × {rows} × {columns} picture → {grid}{prefix} tokens → {report.depth} × [ {inner} → mlp ] → {head}"
-    )
+    say(f"{channels} × {rows} × {columns} picture → {grid}{prefix} tokens → {inside} → {head}")
     lines = []
     for part in report.parts:
         sites = part.sites
@@ -105,8 +105,9 @@ def _describe(report) -> None:
         lines,
         right=["heads", "parameters", "FLOPs"],
     )
+    plain = f"plain {report.family} {spaced(report.base_params)}"
     say(
-        f"{report.sites} sites · {spaced(report.params)} parameters (plain ViT {spaced(report.base_params)}, "
+        f"{report.sites} sites · {spaced(report.params)} parameters ({plain}, "
         f"{share(report.params, report.base_params)}) · {count(report.flops)}FLOP "
         f"({share(report.flops, report.base_flops)})"
     )

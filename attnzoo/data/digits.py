@@ -23,7 +23,7 @@ def load_digits(size: int | None = None) -> ImageData:
         raise DataError(
             "AZ708",
             "`digits` comes with scikit-learn, which is not installed",
-            help='pip install "attnzoo[data]"',
+            help="pip install scikit-learn",
         ) from error
     grey, target = bundled(return_X_y=True)  # (1797, 64), whole numbers from 0 to 16
     pictures = (torch.from_numpy(grey) * (255 / 16)).round().to(torch.uint8).reshape(-1, 1, 8, 8)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,57 +12,12 @@ from timm.models import PretrainedCfg, VisionTransformer, get_pretrained_cfg, is
 from timm.models.vision_transformer import Block
 from torch import Tensor, fx, nn
 
-from attnzoo.core import FREE, Fusion, Head, Layout, Mask, Mechanism, Site
+from attnzoo.core import FREE, Layout, Mask, Mechanism
 from attnzoo.errors import RecipeError, UnsupportedMask, did_you_mean
+from attnzoo.hosts.survey import Put, Survey, init_normal, on_meta, undecayed, without_weights
 
 default_cfgs: dict[str, Any] = {}
 """timm looks here for the configurations of the models that are registered from this module."""
-
-Put = Callable[[Site], Mechanism]
-"""Builds what is put at a site."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a base model looks like, learnt without allocating it.
-
-    Args:
-        base: Its name in timm.
-        arguments: The constructor arguments that differ from the base's.
-        dim: Width of the tokens, in channels.
-        heads: Heads of each block.
-        depth: Number of blocks.
-        layout: Prefix tokens and grid.
-        image: Channels, rows and columns of the expected picture, in pixels.
-        classes: Number of classes.
-        params: Number of parameters of the plain model.
-        dynamic: Whether the picture's size may change from call to call.
-        patch_drop: Share of patches dropped in training.
-        model: The plain model, on the meta device.
-    """
-
-    base: str
-    arguments: Mapping[str, Any]
-    dim: int
-    heads: int
-    depth: int
-    layout: Layout
-    image: tuple[int, int, int]
-    classes: int
-    params: int
-    dynamic: bool
-    patch_drop: float
-    model: VisionTransformer
-
-    @property
-    def bytes(self) -> int:
-        """A floor for the memory of one training step on one picture in float32: weights, gradients, activations."""
-        activations = 16 * self.depth * self.layout.length * self.dim
-        return 4 * (2 * self.params + activations)
-
-    def sites(self) -> list[str]:
-        """Names of the places where mechanisms are put."""
-        return [f"blocks.{i}" for i in range(self.depth)]
 
 
 def timm_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,21 +51,13 @@ def survey(base: str, arguments: Mapping[str, Any]) -> Survey:
             f"timm has no model called `{base}`",
             help=f"{hint} timm.list_models('vit*') shows them".strip(),
         )
-    try:
-        with torch.device("meta"):
-            model = model_entrypoint(base)(pretrained=False, **timm_arguments(arguments))
-    except RecipeError:
-        raise
-    except (
-        Exception
-    ) as error:  # whatever timm's constructors raise: assertion, type, value and runtime errors
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError("AZ309", f"timm cannot build `{base}` with these arguments: {text}",
-                          help="look at `host.model`") from None  # fmt: skip
+    with on_meta(base, "timm"):
+        model = model_entrypoint(base)(pretrained=False, **timm_arguments(arguments))
     _check_host(base, model)
     first = model.blocks[0]
     grid = tuple(model.patch_embed.grid_size)
     return Survey(
+        family="ViT",
         base=base,
         arguments=arguments,
         dim=model.embed_dim,
@@ -121,9 +67,9 @@ def survey(base: str, arguments: Mapping[str, Any]) -> Survey:
         image=(model.in_chans, *model.patch_embed.img_size),
         classes=model.num_classes,
         params=sum(p.numel() for p in model.parameters()),
+        model=model,
         dynamic=model.dynamic_img_size,
         patch_drop=getattr(model.patch_drop, "prob", 0.0),
-        model=model,
     )
 
 
@@ -247,20 +193,7 @@ class NoWeightDecay:
         return set(self.names)
 
 
-def site_of(seen: Survey, layer: int, **options) -> Site:
-    """The place in block `layer`, as its mechanism will know it."""
-    return Site(
-        name=f"blocks.{layer}",
-        dim=seen.dim,
-        heads=seen.heads,
-        layout=seen.layout,
-        layer=layer,
-        depth=seen.depth,
-        **options,
-    )
-
-
-def build_vit(
+def build(
     seen: Survey,
     put: Put,
     *,
@@ -282,8 +215,7 @@ def build_vit(
     cell = Cell(seen.layout)
 
     def put_at(dim: int, heads: int, layer: int, block: dict[str, Any]) -> Mechanism:
-        site = site_of(
-            seen,
+        site = seen.site(
             layer,
             attn_drop=block["attn_drop"],
             proj_drop=block["proj_drop"],
@@ -305,40 +237,15 @@ def build_vit(
         **timm_options,
     )
     vit = model if isinstance(model, VisionTransformer) else model.model  # features_only wraps it
-    vit.no_weight_decay = NoWeightDecay(frozenset(vit.no_weight_decay() | _undecayed(vit)))  # type: ignore[method-assign]
+    vit.no_weight_decay = NoWeightDecay(frozenset(vit.no_weight_decay() | undecayed(vit)))  # type: ignore[method-assign]
     if init == "normal" and not pretrained:
         init_normal(vit)
     return model
 
 
-def _undecayed(model: nn.Module) -> set[str]:
-    names = set()
-    for path, module in model.named_modules():
-        own = getattr(module, "no_weight_decay", None)
-        if module is not model and callable(own):
-            names |= {f"{path}.{name}" for name in own()}
-    return names
-
-
-@torch.no_grad()
-def init_normal(model: VisionTransformer) -> None:
-    """Weights of all Linear and Conv layers, class token and positions from N(0, 0.02²), biases 0; mechanisms after."""
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for token in (model.cls_token, model.reg_token, model.pos_embed):
-        if token is not None:
-            nn.init.trunc_normal_(token, std=0.02)
-    for module in reversed(list(model.blocks.modules())):  # owners after what they own
-        if isinstance(module, Head | Mechanism | Fusion):
-            module.init_weights()
-
-
 def model_cfg(
     name: str, base: str, arguments: Mapping[str, Any], mean: list[float] | None, std: list[float] | None
-) -> dict:
+) -> dict[str, Any]:
     """timm's configuration of a composed model: the base's, without its weights.
 
     Args:
@@ -348,19 +255,4 @@ def model_cfg(
         mean: Mean of the pictures by channel; the base's when None.
         std: Standard deviation of the pictures by channel; the base's when None.
     """
-    cfg = get_pretrained_cfg(base) or PretrainedCfg()
-    size = arguments.get("img_size", cfg.input_size[-2:])
-    rows, columns = (size, size) if isinstance(size, int) else size
-    channels = arguments.get("in_chans", cfg.input_size[0])
-    cfg = replace(
-        cfg,
-        url=None, file=None, hf_hub_id=None, hf_hub_filename=None, custom_load=False, tag=None,
-        test_input_size=None, min_input_size=None, pool_size=None,
-        architecture=name,
-        input_size=(channels, rows, columns),
-        fixed_input_size=True,
-        num_classes=arguments.get("num_classes", cfg.num_classes),
-        mean=tuple(mean or cfg.mean),
-        std=tuple(std or cfg.std),
-    )  # fmt: skip
-    return {key: value for key, value in vars(cfg).items() if value is not None}
+    return without_weights(get_pretrained_cfg(base) or PretrainedCfg(), name, arguments, mean, std)

@@ -162,7 +162,8 @@ def evaluate_committee(
     answers, truths = [], []
     for run in runs:
         model, data = run.model(which), run.data()
-        prepare = evaluation(data.image, data.mean, data.std)
+        host = run.loaded.recipe.host  # what the model was trained with
+        prepare = evaluation(data.image, host.mean or data.mean, host.std or data.std)
         device = next(model.parameters()).device
         logits, labels = [], []
         for indices in torch.arange(len(data.test)).split(batch):
@@ -178,4 +179,4 @@ def evaluate_committee(
             why="every member answers for the same pictures and the same classes",
             help="take runs that were trained on the same data",
         )
-    return committee(answers, truths[0], vote, standardise, [run.loaded.name for run in runs])
+    return committee(answers, truths[0], vote, standardise, [run.folder.name for run in runs])

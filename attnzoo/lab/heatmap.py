@@ -117,6 +117,7 @@ def notes(maps: Maps, what: What = "model", layer: int | None = None) -> list[st
     lines = [
         f"What {reads} looks at: {over}. {len(maps.sites)} layers; heads: {count}.",
         f"Numbers: least and most of a map, in even shares (1/{tokens} of the attention).",
+        "Below a picture: what it is, then what the model says.",
     ]
     kinds = {
         "implied": "forms no weights; its map is what it does to values, exactly, for these queries and keys.",

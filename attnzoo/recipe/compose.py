@@ -4,15 +4,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from timm.models import is_model
 from torch import nn
 
 from attnzoo.errors import RecipeError
-from attnzoo.hosts.vision_transformer import build_vit, model_cfg
 from attnzoo.recipe.load import Loaded, load
 from attnzoo.recipe.resolve import Composition, resolve
 
-ANONYMOUS = "attnzoo_vit"
-"""timm's name for a composed model that no recipe registers; its recipe travels as an argument."""
 BUILDER = ("features_only", "out_indices", "feature_cls", "cache_dir", "pretrained_strict", "pretrained_model_args",
            "pretrained_cfg_overlay", "device", "dtype", "pruned", "use_naflex")  # fmt: skip
 """Arguments of `timm.create_model` that go to timm's builder, not to the model."""
@@ -51,29 +49,24 @@ def build(
     Raises:
         RecipeError: AZ306 no weights to load, AZ307 the lock `expect.params` does not hold, AZ311 too large.
     """
-    host = loaded.recipe.host
     options = {name: arguments[name] for name in BUILDER if name in arguments}
     changed = {name: value for name, value in arguments.items() if name not in BUILDER and value is not None}
     composition = resolve(loaded, changed)
-    seen = composition.seen
     _check_memory(composition)
-    cfg = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else None
-    if cfg is None:
-        name = host.registers or ANONYMOUS
-        cfg = model_cfg(name, host.base, seen.arguments, host.mean, host.std)
+    cfg = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else composition.model_cfg()
     overlay = options.get("pretrained_cfg_overlay") or {}
     if pretrained and not any(
         {**cfg, **overlay}.get(key) for key in ("url", "file", "state_dict", "hf_hub_id")
     ):
+        base = composition.seen.base
+        timm = f"model.load_state_dict(timm.create_model('{base}', pretrained=True).state_dict(), strict=False), or "
         raise RecipeError(
             "AZ306",
             f"there are no published weights for `{cfg.get('architecture', loaded.name)}`",
-            help=f"load a base's weights instead: model.load_state_dict(timm.create_model('{host.base}', "
-            "pretrained=True).state_dict(), strict=False), or `attnzoo compose RECIPE --init-from FILE`",
+            help=f"load a base's weights instead: {timm if is_model(base) else ''}"
+            "`attnzoo compose RECIPE --init-from FILE`",
         )
-    model = build_vit(
-        seen, composition.put, pretrained=pretrained, pretrained_cfg=cfg, init=host.init, **options
-    )
+    model = composition.build(cfg, pretrained, **options)
     if not changed and not options.get("features_only"):
         check_expectations(loaded, model)
     vars(model)["_model_args"] = {

@@ -14,17 +14,39 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from attnzoo.errors import Diagnostic, did_you_mean
-from attnzoo.recipe.schema import FUSE, USE, VERSION, Expect, Fuse, Override, Recipe, Use, VitHost, VitModel
+from attnzoo.recipe.schema import (
+    TAGGED,
+    VERSION,
+    CctHost,
+    CctModel,
+    Expect,
+    Fuse,
+    Override,
+    Recipe,
+    Train,
+    Use,
+    VitHost,
+    VitModel,
+)
 from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
 
 _HOMES: dict[type[BaseModel], str] = {
     VitModel: "under `host: model:`",
+    CctModel: "under `host: model:`",
     VitHost: "under `host:`",
     Override: "in an entry of `overrides:`",
     Expect: "under `expect:`",
+    Train: "under `train:`",
     Recipe: "at the top of the recipe",
 }
 """Where the keys of a section belong."""
+_OTHERS: dict[type[BaseModel], type[BaseModel]] = {
+    VitModel: CctModel,
+    CctModel: VitModel,
+    VitHost: CctModel,
+    CctHost: VitModel,
+}
+"""The arguments that belong to another kind of host."""
 
 
 def faults_of(
@@ -78,13 +100,13 @@ def _descend(schema: Any, path: tuple[int | str, ...]) -> tuple[Loc, Any]:
     rule = schema
     for step in path:
         inner = _alternatives(rule)
-        if step in (USE, FUSE):
-            rule = Use if step == USE else Fuse
+        if step in TAGGED:
+            rule = TAGGED[str(step)]
         elif len(inner) == 1 and _is_model(inner[0]):
             steps += (step,)
             fields = _fields(inner[0])
             if step not in fields:
-                return steps, inner[0]
+                return steps, _apart(inner[0])[0]
             rule = fields[str(step)]
         elif len(inner) == 1 and get_origin(_apart(inner[0])[0]) is list and isinstance(step, int):
             steps += (step,)
@@ -186,9 +208,8 @@ def _unknown_key(
         other = "fuse" if (*spot[:-1], "fuse") in source.values else "of"
         help = "merge branches with `fuse: NAME` and `of: [...]`, or write `use: NAME` alone"
         return Diagnostic("AZ114", f"`use` and `{other}` cannot stand in one spec", place, help=help)
-    home = next(
-        (home for owner_, home in _HOMES.items() if owner_ is not model and key in _fields(owner_)), ""
-    )
+    homes = {other: home for other, home in _HOMES.items() if other not in (model, _OTHERS.get(model))}
+    home = next((home for other, home in homes.items() if key in _fields(other)), "")
     if ":" in key:
         hint = "write a space after the colon"
     elif home:

@@ -38,7 +38,10 @@ def recipe_schema() -> dict[str, Any]:
         owner["properties"][key] = {"$ref": "#/definitions/Spec"}
     definitions["Fuse"]["properties"]["of"]["items"] = {"$ref": "#/definitions/Spec"}
     schema["required"] = ["recipe"]  # the rest may come through `extends`
-    definitions["VitHost"]["required"] = []
+    for kind, host in (("vit", "VitHost"), ("cct", "CctHost")):
+        definitions[host]["required"] = []
+        definitions[host]["properties"]["kind"] = {"const": kind}
+    schema["properties"]["host"]["anyOf"] = schema["properties"]["host"].pop("oneOf")
     return _draft7(
         {"$schema": "http://json-schema.org/draft-07/schema#", **schema, "definitions": definitions}
     )

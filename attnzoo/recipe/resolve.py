@@ -9,15 +9,17 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Mechanism, MultiHead, Site, options_of
 from attnzoo.core.mechanism import fused_card
 from attnzoo.errors import Diagnostic, Place, RecipeError, did_you_mean
 from attnzoo.hosts.demand import Demand, unmet
-from attnzoo.hosts.vision_transformer import Survey, site_of, survey
+from attnzoo.hosts.kinds import HOSTS
+from attnzoo.hosts.survey import Survey
 from attnzoo.recipe.faults import faults_of
 from attnzoo.recipe.load import Loaded
-from attnzoo.recipe.schema import FUSE, Fuse, Spec, Use, VitHost, spec_tag
+from attnzoo.recipe.schema import FUSE, TAGGED, Fuse, Spec, Use, host_tag, spec_tag
 from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
 from attnzoo.zoo import Entry, Provider, Registry, Zoo, load_zoo
 
@@ -115,6 +117,11 @@ def _blame(entry: Entry, place: Place) -> Iterator[None]:
         ) from error
 
 
+def anonymous(kind: str) -> str:
+    """timm's name for a composed model that no recipe registers; its recipe travels as an argument."""
+    return f"attnzoo_{kind}"
+
+
 @dataclass(frozen=True)
 class Composition:
     """A recipe whose every name is known and whose every demand is met.
@@ -132,6 +139,30 @@ class Composition:
     def put(self, site: Site) -> Mechanism:
         """The mechanism for a site."""
         return self.plans[site.name].build(site)
+
+    def model_cfg(self) -> dict[str, Any]:
+        """timm's configuration of the model."""
+        host = self.loaded.recipe.host
+        name = host.registers or anonymous(host.kind)
+        return HOSTS[host.kind].model_cfg(name, host.base, self.seen.arguments, host.mean, host.std)
+
+    def build(self, pretrained_cfg: Mapping[str, Any], pretrained: bool = False, **timm_options) -> nn.Module:
+        """The model, as timm builds it.
+
+        Args:
+            pretrained_cfg: timm's configuration.
+            pretrained: Whether timm shall load the weights that it names.
+            timm_options: What goes to timm's builder and not to the model.
+        """
+        host = self.loaded.recipe.host
+        return HOSTS[host.kind].build(
+            self.seen,
+            self.put,
+            pretrained=pretrained,
+            pretrained_cfg=pretrained_cfg,
+            init=host.init,
+            **timm_options,
+        )
 
     @property
     def starts_equal(self) -> bool:
@@ -161,14 +192,15 @@ def resolve(
     wanted = {**recipe.host.model.model_dump(exclude_unset=True, exclude_none=True), **(arguments or {})}
     faults = planner.faults
     try:
-        seen = _survey(recipe.host.base, wanted, source)
+        seen = _survey(recipe.host.kind, recipe.host.base, wanted, source)
     except RecipeError as error:
         raise RecipeError.of([*faults, *error.diagnostics]) from None
     plans = dict.fromkeys(seen.sites(), main)
     for i, override in enumerate(recipe.overrides):
         names = fnmatch.filter(plans, override.at)
         if not names:
-            shown = ", ".join(plans) if len(plans) < 5 else f"{seen.sites()[0]} to {seen.sites()[-1]}"
+            sites = list(plans)
+            shown = ", ".join(sites) if len(sites) < 5 else f"{sites[0]} to {sites[-1]}"
             place = source.value_place(("overrides", i, "at"))
             help = f"the sites are {shown}; `blocks.*` means all"
             planner.fault("AZ304", f"`{override.at}` matches no site", place, help=help)
@@ -196,23 +228,26 @@ def look_over(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
     for i, override in enumerate(overrides if isinstance(overrides, list) else ()):
         if isinstance(override, dict):
             planner.look(override.get("put"), ("overrides", i, "put"))
+    said: Any = tree.get("host")
+    kind = TAGGED[host_tag(said)]
     try:
-        host = VitHost.model_validate(tree.get("host"))
-        wanted = host.model.model_dump(exclude_unset=True, exclude_none=True)
+        wanted = kind.model_validate(said).model.model_dump(exclude_unset=True, exclude_none=True)
     except ValidationError as error:
         spots = {item["loc"][:1] for item in error.errors(include_url=False)}
         if spots & {(), ("base",)}:
             return planner.faults
-        host, wanted = VitHost(kind="vit", **{k: v for k, v in tree["host"].items() if k == "base"}), {}
+        wanted = {}
     try:
-        _survey(host.base, wanted, source)
+        base = said.get("base", kind.model_fields["base"].default)
+        _survey(host_tag(said).strip("()"), base, wanted, source)
     except RecipeError as error:
         planner.faults += error.diagnostics
     return planner.faults
 
 
-def _survey(base: str, arguments: Mapping[str, Any], source: Source) -> Survey:
+def _survey(kind: str, base: str, arguments: Mapping[str, Any], source: Source) -> Survey:
     """The base, or faults with their places."""
+    survey = HOSTS[kind].survey
     try:
         try:
             return survey(base, arguments)
@@ -254,7 +289,7 @@ def _misfits(plans: Mapping[str, Plan | None], seen: Survey) -> list[Diagnostic]
                 faults.append(Diagnostic("AZ302", message, leaf.place, why, help))
         try:
             with torch.device("meta"):
-                plan.build(site_of(seen, seen.sites().index(name)))
+                plan.build(seen.sites()[name])
         except RecipeError as error:
             faults += error.diagnostics
     return faults

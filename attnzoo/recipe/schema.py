@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 VERSION = 1
 """Version of the format; `recipe:` says for which one a recipe was written."""
 MAX_BRANCHES = 16
-USE, FUSE = "(use)", "(fuse)"
-"""Tags of the two kinds of spec, which cannot be mistaken for keys."""
+USE, FUSE, VIT, CCT = "(use)", "(fuse)", "(vit)", "(cct)"
+"""Tags of the kinds of spec and of host, which cannot be mistaken for keys."""
 
 # A text beside a Field says in words what is wanted, where its limits would not.
 Name = Annotated[
@@ -109,15 +109,32 @@ class VitModel(_Strict):
     weight_init: Literal["", "skip", "jax", "jax_nlhb", "moco"] | None = None
 
 
-class VitHost(_Strict):
-    """A timm backbone built on `VisionTransformer`."""
+class CctModel(_Strict):
+    """Arguments of `CompactTransformer` that a recipe may set; the base's own hold otherwise."""
 
-    kind: Literal["vit"]
-    base: Base = Field(
-        "vit_base_patch16_224",
-        description="Any timm model built on VisionTransformer; its arguments are the defaults.",
-    )
-    model: VitModel = Field(default_factory=VitModel, description="Arguments that differ from the base's.")
+    img_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    in_chans: Annotated[int, Field(ge=1, le=1024)] | None = None
+    num_classes: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    embed_dim: Annotated[int, Field(ge=1, le=8192)] | None = None
+    depth: Annotated[int, Field(ge=1, le=96)] | None = None
+    num_heads: Heads | None = None
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] | None = None
+    n_conv_layers: Annotated[int, Field(ge=1, le=8)] | None = None
+    kernel_size: Annotated[int, Field(ge=1, le=31)] | None = None
+    n_conv_blocks: Annotated[int, Field(ge=0, le=95)] | None = None
+    pos_embed: Literal["learn", "sine"] | None = None
+    qkv_bias: bool | None = None
+    drop_rate: Rate | None = None
+    pos_drop_rate: Rate | None = None
+    proj_drop_rate: Rate | None = None
+    attn_drop_rate: Rate | None = None
+    drop_path_rate: Rate | None = None
+
+
+class _Host(_Strict):
+    kind: Literal["vit", "cct"]  # in both, so that a fault names all kinds; `host_tag` tells them apart
+    base: Base
+    model: VitModel | CctModel
     init: Literal["timm", "normal"] = Field(
         "timm",
         description="timm's initialisation, or N(0, 0.02²) for all weights and tokens and 0 for all biases.",
@@ -127,6 +144,34 @@ class VitHost(_Strict):
     )
     std: Channels | None = Field(None, description="Standard deviation of the pictures by channel, of 1.")
     registers: Name | None = Field(None, description="Name under which timm.create_model knows the model.")
+
+
+class VitHost(_Host):
+    """A timm backbone built on `VisionTransformer`."""
+
+    base: Base = Field(
+        "vit_base_patch16_224",
+        description="Any timm model built on VisionTransformer; its arguments are the defaults.",
+    )
+    model: VitModel = Field(default_factory=VitModel, description="Arguments that differ from the base's.")
+
+
+class CctHost(_Host):
+    """A Compact Convolutional Transformer."""
+
+    base: Base = Field("cct_7_3x1", description="One of the authors' sizes; its arguments are the defaults.")
+    model: CctModel = Field(default_factory=CctModel, description="Arguments that differ from the base's.")
+
+
+def host_tag(value: Any) -> str:
+    """Which kind of host a raw value means to be, by its tag; what says nothing known is measured as a ViT."""
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return CCT if kind == "cct" else VIT
+
+
+Host = Annotated[Annotated[VitHost, Tag(VIT)] | Annotated[CctHost, Tag(CCT)], Discriminator(host_tag)]
+TAGGED: dict[str, Any] = {USE: Use, FUSE: Fuse, VIT: VitHost, CCT: CctHost}
+"""What a tag stands for."""
 
 
 class Transform(_Strict):
@@ -186,7 +231,8 @@ class Train(_Strict):
         default=None, description="Largest norm of the gradient."
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="Decay per step of a moving average of the weights, which is then evaluated."
+        default=None,
+        description="Decay per step of a moving average of the weights, which is then evaluated.",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Of the forward pass.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
@@ -217,7 +263,7 @@ class Recipe(_Strict):
     summary: Line = Field("", description="One line.")
     source: Text = Field("", description="Paper, with sections.")
     extends: Text | None = Field(None, description="A recipe whose parts hold where this one says nothing.")
-    host: VitHost = Field(description="The model that is composed.")
+    host: Host = Field(description="The model that is composed.")
     attention: Spec = Field(description="What is put at every site ...")
     overrides: list[Override] = Field(
         default_factory=list, max_length=256, description="... except where these say."

@@ -7,10 +7,10 @@ from timm.models import generate_default_cfgs, is_model, register_model
 from torch import nn
 
 from attnzoo.errors import RecipeError, ZooError
-from attnzoo.hosts import vision_transformer
-from attnzoo.hosts.vision_transformer import model_cfg
-from attnzoo.recipe.compose import ANONYMOUS, build
+from attnzoo.hosts.kinds import HOSTS
+from attnzoo.recipe.compose import build
 from attnzoo.recipe.load import Loaded, is_text, load
+from attnzoo.recipe.resolve import anonymous
 from attnzoo.zoo import Problem, load_zoo
 
 registered: dict[str, str] = {}
@@ -20,8 +20,10 @@ registered: dict[str, str] = {}
 def register_models() -> None:
     """Register every recipe of the zoo that says `registers:`. A recipe that cannot be is noted, not raised."""
     zoo = load_zoo()
-    if ANONYMOUS not in registered:
-        _register(ANONYMOUS, None)
+    for kind in HOSTS:
+        if anonymous(kind) not in registered:
+            registered[anonymous(kind)] = ""
+            register_model(_entry_point(anonymous(kind), kind, None))
     for name, entry in zoo.recipes.items():
         try:
             loaded = load(str(entry.value))
@@ -39,18 +41,15 @@ def register_models() -> None:
             )
 
 
-def _register(name: str, loaded: Loaded | None) -> None:
-    if loaded is None:
-        registered[ANONYMOUS] = ""
-    else:
-        host = loaded.recipe.host
-        arguments = host.model.model_dump(exclude_unset=True, exclude_none=True)
-        cfg = model_cfg(name, host.base, arguments, host.mean, host.std)
-        vision_transformer.default_cfgs.update(generate_default_cfgs({name: cfg}))
-    register_model(_entry_point(name, loaded))
+def _register(name: str, loaded: Loaded) -> None:
+    host = loaded.recipe.host
+    arguments = host.model.model_dump(exclude_unset=True, exclude_none=True)
+    cfg = HOSTS[host.kind].model_cfg(name, host.base, arguments, host.mean, host.std)
+    HOSTS[host.kind].default_cfgs.update(generate_default_cfgs({name: cfg}))
+    register_model(_entry_point(name, host.kind, loaded))
 
 
-def _entry_point(name: str, loaded: Loaded | None) -> Callable[..., nn.Module]:
+def _entry_point(name: str, kind: str, loaded: Loaded | None) -> Callable[..., nn.Module]:
     """The function timm calls for a model name."""
 
     def entry_point(pretrained: bool = False, *, recipe: str | None = None, **arguments: Any) -> nn.Module:
@@ -69,8 +68,8 @@ def _entry_point(name: str, loaded: Loaded | None) -> Callable[..., nn.Module]:
             source, arguments, pretrained=pretrained, pretrained_cfg=cfg if isinstance(cfg, dict) else None
         )
 
-    summary = loaded.recipe.summary if loaded else "A composed ViT; its recipe is an argument."
+    summary = loaded.recipe.summary if loaded else "A composed model; its recipe is an argument."
     entry_point.__name__ = entry_point.__qualname__ = name
-    entry_point.__module__ = vision_transformer.__name__
+    entry_point.__module__ = HOSTS[kind].__name__
     entry_point.__doc__ = summary
     return entry_point

@@ -1,6 +1,7 @@
 """Weights of a composed model: taken from a base, written for timm. Nothing is ever unpickled."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,13 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 from timm.models import save_for_hf
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from attnzoo.errors import RecipeError
 
 
 def init_model(model: nn.Module, file: str | os.PathLike) -> dict[str, Any]:
-    """Load a plain ViT's weights, or the model's own, into a composed model; new tensors keep their start.
+    """Load a plain model's weights, or the model's own, into a composed model; new tensors keep their start.
 
     Args:
         model: A composed model.
@@ -39,7 +39,8 @@ def init_model(model: nn.Module, file: str | os.PathLike) -> dict[str, Any]:
     except Exception as error:  # torch names no type of its own for what it refuses to unpickle
         raise RecipeError("AZ606", f"`{os.fspath(file)}` is no file of tensors", why=str(error).splitlines()[0],
                           help="save weights with safetensors") from None  # fmt: skip
-    state = checkpoint_filter_fn(state, model)  # type: ignore[arg-type]  # it only reads attributes
+    # by timm's custom, what fits a checkpoint to a model stands in the module of the model's class
+    state = sys.modules[type(model).__module__].checkpoint_filter_fn(state, model)
     own = model.state_dict()
     strange = sorted(state.keys() - own.keys())
     wrong = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)

@@ -132,7 +132,10 @@ class Comparison:
 
 
 def trials(
-    recipes: Sequence[tuple[str, Loaded, Settings]], seeds: int, folder: Path, epochs: Sequence[int] | None = None
+    recipes: Sequence[tuple[str, Loaded, Settings]],
+    seeds: int,
+    folder: Path,
+    epochs: Sequence[int] | None = None,
 ) -> list[Trial]:
     """All runs of a comparison, seed by seed, so that an early stop leaves whole pairs.
 
@@ -228,7 +231,9 @@ def _on_ray(waiting: Sequence[Trial], address: str) -> Iterator[tuple[str, int]]
     except ImportError:
         raise RunError("AZ810", "`--ray` needs Ray", help='pip install "attnzoo[ray]"') from None
     try:
-        ray.init(address=None if address == "local" else address, include_dashboard=False, log_to_driver=False)
+        ray.init(
+            address=None if address == "local" else address, include_dashboard=False, log_to_driver=False
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunError("AZ811", f"no Ray cluster answers at `{address}`: {str(error).splitlines()[0]}",
                        help="`ray start --head` starts one; --ray local uses this machine") from None  # fmt: skip
@@ -289,7 +294,8 @@ def _row(name: str, summaries: Sequence[dict[str, Any]]) -> Row:
 
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-       2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+       2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
+       2.042)  # fmt: skip
 """97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; 1.96 beyond."""
 
 

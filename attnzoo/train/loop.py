@@ -20,13 +20,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import islice, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import accelerate
-import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -40,7 +38,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
-import attnzoo
 from attnzoo.data import Augment, Step, evaluation, load_images, step_seeds
 from attnzoo.errors import RunError, did_you_mean
 from attnzoo.recipe import Loaded, build, load
@@ -53,6 +50,9 @@ from attnzoo.train.settings import Settings, fit
 
 Report = Callable[[dict[str, Any]], None]
 """Told what happens: `event` is `step`, `epoch` (with the row of the log) or `note` (with a `text`)."""
+
+VERSIONS = ("attnzoo", "torch", "timm", "accelerate", "numpy", "safetensors")
+"""Distributions that the bits of a run may depend on."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -68,7 +68,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class NotFinite(RunError):
-    """A loss or gradient is not finite (AZ803). The weights before the step are saved."""
+    """A loss or gradient is not finite (AZ803). The weights before the step are saved if they are finite."""
 
     exit_code = 1
 
@@ -191,7 +191,9 @@ class _Training:
         self.net = build(self.loaded, {})
         self.ema = ModelEmaV3(self.net, decay=settings.ema).to(self.device) if settings.ema else None
         options: Any = {"betas": tuple(chosen.betas)} if chosen.betas else {}
-        names = [name for name in map(str, list_optimizers()) if not name.startswith("kron")]  # its state is nested
+        names = [
+            name for name in map(str, list_optimizers()) if not name.startswith("kron")
+        ]  # its state is nested
         if chosen.use not in names:
             raise RunError("AZ806", f"timm has no optimiser called `{chosen.use}`",
                            help=did_you_mean(chosen.use, names) or "adamw is one")  # fmt: skip
@@ -421,13 +423,8 @@ class _Training:
 
     def _environment(self) -> dict[str, Any]:
         """What bits depend on beside the settings."""
-        return {
-            "attnzoo": attnzoo.__version__,
+        return {name: version(name) for name in VERSIONS} | {
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "numpy": np.__version__,
-            "accelerate": accelerate.__version__,
             "machine": platform.machine(),
             "device": self.device.type,
             "threads": torch.get_num_threads(),
@@ -462,6 +459,9 @@ class _Training:
         culprit = next(filter(None, gather_object([self._culprit(batch)])), "the loss itself")
         if all(bool(p.isfinite().all()) for p in self.net.parameters()):
             self._save()
+        kept = (
+            "the weights before it are saved" if self.saved == self.taken else f"step {self.saved} is saved"
+        )
         file = self.folder / "not_finite.json"
         where = {"epoch": batch.epoch + 1, "step": self.taken + 1, "first": culprit}
         if self.rank == 0:
@@ -470,7 +470,7 @@ class _Training:
             "AZ803",
             f"step {self.taken + 1}, in epoch {batch.epoch + 1}, is not finite",
             why=f"it begins with {culprit}",
-            help=f"the weights before it are saved, its {len(batch.indices)} pictures named in {file}; "
+            help=f"{kept}, its {len(batch.indices)} pictures are named in {file}; "
             "try a lower --lr or --set train.clip_grad=1",
         )
 
@@ -501,7 +501,7 @@ def _accelerator(settings: Settings) -> Accelerator:
     precision = "no" if settings.precision == "fp32" else settings.precision
     accelerator = Accelerator(mixed_precision=precision, cpu=settings.device == "cpu")
     if precision == "fp16" and accelerator.scaler is None:
-        raise RunError("AZ806", f"there is no fp16 on the {accelerator.device.type}", why="small gradients would be lost",
+        raise RunError("AZ806", f"there is no fp16 on the {accelerator.device.type}", why="small gradients would be 0",
                        help="use --set train.precision=bf16 or fp32")  # fmt: skip
     return accelerator
 

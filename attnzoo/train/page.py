@@ -37,19 +37,22 @@ def page(comparison: Comparison, title: str) -> str:
     )
     charts = "".join(
         f"<h2>{escape(name)}</h2>{_chart(comparison, column, colours)}"
-        for name, column in (("Test accuracy by epoch", "test_accuracy"), ("Training loss by epoch", "train_loss"))
+        for name, column in (
+            ("Test accuracy by epoch", "test_accuracy"),
+            ("Training loss by epoch", "train_loss"),
+        )
     )
     seeds = comparison.rows[0].seeds
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
-<p>{len(comparison.rows)} recipes × {seeds} seeds on {escape(comparison.data)}; the same {escape(comparison.budget)} for all,
-and for each seed the same order of pictures.</p>
+<p>{len(comparison.rows)} recipes × {seeds} seeds on {escape(comparison.data)}; the same
+{escape(comparison.budget)} for all, and for each seed the same order of pictures.</p>
 <h2>Who is better, and is it noise?</h2><ul>{verdicts or "<li>one recipe alone</li>"}</ul>
 <h2>Figures</h2>{_table(comparison, colours)}
-<p class="small">Mean ± standard deviation over seeds. “Best” is the best epoch on the test side, which flatters every recipe;
-“last” is the end of training.</p>
+<p class="small">Mean ± standard deviation over seeds. “Best” is the best epoch on the test side, which flatters every
+recipe; “last” is the end of training.</p>
 {_differences(comparison)}
 {charts}
 <p class="small">Lines are means over seeds, bands run from the worst seed to the best.</p>
@@ -84,7 +87,7 @@ def _differences(comparison: Comparison) -> str:
     )
     return (
         f"<h2>Differences, seed by seed</h2><table>{head}{rows}</table><p class='small'>A verdict needs both intervals "
-        "on one side of zero. Resampling few seeds gives intervals that are too narrow, hence Student's t beside it.</p>"
+        "on one side of zero. Resampling few seeds gives intervals that are too narrow: hence Student's t.</p>"
     )
 
 
@@ -110,13 +113,17 @@ def _chart(comparison: Comparison, column: str, colours: dict[str, str]) -> str:
         drawn.append(f'<text x="{x(epoch):.1f}" y="{HEIGHT - 20}" text-anchor="middle">{epoch:.0f}</text>')
     for name, curve in curves.items():
         band = [f"{x(e):.1f},{y(top):.1f}" for e, (_, _, top) in enumerate(curve, start=1)]
-        band += [f"{x(e):.1f},{y(bottom):.1f}" for e, (_, bottom, _) in reversed(list(enumerate(curve, start=1)))]
+        band += [
+            f"{x(e):.1f},{y(bottom):.1f}" for e, (_, bottom, _) in reversed(list(enumerate(curve, start=1)))
+        ]
         line = " ".join(f"{x(e):.1f},{y(mean):.1f}" for e, (mean, _, _) in enumerate(curve, start=1))
         drawn.append(f'<polygon points="{" ".join(band)}" fill="{colours[name]}" opacity="0.15"/>')
         drawn.append(f'<polyline points="{line}" fill="none" stroke="{colours[name]}" stroke-width="2"/>')
     for i, name in enumerate(curves):
         at = f'x="{WIDTH - RIGHT - 8}" text-anchor="end" fill="{colours[name]}"'
-        base = TOP + 16 + 16 * i if column == "train_loss" else HEIGHT - BOTTOM - 10 - 16 * (len(curves) - 1 - i)
+        base = (
+            TOP + 16 + 16 * i if column == "train_loss" else HEIGHT - BOTTOM - 10 - 16 * (len(curves) - 1 - i)
+        )
         drawn.append(f'<text {at} y="{base}">{escape(name)}</text>')
     drawn.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">epoch</text>')
     label = f"{column.replace('_', ' ')} by epoch, a line for each recipe"

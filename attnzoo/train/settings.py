@@ -14,9 +14,9 @@ from attnzoo.recipe.schema import Train
 
 FOR_DATA: dict[str, tuple[str, ...]] = {
     "digits": (
-        "train.epochs=40",
-        "train.batch_size=64",
-        "train.optimizer.lr=0.003",
+        "train.epochs=30",
+        "train.batch_size=32",
+        "train.optimizer.lr=0.0025",
         "train.schedule={use: cosine, warmup: 3}",
         "train.augment=[{use: random_crop, with: {padding: 2}}]",  # a mirrored digit is none
     ),

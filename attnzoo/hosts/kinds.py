@@ -1,0 +1,45 @@
+"""The kinds of host that a recipe can name."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+from attnzoo.hosts import compact_transformer, vision_transformer
+from attnzoo.hosts.survey import Put, Survey
+
+
+class Host(Protocol):
+    """What a module offers to be a kind of host. timm finds the configurations of its models in it."""
+
+    __name__: str
+    default_cfgs: dict[str, Any]
+
+    def survey(self, base: str, arguments: Mapping[str, Any]) -> Survey:
+        """Look at a base without allocating it."""
+
+    def model_cfg(
+        self,
+        name: str,
+        base: str,
+        arguments: Mapping[str, Any],
+        mean: list[float] | None,
+        std: list[float] | None,
+    ) -> dict[str, Any]:
+        """timm's configuration of a composed model."""
+
+    def build(
+        self,
+        seen: Survey,
+        put: Put,
+        *,
+        pretrained: bool = False,
+        pretrained_cfg: Mapping[str, Any],
+        init: str = "timm",
+        **timm_options,
+    ) -> nn.Module:
+        """The base with mechanisms at its sites."""
+
+
+HOSTS: dict[str, Host] = {"vit": vision_transformer, "cct": compact_transformer}
+"""Kind of host to the module that knows it."""

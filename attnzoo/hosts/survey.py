@@ -1,0 +1,165 @@
+"""What every kind of host has in common: what is known of it before it is built, and timm's words about it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.models import PretrainedCfg
+from torch import nn
+
+from attnzoo.core import Fusion, Head, Layout, Mechanism, Site
+from attnzoo.errors import RecipeError
+
+Put = Callable[[Site], Mechanism]
+"""Builds what is put at a site."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a base model looks like, learnt without allocating it.
+
+    Args:
+        family: What such models are called.
+        base: Its name.
+        arguments: The constructor arguments that differ from the base's.
+        dim: Width of the tokens, in channels.
+        heads: Heads of each block.
+        depth: Number of blocks.
+        layout: Prefix tokens and grid.
+        image: Channels, rows and columns of the expected picture, in pixels.
+        classes: Number of classes.
+        params: Number of parameters of the plain model.
+        model: The plain model, on the meta device.
+        first: Index of the first block that has a site; the ones before have no attention.
+        resizes: Whether the model can be told another size of picture.
+        dynamic: Whether the picture's size may change from call to call.
+        patch_drop: Share of patches dropped in training.
+    """
+
+    family: str
+    base: str
+    arguments: Mapping[str, Any]
+    dim: int
+    heads: int
+    depth: int
+    layout: Layout
+    image: tuple[int, int, int]
+    classes: int
+    params: int
+    model: nn.Module
+    first: int = 0
+    resizes: bool = True
+    dynamic: bool = False
+    patch_drop: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """A floor for the memory of one training step on one picture in float32: weights, gradients, activations."""
+        activations = 16 * self.depth * self.layout.length * self.dim
+        return 4 * (2 * self.params + activations)
+
+    def sites(self) -> dict[str, Site]:
+        """The places where mechanisms are put, by name."""
+        sites = (self.site(layer) for layer in range(self.first, self.depth))
+        return {site.name: site for site in sites}
+
+    def site(self, layer: int, **options) -> Site:
+        """The place in block `layer`, as its mechanism will know it."""
+        return Site(
+            name=f"blocks.{layer}",
+            dim=self.dim,
+            heads=self.heads,
+            layout=self.layout,
+            layer=layer,
+            depth=self.depth,
+            **options,
+        )
+
+
+@contextmanager
+def on_meta(base: str, builder: str) -> Iterator[None]:
+    """Build on the meta device; whatever a constructor raises becomes a fault of its arguments.
+
+    Args:
+        base: Name of the model.
+        builder: Who builds it.
+
+    Raises:
+        RecipeError: AZ309.
+    """
+    try:
+        with torch.device("meta"):
+            yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError("AZ309", f"{builder} cannot build `{base}` with these arguments: {text}",
+                          help="look at `host.model`") from None  # fmt: skip
+
+
+def without_weights(
+    cfg: PretrainedCfg,
+    name: str,
+    arguments: Mapping[str, Any],
+    mean: list[float] | None,
+    std: list[float] | None,
+) -> dict[str, Any]:
+    """timm's configuration of a composed model: the base's, without its weights.
+
+    Args:
+        cfg: The base's.
+        name: The model's own name.
+        arguments: Constructor arguments that differ from the base's.
+        mean: Mean of the pictures by channel; the base's when None.
+        std: Standard deviation of the pictures by channel; the base's when None.
+    """
+    size = arguments.get("img_size", cfg.input_size[-2:])
+    rows, columns = (size, size) if isinstance(size, int) else size
+    channels = arguments.get("in_chans", cfg.input_size[0])
+    cfg = replace(
+        cfg,
+        url=None, file=None, hf_hub_id=None, hf_hub_filename=None, custom_load=False, tag=None,
+        test_input_size=None, min_input_size=None, pool_size=None,
+        architecture=name,
+        input_size=(channels, rows, columns),
+        fixed_input_size=True,
+        num_classes=arguments.get("num_classes", cfg.num_classes),
+        mean=tuple(mean or cfg.mean),
+        std=tuple(std or cfg.std),
+    )  # fmt: skip
+    return {key: value for key, value in vars(cfg).items() if value is not None}
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Names of the parameters that the parts inside a model do not want decayed."""
+    names = set()
+    for path, module in model.named_modules():
+        own = getattr(module, "no_weight_decay", None)
+        if module is not model and callable(own):
+            names |= {f"{path}.{name}" for name in own()}
+    return names
+
+
+@torch.no_grad()
+def init_normal(model: nn.Module) -> None:
+    """Weights of Linear and Conv layers, special tokens and positions from N(0, 0.02²), biases 0; mechanisms after."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name in ("cls_token", "reg_token", "pos_embed"):
+        token = getattr(model, name, None)
+        if isinstance(token, nn.Parameter):
+            nn.init.trunc_normal_(token, std=0.02)
+    init_parts(model)
+
+
+def init_parts(model: nn.Module) -> None:
+    """The special initialisation of mechanisms, heads and fusions."""
+    for module in reversed(list(model.modules())):  # owners after what they own
+        if isinstance(module, Head | Mechanism | Fusion):
+            module.init_weights()

@@ -1,0 +1,178 @@
+"""Comparisons: the same budget for all, paired statistics, a page that opens from the disk."""
+
+import json
+import re
+import statistics
+import xml.etree.ElementTree as ET
+
+import pytest
+from typer.testing import CliRunner
+
+from attnzoo.cli.app import app
+from attnzoo.train.compare import Comparison, Difference, Row, compare, difference, equal_flops, trials
+from attnzoo.train.page import page
+from attnzoo.train.settings import prepare
+
+TINY = ["host.model.depth=1", "host.model.embed_dim=16", "host.model.num_heads=2", "train.data=synthetic",
+        "train.epochs=2", "train.batch_size=500"]  # fmt: skip
+
+
+def run(*arguments: str, code: int = 0):
+    """The verb in this process; its exit code is checked."""
+    result = CliRunner().invoke(app, ["compare", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def sets(*edits: str) -> list[str]:
+    return [word for edit in edits for word in ("--set", edit)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two tiny recipes, two seeds, side by side in processes."""
+    folder = tmp_path_factory.mktemp("compare") / "runs"
+    result = run(
+        "ham_classic", "ham_b", "--seeds", "2", "--workers", "2", "--out", str(folder), "--json", *sets(*TINY)
+    )
+    return folder, json.loads(result.stdout)
+
+
+def test_every_recipe_and_seed_has_run(made):
+    folder, data = made
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
+        "ham_b-seed0", "ham_b-seed1", "ham_classic-seed0", "ham_classic-seed1"]  # fmt: skip
+    assert [row["recipe"] for row in data["rows"]] == ["ham_classic", "ham_b"]
+    assert all(row["seeds"] == 2 and row["epochs"] == 2 for row in data["rows"])
+    assert [len(log) for logs in data["logs"].values() for log in logs] == [2] * 4
+
+
+def test_figures_are_those_of_the_runs(made):
+    from attnzoo.train import open_run
+
+    folder, data = made
+    best = [open_run(folder / f"ham_b-seed{k}").summary()["best_accuracy"] for k in (0, 1)]
+    base = [open_run(folder / f"ham_classic-seed{k}").summary()["best_accuracy"] for k in (0, 1)]
+    row = data["rows"][1]
+    assert row["best"] == pytest.approx(statistics.fmean(best))
+    assert row["best_spread"] == pytest.approx(statistics.stdev(best))
+    mine = next(d for d in data["differences"] if d["what"] == "best")
+    assert mine["mean"] == pytest.approx(statistics.fmean(b - a for a, b in zip(base, best, strict=True)))
+
+
+def test_a_second_time_nothing_is_trained(made):
+    folder, first = made
+    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    again = json.loads(
+        run("ham_classic", "ham_b", "--seeds", "2", "--out", str(folder), "--json", *sets(*TINY)).stdout
+    )
+    assert again["rows"] == first["rows"] and again["logs"] == first["logs"]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == stamps
+
+
+def test_processes_change_nothing_but_the_time(made, tmp_path):
+    """One worker in this process gives the same accuracies as two processes."""
+    _, data = made
+    prepared = [(name, *prepare(name, TINY)) for name in ("ham_classic", "ham_b")]
+    alone = compare(trials(prepared, 1, tmp_path))
+    for row, logs in data["logs"].items():
+        strip = [
+            {k: v for k, v in line.items() if k not in ("images_per_second", "seconds")} for line in logs[0]
+        ]
+        mine = [
+            {k: v for k, v in line.items() if k not in ("images_per_second", "seconds")}
+            for line in alone.logs[row][0]
+        ]
+        assert strip == mine
+
+
+def test_the_page_opens_from_the_disk(made):
+    folder, data = made
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|<script|@import|url\(", text.replace("http://www.w3.org", ""))
+    for svg in re.findall(r"<svg.*?</svg>", text, re.S):
+        assert ET.fromstring(svg).tag == "svg"
+    assert text.count("<svg") == 2 and text.count("<polyline") == 4
+    assert f"{data['rows'][0]['best']:.2%}" in text and "noise" in text
+
+
+def difference_of(*values: float) -> Difference:
+    return difference("b", "a", "last", values)
+
+
+def test_verdicts():
+    assert difference_of(0.02, 0.021, 0.019, 0.02, 0.022).verdict == "better"
+    assert difference_of(-0.02, -0.021, -0.019, -0.02, -0.022).verdict == "worse"
+    assert difference_of(0.03, -0.02, 0.01, -0.01, 0.02).verdict == "noise"
+    assert difference_of(0.5).verdict == "noise"  # one seed says nothing
+
+
+def test_intervals_are_those_of_student_and_the_bootstrap():
+    found = difference_of(0.1, 0.2, 0.3)
+    half = 4.303 * statistics.stdev([0.1, 0.2, 0.3]) / 3**0.5
+    assert found.low == pytest.approx(0.2 - half) and found.high == pytest.approx(0.2 + half)
+    assert found.bootstrap_low == pytest.approx(0.1) and found.bootstrap_high == pytest.approx(0.3)
+    assert found.low <= found.bootstrap_low <= found.mean <= found.bootstrap_high <= found.high
+    assert difference_of(0.1, 0.2, 0.3) == found  # the same each time
+
+
+def test_false_alarms_are_rare():
+    """Two equal recipes, five seeds: the verdict is wrong in about 5 of 100 cases."""
+    import random
+
+    rng = random.Random(1)
+    wrong = sum(difference_of(*(rng.gauss(0, 1) for _ in range(5))).verdict != "noise" for _ in range(60))
+    assert wrong <= 8
+
+
+def test_equal_flops():
+    assert equal_flops([100, 200, 50, 10_000], 10) == [10, 5, 20, 1]
+
+
+def test_trials_come_in_pairs(tmp_path):
+    prepared = [(name, *prepare(name, TINY)) for name in ("ham_classic", "ham_b")]
+    todo = trials(prepared, 2, tmp_path, [4, 3])
+    assert [(t.recipe, t.seed, t.settings.epochs) for t in todo] == [
+        ("ham_classic", 0, 4), ("ham_b", 0, 3), ("ham_classic", 1, 4), ("ham_b", 1, 3)]  # fmt: skip
+
+
+def test_names_are_escaped():
+    row = Row("<script>x</script>", 1, 0.5, 0, 1, 0.5, 0, 10, 1.0, 1)
+    line = {"test_accuracy": 0.5, "train_loss": 1.0}
+    text = page(Comparison("<b>", "epochs", (row,), (), {row.recipe: [[line]]}), "<i>")
+    assert "<script" not in text and "<b>" not in text and "<i>" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["ham_a", "ham_b", "--budget", "epoch"], "did you mean `epochs`"),
+        (["ham_a", "ham_b", "--budget", "seconds"], "go together"),
+        (["ham_a", "ham_b", "--minutes", "1"], "go together"),
+        (["ham_a", "ham_a"], "stands here twice"),
+        (["ham_a", "ham_bb"], "AZ204"),
+        (["ham_a", "--data", "digit"], "did you mean `digits`"),
+    ],
+)
+def test_faults(arguments, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = run(*arguments, code=2).output
+    assert text in output and "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_on_a_local_ray(tmp_path):
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    result = run(
+        "ham_classic",
+        "ham_b",
+        "--seeds",
+        "1",
+        "--ray",
+        "local",
+        "--out",
+        str(tmp_path / "r"),
+        "--json",
+        *sets(*TINY),
+    )
+    assert [row["seeds"] for row in json.loads(result.stdout)["rows"]] == [1, 1]
