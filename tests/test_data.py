@@ -389,7 +389,7 @@ def test_digits_in_their_own_size_are_scikit_learns():
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     code, text = code_of(load_images, "digits")
-    assert code == "AZ708" and 'pip install scikit-learn' in text
+    assert code == "AZ708" and "pip install scikit-learn" in text
 
 
 def test_shapes_are_the_same_everywhere():

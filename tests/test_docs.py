@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")]
+)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -51,7 +53,9 @@ def test_the_readme_shows_what_is_printed():
     printed = {" ".join(line.split()) for line in output.splitlines()}
     cast = next(text for text in blocks(ROOT / "README.md", "text") if "$ attnzoo compose" in text)
     shown = [" ".join(line.split()) for line in cast.splitlines()[2:]]
-    steady = [s for s in shown if s and "─" not in s and " ms" not in s and "..." not in s and "next:" not in s]
+    steady = [
+        s for s in shown if s and "─" not in s and " ms" not in s and "..." not in s and "next:" not in s
+    ]
     assert len(steady) >= 8
     assert not [line for line in steady if line not in printed]
 

@@ -34,7 +34,9 @@ def eval_(
         _committee(runs, which, vote, standardise, as_json)
         return
     if len(runs) > 1:
-        raise RunError("AZ813", f"{len(runs)} runs were named", help="say --committee, or evaluate one at a time")
+        raise RunError(
+            "AZ813", f"{len(runs)} runs were named", help="say --committee, or evaluate one at a time"
+        )
     run = runs[0]
     found = open_run(run)
     notes, result = found.notes(), found.evaluate(which, data)

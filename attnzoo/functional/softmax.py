@@ -18,7 +18,9 @@ def masked_softmax(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
         return scores.softmax(dim=-1)
     scores = scores.masked_fill(~allowed, float("-inf"))
     empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
-    return scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty | ~allowed, 0.0)  # no row is all -inf
+    return (
+        scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty | ~allowed, 0.0)
+    )  # no row is all -inf
 
 
 def attention_from_scores(

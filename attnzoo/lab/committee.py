@@ -162,8 +162,7 @@ def evaluate_committee(
     answers, truths = [], []
     for run in runs:
         model, data = run.model(which), run.data()
-        host = run.loaded.recipe.host  # what the model was trained with
-        prepare = evaluation(data.image, host.mean or data.mean, host.std or data.std)
+        prepare = evaluation(data.image, data.mean, data.std)
         device = next(model.parameters()).device
         logits, labels = [], []
         for indices in torch.arange(len(data.test)).split(batch):

@@ -37,6 +37,8 @@ def recipe_schema() -> dict[str, Any]:
     for owner, key in ((schema, "attention"), (definitions["Override"], "put")):
         owner["properties"][key] = {"$ref": "#/definitions/Spec"}
     definitions["Fuse"]["properties"]["of"]["items"] = {"$ref": "#/definitions/Spec"}
+    step = definitions["Train"]["properties"]["augment"]
+    step["items"] = {"anyOf": [step["items"], {"type": "string"}]}
     schema["required"] = ["recipe"]  # the rest may come through `extends`
     for kind, host in (("vit", "VitHost"), ("cct", "CctHost")):
         definitions[host]["required"] = []

@@ -180,6 +180,11 @@ class Transform(_Strict):
     use: Part = Field(description="Name of the step.")
     with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Its options.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"use": value} if isinstance(value, str) else value
+
 
 class Optimizer(_Strict):
     """One of timm's optimisers."""

@@ -1,6 +1,6 @@
 """A run that was started: its model, data, log and figures, read from its newest sound checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,12 +49,14 @@ class Run:
         return model.eval()
 
     def data(self) -> ImageData:
-        """The pictures it is trained and tested on.
+        """The pictures it is trained and tested on, with the statistics that the model was trained with.
 
         Raises:
             DataError: AZ7xx, when they are not there any more.
         """
-        return load_images(self.settings.data, root=self.settings.data_root, size=self.settings.size)
+        images = load_images(self.settings.data, root=self.settings.data_root, size=self.settings.size)
+        host = self.loaded.recipe.host
+        return replace(images, mean=tuple(host.mean or images.mean), std=tuple(host.std or images.std))
 
     def evaluate(self, which: Which = "best", data: str | None = None) -> Evaluation:
         """The model on the test side of its data, or of other data with the same classes.
