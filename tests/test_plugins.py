@@ -120,14 +120,14 @@ def folder(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def run(*command, python=sys.executable, path=None, **environment):
-    """Run Python, outside the repository, and hold it to success; what it wrote."""
+def run(*command, python=sys.executable, path=None, code=0, **environment):
+    """Run Python, outside the repository, and hold it to its exit code; what it wrote."""
     extra = {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(path)} if path else {}) | environment
     where = tempfile.gettempdir()
     done = subprocess.run(
         [python, *command], capture_output=True, text=True, env=os.environ | extra, cwd=where
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done
 
 
@@ -330,6 +330,20 @@ def test_noise_does_not_spoil_json_and_haste_is_explained(tmp_path):
     assert "noise on import" in done.stderr and "noise in a hook" in done.stderr
     (problem,) = rows["hasty"]["problems"]
     assert "AZ001" in problem and "AZ010" in problem
+
+
+def test_list_works_and_doctor_names_every_broken_plugin(tmp_path):
+    for name, (_, source) in BROKEN.items():
+        write_plugin(tmp_path, name, source)
+    listed = run("-m", "attnzoo", "list", "mechanisms", "--json", path=tmp_path)
+    assert "softmax" in {row["name"] for row in json.loads(listed.stdout)["mechanisms"]}
+    seen = run("-m", "attnzoo", "doctor", path=tmp_path, code=3)
+    assert "Traceback" not in seen.stdout + seen.stderr
+    for name, (code, _) in BROKEN.items():
+        if (
+            name != "clash_two"
+        ):  # alone, without the rival that the other tests give it, it clashes with nobody
+            assert f"{name} [{code}]" in seen.stdout, name
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from attnzoo.cli.app import app
 from attnzoo.core import options_of
 from attnzoo.errors import RecipeError, ZooError
 from attnzoo.recipe import compose, compose_file, load
@@ -440,6 +442,19 @@ def test_there_are_many_cases():
 def test_bad_text(text, expected):
     clean, spots = marked(text)
     agree(faults_of(clean), spots, expected)
+
+
+def test_the_command_line_ends_with_2_and_without_a_traceback(tmp_path):
+    runner, file = CliRunner(), tmp_path / "bad.yaml"
+    for case in TEXTS:
+        text, expected = case.values
+        clean, spots = marked(text)
+        file.write_bytes(clean.encode("utf-8", "surrogatepass"))
+        result = runner.invoke(app, ["compose", str(file)])
+        assert result.exit_code == 2 and "Traceback" not in result.output, (case.id, result.output)
+        for want, (line, column) in zip(expected, spots, strict=True):
+            assert f"error[{want.split()[0]}]" in result.output, case.id
+            assert f"bad.yaml:{line}:{column}" in result.output, case.id
 
 
 @pytest.mark.parametrize(("text", "expected"), TEXTS)
