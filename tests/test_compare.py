@@ -176,3 +176,17 @@ def test_on_a_local_ray(tmp_path):
         *sets(*TINY),
     )
     assert [row["seeds"] for row in json.loads(result.stdout)["rows"]] == [1, 1]
+
+
+def test_runs_can_decide_together(made):
+    folder, data = made
+    runs = [str(folder / f"ham_b-seed{k}") for k in (0, 1)]
+    result = CliRunner().invoke(app, ["eval", "--committee", *runs, "--which", "last", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    last = [log[-1]["test_accuracy"] for log in data["logs"]["ham_b"]]
+    assert found["accuracies"] == pytest.approx(last) and 0 <= found["accuracy"] <= 1
+    shown = CliRunner().invoke(app, ["eval", "--committee", *runs, "--vote", "majority"])
+    assert "committee, by majority" in shown.output and "ham_b-seed1" in shown.output
+    alone = CliRunner().invoke(app, ["eval", *runs])
+    assert alone.exit_code == 2 and "AZ813" in alone.output

@@ -14,9 +14,10 @@ from attnzoo.recipe.schema import Train
 
 FOR_DATA: dict[str, tuple[str, ...]] = {
     "digits": (
-        "train.epochs=30",
+        "train.epochs=40",
         "train.batch_size=32",
-        "train.optimizer.lr=0.0025",
+        "train.optimizer.lr=0.004",
+        "train.clip_grad=1.0",
         "train.schedule={use: cosine, warmup: 3}",
         "train.augment=[{use: random_crop, with: {padding: 2}}]",  # a mirrored digit is none
     ),
