@@ -350,7 +350,7 @@ def test_other_data_bring_what_they_need_and_the_user_has_the_last_word():
     _, own = prepare("ham_b")
     assert own == settings_of(load("ham_b")) and own.batch_size == 256
     loaded, other = prepare("ham_b", ["train.data=digits", "train.batch_size=16"], minutes=2.0)
-    assert (other.epochs, other.schedule.use, other.batch_size, other.minutes) == (30, "cosine", 16, 2.0)
+    assert (other.epochs, other.schedule.use, other.batch_size, other.minutes) == (40, "cosine", 16, 2.0)
     assert not {step.use for step in other.augment} & {"horizontal_flip", "vertical_flip"}
     assert loaded.recipe.host.mean is None and other.optimizer.weight_decay == 0.01
     assert default_folder(loaded, other) == Path("runs/ham_b-digits-seed0")
