@@ -8,7 +8,7 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
-from attnzoo.core import FREE, Fused, FusedHeads, Layout, Mask, MultiHead, Site, watch
+from attnzoo.core import FREE, Fused, FusedHeads, Layout, Mask, MultiHead, Past, Site, watch
 from attnzoo.core.mechanism import fused_card
 from attnzoo.errors import RecipeError, UnsupportedContext, UnsupportedMask
 from attnzoo.fusions.add import Add
@@ -339,14 +339,13 @@ def test_steps_give_the_full_pass(head):
     x, keys = tokens(), torch.ones(2, N, dtype=torch.bool)
     keys[1, 0] = False
     wanted = part(x, mask=Mask(keys=keys, causal=True), layout=Layout((N,)))
-    past, rows, done = None, [], 0
+    past, rows, done = Past(), [], 0
     for size in (1, 1, 3, 2):
         done += size
         mask = Mask(keys=keys[:, :done], causal=True)
-        row, past = part.step(x[:, done - size : done], past, mask=mask, layout=Layout((done,)))
-        rows.append(row)
+        rows.append(part.step(x[:, done - size : done], past, mask=mask, layout=Layout((done,))))
     close(torch.cat(rows, dim=1), wanted, 1e-10)
-    assert past[0].shape == (2, H, N, D)
+    assert past.length == N
 
 
 def test_taps_inside_fused_heads_have_full_names():

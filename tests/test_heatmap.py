@@ -1,20 +1,28 @@
-"""Heat maps: what is shown, how it is drawn, and the command. Pictures are compared by structure, not by bytes."""
+"""Heat maps: what is shown, how it is drawn, and the command.
+
+Whole sheets are compared with `heatmap_references.json` by structure, not by bytes: where the panels stand, what is
+written beside each, and their mean colours. After a change that is meant: python tests/test_heatmap.py
+"""
 
 import json
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from typer.testing import CliRunner
 
 import attnzoo.train
 from attnzoo.cli.app import app
 from attnzoo.errors import ZooError
-from attnzoo.lab import sheet
+from attnzoo.lab import heatmap, sheet
 from attnzoo.lab.heatmap import captions, heat_sheet, notes, picture_files, read_picture, save_sheet, view
 from attnzoo.lab.maps import Absent, Map, Maps, collect
 from attnzoo.lab.sheet import GREEN, RED, Shown, colours, draw, overlay, panel_size
@@ -373,3 +381,371 @@ def test_a_sheet_is_replaced(tmp_path):
         ]
     with pytest.raises(ZooError):
         save_sheet(image, tmp_path / "s")
+
+
+REFERENCES = Path(__file__).with_name("heatmap_references.json")
+CELLS, TOLERANCE = 8, 5
+"""A panel is compared as 8 × 8 cells; their mean colours, from 0 to 255, may differ so much."""
+TOP_SLACK, LABEL_SLACK = 40, 24
+"""Pixels that another font may move: two more lines of notes, wider names of rows."""
+
+SMALL = "recipe: 1\nname: small\nextends: {}\nhost: {{model: {{depth: {}, {}}}}}\n"
+MIXED = 'attention: softmax\noverrides: [{at: "blocks.1", put: {use: luong_global}}]\n'
+SHEETS: dict[str, tuple[str, Any, tuple[int, int, int, int], list[int] | None]] = {
+    "model": (SMALL.format("ham_a", 3, "img_size: 32"), "model", (2, 3, 32, 32), [7, 1]),
+    "rollout": (SMALL.format("ham_a", 3, "img_size: 32"), "rollout", (1, 3, 32, 32), None),
+    "mechanism": (SMALL.format("ham_a", 2, "img_size: [32, 48]"), "mechanism", (2, 3, 32, 48), None),
+    "heads": (SMALL.format("ham_a", 2, "img_size: 32"), "heads", (1, 3, 32, 32), None),
+    "not everywhere": (SMALL.format("ham_classic", 2, "img_size: 32") + MIXED, "heads", (1, 3, 32, 32), None),
+}
+"""Recipe, what is shown, size of the pictures (b c y x), true classes."""
+
+
+def fixed_model(recipe: str) -> torch.nn.Module:
+    """A model in float64 whose matrices are functions of their names: the same on every machine and for every version.
+
+    They are large enough for maps of strong contrast, so that no colour hangs on last bits.
+    """
+    model = compose(recipe).double().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(weight.shape))
+                weight.copy_(torch.from_numpy(1.5 * normal / weight[0].numel() ** 0.5))
+    return model
+
+
+def fixed_pictures(count: int, channels: int, rows: int, columns: int) -> torch.Tensor:
+    """Smooth pictures (b c y x) that no flip or exchange of colours leaves as they are; never white."""
+    y, x = torch.meshgrid(
+        torch.linspace(0, 1, rows, dtype=torch.float64), torch.linspace(0, 1, columns, dtype=torch.float64), indexing="ij"
+    )  # fmt: skip
+    planes = [
+        20 + 80 * x + 50 * y**2 + 80 * torch.sin((5 + 2 * c) * x + (9 - 2 * b) * y**2 + c + 2 * b) ** 2
+        for b in range(count) for c in range(channels)
+    ]  # fmt: skip
+    return torch.stack(planes).view(count, channels, rows, columns).round().byte()
+
+
+@cache
+def subject(name: str) -> tuple:
+    """What `heat_sheet` is given for a stored sheet."""
+    recipe, what, shape, truths = SHEETS[name]
+    pictures = fixed_pictures(*shape)
+    maps = collect(fixed_model(recipe), pictures.double() / 40 - 3)
+    shown = view(maps, what)
+    known = shown.values[~shown.values.isnan()].view(-1, shown.values[0, 0, 0].numel()) * maps.layout.length
+    assert (known.amax(dim=1) - known.amin(dim=1)).min() > 0.1, "too even for a reference"
+    files = None if truths else [f"{i}.png" for i in range(shape[0])]
+    classes = [f"animal {i}" for i in range(10)] if truths else None
+    lines = captions(maps, files or [], truths, classes)
+    return (
+        maps,
+        shown,
+        pictures,
+        lines,
+        f"{name}: {heatmap.TITLES[what]}",
+        ["fixed weights", *notes(maps, what)],
+    )
+
+
+def rectangles(ink: np.ndarray, rows: int, columns: int) -> list[tuple[int, int]]:
+    """Top and left of all places where so many rows and columns of a mask (y x) are true throughout."""
+    total = np.pad(ink, ((1, 0), (1, 0))).astype(int).cumsum(axis=0).cumsum(axis=1)
+    inside = (
+        total[rows:, columns:] - total[:-rows, columns:] - total[rows:, :-columns] + total[:-rows, :-columns]
+    )
+    return [(int(y), int(x)) for y, x in np.argwhere(inside == rows * columns)]
+
+
+def mean_colours(pixels: np.ndarray, rows: int, columns: int) -> list[str]:
+    """Mean colours of equal cells of (y x 3), a line of hexadecimal digits for each row of cells."""
+    y, x = pixels.shape[:2]
+    means = pixels.reshape(rows, y // rows, columns, x // columns, 3).mean(axis=(1, 3)).round().astype(int)
+    return [" ".join("{:02x}{:02x}{:02x}".format(*cell) for cell in line) for line in means]
+
+
+def structure(name: str) -> dict[str, Any]:
+    """A stored sheet, drawn anew, as it is compared.
+
+    Panels are found in the finished picture: all its pixels that are not white. Texts are taken where they are written,
+    and belong to the panel that they stand beside.
+    """
+    texts: list[tuple[str, float, float, str]] = []
+    write = ImageDraw.ImageDraw.text
+
+    def note(pen, at, text, fill=None, font=None, anchor="la"):
+        texts.append((text, *at, "{} #{:02x}{:02x}{:02x}".format(anchor, *fill)))
+        write(pen, at, text, fill, font, anchor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageDraw.ImageDraw, "text", note)
+        image = heat_sheet(*subject(name))
+    pixels = np.asarray(image)
+    ink = (pixels < 255).any(axis=-1)
+    shown, pictures = subject(name)[1:3]
+    height, width = panel_size(*pictures.shape[2:], len(shown.columns))
+    corners = rectangles(ink, height, width)
+    if len(corners) < 2:
+        return {"panel": [height, width], "panels": []}
+    (top, left), (_, heat) = corners[:2]
+    panels = [
+        {"at": f"{y - top} {'picture' if x == left else x - heat}", "texts": [],
+         "colours": mean_colours(pixels[y : y + height, x : x + width], CELLS, CELLS)} for y, x in corners
+    ]  # fmt: skip
+    far = []
+    for text, x, y, how in texts:
+        gaps = [max(v - y, y - v - height, u - x, x - u - width) for v, u in corners]
+        near = int(np.argmin(gaps))
+        if gaps[near] <= 30:
+            v, u = corners[near]
+            panels[near]["texts"].append(f"{text} | {x - u:g} {y - v:g} {how}")
+        else:
+            far.append((text, how))
+    strips = rectangles(ink, 14, 256)
+    return {
+        "panel": [height, width],
+        "left": left,
+        "top": top,
+        "label": heat - left - width,
+        "right": image.width - max(x for _, x in corners) - width,
+        "bottom": image.height - corners[-1][0] - height,
+        "words": " ".join(text for text, _ in far),
+        "inks": sorted({how for _, how in far}),
+        "scale": [
+            [image.height - y, *mean_colours(pixels[y : y + 14, x : x + 256], 1, 16)] for y, x in strips
+        ],
+        "panels": panels,
+    }
+
+
+def differences(found: dict[str, Any], stored: dict[str, Any]) -> list[str]:
+    """What another machine or another font does not explain."""
+    slack = {"top": TOP_SLACK, "label": LABEL_SLACK}
+    told = []
+    for key, value in stored.items():
+        if key in slack:
+            same = key in found and abs(found[key] - value) <= slack[key]
+        elif key == "scale":
+            same = len(found.get(key, [])) == len(value) and all(
+                a[0] == b[0] and distance(a[1:], b[1:]) <= TOLERANCE
+                for a, b in zip(found[key], value, strict=True)
+            )
+        elif key == "panels":
+            same = len(found[key]) == len(value)
+        else:
+            same = found.get(key) == value
+        told += [] if same else [f"{key}: {found.get(key) if key != 'panels' else len(found[key])}"]
+    for i, (one, other) in enumerate(zip(found["panels"], stored["panels"], strict=False)):
+        told += [f"panel {i} {key}: {one[key]}" for key in ("at", "texts") if one[key] != other[key]]
+        if (far := distance(one["colours"], other["colours"])) > TOLERANCE:
+            told.append(f"panel {i} colours: {far} of 255 apart")
+    return told
+
+
+def distance(one: list[str], other: list[str]) -> int:
+    """The largest difference between lines of colours, from 0 to 255."""
+    values = [
+        np.frombuffer(bytes.fromhex(" ".join(lines)), dtype=np.uint8).astype(int) for lines in (one, other)
+    ]
+    return int(abs(values[0] - values[1]).max())
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_a_sheet_is_as_stored(name):
+    stored = json.loads(REFERENCES.read_text(encoding="utf-8"))
+    assert set(stored) == set(SHEETS)
+    told = differences(structure(name), stored[name])
+    assert told == [], "if it is meant: python tests/test_heatmap.py"
+
+
+def test_the_references_hold_what_there_is_to_see():
+    """The file itself: one panel for each picture and map, names where they belong, colours of the scale."""
+    stored = json.loads(REFERENCES.read_text(encoding="utf-8"))
+    for name, sheet_of in stored.items():
+        shown, pictures = subject(name)[1:3]
+        assert len(sheet_of["panels"]) == len(pictures) * (1 + len(shown.rows) * len(shown.columns))
+        heads = [p["texts"][0].split(" | ")[0] for p in sheet_of["panels"][1 : 1 + len(shown.columns)]]
+        assert heads == list(shown.columns)
+        written = " ".join(text for p in sheet_of["panels"] for text in p["texts"])
+        assert all(row in written for row in shown.rows)
+        (strip,) = sheet_of["scale"]
+        assert strip[1].split()[0] < "0a0a20" and strip[1].split()[-1] > "f0f080"
+    assert [text.split(" | ")[1].split()[-1] for p in stored["model"]["panels"] for text in p["texts"] if "%" in text] == [
+        "#{:02x}{:02x}{:02x}".format(*colour) for colour in (GREEN, RED)
+    ]  # fmt: skip
+    assert sum("none here" in " ".join(p["texts"]) for p in stored["not everywhere"]["panels"]) == 5
+
+
+Change = Callable[[pytest.MonkeyPatch], None]
+
+
+def redrawn(change: Callable[..., dict]) -> Change:
+    """`draw` is called with other arguments."""
+
+    def called(shown, columns, rows, title, notes, unit):
+        given = {
+            "shown": shown,
+            "columns": list(columns),
+            "rows": list(rows),
+            "title": title,
+            "notes": notes,
+            "unit": unit,
+        }
+        return draw(**given | change(**given))
+
+    return lambda patch: patch.setattr(heatmap, "draw", called)
+
+
+def other_values(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    """All blocks have other maps, (rows columns y x)."""
+    return redrawn(lambda shown, **_: {"shown": [replace(one, values=change(one.values)) for one in shown]})
+
+
+def exchanged(values: list) -> list:
+    """The first two places changed."""
+    return [values[1], values[0], *values[2:]]
+
+
+def other_panels(change: Callable[..., tuple]) -> Change:
+    """`_panel` is called with other arguments."""
+    own = sheet._panel
+    return lambda patch: patch.setattr(
+        sheet, "_panel", lambda canvas, pen, at, picture, heat, size, unit: own(canvas, pen, *change(at, picture, heat, size), unit)
+    )  # fmt: skip
+
+
+def other_captions(change: Callable[[list], list]) -> Change:
+    """All blocks have other lines below the picture."""
+    return redrawn(
+        lambda shown, **_: {"shown": [replace(one, captions=change(list(one.captions))) for one in shown]}
+    )
+
+
+def set_to(**names: Any) -> Change:
+    """Names of the module `sheet` mean something else."""
+
+    def patched(patch):
+        for name, value in names.items():
+            patch.setattr(sheet, name, value)
+
+    return patched
+
+
+def seen_as(method: str, change: Callable[[torch.Tensor], torch.Tensor], argument: bool = False) -> Change:
+    """A method of `Maps` is given another tensor, or gives another one."""
+    own = getattr(Maps, method)
+
+    def other(self, given):
+        return own(self, change(given)) if argument else change(own(self, given))
+
+    def patched(patch):
+        patch.setattr(Maps, method, other)
+        patch.setitem(globals(), "subject", subject.__wrapped__)  # nothing kept from before
+
+    return patched
+
+
+EVERY, TABLES, TWO = tuple(SHEETS), ("mechanism", "heads", "not everywhere"), ("model", "mechanism")
+MUTANTS: dict[str, tuple[Change, tuple[str, ...], str]] = {
+    "maps transposed": (other_values(lambda v: v.mT), EVERY, "colours"),
+    "maps upside down": (other_values(lambda v: v.flip(-2)), EVERY, "colours"),
+    "maps mirrored": (other_values(lambda v: v.flip(-1)), EVERY, "colours"),
+    "maps negated": (other_values(lambda v: -v), EVERY, "colours"),
+    "maps by their logarithm": (other_values(lambda v: v.log()), EVERY, "colours"),
+    "one grid row further": (other_values(lambda v: v.roll(1, dims=-2)), EVERY, "colours"),
+    "what is given, not what is received": (seen_as("asked", lambda w: w.mT, argument=True), EVERY, "colours"),
+    "the class token forgotten": (seen_as("asked", lambda w: w.roll(1, dims=-2), argument=True), EVERY, "colours"),
+    "heads in another order": (seen_as("on_grid", lambda maps: maps.flip(1)), ("heads", "not everywhere"), "colours"),
+    "columns of maps exchanged": (other_values(lambda v: torch.stack(exchanged(list(v.unbind(1))), dim=1)), EVERY, "colours"),
+    "columns and names exchanged": (
+        redrawn(lambda shown, columns, **_: {
+            "columns": exchanged(columns),
+            "shown": [replace(s, values=torch.stack(exchanged(list(s.values.unbind(1))), dim=1)) for s in shown]}), EVERY, "texts"),
+    "rows of maps exchanged": (other_values(lambda v: v.flip(0)), TABLES, "colours"),
+    "names of columns exchanged": (redrawn(lambda columns, **_: {"columns": exchanged(columns)}), EVERY, "texts"),
+    "names of rows exchanged": (redrawn(lambda rows, **_: {"rows": exchanged(rows)}), TABLES, "texts"),
+    "the last row missing": (
+        redrawn(lambda shown, rows, **_: {"rows": rows[:-1], "shown": [replace(s, values=s.values[:-1]) for s in shown]}), TABLES, "panels"),
+    "the last column missing": (
+        redrawn(lambda shown, columns, **_: {"columns": columns[:-1], "shown": [replace(s, values=s.values[:, :-1]) for s in shown]}), EVERY, "panels"),
+    "the last picture missing": (redrawn(lambda shown, **_: {"shown": shown[:-1]}), TWO, "panels"),
+    "pictures exchanged": (redrawn(lambda shown, **_: {"shown": exchanged(shown)}), TWO, "colours"),
+    "maps of the other picture": (
+        redrawn(lambda shown, **_: {"shown": [replace(a, values=b.values) for a, b in zip(shown, exchanged(shown), strict=True)]}), TWO, "colours"),
+    "colours reversed": (set_to(colours=lambda: colours().flip(0)), EVERY, "scale"),
+    "colours grey": (set_to(colours=lambda: torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 3)), EVERY, "scale"),
+    "red and blue exchanged": (set_to(colours=lambda: colours().flip(1).contiguous()), EVERY, "scale"),
+    "no heat over the picture": (set_to(ALPHA=0.0), EVERY, "colours"),
+    "no picture under the heat": (set_to(ALPHA=1.0), EVERY, "colours"),
+    "heat over a mirrored picture": (other_panels(lambda at, p, h, size: (at, p.flip(-1), h, size)), EVERY, "colours"),
+    "colours of pictures exchanged": (
+        set_to(enlarge=lambda p, size, own=sheet.enlarge: own(p.flip(0), size)), ("model", "rollout", "mechanism", "heads"), "colours"),
+    "panels moved": (other_panels(lambda at, p, h, size: ((at[0] + 5, at[1]), p, h, size)), TABLES, "texts"),
+    "panels lower": (other_panels(lambda at, p, h, size: ((at[0], at[1] + 5), p, h, size)), EVERY, "at"),
+    "panels narrower": (other_panels(lambda at, p, h, size: (at, p, h, (size[0], size[1] - 2))), EVERY, "panels"),
+    "wider gaps": (set_to(_GAP=12), EVERY, "at"),
+    "another margin": (set_to(_MARGIN=12), EVERY, "left"),
+    "nothing missing": (other_values(lambda v: v.nan_to_num(0.0)), ("not everywhere",), "colours"),
+    "no scale": (set_to(_scale=lambda *_: None), EVERY, "scale"),
+    "another unit": (redrawn(lambda unit, **_: {"unit": 2 * unit}), EVERY, "texts"),
+    "no title": (redrawn(lambda **_: {"title": ""}), EVERY, "words"),
+    "a note missing": (redrawn(lambda notes, **_: {"notes": notes[1:]}), EVERY, "words"),
+    "a caption missing": (other_captions(lambda lines: lines[:-1]), EVERY, "texts"),
+    "captions exchanged": (other_captions(exchanged), EVERY, "texts"),
+    "right and wrong exchanged": (
+        other_captions(lambda lines: [(text, RED if colour == GREEN else GREEN) for text, colour in lines]), ("model",), "texts"),
+    "white ink": (set_to(_INK=(255, 255, 255)), EVERY, "inks"),
+}  # fmt: skip
+"""A fault of drawing, the sheets that must show it, and what must be told."""
+
+
+@pytest.mark.parametrize(
+    ("mutant", "name"), [(mutant, name) for mutant, (_, names, _) in MUTANTS.items() for name in names]
+)
+def test_a_wrong_sheet_is_caught(mutant, name, monkeypatch):
+    change, _, said = MUTANTS[mutant]
+    change(monkeypatch)
+    told = differences(structure(name), json.loads(REFERENCES.read_text(encoding="utf-8"))[name])
+    assert any(said in line.partition(":")[0] for line in told), told
+
+
+def noisy(values: torch.Tensor) -> torch.Tensor:
+    """Maps as another machine may compute them."""
+    return values * (1 + 1e-6 * torch.randn(values.shape, generator=torch.Generator().manual_seed(0)))
+
+
+LEGITIMATE: dict[str, Change] = {
+    "last bits": other_values(noisy),
+    "single precision": other_values(lambda v: v.float()),
+    "a smaller font": set_to(
+        **{
+            name: ImageFont.load_default(size)
+            for name, size in (("_TITLE", 18), ("_TEXT", 12.5), ("_SMALL", 11))
+        }
+    ),
+    "a larger font": set_to(
+        **{
+            name: ImageFont.load_default(size)
+            for name, size in (("_TITLE", 22), ("_TEXT", 15), ("_SMALL", 13))
+        }
+    ),
+    "another interpolation": set_to(
+        enlarge=lambda p, size: Image.fromarray(p.expand(3, -1, -1).permute(1, 2, 0).numpy()).resize(
+            size[::-1], Image.Resampling.LANCZOS
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHEETS)
+@pytest.mark.parametrize("change", LEGITIMATE)
+def test_another_machine_is_no_fault(change, name, monkeypatch):
+    LEGITIMATE[change](monkeypatch)
+    assert differences(structure(name), json.loads(REFERENCES.read_text(encoding="utf-8"))[name]) == []
+
+
+if __name__ == "__main__":
+    REFERENCES.write_text(
+        json.dumps({name: structure(name) for name in SHEETS}, indent=1) + "\n", encoding="utf-8"
+    )

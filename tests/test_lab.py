@@ -99,7 +99,7 @@ def test_the_map_is_that_of_the_block():
     part.blocks[1].attn.register_forward_hook(lambda _part, args, _out: tokens.append(args[0]))
     with torch.no_grad():
         part(x)
-        q, k, _ = part.blocks[1].attn.project(tokens[0], None)
+        q, k, _ = part.blocks[1].attn.project(tokens[0])
     torch.testing.assert_close(
         found.maps[1].weights, (q @ k.mT / 12**0.5).softmax(dim=-1), rtol=1e-4, atol=1e-6
     )

@@ -198,7 +198,7 @@ RANGES = {
     "mean_empty": (host("kind: vit, mean: ⟦[]"), "AZ113 a list of 1 to 64 entries"),
     "mean_far": (host("kind: vit, mean: [0.5, ⟦128, 0.5]"), "AZ113 `host.mean.1` must be a number from -10 to 10; this is 128"),
     "kind_misspelt": (host("kind: ⟦vitt"), "AZ113 did you mean `vit`?"),
-    "kind_other": (host("kind: ⟦resnet"), "AZ113 must be `vit` or `cct`; this is the text `resnet`"),
+    "kind_other": (host("kind: ⟦resnet"), "AZ113 must be `vit`, `cct`, `seq2seq` or `sequence`; this is the text `resnet`"),
     "kind_misspelt_cct": (f"{R}host: {{kind: ⟦ccct}}\n{A}", "AZ113 did you mean `cct`?"),
     "kernel_huge": (f"{R}host: {{kind: cct, model: {{kernel_size: ⟦99}}}}\n{A}", "AZ113 from 1 to 31; this is 99"),
     "sine_misspelt": (f"{R}host: {{kind: cct, model: {{pos_embed: ⟦sin}}}}\n{A}", "AZ113 did you mean `sine`?"),

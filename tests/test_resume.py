@@ -24,8 +24,7 @@ VARYING = ("images_per_second", "seconds")
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr("attnzoo.train.loop.load_images", pictures)
-    monkeypatch.setattr("attnzoo.train.run.load_images", pictures)
+    monkeypatch.setattr("attnzoo.train.task.load_images", pictures)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -191,9 +190,9 @@ def test_two_hundred_damaged_bytes(tmp_path):
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
-import attnzoo.train.loop as loop
+import attnzoo.train.loop as loop, attnzoo.train.task as task
 from training import pictures, settings
-loop.load_images = pictures
+task.load_images = pictures
 def report(event):
     if event.get("step") == {stop}:
         import os, signal

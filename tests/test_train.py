@@ -20,9 +20,10 @@ from attnzoo.errors import DataError, RecipeError, RunError
 from attnzoo.recipe import load
 from attnzoo.train import checkpoint, open_run, prepare, sampler, train
 from attnzoo.train.curve import curve_svg
+from attnzoo.train.image_task import fit
 from attnzoo.train.loop import NotFinite
 from attnzoo.train.metrics import Evaluation, wilson
-from attnzoo.train.settings import Settings, default_folder, fit, settings_of
+from attnzoo.train.settings import Settings, default_folder, settings_of
 
 ROOT = Path(__file__).parent.parent
 RUNNER = CliRunner()
@@ -30,8 +31,7 @@ RUNNER = CliRunner()
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr("attnzoo.train.loop.load_images", pictures)
-    monkeypatch.setattr("attnzoo.train.run.load_images", pictures)
+    monkeypatch.setattr("attnzoo.train.task.load_images", pictures)
 
 
 def built_with(monkeypatch, change) -> None:
@@ -105,8 +105,8 @@ def test_same_seed_same_bits(tmp_path):
 
 def test_another_process_with_other_hashes_finds_the_same_bits(tmp_path):
     tiny(tmp_path / "here")
-    code = (f"import torch; torch.set_num_threads(1)\nimport attnzoo.train.loop as loop, training\n"
-            f"loop.load_images = training.pictures\ntraining.tiny(training.Path({str(tmp_path / 'there')!r}))")  # fmt: skip
+    code = (f"import torch; torch.set_num_threads(1)\nimport attnzoo.train.task as task, training\n"
+            f"task.load_images = training.pictures\ntraining.tiny(training.Path({str(tmp_path / 'there')!r}))")  # fmt: skip
     environment = os.environ | {
         "PYTHONHASHSEED": "77",
         "PYTHONPATH": str(Path(__file__).parent),
@@ -459,7 +459,7 @@ def test_train_eval_resume(tmp_path, monkeypatch):
 def test_eval_refuses_other_classes(tmp_path, monkeypatch):
     run = tiny(tmp_path, epochs=1)
     other = pictures("other")
-    monkeypatch.setattr("attnzoo.train.run.load_images",
+    monkeypatch.setattr("attnzoo.train.task.load_images",
                         lambda *_, **__: type(other)(**vars(other) | {"classes": ("a", "b", "c", "z")}))  # fmt: skip
     assert "AZ807" in cli("eval", str(run.folder), "--data", "other", code=2)
 

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 
 from attnzoo.bench.cost import flops
 from attnzoo.errors import RecipeError
+from attnzoo.hosts.seq2seq import Seq2SeqSeen
+from attnzoo.hosts.sequence import SequenceSeen
+from attnzoo.hosts.skip import READINGS
+from attnzoo.hosts.survey import Seen, Survey
 from attnzoo.recipe import Composition, Plan
+from attnzoo.recipe.schema import ImageHost
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Part:
         provider: `plugin version`.
         heads: Number of heads.
         params: Parameters at one site.
-        flops: FLOPs at one site on one picture.
+        flops: FLOPs at one site on one sample.
         growth: How cost grows with the number of tokens n.
         masks: Kinds of mask that it honours.
     """
@@ -51,7 +56,32 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """A composed model in figures."""
+    """A composed model in figures.
+
+    Args:
+        name: The recipe's name.
+        file: Where it stands.
+        sha256: Of the whole recipe as one text.
+        summary: Its line.
+        family: What such models are called.
+        base: The plain model's name.
+        takes: What goes in and how it becomes tokens, in words.
+        gives: What comes out, in words.
+        image, grid, prefix, classes: Channels, rows and columns of the picture, its patches, special tokens, classes;
+            None for a model of sequences.
+        depth: Number of layers.
+        parts: What is put where.
+        sites: How many places there are.
+        heads: Of each layer, by the first word of its sites.
+        skip: What layers hand on, in words; empty for nothing.
+        params, base_params: Parameters of the model and of the plain one.
+        flops, base_flops: Of one forward on one sample.
+        starts_equal: Whether it equals the plain model before training.
+        new_tensors: Tensors that the plain model has not.
+        lost_tensors: Tensors that only the plain model has.
+        supports, lacks: What tools can do with it.
+        registers: Its name in timm.
+    """
 
     name: str
     file: str
@@ -59,13 +89,17 @@ class Report:
     summary: str
     family: str
     base: str
-    image: tuple[int, int, int]
-    grid: tuple[int, ...]
-    prefix: int
+    takes: str
+    gives: str
+    image: tuple[int, int, int] | None
+    grid: tuple[int, ...] | None
+    prefix: int | None
+    classes: int | None
     depth: int
-    classes: int
     parts: tuple[Part, ...]
     sites: int
+    heads: dict[str, tuple[int, ...]]
+    skip: str
     params: int
     base_params: int
     flops: int
@@ -91,18 +125,12 @@ def describe(composition: Composition) -> Report:
     seen, loaded = composition.seen, composition.loaded
     with torch.device("meta"):
         model = composition.build(composition.model_cfg())
-    counted, plain = flops(model, seen.image), flops(seen.model, seen.image)
+    counted, plain = flops(model, seen.sample()), flops(seen.model, seen.sample())
     mine, theirs = model.state_dict(), seen.model.state_dict()
     cards = [leaf.card for plan in composition.plans.values() for leaf in plan.leaves()]
-    resizes = seen.resizes and not any(card.fixed_length for card in cards)
-    supports = (
-        "features_only",
-        "forward_intermediates",
-        "checkpointing",
-        "torch.compile",
-        "torch.export",
-        "ONNX",
-    )
+    supports, lacks = _tools(composition, any(card.fixed_length for card in cards))
+    takes, gives = _ends(seen)
+    skip, host = composition.skip, loaded.recipe.host
     return Report(
         name=loaded.name,
         file=loaded.source.file,
@@ -110,13 +138,17 @@ def describe(composition: Composition) -> Report:
         summary=loaded.recipe.summary,
         family=seen.family,
         base=seen.base,
-        image=seen.image,
-        grid=seen.layout.grid,
-        prefix=seen.layout.prefix,
+        takes=takes,
+        gives=gives,
+        image=seen.image if isinstance(seen, Survey) else None,
+        grid=seen.layout.grid if isinstance(seen, Survey) else None,
+        prefix=seen.layout.prefix if isinstance(seen, Survey) else None,
+        classes=seen.classes if isinstance(seen, Survey) else None,
         depth=seen.depth,
-        classes=seen.classes,
         parts=tuple(_parts(composition, model, counted)),
         sites=len(composition.plans),
+        heads=_heads(composition),
+        skip=f"{skip.use}, {skip.at[0]} to {skip.at[-1]}: {READINGS[skip.use]}" if skip else "",
         params=sum(p.numel() for p in model.parameters()),
         base_params=seen.params,
         flops=counted[""],
@@ -124,25 +156,68 @@ def describe(composition: Composition) -> Report:
         starts_equal=composition.starts_equal,
         new_tensors=len(mine.keys() - theirs.keys()),
         lost_tensors=tuple(name for name in theirs if name not in mine),
-        supports=(*supports, "dynamic_img_size", "set_input_size") if resizes else supports,
-        lacks=("TorchScript",) if resizes else ("TorchScript", "dynamic_img_size"),
-        registers=loaded.recipe.host.registers,
+        supports=supports,
+        lacks=lacks,
+        registers=host.registers if isinstance(host, ImageHost) else None,
     )
+
+
+def _ends(seen: Seen) -> tuple[str, str]:
+    """What goes in and what comes out, in words."""
+    if isinstance(seen, Seq2SeqSeen):
+        most = f"at most {seen.form.max_length} tokens"
+        return f"source, {most}, {seen.form.source:,} ids", f"target, {most}, {seen.form.target:,} ids"
+    if isinstance(seen, SequenceSeen):
+        form = seen.form
+        what = f"tokens, {form.vocab:,} ids" if form.vocab else f"vectors of {form.width} channels"
+        return f"at most {form.max_length} {what}", f"{form.outputs:,} outputs at every position"
+    assert isinstance(seen, Survey)
+    channels, rows, columns = seen.image
+    grid, prefix = " × ".join(map(str, seen.layout.grid)), seen.layout.prefix
+    tokens = f"{grid}{f' + {prefix}' if prefix else ''} tokens"
+    return f"{channels} × {rows} × {columns} picture → {tokens}", f"{seen.classes} classes" if seen.classes else "features"
+
+
+def _tools(composition: Composition, fixed_length: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What works with the model, and what does not."""
+    seen = composition.seen
+    if not isinstance(seen, Survey):
+        cached = all(plan.card.incremental for name, plan in composition.plans.items() if name.startswith("decoder"))
+        decoding = "cached decoding" if cached else "decoding, in part recomputed"
+        own = ("greedy and beam search", decoding) if isinstance(seen, Seq2SeqSeen) else ()
+        return (*own, "torch.compile"), ("timm.create_model",)
+    checkpointing = () if composition.skip else ("checkpointing",)
+    supports = ("features_only", "forward_intermediates", *checkpointing, "torch.compile", "torch.export", "ONNX")
+    lacks = ("TorchScript",) if checkpointing else ("TorchScript", "checkpointing")
+    if seen.resizes and not fixed_length:
+        return (*supports, "dynamic_img_size", "set_input_size"), lacks
+    return supports, (*lacks, "dynamic_img_size")
+
+
+def _heads(composition: Composition) -> dict[str, tuple[int, ...]]:
+    """Heads of each layer, by the first word of the sites' names; of cross-attention only where it differs."""
+    heads: dict[str, tuple[int, ...]] = {}
+    for name, site in composition.seen.sites().items():
+        group = name.split(".")[0] + (".cross" if name.endswith(".cross") else "")
+        heads[group] = (*heads.get(group, ()), composition.plans[name].heads or site.heads)
+    return {
+        group: counts
+        for group, counts in heads.items()
+        if not group.endswith(".cross") or counts != heads[group.removesuffix(".cross")]
+    }
 
 
 def _parts(composition: Composition, model: nn.Module, counted: dict[str, int]) -> Iterator[Part]:
     """A line for each run of equal sites, and one for each branch below it."""
-    names = list(composition.plans)
-    start = 0
-    while start < len(names):
-        plan = composition.plans[names[start]]
-        stop = start
-        while stop < len(names) and composition.plans[names[stop]] is plan:
-            stop += 1
-        path = f"{names[start]}.attn"
-        heads = plan.heads or composition.seen.heads
-        yield from _lines(plan, model.get_submodule(path), path, counted, heads, tuple(names[start:stop]), 0)
-        start = stop
+    sites, runs = composition.seen.sites(), dict[tuple[str, int, int], list[str]]()
+    for name, plan in composition.plans.items():
+        kind = name.split(".")[0] + (name.rpartition(".")[2] if name.count(".") == 2 else "")
+        runs.setdefault((kind, id(plan), plan.heads or sites[name].heads), []).append(name)
+    for (_, _, heads), names in runs.items():
+        path = composition.seen.module_path(names[0])
+        yield from _lines(
+            composition.plans[names[0]], model.get_submodule(path), path, counted, heads, tuple(names), 0
+        )
 
 
 def _lines(
@@ -179,7 +254,7 @@ class Exercise:
     """One forward and backward.
 
     Args:
-        image: The picture.
+        image: The picture, or what else went in.
         shape: Of the output.
         forward: Seconds of a forward in eval mode, median of three.
         backward: Seconds of a forward and backward in training mode.
@@ -242,24 +317,46 @@ def exercise(model: nn.Module, picture: str | os.PathLike) -> Exercise:
     """One forward and backward on a picture; parameters and modes are left as they were.
 
     Args:
-        model: A composed model.
+        model: A composed backbone.
         picture: A file.
     """
-    x = open_picture(picture, model)
+    return _exercised(model, (open_picture(picture, model),), os.fspath(picture))
+
+
+def exercise_tokens(model: nn.Module, seen: Seen) -> Exercise:
+    """One forward and backward on random tokens; parameters and modes are left as they were.
+
+    Args:
+        model: A composed model of sequences.
+        seen: Its host.
+    """
+    chance = torch.Generator().manual_seed(0)
+    length = min(seen.tokens, 32)
+    if isinstance(seen, Seq2SeqSeen):
+        sizes: tuple[int, ...] = (seen.form.source, seen.form.target)
+    else:
+        assert isinstance(seen, SequenceSeen)
+        if not seen.form.vocab:
+            x = torch.randn(1, length, seen.form.width, generator=chance)
+            return _exercised(model, (x,), f"{length} random vectors")
+        sizes = (seen.form.vocab,)
+    ids = tuple(torch.randint(min(4, size - 1), size, (1, length), generator=chance) for size in sizes)
+    return _exercised(model, ids, " and ".join([f"{length} random tokens"] * len(ids)))
+
+
+def _exercised(model: nn.Module, sample: tuple[Tensor, ...], what: str) -> Exercise:
     was_training = model.training
     times = []
     model.eval()
     with torch.no_grad():
         for _ in range(3):
             began = time.perf_counter()
-            out = model(x)
+            out = model(*sample)
             times.append(time.perf_counter() - began)
     model.train()
     began = time.perf_counter()
-    logits = model(x.repeat(2, 1, 1, 1))
-    logits.float().logsumexp(
-        dim=-1
-    ).mean().backward() if logits.ndim == 2 else logits.float().square().mean().backward()
+    logits = model(*(torch.cat([t, t]) for t in sample)).float()
+    (logits.logsumexp(dim=-1).mean() if logits.ndim == 2 else logits.square().mean()).backward()
     backward = time.perf_counter() - began
     missing = tuple(
         n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.isfinite().all())
@@ -267,6 +364,4 @@ def exercise(model: nn.Module, picture: str | os.PathLike) -> Exercise:
     model.zero_grad(set_to_none=True)
     model.train(was_training)
     tensors = sum(1 for _ in model.parameters())
-    return Exercise(
-        os.fspath(picture), tuple(out.shape), statistics.median(times), backward, tensors, missing
-    )
+    return Exercise(what, tuple(out.shape), statistics.median(times), backward, tensors, missing)

@@ -22,6 +22,7 @@ from attnzoo.cli import (
     schema,
     show,
     train,
+    translate,
 )
 from attnzoo.errors import ZooError
 
@@ -69,6 +70,7 @@ app.command("train")(train.train)
 app.command("compare")(compare.compare)
 app.command("resume")(resume.resume)
 app.command("eval")(eval.eval_)
+app.command("translate")(translate.translate)
 app.command("run", context_settings=run.CONTEXT)(run.run)
 
 FIRST_STEPS = """\

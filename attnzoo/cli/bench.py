@@ -9,7 +9,9 @@ from attnzoo.cli.list import AsJson
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="A timm model's name or a recipe; or `train`, `augment`.")],
+    model: Annotated[
+        str, typer.Argument(help="A timm model's name or a recipe; or `train`, `augment`, `decode`.")
+    ],
     against: Annotated[
         str | None, typer.Option(help="The baseline: a timm model's name, or a recipe.")
     ] = None,
@@ -23,7 +25,8 @@ def bench(
     """Compare speed and memory of two models: medians of alternating runs, and their ratios.
 
     `bench train` holds our training loop against torchvision's per-picture pipeline and a bare loop, `bench
-    augment` the augmentation alone.
+    augment` the augmentation alone, `bench decode` our greedy decoding against `torch.nn.Transformer` and
+    x-transformers.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr otherwise
     import torch
@@ -32,6 +35,9 @@ def bench(
     from attnzoo.cli.render import say, say_json, say_next, table
     from attnzoo.errors import ZooError
 
+    if model == "decode":
+        _decoding(threads or os.cpu_count() or 1, as_json)
+        return
     if model in ("train", "augment"):
         _pipeline(model, threads or os.cpu_count() or 1, as_json)
         return
@@ -73,8 +79,7 @@ def bench(
     say(
         f"{model} against {against}: batch {batch} in eval, {train_batch} in training, {rounds} alternating pairs"
     )
-    say(f"{here.device}, {here.threads} threads, torch {here.torch}, timm {here.timm}; "
-        f"float32 matrix product {here.gemm:.0f} GFLOP/s, tanh {here.tanh:.2f} Gelem/s")  # fmt: skip
+    say(_machine(vars(here)))
     table(
         ["", model, against, "ratio", "wanted"],
         [
@@ -88,6 +93,11 @@ def bench(
         style="dim",
     )
     say_next("attnzoo compose RECIPE")
+
+
+def _machine(here: dict[str, Any]) -> str:
+    return ("{device}, {threads} threads, torch {torch}, timm {timm}; "
+            "float32 matrix product {gemm:.0f} GFLOP/s, tanh {tanh:.2f} Gelem/s").format_map(here)  # fmt: skip
 
 
 def _spread(values: tuple[float, float, float]) -> str:
@@ -143,3 +153,25 @@ def _pipeline(what: str, threads: int, as_json: bool) -> None:
             say(f"  {name:12s} {figures[name]:8.0f} ms")
         say(f"over torchvision, {figures['baseline']}: {figures['ratio']:.1f}")
     say_next("attnzoo train ham_b --data digits")
+
+
+def _decoding(threads: int, as_json: bool) -> None:
+    """`bench decode`."""
+    from attnzoo.bench import decoding
+    from attnzoo.cli.render import say, say_json, say_next, table
+
+    figures = decoding.measure(threads=threads)
+    if as_json:
+        say_json(figures)
+        return
+    say("greedy, {0}+{1} layers of {dim} channels, batch {batch}, {tokens} to {tokens} tokens, "
+        "vocabulary {vocabulary}; {rounds} alternating rounds".format(*figures["layers"], **figures))  # fmt: skip
+    say(_machine(figures["machine"]))
+    rows = []
+    for name, rates in figures["tokens_per_second"].items():
+        over = figures["over"].get(name)
+        rates = _spread(rates) if rates else f"not installed: {decoding.INSTALL}"
+        rows.append([name, rates, f"{over:.2f}" if over else ""])
+    table(["", "tokens/s", "ours over it"], rows, right=["tokens/s", "ours over it"])
+    say("median (25th to 75th percentile), encoder included; nobody ends a sequence early", style="dim")
+    say_next("attnzoo train transformer --data reverse")

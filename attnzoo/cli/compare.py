@@ -14,7 +14,7 @@ def compare(
         list[str], typer.Argument(help="Recipes; the first is what the others are held against.")
     ],
     data: Annotated[
-        str | None, typer.Option(help="digits, cifar10, cifar100, synthetic or folder:PATH.")
+        str | None, typer.Option(help="digits, cifar10, folder:PATH, reverse, tsv:FILE, recall, ...")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each recipe.")] = 5,
     epochs: Annotated[
@@ -40,7 +40,7 @@ def compare(
     from attnzoo.train.compare import compare as run_all
     from attnzoo.train.compare import equal_flops, trials
     from attnzoo.train.page import page
-    from attnzoo.train.settings import prepare
+    from attnzoo.train.settings import EXAMPLES, kind_of, prepare
 
     known = ("epochs", "flops", "seconds")
     if budget not in known:
@@ -63,9 +63,17 @@ def compare(
     names = [name for name, _, _ in prepared]
     if len(set(names)) != len(names):
         raise RunError("AZ812", f"two recipes are called {names[0]}", help="give each a `name:` of its own")
+    kinds = [kind_of(loaded, settings) for _, loaded, settings in prepared]
+    if len(set(kinds)) > 1:
+        raise RunError("AZ812", f"these recipes learn from different things: {', '.join(dict.fromkeys(kinds))}",
+                       help="name data that suit them all with --data")  # fmt: skip
     shares = None
+    if budget == "flops" and kinds[0] != "images":
+        raise RunError("AZ812", f"there are no equal FLOPs for {kinds[0]}",
+                       why="their length differs, and so does the work from step to step",
+                       help="use --budget epochs, or --budget seconds --minutes M")  # fmt: skip
     if budget == "flops":
-        seen = [resolve(loaded).seen.image for _, loaded, _ in prepared]
+        seen = [resolve(loaded).seen.sample() for _, loaded, _ in prepared]
         counts = [
             flops(build(loaded, {}), image)[""] for (_, loaded, _), image in zip(prepared, seen, strict=True)
         ]
@@ -84,15 +92,16 @@ def compare(
     if as_json:
         say_json(result.as_dict() | {"page": str(target)})
         return
+    speed = f"{EXAMPLES[kinds[0]]}/s"
     table(
-        ["recipe", "best accuracy", "at epoch", "last accuracy", "epochs", "parameters", "pictures/s"],
+        ["recipe", "best accuracy", "at epoch", "last accuracy", "epochs", "parameters", speed],
         [
             [r.recipe, f"{r.best:.2%} ± {r.best_spread:.2%}", f"{r.best_epoch:.1f}",
              f"{r.last:.2%} ± {r.last_spread:.2%}",
              f"{r.epochs:.0f}", f"{r.params:,}", f"{r.images_per_second:,.0f}"]
             for r in result.rows
         ],
-        right=["best accuracy", "at epoch", "last accuracy", "epochs", "parameters", "pictures/s"],
+        right=["best accuracy", "at epoch", "last accuracy", "epochs", "parameters", speed],
     )  # fmt: skip
     for difference, text in zip(result.differences, result.sentences(), strict=True):
         say(text, style={"better": "green", "worse": "red", "noise": ""}[difference.verdict])

@@ -25,19 +25,28 @@ def compose(
     as_json: AsJson = False,
 ) -> None:
     """Compose a model, show what it is and costs, and run one forward and backward."""
-    from attnzoo.bench.composition import default_picture, describe, exercise
+    from attnzoo.bench.composition import default_picture, describe, exercise, exercise_tokens
     from attnzoo.cli.render import say, say_json, say_next
+    from attnzoo.errors import RecipeError
     from attnzoo.recipe import compose_file
     from attnzoo.recipe.compose import build
     from attnzoo.recipe.weights import init_model, save
 
     composition = compose_file(recipe, edits)
+    if composition.image is None and (image or out or init_from):
+        name = "image" if image else "out" if out else "init-from"
+        raise RecipeError("AZ611", f"--{name} belongs to backbones of timm; `{recipe}` is a model of sequences",
+                          help=f"leave it out; `attnzoo train {recipe}` trains it")  # fmt: skip
     report = describe(composition)
     if not as_json:
         _describe(report)
     model = build(composition.loaded, {})
     ledger = init_model(model, init_from) if init_from else None
-    run = exercise(model, image or default_picture())
+    run = (
+        exercise_tokens(model, composition.seen)
+        if composition.image is None
+        else exercise(model, image or default_picture())
+    )
     if out:
         save(model, out)
     if as_json:
@@ -55,8 +64,10 @@ def compose(
         if out:
             say(f"written: {out}/config.json and {out}/model.safetensors")
             steps.insert(0, f"timm.create_model('local-dir:{out}', pretrained=True)")
-        else:
+        elif report.image:
             steps.append(f"attnzoo compose {recipe} --out DIR")
+        else:
+            steps.append(f"attnzoo train {recipe}")
         say_next(*steps)
     if run.without_gradient:
         raise typer.Exit(1)
@@ -68,14 +79,21 @@ def _describe(report) -> None:
     say(f"{report.name}   {report.file}   sha256 {report.sha256[:12]}", style="bold")
     if report.summary:
         say(report.summary)
-    channels, rows, columns = report.image
-    grid, prefix = " × ".join(map(str, report.grid)), f" + {report.prefix}" if report.prefix else ""
     inner = " | ".join(dict.fromkeys(_formulas(report)))
-    head = f"{report.classes} classes" if report.classes else "features"
-    front = report.depth - report.sites
-    inside = f"{f'{front} × [ conv ] → ' if front else ''}{report.sites} × [ {inner} → mlp ]"
+    front = report.depth - len(next(iter(report.heads.values())))
+    conv = f"{front} × [ conv ] → " if report.image and front else ""
+    layers = " → ".join(
+        f"{len(counts)} × [ {inner if len(report.heads) == 1 else group} → mlp ]"
+        for group, counts in report.heads.items()
+        if "." not in group
+    )
     say()
-    say(f"{channels} × {rows} × {columns} picture → {grid}{prefix} tokens → {inside} → {head}")
+    say(f"{report.takes} → {conv}{layers} → {report.gives}")
+    if any(len(set(counts)) > 1 for counts in report.heads.values()):
+        for group, counts in report.heads.items():
+            say(f"heads of {group}: {', '.join(map(str, counts))}")
+    if report.skip:
+        say(f"skip {report.skip}")
     lines = []
     for part in report.parts:
         sites = part.sites
@@ -113,9 +131,11 @@ def _describe(report) -> None:
     )
     start = "yes, bit for bit, given its weights" if report.starts_equal else "no"
     loads = "yes" if not report.lost_tensors else f"all but {len(report.lost_tensors)} tensors"
-    say(
-        f"starts equal to {report.base}: {start}   loads its weights: {loads}, {report.new_tensors} new tensors"
-    )
+    if report.image:
+        say(
+            f"starts equal to {report.base}: {start}   loads its weights: {loads}, "
+            f"{report.new_tensors} new tensors"
+        )
     say(f"supports: {', '.join(report.supports)}   not: {', '.join(report.lacks)}")
 
 
@@ -145,7 +165,7 @@ def _ran(run) -> None:
 
     shape = " × ".join(map(str, run.shape))
     say(f"forward: {Path(run.image).name} → {shape} in {seconds(run.forward)}")
-    say(f"forward and backward, two pictures, training mode: {seconds(run.backward)}")
+    say(f"forward and backward, two samples, training mode: {seconds(run.backward)}")
     if run.without_gradient:
         say(f"no finite gradient for {', '.join(run.without_gradient)}", style="red")
     else:

@@ -13,9 +13,7 @@ def eval_(
     which: Annotated[
         Literal["best", "last"], typer.Option(help="Weights of the best or the last epoch.")
     ] = "best",
-    data: Annotated[
-        str | None, typer.Option(help="Other data with the same classes.", show_default=False)
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Other data of the same kind.", show_default=False)] = None,
     committee: Annotated[bool, typer.Option("--committee", help="Let all runs decide together.")] = False,
     vote: Annotated[
         Literal["probability", "logit", "majority"], typer.Option(help="How a committee decides.")
@@ -25,7 +23,7 @@ def eval_(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Test a trained model: accuracy with its 95 % interval, loss, and both by class; or a committee of models."""
+    """Test a trained model: accuracy and loss, of pictures with a 95 % interval and by class; or a committee."""
     from attnzoo.cli.render import say, say_json, say_next, table
     from attnzoo.errors import RunError
     from attnzoo.train import open_run
@@ -39,12 +37,17 @@ def eval_(
         )
     run = runs[0]
     found = open_run(run)
-    notes, result = found.notes(), found.evaluate(which, data)
-    if as_json:
-        say_json({"run": str(run), "which": which, "data": data or found.settings.data} | result.as_dict())
+    notes, what = found.notes(), {"run": str(run), "which": which, "data": data or found.settings.data}
+    if not as_json:
+        for note in notes:
+            say(note, style="dim")
+    if found.kind != "images":
+        _figures(found, which, data, what, as_json)
         return
-    for note in notes:
-        say(note, style="dim")
+    result = found.evaluate(which, data)
+    if as_json:
+        say_json(what | result.as_dict())
+        return
     low, high = result.interval
     say(f"{run}: {100 * result.accuracy:.2f} % ({100 * low:.2f} to {100 * high:.2f} %) "
         f"of {result.images} pictures, loss {result.loss:.4f}", style="bold")  # fmt: skip
@@ -60,12 +63,35 @@ def eval_(
     say_next(f"attnzoo heatmap {run}")
 
 
+def _figures(run: Any, which: Any, data: str | None, what: dict[str, str], as_json: bool) -> None:
+    """What the log says of the test side, for pairs and sequences."""
+    from attnzoo.cli.render import say, say_json
+
+    figures = {name.removeprefix("test_"): value for name, value in run.figures(which, data).items()}
+    if as_json:
+        say_json(what | figures)
+        return
+    loss = figures.pop("loss")
+    shares = ", ".join(f"{name} {100 * share:.2f} %" for name, share in figures.items())
+    say(f"{run.folder}: {shares}, loss {loss:.4f}", style="bold")
+    asked = {
+        "pairs": "accuracy: share of target tokens that are right given the right ones before; exact: of whole targets",
+        "sequences": "accuracy: share of what is asked that is right; of numbers, the share of variance explained (R²)",
+    }
+    say(asked[run.kind], style="dim")
+
+
 def _committee(runs: list[Path], which: Any, vote: Any, standardise: bool, as_json: bool) -> None:
     from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.errors import RunError
     from attnzoo.lab.committee import evaluate_committee
     from attnzoo.train import open_run
 
-    result = evaluate_committee([open_run(run) for run in runs], which, vote, standardise)
+    members = [open_run(run) for run in runs]
+    if other := next((run for run in members if run.kind != "images"), None):
+        raise RunError("AZ814", f"`{other.folder}` cannot vote: it was trained on {other.kind}",
+                       why="a committee decides about classes of pictures", help="take runs on pictures")  # fmt: skip
+    result = evaluate_committee(members, which, vote, standardise)
     if as_json:
         say_json(result.as_dict() | {"which": which})
         return

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,14 +18,29 @@ def heatmap(
     images: Annotated[
         list[Path], typer.Option("--images", help="A picture or a folder of pictures; again for more.")
     ] = [],  # noqa: B006
+    texts: Annotated[
+        list[str], typer.Option("--text", help="A text for a run on text; again for more.")
+    ] = [],  # noqa: B006
+    targets: Annotated[
+        list[str], typer.Option("--target", help="What the decoder is given; the model's own when left out.")
+    ] = [],  # noqa: B006
     count: Annotated[
-        int | None, typer.Option(min=1, help="How many pictures, drawn at random; 8, or 1 with --what heads.")
+        int | None,
+        typer.Option(
+            min=1, help="How many, drawn at random; 8 pictures, or 1 with --what heads and of text."
+        ),
     ] = None,
     what: Annotated[
-        Literal["model", "rollout", "mechanism", "heads"],
-        typer.Option(help="Branches and rollout; rollout, branches or heads by layer."),
-    ] = "model",
+        Literal["model", "rollout", "mechanism", "heads"] | None,
+        typer.Option(
+            help="Branches and rollout; rollout, branches or heads by layer. Of text `heads` first."
+        ),
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="One layer only, from 0.")] = None,
+    site: Annotated[
+        Literal["encoder", "decoder", "cross"] | None,
+        typer.Option(help="Of text: one kind of attention only."),
+    ] = None,
     fusion: Annotated[
         Literal["mean", "max", "min"], typer.Option(help="How a rollout fuses heads.")
     ] = "mean",
@@ -39,20 +55,92 @@ def heatmap(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The PNG; NAME-WHAT.png when left out.")] = None,
     npy: Annotated[
-        bool, typer.Option("--npy", help="Write the maps beside it: pictures, rows, columns, y, x.")
+        bool,
+        typer.Option(
+            "--npy",
+            help="Write the maps beside it: pictures, rows, columns, y, x; of text rows, columns, n, m.",
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the draw, and of an untrained model's weights.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Draw what a model looks at: mean maps, rollout, mechanisms by layer, heads."""
-    from attnzoo.cli.render import say, say_json, say_next
+    from attnzoo.cli.render import say_next
+
+    run, loaded = _opened(model, init_from)
+    name = Path(model).resolve().name if run else loaded.name
+    if loaded.recipe.host.kind in ("seq2seq", "sequence"):
+        _only_for(
+            "pictures",
+            f"`{name}` is a model of sequences",
+            ("--images", images, "`--text TEXT` says what is shown of a run"),
+            (f"--what {what}", what in ("model", "rollout"), "choose --what heads or --what mechanism"),
+            ("--fusion", fusion != "mean", "leave it out: it belongs to a rollout"),
+            ("--discard", discard, "leave it out: it belongs to a rollout"),
+            ("--init-from", init_from, f"`attnzoo train {model}` trains it"),
+        )
+        what = what or "heads"
+        text = _text_of_run(run, name, which) if run else _text_of_recipe(loaded, seed)
+        examples = text.examples(texts, targets, count, seed)
+        _draw_text(text, examples, what, layer, site, out, npy, as_json)
+    else:
+        _only_for(
+            "text",
+            f"`{name}` looks at pictures",
+            ("--text", texts, "`--images` names pictures"),
+            ("--target", targets, "leave it out: it belongs to --text"),
+            ("--site", site, "leave it out, or choose a layer with --layer"),
+        )
+        what = what or "model"
+        seen = _from_run(run, name, which) if run else _from_recipe(loaded, init_from, seed)
+        pictures = seen.pictures(images, count or (1 if what == "heads" else 8), seed)
+        _draw_pictures(seen, pictures, what, layer, fusion, discard, out, npy, as_json)
+    if not as_json:
+        say_next(f"attnzoo heatmap {model} --what {'mechanism' if what == 'heads' else 'heads'}")
+
+
+def _opened(name: str, init_from: Path | None) -> tuple[Any, Any]:
+    """The run that is meant, or None, and its recipe."""
+    from attnzoo.errors import ZooError
+    from attnzoo.recipe.load import load
+    from attnzoo.train import open_run
+
+    if not _is_run(name):
+        return None, load(name)
+    if init_from is not None:
+        raise ZooError("AZ907", f"`{name}` is a run, which has weights of its own",
+                       help="leave --init-from out, or name the recipe")  # fmt: skip
+    run = open_run(name)
+    return run, run.loaded
+
+
+def _only_for(kind: str, but: str, *options: tuple[str, Any, str]) -> None:
+    """Refuse options that belong to models of another kind: the first that was given, with what to do instead."""
+    from attnzoo.errors import ZooError
+
+    for option, given, help in options:
+        if given:
+            raise ZooError("AZ908", f"`{option}` is for {kind}, and {but}", help=help)
+
+
+def _draw_pictures(
+    seen: "_Subject",
+    chosen: tuple[Any, list[str], list[int] | None],
+    what: Literal["model", "rollout", "mechanism", "heads"],
+    layer: int | None,
+    fusion: Literal["mean", "max", "min"],
+    discard: float,
+    out: Path | None,
+    npy: bool,
+    as_json: bool,
+) -> None:
+    """One sheet for all pictures."""
+    from attnzoo.cli.render import say, say_json
     from attnzoo.data import evaluation
     from attnzoo.lab.heatmap import TITLES, captions, heat_sheet, notes, save_sheet, view
     from attnzoo.lab.maps import collect
 
-    seen = _from_run(model, which, init_from) if _is_run(model) else _from_recipe(model, init_from, seed)
-    count = count or (1 if what == "heads" else 8)
-    pictures, names, truths = seen.pictures(images, count, seed)
+    pictures, names, truths = chosen
     maps = collect(seen.model, evaluation(seen.size, seen.mean, seen.std)(pictures))
     shown = view(maps, what, layer=layer, fusion=fusion, ratio=discard)
     lines = captions(maps, names, truths, seen.classes)
@@ -79,8 +167,56 @@ def heatmap(
     say(f"pictures: {len(pictures)} · layers: {len(maps.sites)} · branches: {branches} · {seen.state}")
     for absent in {one.branch: one for one in maps.absent}.values():
         say(f"{absent.branch} has no map: {absent.reason}", style="yellow")
-    other = "heads" if what != "heads" else "mechanism"
-    say_next(f"attnzoo heatmap {model} --what {other}")
+
+
+def _draw_text(
+    seen: "_TextSubject",
+    examples: Sequence[Any],
+    what: Any,
+    layer: int | None,
+    site: str | None,
+    out: Path | None,
+    npy: bool,
+    as_json: bool,
+) -> None:
+    """One sheet for each example."""
+    from attnzoo.cli.render import say, say_json
+    from attnzoo.lab.heatmap import save_sheet
+    from attnzoo.lab.text_maps import collect_text
+    from attnzoo.lab.text_sheet import TEXT_TITLES, text_notes, text_sheet, text_view
+
+    out, told = out or Path(f"{seen.name}-{what}.png"), []
+    for i, example in enumerate(examples, start=1):
+        maps = collect_text(seen.model, *example.inputs).only(site, layer)
+        blocks = text_view(maps, example, what)
+        remarks = [f"{example.name}; {seen.state}", *text_notes(maps, blocks, what)]
+        sheet = text_sheet(blocks, what, f"{seen.name}: {TEXT_TITLES[what]}", example.lines, remarks)
+        path = out.with_name(f"{out.stem}-{i}{out.suffix}") if len(examples) > 1 else out
+        written = save_sheet(sheet, path, {block.side: block.values() for block in blocks} if npy else None)
+        told.append(
+            {
+                "written": [str(path) for path in written],
+                "size": list(sheet.size),
+                "example": example.name,
+                "lines": [text for text, _ in example.lines],
+                "tokens": example.words,
+                "heads": {stack.side: stack.heads() for stack in maps.stacks},
+                "maps": [found.as_dict() for found in maps.maps],
+                "absent": [vars(absent) for absent in maps.absent],
+            }
+        )
+        if not as_json:
+            for path in written:
+                say(f"written: {path}")
+            for text, _ in example.lines:
+                say(f"  {text}")
+    if as_json:
+        say_json({"sheets": told})
+        return
+    heads = " · ".join(f"{stack.side} {' '.join(map(str, stack.heads()))}" for stack in maps.stacks)
+    say(f"heads by layer: {heads} · {seen.state}")
+    for absent in {one.branch: one for one in maps.absent}.values():
+        say(f"{absent.branch} has no map: {absent.reason}", style="yellow")
 
 
 @dataclass(frozen=True)
@@ -131,28 +267,18 @@ def _is_run(name: str) -> bool:
     return Path(name).is_dir() and name not in load_zoo().recipes
 
 
-def _from_run(folder: str, which: Literal["best", "last"], init_from: Path | None) -> _Subject:
-    from attnzoo.errors import ZooError
-    from attnzoo.train import open_run
-
-    if init_from is not None:
-        raise ZooError("AZ907", f"`{folder}` is a run, which has weights of its own",
-                       help="leave --init-from out, or name the recipe")  # fmt: skip
-    run = open_run(folder)
+def _from_run(run: Any, name: str, which: Literal["best", "last"]) -> _Subject:
     data, model = run.data(), run.model(which)
-    name = Path(folder).resolve().name
     state = f"{run.loaded.name}, {which} epoch"
     return _Subject(name, state, model, data.image, data.mean, data.std, data.classes, data.test)
 
 
-def _from_recipe(recipe: str, init_from: Path | None, seed: int) -> _Subject:
+def _from_recipe(loaded: Any, init_from: Path | None, seed: int) -> _Subject:
     import torch
 
     from attnzoo.recipe.compose import build
-    from attnzoo.recipe.load import load
     from attnzoo.recipe.weights import init_model
 
-    loaded = load(recipe)
     torch.manual_seed(seed)
     model = build(loaded, {}).eval()
     state = f"untrained, seed {seed}"
@@ -163,3 +289,71 @@ def _from_recipe(recipe: str, init_from: Path | None, seed: int) -> _Subject:
     cfg: Any = model.pretrained_cfg
     size = tuple(cfg["input_size"])
     return _Subject(loaded.name, state, model, size, cfg["mean"][: size[0]], cfg["std"][: size[0]])
+
+
+@dataclass(frozen=True)
+class _TextSubject:
+    """A model of sequences that is looked into.
+
+    Args:
+        name: For the title and the file.
+        state: How it was trained.
+        model: In eval mode.
+        pairs: Whether it translates; otherwise it is one stack.
+        run: What it was trained in; None for a recipe's model.
+    """
+
+    name: str
+    state: str
+    model: Any
+    pairs: bool
+    run: Any = None
+
+    def examples(
+        self, texts: Sequence[str], targets: Sequence[str], count: int | None, seed: int
+    ) -> list[Any]:
+        """What is shown: texts, or examples of the test side, or random ids for a recipe's model."""
+        from attnzoo.errors import ZooError
+        from attnzoo.lab.heatmap import drawn
+        from attnzoo.lab.text_maps import pair_example, random_example, sequence_example, translated_example
+
+        single = f"`{self.name}` is one stack"
+        _only_for("pairs", single, ("--target", targets and not self.pairs, "leave it out"))
+        _only_for(
+            "examples that are drawn", "--text names them", ("--count", texts and count, "leave it out")
+        )
+        untrained = f"`{self.name}` is a recipe without a vocabulary"
+        _only_for(
+            "runs", untrained, ("--text", texts and self.run is None, "leave it out: random ids are shown")
+        )
+        if targets and len(targets) != len(texts):
+            raise ZooError("AZ908", f"{len(targets)} targets were given for {len(texts)} texts",
+                           help="write one --target for each --text, or none")  # fmt: skip
+        if self.run is None:
+            return [random_example(self.model, seed + i) for i in range(count or 1)]
+        if texts and self.pairs:
+            words, given = self.run.vocabularies(), list(targets) or repeat(None)
+            return [
+                translated_example(self.model, words, text, target, name=f"text {i}")
+                for i, (text, target) in enumerate(zip(texts, given, strict=False), 1)
+            ]
+        data = self.run.data()
+        if texts:
+            return [sequence_example(self.model, data, text, f"text {i}") for i, text in enumerate(texts, 1)]
+        example: Any = pair_example if self.pairs else sequence_example
+        return [example(self.model, data, i) for i in drawn(len(data.test), count or 1, seed)]
+
+
+def _text_of_run(run: Any, name: str, which: Literal["best", "last"]) -> _TextSubject:
+    pairs = run.loaded.recipe.host.kind == "seq2seq"
+    return _TextSubject(name, f"{run.loaded.name}, {which} epoch", run.model(which), pairs, run)
+
+
+def _text_of_recipe(loaded: Any, seed: int) -> _TextSubject:
+    import torch
+
+    from attnzoo.recipe.compose import build
+
+    torch.manual_seed(seed)
+    model = build(loaded, {}).eval()
+    return _TextSubject(loaded.name, f"untrained, seed {seed}", model, loaded.recipe.host.kind == "seq2seq")

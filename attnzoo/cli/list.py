@@ -133,8 +133,8 @@ def _recipes(zoo) -> list[dict[str, Any]]:
             recipe = load(str(entry.value)).recipe
             row = {
                 "name": name,
-                "base": recipe.host.base,
-                "registers": recipe.host.registers,
+                "base": getattr(recipe.host, "base", recipe.host.kind),
+                "registers": getattr(recipe.host, "registers", None),
                 "summary": recipe.summary,
             }
         except ZooError as error:

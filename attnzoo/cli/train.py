@@ -25,11 +25,16 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (ham_b) or file (recipes/ham_b.yaml).")],
     data: Annotated[
         str | None,
-        typer.Option(help="digits, cifar10, cifar100, synthetic or folder:PATH; the recipe's own otherwise."),
+        typer.Option(
+            help="digits, cifar10, synthetic, folder:PATH, reverse, opus_books:en-es, tsv:FILE, recall, ...; "
+            "the recipe's own otherwise."
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training pictures.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training side.")] = None,
     minutes: Minutes = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures per step, over all processes.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pictures, pairs or sequences per step, over all processes.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     edits: Annotated[list[str], typer.Option("--set", help="Change a value: train.schedule.use=cosine")] = [],  # noqa: B006
@@ -100,17 +105,22 @@ def carry_out(loaded: Any, settings: Any, folder: Path, as_json: bool) -> None:
         return
     _show(figures)
     say(f"run: {folder}   curve: {', '.join(pictures)}")
-    say_next(f"attnzoo heatmap {folder}", f"attnzoo eval {folder}")
+    further = {"images": [f"attnzoo heatmap {folder}"], "pairs": [f"attnzoo translate {folder} TEXT"]}
+    say_next(*further.get(figures["data_kind"], []), f"attnzoo eval {folder}")
 
 
 def _show(figures: dict[str, Any]) -> None:
     from attnzoo.cli.render import duration, say, spaced
+    from attnzoo.train.settings import EXAMPLES
 
+    kind = figures["data_kind"]
+    examples = "images" if kind == "images" else EXAMPLES[kind]
     for name in ("best", "last"):
-        say(f"{name}: {100 * figures[f'{name}_accuracy']:.2f} % test accuracy, loss {figures[f'{name}_loss']:.4f}, "
-            f"epoch {figures[f'{name}_epoch']}", style="bold")  # fmt: skip
+        exact = f", {100 * figures[f'{name}_exact']:.2f} % exact" if kind == "pairs" else ""
+        say(f"{name}: {100 * figures[f'{name}_accuracy']:.2f} % test accuracy{exact}, "
+            f"loss {figures[f'{name}_loss']:.4f}, epoch {figures[f'{name}_epoch']}", style="bold")  # fmt: skip
     say(f"{spaced(figures['params'])} parameters, {duration(figures['seconds'])}, "
-        f"{figures['images_per_second']:,.0f} images/s in training")  # fmt: skip
+        f"{figures['images_per_second']:,.0f} {examples}/s in training")  # fmt: skip
 
 
 def _pictures(run: Any) -> list[str]:

@@ -13,11 +13,13 @@ from attnzoo.core.options import (
     option_texts,
     options_of,
 )
+from attnzoo.core.past import Past
+from attnzoo.core.rotary import rotate
 from attnzoo.core.site import Site
 from attnzoo.core.tap import Tap, find_taps, watch
 
 __all__ = [
     "FREE", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard", "Head", "Law", "Layout",
-    "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "PositiveFloat", "PositiveInt", "Site", "Start", "Tap",
-    "find_taps", "option_texts", "options_of", "watch",
+    "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "Past", "PositiveFloat", "PositiveInt", "Site",
+    "Start", "Tap", "find_taps", "option_texts", "options_of", "rotate", "watch",
 ]  # fmt: skip

@@ -8,9 +8,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar, final
+from typing import ClassVar, cast, final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,11 +17,10 @@ from attnzoo.core.card import Card, FusionCard, Law
 from attnzoo.core.fusion import Fusion, inside_heads
 from attnzoo.core.layout import Layout
 from attnzoo.core.mask import FREE, Mask
+from attnzoo.core.past import Past
+from attnzoo.core.rotary import rotate
 from attnzoo.core.site import Site
 from attnzoo.errors import UnsupportedContext
-
-Cache = tuple[Tensor, Tensor]
-"""Keys and values so far, (b h m d) each."""
 
 
 class _Part(nn.Module):
@@ -132,6 +130,29 @@ class Mechanism(_Part, ABC):
             layout: How the tokens that are read from are arranged.
         """
 
+    def step(
+        self,
+        x: Float[Tensor, "b n c"],
+        past: Past,
+        context: Float[Tensor, "b m e"] | None = None,
+        *,
+        mask: Mask,
+        layout: Layout,
+    ) -> Float[Tensor, "b n c"]:
+        """The newest tokens only: the last rows of what `forward` gives for all tokens so far.
+
+        Here it is just that, which holds for every mechanism. What need not look at the old tokens again overrides it.
+
+        Args:
+            x: The newest n tokens (b n c).
+            past: What was kept of the tokens before; is extended.
+            context: As for `forward`; the same in every step.
+            mask: As `forward` would get it for all tokens so far: causal without a context.
+            layout: All tokens so far, or the context's.
+        """
+        (tokens,) = past.extend(x)
+        return self.forward(tokens, context, mask=mask, layout=layout)[:, -x.shape[1] :]
+
 
 @final
 class MultiHead(Mechanism):
@@ -160,28 +181,39 @@ class MultiHead(Mechanism):
         self.norm = site.norm(site.dim) if site.scale_norm else nn.Identity()
         self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
         self.proj_drop = nn.Dropout(site.proj_drop)
+        self.rotary = site.rotary
+        self.skip: nn.Module = nn.Identity()  # hosts put here what joins the merged heads of two layers
 
-    def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (b h n d), keys and values (b h m d)."""
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries for a context, (b h n d)."""
         b, n, _ = x.shape
-        source = self.source(x, context)
-        if context is None:
-            qkv = self.qkv(x).reshape(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-            q, k, v = qkv.unbind(0)
-        else:
-            q = self.q(x).reshape(b, n, self.heads, self.head_dim).transpose(1, 2)
-            kv = (
-                self.kv(source)
-                .reshape(b, source.shape[1], 2, self.heads, self.head_dim)
-                .permute(2, 0, 3, 1, 4)
-            )
-            k, v = kv.unbind(0)
-        return self.q_norm(q), self.k_norm(k), v
+        return self.q_norm(self.q(x).reshape(b, n, self.heads, self.head_dim).transpose(1, 2))
+
+    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a context, (b h m d) each."""
+        b, m, _ = context.shape
+        kv = self.kv(context).reshape(b, m, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        k, v = kv.unbind(0)
+        return self.k_norm(k), v
+
+    def project(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens themselves, (b h n d) each.
+
+        Args:
+            x: (b n c).
+            first: Position of the first token.
+        """
+        b, n, _ = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (rotate(q, first), rotate(k, first), v) if self.rotary else (q, k, v)
 
     def merge(self, heads: Tensor) -> Tensor:
         """Heads (b h n d) as tokens (b n c), projected."""
         b, _, n, _ = heads.shape
-        return self.proj_drop(self.proj(self.norm(heads.transpose(1, 2).reshape(b, n, self.dim))))
+        merged = self.skip(heads.transpose(1, 2).reshape(b, n, self.dim))
+        return self.proj_drop(self.proj(self.norm(merged)))
 
     def forward(
         self,
@@ -191,24 +223,29 @@ class MultiHead(Mechanism):
         mask: Mask = FREE,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
-        q, k, v = self.project(x, context)
+        source = self.source(x, context)
+        q, k, v = self.project(x) if context is None else (self.queries(x), *self.read(source))
         return self.merge(self.head(q, k, v, mask=mask, layout=layout))
 
     def step(
-        self, x: Float[Tensor, "b n c"], past: Cache | None, *, mask: Mask, layout: Layout
-    ) -> tuple[Float[Tensor, "b n c"], Cache]:
-        """The newest tokens only, against all keys and values so far; for heads that claim `incremental`.
-
-        Args:
-            x: The newest n tokens (b n c).
-            past: Keys and values of the tokens before; None at the beginning.
-            mask: A causal mask; its `keys` cover all tokens so far.
-            layout: All tokens so far.
-        """
-        q, k, v = self.project(x, None)
-        if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        return self.merge(self.head(q, k, v, mask=mask, layout=layout)), (k, v)
+        self,
+        x: Float[Tensor, "b n c"],
+        past: Past,
+        context: Float[Tensor, "b m e"] | None = None,
+        *,
+        mask: Mask,
+        layout: Layout,
+    ) -> Float[Tensor, "b n c"]:
+        if not self.head.card.incremental:
+            return super().step(x, past, context, mask=mask, layout=layout)
+        source = self.source(x, context)
+        if context is None:
+            q, k, v = self.project(x, past.length)
+            k, v = past.extend(k, v)
+        else:
+            q = self.queries(x)
+            k, v = past.keep(lambda: self.read(source))
+        return self.merge(self.head(q, k, v, mask=mask, layout=layout))
 
 
 Build = Callable[[Site], _Part]
@@ -298,5 +335,15 @@ class Fused(Mechanism):
             for branch, x_i, mask_i in zip(
                 self.branches.values(), self.fusion.scatter(x, -1), _masks(self.fusion, mask), strict=True
             )
+        ]
+        return self.fusion(outs, x)
+
+    def step(self, x, past: Past, context=None, *, mask: Mask, layout: Layout) -> Float[Tensor, "b n c"]:
+        if Law.TOKEN_LOCAL not in self.fusion.card.laws:
+            return super().step(x, past, context, mask=mask, layout=layout)
+        parts = zip(self.branches.items(), self.fusion.scatter(x, -1), _masks(self.fusion, mask), strict=True)
+        outs = [
+            cast(Mechanism, branch).step(x_i, past.branch(name), context, mask=mask_i, layout=layout)
+            for (name, branch), x_i, mask_i in parts
         ]
         return self.fusion(outs, x)

@@ -27,6 +27,7 @@ class Site:
         proj_bias: Whether the output projection has a bias.
         qk_norm: Whether queries and keys are normalised per head.
         scale_norm: Whether the merged heads are normalised before the output projection.
+        rotary: Whether queries and keys are turned by their positions, where there is no context.
         norm: Builds a normalisation layer for a width.
     """
 
@@ -43,6 +44,7 @@ class Site:
     proj_bias: bool = True
     qk_norm: bool = False
     scale_norm: bool = False
+    rotary: bool = False
     norm: Callable[[int], nn.Module] = nn.LayerNorm
 
     @property

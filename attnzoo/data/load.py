@@ -44,11 +44,16 @@ def load_images(
         return load_synthetic(seed, size)
     for cifar in (CIFAR10, CIFAR100):
         if name == cifar.name:
-            return cifar.load(_root(root), download=download, size=size)
+            return cifar.load(data_folder(root), download=download, size=size)
     known = ", ".join(f"`{each}`" for each in DATASETS)
     hint = did_you_mean(kind if colon else name, [each.partition(":")[0] for each in DATASETS])
     raise DataError("AZ701", f"there is no data set `{name}`", help=hint or f"the data sets are {known}")
 
 
-def _root(root: str | Path | None) -> Path:
+def data_folder(root: str | Path | None) -> Path:
+    """Where downloaded data sets lie.
+
+    Args:
+        root: The environment's ATTNZOO_DATA, or `~/.cache/attnzoo`, when null.
+    """
     return Path(root or os.environ.get("ATTNZOO_DATA") or "~/.cache/attnzoo").expanduser()

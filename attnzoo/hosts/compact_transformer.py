@@ -7,6 +7,7 @@ rates), the authors' code is followed.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from attnzoo.core import Layout, Site
 from attnzoo.errors import RecipeError, did_you_mean
+from attnzoo.hosts.skip import Skip
 from attnzoo.hosts.survey import Put, Survey, init_normal, init_parts, on_meta, undecayed, without_weights
 
 default_cfgs: dict[str, Any] = {}
@@ -417,7 +419,7 @@ def survey(base: str, arguments: Mapping[str, Any]) -> Survey:
         base=base,
         arguments=arguments,
         dim=model.embed_dim,
-        heads=arguments.get("num_heads", BASES[base]["num_heads"]),
+        heads=(arguments.get("num_heads", BASES[base]["num_heads"]),) * len(model.blocks),
         depth=len(model.blocks),
         layout=model.layout,
         image=(model.in_chans, *model.tokenizer.img_size),
@@ -436,6 +438,7 @@ def build(
     pretrained: bool = False,
     pretrained_cfg: Mapping[str, Any],
     init: str = "timm",
+    skip: Skip = Skip(),  # noqa: B008 - frozen
     device: Any = None,
     dtype: torch.dtype | None = None,
     **timm_options,
@@ -448,6 +451,7 @@ def build(
         pretrained: Whether timm shall load the weights that `pretrained_cfg` names.
         pretrained_cfg: timm's configuration of the model.
         init: `timm` for the authors' initialisation, or `normal` for N(0, 0.02²) everywhere.
+        skip: None that does anything: the recipe's is refused before.
         device: Where it is built.
         dtype: Type of its parameters.
         timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, ...
@@ -455,7 +459,7 @@ def build(
     features = {"out_indices": timm_options.pop("out_indices", 3), "feature_cls": "getter"}
     with torch.device(device) if device is not None else nullcontext():
         model = build_model_with_cfg(
-            partial(CompactTransformer, put=put),
+            partial(CompactTransformer, put=lambda site: put(replace(site, heads=seen.heads[site.layer]))),
             pretrained_cfg.get("architecture", seen.base),
             pretrained,
             pretrained_cfg=dict(pretrained_cfg),

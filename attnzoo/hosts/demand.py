@@ -14,14 +14,20 @@ class Demand:
         context: Whether there is a context to read from.
         grid: Number of grid dimensions on offer.
         varying_length: Why the number of tokens may change from call to call; empty when it may not.
+        open_end: Why the last token is not where the grid ends; empty when it is.
         drops_tokens: Why tokens may be missing from the grid; empty when they may not.
+        rotary: Whether queries and keys are turned by their positions, which happens inside the heads.
+        token_local: Whether fusions must not mix tokens, because later ones are hidden.
     """
 
     masks: frozenset[str] = frozenset()
     context: bool = False
     grid: int = 1
     varying_length: str = ""
+    open_end: str = ""
     drops_tokens: str = ""
+    rotary: bool = False
+    token_local: bool = False
 
 
 def unmet(card: Card, demand: Demand) -> list[str]:
@@ -41,6 +47,8 @@ def unmet(card: Card, demand: Demand) -> list[str]:
         reasons.append(f"`{card.name}` needs a {card.grid}-D grid; the site has a {demand.grid}-D grid")
     if card.fixed_length and demand.varying_length:
         reasons.append(f"`{card.name}` takes a fixed number of tokens; {demand.varying_length}")
+    if card.grid is not None and demand.open_end:
+        reasons.append(f"`{card.name}` needs to know where the grid ends; {demand.open_end}")
     if (card.fixed_length or card.grid is not None) and demand.drops_tokens:
         reasons.append(f"`{card.name}` needs every token in its place; {demand.drops_tokens}")
     return reasons

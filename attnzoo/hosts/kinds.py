@@ -6,11 +6,12 @@ from typing import Any, Protocol
 from torch import nn
 
 from attnzoo.hosts import compact_transformer, vision_transformer
+from attnzoo.hosts.skip import Skip
 from attnzoo.hosts.survey import Put, Survey
 
 
-class Host(Protocol):
-    """What a module offers to be a kind of host. timm finds the configurations of its models in it."""
+class ImageHost(Protocol):
+    """What a module offers to be a kind of backbone. timm finds the configurations of its models in it."""
 
     __name__: str
     default_cfgs: dict[str, Any]
@@ -36,10 +37,11 @@ class Host(Protocol):
         pretrained: bool = False,
         pretrained_cfg: Mapping[str, Any],
         init: str = "timm",
+        skip: Skip,
         **timm_options,
     ) -> nn.Module:
         """The base with mechanisms at its sites."""
 
 
-HOSTS: dict[str, Host] = {"vit": vision_transformer, "cct": compact_transformer}
-"""Kind of host to the module that knows it."""
+HOSTS: dict[str, ImageHost] = {"vit": vision_transformer, "cct": compact_transformer}
+"""Kind of backbone to the module that knows it. `seq2seq` and `sequence` are no backbones of timm."""

@@ -1,67 +1,128 @@
 """What every kind of host has in common: what is known of it before it is built, and timm's words about it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from timm.models import PretrainedCfg
-from torch import nn
+from torch import Tensor, nn
 
-from attnzoo.core import Fusion, Head, Layout, Mechanism, Site
+from attnzoo.core import FREE, Card, Family, Fusion, Head, Layout, Mask, Mechanism, MultiHead, Site
 from attnzoo.errors import RecipeError
+from attnzoo.hosts.demand import Demand
 
 Put = Callable[[Site], Mechanism]
 """Builds what is put at a site."""
 
 
+class PlainHead(Head):
+    """Scaled dot-product attention, so that a model can be surveyed and counted before any mechanism is chosen."""
+
+    card = Card("plain", Family.DOT_PRODUCT, "Attention as it was before any zoo.",
+                masks={"keys", "pairs", "causal"}, context=True)  # fmt: skip
+
+    def attend(self, q, k, v, *, mask: Mask = FREE, layout: Layout) -> Tensor:
+        allowed = mask.dense(q.shape[2], k.shape[2], q.device)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+
+def plain_attention(site: Site) -> Mechanism:
+    """Attention as it was before any zoo."""
+    return MultiHead(site, PlainHead())
+
+
 @dataclass(frozen=True)
-class Survey:
-    """What a base model looks like, learnt without allocating it.
+class Seen(ABC):
+    """What a host looks like, learnt without allocating it.
 
     Args:
         family: What such models are called.
-        base: Its name.
-        arguments: The constructor arguments that differ from the base's.
+        base: The plain model's name.
         dim: Width of the tokens, in channels.
-        heads: Heads of each block.
-        depth: Number of blocks.
+        depth: Number of layers.
+        params: Number of parameters of the plain model.
+        model: The plain model, on the meta device.
+    """
+
+    family: str
+    base: str
+    dim: int
+    depth: int
+    params: int = 0
+    model: nn.Module = field(default_factory=nn.Module, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens a layer sees, at most."""
+        return next(iter(self.sites().values())).layout.length
+
+    @property
+    def bytes(self) -> int:
+        """A floor for the memory of one training step on one sample in float32: weights, gradients, activations."""
+        activations = 16 * self.depth * self.tokens * self.dim
+        return 4 * (2 * self.params + activations)
+
+    @abstractmethod
+    def sites(self) -> dict[str, Site]:
+        """The places where mechanisms are put, by name."""
+
+    @abstractmethod
+    def demand(self, site: str) -> Demand:
+        """What a place asks of whatever is put there."""
+
+    @abstractmethod
+    def module_path(self, site: str) -> str:
+        """Where in the model the mechanism of a site is."""
+
+    @abstractmethod
+    def sample(self) -> tuple[Tensor, ...]:
+        """What the model takes, for one sample."""
+
+    @abstractmethod
+    def skip_default(self, use: str) -> str:
+        """A glob over the sites between which a skip is put when the recipe does not say."""
+
+
+_Seen = TypeVar("_Seen", bound=Seen)
+
+
+def put_on_meta(seen: _Seen, build: Callable[[], nn.Module]) -> _Seen:
+    """What is seen with the plain model and its size."""
+    with torch.device("meta"):
+        model = build()
+    return replace(seen, model=model, params=sum(p.numel() for p in model.parameters()))
+
+
+@dataclass(frozen=True)
+class Survey(Seen):
+    """What a backbone for pictures looks like.
+
+    Args:
+        arguments: The constructor arguments that differ from the base's.
+        heads: Of each block.
         layout: Prefix tokens and grid.
         image: Channels, rows and columns of the expected picture, in pixels.
         classes: Number of classes.
-        params: Number of parameters of the plain model.
-        model: The plain model, on the meta device.
         first: Index of the first block that has a site; the ones before have no attention.
         resizes: Whether the model can be told another size of picture.
         dynamic: Whether the picture's size may change from call to call.
         patch_drop: Share of patches dropped in training.
     """
 
-    family: str
-    base: str
-    arguments: Mapping[str, Any]
-    dim: int
-    heads: int
-    depth: int
-    layout: Layout
-    image: tuple[int, int, int]
-    classes: int
-    params: int
-    model: nn.Module
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    heads: Sequence[int] = ()
+    layout: Layout = Layout((1,))
+    image: tuple[int, int, int] = (3, 1, 1)
+    classes: int = 0
     first: int = 0
     resizes: bool = True
     dynamic: bool = False
     patch_drop: float = 0.0
 
-    @property
-    def bytes(self) -> int:
-        """A floor for the memory of one training step on one picture in float32: weights, gradients, activations."""
-        activations = 16 * self.depth * self.layout.length * self.dim
-        return 4 * (2 * self.params + activations)
-
     def sites(self) -> dict[str, Site]:
-        """The places where mechanisms are put, by name."""
         sites = (self.site(layer) for layer in range(self.first, self.depth))
         return {site.name: site for site in sites}
 
@@ -70,12 +131,28 @@ class Survey:
         return Site(
             name=f"blocks.{layer}",
             dim=self.dim,
-            heads=self.heads,
+            heads=self.heads[layer],
             layout=self.layout,
             layer=layer,
             depth=self.depth,
             **options,
         )
+
+    def demand(self, site: str) -> Demand:
+        return Demand(
+            grid=len(self.layout.grid),
+            varying_length="`dynamic_img_size` lets it change" if self.dynamic else "",
+            drops_tokens="`patch_drop_rate` drops some in training" if self.patch_drop else "",
+        )
+
+    def module_path(self, site: str) -> str:
+        return f"{site}.attn"
+
+    def sample(self) -> tuple[Tensor, ...]:
+        return (torch.zeros(1, *self.image),)
+
+    def skip_default(self, use: str) -> str:
+        return "blocks.*"
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from attnzoo.core import FREE, Layout, Mask, Mechanism
 from attnzoo.errors import RecipeError, UnsupportedMask, did_you_mean
+from attnzoo.hosts.skip import Skip, Trail, install
 from attnzoo.hosts.survey import Put, Survey, init_normal, on_meta, undecayed, without_weights
 
 default_cfgs: dict[str, Any] = {}
@@ -61,7 +62,7 @@ def survey(base: str, arguments: Mapping[str, Any]) -> Survey:
         base=base,
         arguments=arguments,
         dim=model.embed_dim,
-        heads=first.attn.num_heads,
+        heads=(first.attn.num_heads,) * len(model.blocks),
         depth=len(model.blocks),
         layout=Layout(grid, model.num_prefix_tokens),
         image=(model.in_chans, *model.patch_embed.img_size),
@@ -91,10 +92,10 @@ def _check_host(base: str, model: nn.Module) -> None:
 
 
 class Cell:
-    """The layout of the tokens now in the model, written by the patch embedding and read by every block."""
+    """What belongs to one forward: the layout of its tokens and what layers hand on; begun by the patch embedding."""
 
     def __init__(self, layout: Layout):
-        self.layout = layout
+        self.layout, self.trail = layout, Trail()
 
 
 class ZooPatchEmbed(PatchEmbed):
@@ -109,6 +110,7 @@ class ZooPatchEmbed(PatchEmbed):
         self.cell.layout = Layout(tuple(self.grid_size), self.prefix)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.cell.trail.clear()
         if not self.strict_img_size:  # a fixed size needs no writing, and symbolic tracing knows no sizes
             self.cell.layout = Layout(self.dynamic_feat_size((x.shape[2], x.shape[3])), self.prefix)
         return super().forward(x)
@@ -130,15 +132,17 @@ class ZooBlock(Block):
         super().__init__(dim, num_heads, depth=depth, **timm_options | {"attn_layer": nn.Identity})
         self.attn = put(dim, num_heads, depth, timm_options)
         self.cell = cell
+        self.attn_skip: nn.Module = nn.Identity()
+        self.skip: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if isinstance(attn_mask, fx.Proxy) or isinstance(is_causal, fx.Proxy):
             x, mask = unmasked(x, attn_mask, is_causal), FREE
         else:
             mask = from_timm(attn_mask, is_causal)
-        mixed = self.attn(self.norm1(x), mask=mask, layout=self.cell.layout)
+        mixed = self.attn_skip(self.attn(self.norm1(x), mask=mask, layout=self.cell.layout))
         x = x + self.drop_path1(self.ls1(mixed))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self.skip(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
 
 def unmasked(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -200,6 +204,7 @@ def build(
     pretrained: bool = False,
     pretrained_cfg: Mapping[str, Any],
     init: str = "timm",
+    skip: Skip = Skip(),  # noqa: B008 - frozen
     **timm_options,
 ) -> nn.Module:
     """The base with mechanisms in its blocks.
@@ -210,11 +215,14 @@ def build(
         pretrained: Whether timm shall load the weights that `pretrained_cfg` names.
         pretrained_cfg: timm's configuration of the model.
         init: `timm`, or `normal` for N(0, 0.02²) everywhere.
+        skip: What blocks hand on.
         timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, `device`, ...
     """
     cell = Cell(seen.layout)
+    norms: list[Callable[[int], nn.Module]] = []
 
     def put_at(dim: int, heads: int, layer: int, block: dict[str, Any]) -> Mechanism:
+        norms.append(partial(block["norm_layer"], device=block["device"], dtype=block["dtype"]))
         site = seen.site(
             layer,
             attn_drop=block["attn_drop"],
@@ -237,10 +245,27 @@ def build(
         **timm_options,
     )
     vit = model if isinstance(model, VisionTransformer) else model.model  # features_only wraps it
+    if skip:
+        blocks: list[Any] = [vit.get_submodule(name) for name in skip.at]
+        cell.trail = install(skip, [block.attn for block in blocks], blocks, seen.dim, norms[0])
+        vit.set_grad_checkpointing = RefuseCheckpointing()  # type: ignore[method-assign]
     vit.no_weight_decay = NoWeightDecay(frozenset(vit.no_weight_decay() | undecayed(vit)))  # type: ignore[method-assign]
     if init == "normal" and not pretrained:
         init_normal(vit)
     return model
+
+
+class RefuseCheckpointing:
+    """In the place of `set_grad_checkpointing`: a block that is computed again would find what later ones handed on."""
+
+    def __call__(self, enable: bool = True) -> None:
+        if enable:
+            raise RecipeError(
+                "AZ315",
+                "a model whose blocks hand something on cannot compute blocks again in the backward pass",
+                why="`skip:` carries a value from block to block beside the tokens",
+                help="leave gradient checkpointing off, or compose with `skip: none`",
+            )
 
 
 def model_cfg(

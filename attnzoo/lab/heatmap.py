@@ -1,7 +1,7 @@
 """Heat maps of what a model looks at: which maps are shown, over which pictures."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,8 +65,8 @@ def view(
     Raises:
         ZooError: AZ903, when there is no map; AZ904, when there is no such layer.
     """
-    check_some(maps)
-    check_layer(maps, layer)
+    check_some(maps.maps, maps.absent)
+    check_layer(len(maps.sites), layer)
     layers = list(range(len(maps.sites))) if layer is None else [layer]
     branches = maps.branches()
     if what == "model":
@@ -183,14 +183,14 @@ def heat_sheet(
 
 
 def save_sheet(
-    sheet: Image.Image, out: str | os.PathLike, values: Float[Tensor, "b r k y x"] | None = None
+    sheet: Image.Image, out: str | os.PathLike, values: Tensor | Mapping[str, Tensor] | None = None
 ) -> list[Path]:
     """Write the sheet as PNG, and the maps beside it as `.npy`; folders are made, an older sheet is replaced.
 
     Args:
-        sheet: From `heat_sheet`.
+        sheet: From `heat_sheet` or `text_sheet`.
         out: A file that ends in `.png`.
-        values: The maps, if they are wanted.
+        values: The maps, if they are wanted; several, each with a name that the file's is followed by.
 
     Returns:
         What was written.
@@ -207,9 +207,10 @@ def save_sheet(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
-        if values is not None:
-            np.save(path.with_suffix(".npy"), values.cpu().numpy())
-            written.append(path.with_suffix(".npy"))
+        for name, tensor in (values if isinstance(values, Mapping) else {"": values}).items():
+            if tensor is not None:
+                written.append(path.with_name(f"{path.stem}{f'-{name}' if name else ''}.npy"))
+                np.save(written[-1], tensor.cpu().numpy())
     except OSError as error:
         raise ZooError("AZ905", f"cannot write `{path}`: {(error.strerror or str(error)).lower()}",
                        help="name another file with --out") from None  # fmt: skip

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -66,11 +66,15 @@ class Map:
         """Number of heads."""
         return self.weights.shape[1]
 
-    def matrix(self) -> Float[Tensor, "b h n m"]:
-        """What token i receives of token j: a pooled map is the same row n times, a gate a diagonal times m."""
+    def matrix(self, queries: int | None = None) -> Float[Tensor, "b h n m"]:
+        """What token i receives of token j: a pooled map is the same row n times, a gate a diagonal times m.
+
+        Args:
+            queries: How many tokens receive, n; as many as there are keys when None.
+        """
         m = self.weights.shape[-1]
         if self.kind == "pooled":
-            return self.weights[:, :, None].expand(-1, -1, m, -1)
+            return self.weights[:, :, None].expand(-1, -1, queries or m, -1)
         if self.kind == "gate":
             return torch.diag_embed(self.weights * m)
         return self.weights
@@ -174,8 +178,8 @@ def _branches(part: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
         yield path or inner.card.name, inner
 
 
-def _leaves(model: nn.Module) -> list[_Leaf]:
-    """All mechanisms of a model in the order of its sites.
+def _sites(model: nn.Module) -> dict[str, nn.Module]:
+    """What is put at each site of a model, in their order.
 
     Raises:
         ZooError: AZ903, when there is none.
@@ -193,11 +197,7 @@ def _leaves(model: nn.Module) -> list[_Leaf]:
             why="maps are seen through the taps of mechanisms",
             help="compose the model from a recipe; `ham_classic` is a plain ViT",
         )
-    return [
-        _Leaf(site, layer, branch, part)
-        for layer, (site, module) in enumerate(sites.items())
-        for branch, part in _branches(module)
-    ]
+    return sites
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:
@@ -272,25 +272,50 @@ def _read(
     return Absent(**leaf.where(), reason=reason)
 
 
-@torch.no_grad()
-def collect(model: nn.Module, images: Float[Tensor, "b c y x"]) -> Maps:
-    """The maps of every layer, branch and head for some pictures, from one forward in eval mode.
+@dataclass(frozen=True)
+class Looked:
+    """What one forward let see.
 
     Args:
-        model: A composed model; it is left as it was.
-        images: As the model wants them, (b c y x).
-
-    Raises:
-        ZooError: AZ903, when there is no mechanism in the model.
+        read: What is to be had of each mechanism, in the order of sites, then of branches.
+        layouts: How the keys of each were arranged, in the same order.
+        output: What the model gave.
     """
-    leaves = _leaves(model)
-    found: dict[_Leaf, Map | Absent] = {}
-    layouts: list[Layout] = []
 
-    def look(leaf: _Leaf) -> Callable:
+    read: tuple[Map | Absent, ...]
+    layouts: tuple[Layout, ...]
+    output: Tensor
+
+    @property
+    def maps(self) -> tuple[Map, ...]:
+        """All maps."""
+        return tuple(one for one in self.read if isinstance(one, Map))
+
+    @property
+    def absent(self) -> tuple[Absent, ...]:
+        """The branches without one."""
+        return tuple(one for one in self.read if isinstance(one, Absent))
+
+
+@torch.no_grad()
+def look(model: nn.Module, sites: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> Looked:
+    """What the mechanisms at these sites do in one forward in eval mode; layers are counted in the order of sites.
+
+    Args:
+        model: It is left as it was.
+        sites: What is put at each, by name; each is called once in a forward.
+        inputs: What the model is called with.
+    """
+    leaves = [
+        _Leaf(site, layer, branch, part)
+        for layer, (site, module) in enumerate(sites.items())
+        for branch, part in _branches(module)
+    ]
+    found: dict[_Leaf, tuple[Map | Absent, Layout]] = {}
+
+    def reading(leaf: _Leaf) -> Callable:
         def hook(_part: nn.Module, args: tuple, context: dict, out: Tensor) -> None:
-            layouts.append(context["layout"])
-            found[leaf] = _read(leaf, tapped[leaf], args, context, out)
+            found[leaf] = _read(leaf, tapped[leaf], args, context, out), context["layout"]
 
         return hook
 
@@ -301,15 +326,30 @@ def collect(model: nn.Module, images: Float[Tensor, "b c y x"]) -> Maps:
     with ExitStack() as stack:
         for leaf in leaves:
             stack.enter_context(watch(leaf.part, "weights", note(leaf)))
-            stack.callback(leaf.part.register_forward_hook(look(leaf), with_kwargs=True).remove)
+            stack.callback(leaf.part.register_forward_hook(reading(leaf), with_kwargs=True).remove)
         stack.callback(model.train, model.training)
-        logits = model.eval()(images)
-    read = [found[leaf] for leaf in leaves]
+        output = model.eval()(*inputs)
+    read, layouts = zip(*(found[leaf] for leaf in leaves), strict=True)
+    return Looked(read, layouts, output)
+
+
+def collect(model: nn.Module, images: Float[Tensor, "b c y x"]) -> Maps:
+    """The maps of every layer, branch and head for some pictures, from one forward in eval mode.
+
+    Args:
+        model: A composed model; it is left as it was.
+        images: As the model wants them, (b c y x).
+
+    Raises:
+        ZooError: AZ903, when there is no mechanism in the model.
+    """
+    sites = _sites(model)
+    looked = look(model, sites, (images,))
     return Maps(
-        maps=tuple(one for one in read if isinstance(one, Map)),
-        absent=tuple(one for one in read if isinstance(one, Absent)),
-        sites=tuple(dict.fromkeys(leaf.site for leaf in leaves)),
-        layout=layouts[0],
+        maps=looked.maps,
+        absent=looked.absent,
+        sites=tuple(sites),
+        layout=looked.layouts[0],
         class_token=getattr(model, "global_pool", "") == "token",
-        logits=logits,
+        logits=looked.output,
     )

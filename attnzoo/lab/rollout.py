@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnzoo.errors import ZooError
-from attnzoo.lab.maps import Maps
+from attnzoo.lab.maps import Absent, Map, Maps
 
 HeadFusion = Literal["mean", "max", "min"]
 
@@ -70,7 +70,7 @@ def layer_maps(maps: Maps, fusion: HeadFusion = "mean", ratio: float = 0.0) -> l
     Raises:
         ZooError: AZ903, when no layer has a map.
     """
-    check_some(maps)
+    check_some(maps.maps, maps.absent)
     layers = []
     for layer in range(len(maps.sites)):
         here = [fuse_heads(found.matrix().abs(), fusion) for found in maps.maps if found.layer == layer]
@@ -94,7 +94,7 @@ def rollout(
     Raises:
         ZooError: AZ903, when no layer has a map; AZ904, when there is no such layer.
     """
-    check_layer(maps, layer)
+    check_layer(len(maps.sites), layer)
     layers = layer_maps(maps, fusion, ratio)
     return roll(layers if layer is None else layers[: layer + 1])
 
@@ -117,14 +117,18 @@ def mean_map(maps: Maps, branch: str, layer: int | None = None) -> Float[Tensor,
     return torch.cat(here, dim=1).mean(dim=1)
 
 
-def check_some(maps: Maps) -> None:
+def check_some(maps: Sequence[Map], absent: Sequence[Absent]) -> None:
     """Refuse a model without any map.
+
+    Args:
+        maps: What there is.
+        absent: The branches that have none, and why.
 
     Raises:
         ZooError: AZ903.
     """
-    if not maps.maps:
-        reasons = dict.fromkeys(f"`{absent.mechanism}`: {absent.reason}" for absent in maps.absent)
+    if not maps:
+        reasons = dict.fromkeys(f"`{one.mechanism}`: {one.reason}" for one in absent)
         raise ZooError(
             "AZ903",
             "no mechanism of this model has an attention map",
@@ -133,15 +137,17 @@ def check_some(maps: Maps) -> None:
         )
 
 
-def check_layer(maps: Maps, layer: int | None) -> None:
+def check_layer(depth: int, layer: int | None) -> None:
     """Refuse a layer that does not exist.
+
+    Args:
+        depth: How many there are.
+        layer: From 0; None is always right.
 
     Raises:
         ZooError: AZ904.
     """
-    if layer is not None and not 0 <= layer < len(maps.sites):
+    if layer is not None and not 0 <= layer < depth:
         raise ZooError(
-            "AZ904",
-            f"there is no layer {layer}; the model has {len(maps.sites)}",
-            help=f"choose from 0 to {len(maps.sites) - 1}",
+            "AZ904", f"there is no layer {layer}; the model has {depth}", help=f"choose from 0 to {depth - 1}"
         )

@@ -24,6 +24,8 @@ _TITLE, _TEXT, _SMALL = (ImageFont.load_default(size=size) for size in (20, 14, 
 _LINE, _NOTE = 18, 16
 
 GREEN, RED = (16, 124, 54), (196, 30, 40)
+Line = tuple[str, tuple[int, int, int] | None]
+"""A line of text and its colour; None for the usual ink."""
 
 
 def colours() -> UInt8[Tensor, "256 3"]:
@@ -43,7 +45,7 @@ class Shown:
     """
 
     picture: UInt8[Tensor, "c y x"]
-    captions: Sequence[tuple[str, tuple[int, int, int] | None]]
+    captions: Sequence[Line]
     values: Float[Tensor, "r k y x"]
 
 
@@ -159,28 +161,30 @@ def _panel(canvas: Image.Image, pen: ImageDraw.ImageDraw, at: tuple[int, int], p
     pen.text((left + width / 2, top + height + 10), text, _PALE, _SMALL, anchor="mm")
 
 
-def _scale(canvas: Image.Image, pen: ImageDraw.ImageDraw, top: int) -> None:
+def _scale(canvas: Image.Image, pen: ImageDraw.ImageDraw, top: int, least: str = "least") -> None:
     """The colour scale, from the least to the most value of a map."""
-    left = _MARGIN + int(_SMALL.getlength("least")) + _GAP
+    left = _MARGIN + int(_SMALL.getlength(least)) + _GAP
     strip = Image.fromarray(colours()[None].repeat(14, 1, 1).numpy())
     canvas.paste(strip, (left, top))
-    pen.text((_MARGIN, top + 7), "least", _INK, _SMALL, anchor="lm")
+    pen.text((_MARGIN, top + 7), least, _INK, _SMALL, anchor="lm")
     pen.text((left + 256 + _GAP, top + 7), "most, of each map", _INK, _SMALL, anchor="lm")
 
 
-def _cut(text: str, width: int) -> str:
+def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont | None = None) -> str:
     """The text, or as much of it as fits."""
-    while text and _TEXT.getlength(text) > width:
+    while text and (font or _TEXT).getlength(text) > width:
         text = text[:-2].rstrip("… ") + "…"
     return text
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def _wrapped(
+    text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont | None = None
+) -> list[str]:
     """The text in lines that fit."""
     words, lines = text.split(), [""]
     for word in words:
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _SMALL.getlength(longer) > width:
+        if lines[-1] and (font or _SMALL).getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer

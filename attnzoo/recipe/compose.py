@@ -53,6 +53,11 @@ def build(
     changed = {name: value for name, value in arguments.items() if name not in BUILDER and value is not None}
     composition = resolve(loaded, changed)
     _check_memory(composition)
+    if composition.image is None:
+        model = composition.build(**options)
+        if not changed:
+            check_expectations(loaded, model)
+        return model
     cfg = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else composition.model_cfg()
     overlay = options.get("pretrained_cfg_overlay") or {}
     if pretrained and not any(
@@ -101,7 +106,7 @@ def _check_memory(composition: Composition) -> None:
             "AZ311",
             f"one training step needs {need / 2**30:,.1f} GiB or more; {there / 2**30:,.1f} GiB are free",
             place=source.value_place(loc),
-            why=f"{composition.seen.params:,} parameters, {composition.seen.layout.length:,} tokens",
+            why=f"{composition.seen.params:,} parameters, {composition.seen.tokens:,} tokens",
             help="make the model smaller; ATTNZOO_FORCE=1 tries all the same",
         )
 

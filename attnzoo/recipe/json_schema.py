@@ -40,7 +40,10 @@ def recipe_schema() -> dict[str, Any]:
     step = definitions["Train"]["properties"]["augment"]
     step["items"] = {"anyOf": [step["items"], {"type": "string"}]}
     schema["required"] = ["recipe"]  # the rest may come through `extends`
-    for kind, host in (("vit", "VitHost"), ("cct", "CctHost")):
+    skip = schema["properties"]["skip"]  # a name is short for a mapping
+    skip["anyOf"].append({"enum": definitions["SkipSpec"]["properties"]["use"]["enum"]})
+    hosts = {"vit": "VitHost", "cct": "CctHost", "seq2seq": "Seq2SeqHost", "sequence": "SequenceHost"}
+    for kind, host in hosts.items():
         definitions[host]["required"] = []
         definitions[host]["properties"]["kind"] = {"const": kind}
     schema["properties"]["host"]["anyOf"] = schema["properties"]["host"].pop("oneOf")

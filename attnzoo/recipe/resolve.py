@@ -1,8 +1,8 @@
 """From a recipe to plans: names become entries of the zoo, options are checked, demands meet claims."""
 
 import fnmatch
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
@@ -11,15 +11,21 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Mechanism, MultiHead, Site, options_of
+from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Law, Mechanism, MultiHead, Site, options_of
 from attnzoo.core.mechanism import fused_card
 from attnzoo.errors import Diagnostic, Place, RecipeError, did_you_mean
+from attnzoo.hosts import seq2seq, sequence
 from attnzoo.hosts.demand import Demand, unmet
 from attnzoo.hosts.kinds import HOSTS
-from attnzoo.hosts.survey import Survey
+from attnzoo.hosts.seq2seq import Seq2SeqSeen
+from attnzoo.hosts.sequence import SequenceSeen
+from attnzoo.hosts.skip import Skip
+from attnzoo.hosts.skip import check as check_skip
+from attnzoo.hosts.survey import Seen, Survey
 from attnzoo.recipe.faults import faults_of
+from attnzoo.recipe.host import see, see_backbone, see_sequences, skip_of
 from attnzoo.recipe.load import Loaded
-from attnzoo.recipe.schema import FUSE, TAGGED, Fuse, Spec, Use, host_tag, spec_tag
+from attnzoo.recipe.schema import FUSE, TAGGED, Fuse, ImageHost, Spec, Use, host_tag, spec_tag
 from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
 from attnzoo.zoo import Entry, Provider, Registry, Zoo, load_zoo
 
@@ -55,6 +61,14 @@ class Plan:
     def leaves(self) -> list["Plan"]:
         """The mechanisms in it, in order."""
         return [leaf for branch in self.branches for leaf in branch.leaves()] if self.branches else [self]
+
+    def fusions(self) -> list["Plan"]:
+        """The fusions in it, outermost first."""
+        return (
+            [self, *(inner for branch in self.branches for inner in branch.fusions())]
+            if self.branches
+            else []
+        )
 
     def starts_as_softmax(self) -> bool:
         """Whether it equals plain attention before training."""
@@ -128,46 +142,76 @@ class Composition:
 
     Args:
         loaded: The recipe.
-        seen: The surveyed base.
+        seen: Its host.
         plans: What is put where, by site name.
+        skip: What layers hand on.
     """
 
     loaded: Loaded
-    seen: Survey
+    seen: Seen
     plans: Mapping[str, Plan]
+    skip: Skip = Skip()
 
     def put(self, site: Site) -> Mechanism:
         """The mechanism for a site."""
         return self.plans[site.name].build(site)
 
-    def model_cfg(self) -> dict[str, Any]:
-        """timm's configuration of the model."""
+    @property
+    def image(self) -> tuple[ImageHost, Survey] | None:
+        """What a recipe says of a backbone for pictures, and what is seen of it; None for a model of sequences."""
         host = self.loaded.recipe.host
-        name = host.registers or anonymous(host.kind)
-        return HOSTS[host.kind].model_cfg(name, host.base, self.seen.arguments, host.mean, host.std)
+        return (host, self.seen) if isinstance(host, ImageHost) and isinstance(self.seen, Survey) else None
 
-    def build(self, pretrained_cfg: Mapping[str, Any], pretrained: bool = False, **timm_options) -> nn.Module:
-        """The model, as timm builds it.
+    def model_cfg(self) -> dict[str, Any]:
+        """timm's configuration of the model; empty for a model of sequences."""
+        if self.image is None:
+            return {}
+        host, seen = self.image
+        name = host.registers or anonymous(host.kind)
+        return HOSTS[host.kind].model_cfg(name, host.base, seen.arguments, host.mean, host.std)
+
+    def build(
+        self, pretrained_cfg: Mapping[str, Any] | None = None, pretrained: bool = False, **timm_options
+    ) -> nn.Module:
+        """The model; a backbone as timm builds it.
 
         Args:
             pretrained_cfg: timm's configuration.
             pretrained: Whether timm shall load the weights that it names.
-            timm_options: What goes to timm's builder and not to the model.
+            timm_options: What goes to timm's builder and not to the model; a model of sequences takes `device` and
+                `dtype` only.
         """
-        host = self.loaded.recipe.host
+        if isinstance(self.seen, Seq2SeqSeen):
+            return _placed(
+                lambda: seq2seq.build(cast(Seq2SeqSeen, self.seen), self.put, self.skip), **timm_options
+            )
+        if isinstance(self.seen, SequenceSeen):
+            return _placed(
+                lambda: sequence.build(cast(SequenceSeen, self.seen), self.put, self.skip), **timm_options
+            )
+        assert self.image is not None
+        host, seen = self.image
         return HOSTS[host.kind].build(
-            self.seen,
+            seen,
             self.put,
             pretrained=pretrained,
-            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg=pretrained_cfg or self.model_cfg(),
             init=host.init,
+            skip=self.skip,
             **timm_options,
         )
 
     @property
     def starts_equal(self) -> bool:
         """Whether the composed model equals its base before training, given the base's weights."""
-        return all(plan.starts_as_softmax() for plan in self.plans.values())
+        return not self.skip and all(plan.starts_as_softmax() for plan in self.plans.values())
+
+
+def _placed(
+    build: Callable[[], nn.Module], device: Any = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    with torch.device(device) if device is not None else nullcontext():
+        return build().to(dtype=dtype)
 
 
 def resolve(
@@ -189,12 +233,16 @@ def resolve(
     puts = [
         planner.plan(override.put, ("overrides", i, "put")) for i, override in enumerate(recipe.overrides)
     ]
-    wanted = {**recipe.host.model.model_dump(exclude_unset=True, exclude_none=True), **(arguments or {})}
     faults = planner.faults
     try:
-        seen = _survey(recipe.host.kind, recipe.host.base, wanted, source)
+        seen = see(recipe, arguments or {}, source)
     except RecipeError as error:
         raise RecipeError.of([*faults, *error.diagnostics]) from None
+    try:
+        skip = skip_of(recipe, seen, source)
+    except RecipeError as error:
+        faults += error.diagnostics
+        skip = Skip()
     plans = dict.fromkeys(seen.sites(), main)
     for i, override in enumerate(recipe.overrides):
         names = fnmatch.filter(plans, override.at)
@@ -202,14 +250,16 @@ def resolve(
             sites = list(plans)
             shown = ", ".join(sites) if len(sites) < 5 else f"{sites[0]} to {sites[-1]}"
             place = source.value_place(("overrides", i, "at"))
-            help = f"the sites are {shown}; `blocks.*` means all"
+            help = f"the sites are {shown}; `{sites[0].partition('.')[0]}.*` means all"
             planner.fault("AZ304", f"`{override.at}` matches no site", place, help=help)
         plans |= dict.fromkeys(names, puts[i])
-    faults += _misfits(plans, seen)
+    faults += _misfits(plans, seen, planner.zoo)
+    if skip and not faults:
+        faults += _skip_misfits(skip, cast(dict[str, Plan], plans), seen, source)
     if faults:
         unique = {(d.code, d.message, d.place): d for d in faults}
         raise RecipeError.of(list(unique.values())[:MAX_FAULTS])
-    return Composition(loaded, seen, cast(dict[str, Plan], plans))
+    return Composition(loaded, seen, cast(dict[str, Plan], plans), skip)
 
 
 def look_over(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
@@ -231,68 +281,84 @@ def look_over(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
     said: Any = tree.get("host")
     kind = TAGGED[host_tag(said)]
     try:
-        wanted = kind.model_validate(said).model.model_dump(exclude_unset=True, exclude_none=True)
+        host = kind.model_validate(said)
     except ValidationError as error:
         spots = {item["loc"][:1] for item in error.errors(include_url=False)}
-        if spots & {(), ("base",)}:
+        if spots & {(), ("base",)} or not issubclass(kind, ImageHost):
             return planner.faults
-        wanted = {}
+        host = None
     try:
-        base = said.get("base", kind.model_fields["base"].default)
-        _survey(host_tag(said).strip("()"), base, wanted, source)
+        if not issubclass(kind, ImageHost):
+            see_sequences(host.kind, host.model_dump(exclude={"kind"}), None, source)
+        else:
+            wanted = host.model.model_dump(exclude_unset=True, exclude_none=True) if host else {}
+            base = said.get("base", kind.model_fields["base"].default)
+            see_backbone(host_tag(said).strip("()"), base, wanted, source)
     except RecipeError as error:
         planner.faults += error.diagnostics
     return planner.faults
 
 
-def _survey(kind: str, base: str, arguments: Mapping[str, Any], source: Source) -> Survey:
-    """The base, or faults with their places."""
-    survey = HOSTS[kind].survey
-    try:
-        try:
-            return survey(base, arguments)
-        except RecipeError as error:
-            if error.code == "AZ309" and arguments:
-                plain = survey(
-                    base, {}
-                )  # what is no host at all takes other arguments: say the first, not the second
-                dim, heads = arguments.get("embed_dim", plain.dim), arguments.get("num_heads", plain.heads)
-                Site("blocks.0", dim, heads, plain.layout).head_dim  # noqa: B018 - AZ308 has both numbers
-            raise
-    except RecipeError as error:
-        loc: Loc = ("host", "base") if error.code in ("AZ301", "AZ310") else ("host", "model")
-        if error.code == "AZ308":
-            loc = next(
-                (spot for key in ("num_heads", "embed_dim") if (spot := (*loc, key)) in source.values), loc
-            )
-        place = source.value_place(loc) if loc in source.values else source.key_place(("host",))
-        raise RecipeError.of([replace(d, place=place) for d in error.diagnostics]) from None
-
-
-def _misfits(plans: Mapping[str, Plan | None], seen: Survey) -> list[Diagnostic]:
-    """Demands that are not met, and parts that cannot be built where they are put; per plan, not per site."""
-    demand = Demand(
-        grid=len(seen.layout.grid),
-        varying_length="`dynamic_img_size` lets it change" if seen.dynamic else "",
-        drops_tokens="`patch_drop_rate` drops some in training" if seen.patch_drop else "",
-    )
+def _misfits(plans: Mapping[str, Plan | None], seen: Seen, zoo: Zoo) -> list[Diagnostic]:
+    """Demands that are not met, and parts that cannot be built where they are put; each plan once per kind of site."""
     faults: list[Diagnostic] = []
-    first_sites: dict[int, tuple[str, Plan]] = {}
+    sites = seen.sites()
+    first_sites: dict[tuple[int, Demand, int], tuple[str, Plan]] = {}
     for name, plan in plans.items():
         if plan is not None:
-            first_sites.setdefault(id(plan), (name, plan))
-    for name, plan in first_sites.values():
+            first_sites.setdefault((id(plan), seen.demand(name), sites[name].heads), (name, plan))
+    told: set[tuple[Place, Demand]] = set()
+    for (_, demand, _), (name, plan) in first_sites.items():
         for leaf in plan.leaves():
-            for why in unmet(leaf.card, demand):
+            whys = unmet(leaf.card, demand)
+            if demand.rotary and not leaf.inside_heads:
+                whys.append(
+                    f"rotary positions are turned inside the heads; `{leaf.entry.name}` has projections of its own"
+                )
+            if (leaf.place, demand) in told:
+                continue
+            for why in whys:
                 message = f"`{leaf.entry.name}` cannot be put at {name}"
-                help = "`attnzoo list mechanisms` shows what each can do"
-                faults.append(Diagnostic("AZ302", message, leaf.place, why, help))
+                faults.append(Diagnostic("AZ302", message, leaf.place, why, _who_can(demand, zoo)))
+                told.add((leaf.place, demand))
+        for fusion in plan.fusions() if demand.token_local else ():
+            if Law.TOKEN_LOCAL not in fusion.entry.value.card.laws:
+                message = f"`{fusion.entry.name}` cannot fuse at {name}"
+                why = "later tokens are hidden there, and this fusion mixes tokens"
+                can = [
+                    name for name, entry in zoo.fusions.items() if Law.TOKEN_LOCAL in entry.value.card.laws
+                ]
+                help = f"who can: {', '.join(f'`{one}`' for one in can)}"
+                faults.append(Diagnostic("AZ302", message, fusion.place, why, help))
         try:
             with torch.device("meta"):
-                plan.build(seen.sites()[name])
+                plan.build(sites[name])
         except RecipeError as error:
             faults += error.diagnostics
     return faults
+
+
+def _who_can(demand: Demand, zoo: Zoo) -> str:
+    """The mechanisms that meet a demand with their defaults, in words."""
+    can = [
+        name
+        for name, entry in zoo.mechanisms.items()
+        if not unmet(entry.value.card, demand) and (issubclass(entry.value, Head) or not demand.rotary)
+    ]
+    return f"who can: {', '.join(f'`{name}`' for name in can)}" if can else "no mechanism of the zoo can"
+
+
+def _skip_misfits(skip: Skip, plans: Mapping[str, Plan], seen: Seen, source: Source) -> list[Diagnostic]:
+    """What stands against handing something on between these sites."""
+    sites = seen.sites()
+    try:
+        with torch.device("meta"):
+            check_skip(skip, [(sites[name], plans[name].build(sites[name])) for name in skip.at])
+    except RecipeError as error:
+        loc: Loc = ("skip", "use") if ("skip", "use") in source.values else ("skip",)
+        place = source.value_place(loc) if loc in source.values else source.key_place(("host",))
+        return [replace(d, place=d.place or place) for d in error.diagnostics]
+    return []
 
 
 class _Planner:

@@ -7,8 +7,11 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 VERSION = 1
 """Version of the format; `recipe:` says for which one a recipe was written."""
 MAX_BRANCHES = 16
-USE, FUSE, VIT, CCT = "(use)", "(fuse)", "(vit)", "(cct)"
-"""Tags of the kinds of spec and of host, which cannot be mistaken for keys."""
+USE, FUSE = "(use)", "(fuse)"
+VIT, CCT, SEQ2SEQ, SEQUENCE = "(vit)", "(cct)", "(seq2seq)", "(sequence)"
+COUNT, LIST, HALVING, SIDES = "(count)", "(list)", "(schedule)", "(sides)"
+LAYERS, SIDE_LAYERS, VOCAB, SIDE_VOCAB = "(layers)", "(layers by side)", "(vocab)", "(vocab by side)"
+"""Tags of the kinds of spec, of host and of counts, which cannot be mistaken for keys."""
 
 # A text beside a Field says in words what is wanted, where its limits would not.
 Name = Annotated[
@@ -131,8 +134,12 @@ class CctModel(_Strict):
     drop_path_rate: Rate | None = None
 
 
+Kind = Literal["vit", "cct", "seq2seq", "sequence"]
+"""In all hosts, so that a fault names all kinds; `host_tag` tells them apart."""
+
+
 class _Host(_Strict):
-    kind: Literal["vit", "cct"]  # in both, so that a fault names all kinds; `host_tag` tells them apart
+    kind: Kind
     base: Base
     model: VitModel | CctModel
     init: Literal["timm", "normal"] = Field(
@@ -163,14 +170,202 @@ class CctHost(_Host):
     model: CctModel = Field(default_factory=CctModel, description="Arguments that differ from the base's.")
 
 
+Dim = Annotated[int, Field(ge=1, le=65_536)]
+Layers = Annotated[int, Field(ge=1, le=256)]
+Vocab = Annotated[int, Field(ge=4, le=10_000_000)]
+Length = Annotated[int, Field(ge=2, le=1_000_000)]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "mish", "hard_swish"]
+Positions = Literal["sinusoidal", "learned", "rotary", "none"]
+
+
+class _SequenceHost(_Strict):
+    kind: Kind
+    dim: Dim = Field(512, description="Width of the tokens, in channels.")
+    mlp_dim: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        2048, description="Hidden width of the MLPs; 0 for none."
+    )
+    max_length: Length = Field(350, description="Longest sequence, in tokens, beginning and end included.")
+    positions: Positions = Field(
+        "sinusoidal", description="Added to the embeddings, or turned inside the heads."
+    )
+    norm_first: bool = Field(True, description="Norms before sublayers, or after their sum with the tokens.")
+    act: Activation = Field("relu", description="Activation of the MLPs.")
+    dropout: Rate = Field(0.1, description="Of attention weights, in MLPs and of what sublayers give.")
+    bias: bool = Field(True, description="Whether Linear layers have biases.")
+
+
+class SideLayers(_Strict):
+    """How many layers each side has."""
+
+    encoder: Layers = Field(6, description="Of the encoder.")
+    decoder: Layers = Field(6, description="Of the decoder.")
+
+
+class SideVocab(_Strict):
+    """How many ids each side has."""
+
+    source: Vocab = Field(8000, description="Of the source.")
+    target: Vocab = Field(8000, description="Of the target.")
+
+
+BothLayers = Annotated[
+    Annotated[Layers, Tag(LAYERS)] | Annotated[SideLayers, Tag(SIDE_LAYERS)],
+    Discriminator(lambda value: SIDE_LAYERS if isinstance(value, dict | SideLayers) else LAYERS),
+    "a whole number from 1 to 256, or one for `encoder` and one for `decoder`",
+]
+BothVocab = Annotated[
+    Annotated[Vocab, Tag(VOCAB)] | Annotated[SideVocab, Tag(SIDE_VOCAB)],
+    Discriminator(lambda value: SIDE_VOCAB if isinstance(value, dict | SideVocab) else VOCAB),
+    "a whole number from 4 on, or one for `source` and one for `target`",
+]
+
+
+class Seq2SeqHost(_SequenceHost):
+    """An encoder and a decoder."""
+
+    layers: BothLayers = Field(6, description="Of encoder and decoder, or of each.")
+    vocab: BothVocab = Field(
+        8000, description="Ids of source and target, or of each; set by the data when trained."
+    )
+    tie: Literal["none", "target", "all"] = Field(
+        "none", description="Whether the output layer shares the target's embedding, or both sides have one."
+    )
+    norm: Literal["layer", "scalar"] = Field(
+        "layer", description="LayerNorm, or Deep Head's with one gain for all channels."
+    )
+    scale_embedding: bool = Field(
+        True, description="Whether embeddings are multiplied by the root of the width."
+    )
+
+
+class SequenceHost(_SequenceHost):
+    """One stack of layers over one sequence."""
+
+    dim: Dim = Field(64, description="Width of the tokens, in channels.")
+    mlp_dim: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        256, description="Hidden width of the MLPs; 0 for none."
+    )
+    max_length: Length = Field(64, description="Longest sequence.")
+    positions: Positions = Field(
+        "learned", description="Added to the embeddings, or turned inside the heads."
+    )
+    act: Activation = Field("gelu", description="Activation of the MLPs.")
+    dropout: Rate = Field(0.0, description="Of attention weights, in MLPs and of what sublayers give.")
+    layers: Layers = Field(2, description="How many.")
+    vocab: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
+        8, description="Ids of the tokens that come in; 0 for vectors. Set by the data when it is trained."
+    )
+    width: Annotated[int, Field(ge=0, le=65_536)] = Field(
+        0,
+        description="Channels of the vectors that come in; 0 for tokens. Set by the data when it is trained.",
+    )
+    outputs: Annotated[int, Field(ge=1, le=10_000_000)] = Field(
+        8, description="Classes, or channels of what goes out. Set by the data when it is trained."
+    )
+    causal: bool = Field(True, description="Whether a position sees only itself and what came before.")
+
+    @model_validator(mode="after")
+    def _one_input(self) -> "SequenceHost":
+        if (self.vocab > 0) == (self.width > 0):
+            raise ValueError("either tokens come in (`vocab`) or vectors (`width`); the other is 0")
+        return self
+
+
+_KINDS = {"cct": CCT, "seq2seq": SEQ2SEQ, "sequence": SEQUENCE}
+
+
 def host_tag(value: Any) -> str:
     """Which kind of host a raw value means to be, by its tag; what says nothing known is measured as a ViT."""
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return CCT if kind == "cct" else VIT
+    return _KINDS.get(kind, VIT) if isinstance(kind, str) else VIT
 
 
-Host = Annotated[Annotated[VitHost, Tag(VIT)] | Annotated[CctHost, Tag(CCT)], Discriminator(host_tag)]
-TAGGED: dict[str, Any] = {USE: Use, FUSE: Fuse, VIT: VitHost, CCT: CctHost}
+ImageHost = VitHost | CctHost
+Host = Annotated[
+    Annotated[VitHost, Tag(VIT)]
+    | Annotated[CctHost, Tag(CCT)]
+    | Annotated[Seq2SeqHost, Tag(SEQ2SEQ)]
+    | Annotated[SequenceHost, Tag(SEQUENCE)],
+    Discriminator(host_tag),
+]
+
+
+class HeadSchedule(_Strict):
+    """Head counts that follow a rule from layer to layer."""
+
+    schedule: Literal["constant", "halving"] = Field(
+        description="The same in every layer, or half of the layer before."
+    )
+    first: Heads = Field(description="Of the first layer.")
+    last: Heads | None = Field(None, description="Of the last layer, from which halving stops; a lock.")
+
+
+def heads_tag(value: Any) -> str:
+    """Which way of saying head counts a raw value means, by its tag."""
+    if isinstance(value, list):
+        return LIST
+    if isinstance(value, HeadSchedule) or (
+        isinstance(value, dict) and ({"schedule", "first", "last"} & value.keys())
+    ):
+        return HALVING
+    return SIDES if isinstance(value, dict | SideHeads) else COUNT
+
+
+HeadList = Annotated[list[Heads], Field(min_length=1, max_length=256)]
+OneSide = Annotated[
+    Annotated[Heads, Tag(COUNT)] | Annotated[HeadList, Tag(LIST)] | Annotated[HeadSchedule, Tag(HALVING)],
+    Discriminator(heads_tag),
+    "a whole number, a list with a number for each layer, or a schedule",
+]
+
+
+class SideHeads(_Strict):
+    """Head counts of the encoder and of the decoder."""
+
+    encoder: OneSide = Field(8, description="Of each layer of the encoder.")
+    decoder: OneSide = Field(8, description="Of each layer of the decoder.")
+
+
+HeadCounts = Annotated[
+    Annotated[Heads, Tag(COUNT)]
+    | Annotated[HeadList, Tag(LIST)]
+    | Annotated[HeadSchedule, Tag(HALVING)]
+    | Annotated[SideHeads, Tag(SIDES)],
+    Discriminator(heads_tag),
+    "a whole number, a list with a number for each layer, a schedule, or one of these for `encoder` and `decoder`",
+]
+
+
+class SkipSpec(_Strict):
+    """What the attention of a layer hands on to the next. A plain string is short for `{use: ...}`."""
+
+    use: Literal[
+        "none",
+        "merged",
+        "merged_raw",
+        "merged_post",
+        "probs_pairmean",
+        "logits_pairmean",
+        "cross",
+        "encoder_stack",
+    ] = Field(description="Which reading of Deep Head's skip.")
+    at: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
+        None, description="A glob over site names; the encoder's, or all blocks, when left out."
+    )
+    encoders: Annotated[int, Field(ge=2, le=64)] = Field(
+        2, description="Of `encoder_stack`: how many encoders."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"use": value} if isinstance(value, str) else value
+
+
+TAGGED: dict[str, Any] = {USE: Use, FUSE: Fuse, VIT: VitHost, CCT: CctHost, SEQ2SEQ: Seq2SeqHost,
+                          SEQUENCE: SequenceHost, COUNT: Heads, LIST: HeadList, HALVING: HeadSchedule,
+                          SIDES: SideHeads, LAYERS: Layers, SIDE_LAYERS: SideLayers, VOCAB: Vocab,
+                          SIDE_VOCAB: SideVocab}  # fmt: skip
 """What a tag stands for."""
 
 
@@ -186,6 +381,19 @@ class Transform(_Strict):
         return {"use": value} if isinstance(value, str) else value
 
 
+class Tokens(_Strict):
+    """How text becomes ids."""
+
+    use: Literal["bpe", "word"] = Field(
+        default="bpe", description="Byte-pair encoding, or words and punctuation."
+    )
+    size: Annotated[int, Field(ge=300, le=1_000_000)] = Field(default=8000, description="Most ids.")
+    min_frequency: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        default=2, description="How often a piece must occur in the training texts."
+    )
+    shared: bool = Field(default=True, description="One vocabulary for both sides, or one for each.")
+
+
 class Optimizer(_Strict):
     """One of timm's optimisers."""
 
@@ -197,12 +405,17 @@ class Optimizer(_Strict):
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] | None = Field(
         default=None, description="Decay of the two moments; the optimiser's own otherwise."
     )
+    eps: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Added to the root of the second moment; the optimiser's own otherwise."
+    )
 
 
 class Schedule(_Strict):
     """How the learning rate changes from step to step."""
 
-    use: Literal["constant", "cosine"] = Field(default="constant", description="After the warm-up.")
+    use: Literal["constant", "cosine", "inverse_sqrt"] = Field(
+        default="constant", description="After the warm-up."
+    )
     warmup: Annotated[float, Field(ge=0, le=10_000)] = Field(
         default=0.0, description="Linear rise at the beginning, in epochs."
     )
@@ -214,20 +427,21 @@ class Train(_Strict):
     """How the model is trained."""
 
     data: Annotated[str, Field(min_length=1, max_length=1000)] = Field(
-        default="cifar10", description="Pictures: digits, cifar10, cifar100, synthetic or folder:PATH."
+        default="cifar10", description="Pictures, sentence pairs or sequences, by name."
     )
+    tokens: Tokens = Field(default_factory=Tokens, description="How text becomes ids.")
     size: Side | None = Field(default=None, description="Side of the pictures, in pixels; the data's own.")
     augment: list[Transform] = Field(
         default_factory=list, max_length=32, description="Augmentation, step by step."
     )
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
-        default=256, description="Pictures per optimiser step, over all processes."
+        default=256, description="Pictures, pairs or sequences per optimiser step, over all processes."
     )
     accumulate: Annotated[int, Field(ge=1, le=10_000)] = Field(
         default=1, description="Parts that a process computes its share of a batch in, to save memory."
     )
     epochs: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
-        default=100, description="Passes over the training pictures; the schedule spans them."
+        default=100, description="Passes over the training side; the schedule spans them."
     )
     optimizer: Optimizer = Field(default_factory=Optimizer, description="The optimiser.")
     schedule: Schedule = Field(default_factory=Schedule, description="Of the learning rate.")
@@ -269,6 +483,8 @@ class Recipe(_Strict):
     source: Text = Field("", description="Paper, with sections.")
     extends: Text | None = Field(None, description="A recipe whose parts hold where this one says nothing.")
     host: Host = Field(description="The model that is composed.")
+    heads: HeadCounts | None = Field(None, description="Heads by layer, in the place of the host's number.")
+    skip: SkipSpec | None = Field(None, description="What the attention of a layer hands on to the next.")
     attention: Spec = Field(description="What is put at every site ...")
     overrides: list[Override] = Field(
         default_factory=list, max_length=256, description="... except where these say."

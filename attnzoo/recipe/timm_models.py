@@ -11,6 +11,7 @@ from attnzoo.hosts.kinds import HOSTS
 from attnzoo.recipe.compose import build
 from attnzoo.recipe.load import Loaded, is_text, load
 from attnzoo.recipe.resolve import anonymous
+from attnzoo.recipe.schema import ImageHost
 from attnzoo.zoo import Problem, load_zoo
 
 registered: dict[str, str] = {}
@@ -27,7 +28,8 @@ def register_models() -> None:
     for name, entry in zoo.recipes.items():
         try:
             loaded = load(str(entry.value))
-            model = loaded.recipe.host.registers
+            host = loaded.recipe.host
+            model = host.registers if isinstance(host, ImageHost) else None
             if model is None or registered.get(model) == name:
                 continue
             if is_model(model):
@@ -43,6 +45,7 @@ def register_models() -> None:
 
 def _register(name: str, loaded: Loaded) -> None:
     host = loaded.recipe.host
+    assert isinstance(host, ImageHost)
     arguments = host.model.model_dump(exclude_unset=True, exclude_none=True)
     cfg = HOSTS[host.kind].model_cfg(name, host.base, arguments, host.mean, host.std)
     HOSTS[host.kind].default_cfgs.update(generate_default_cfgs({name: cfg}))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from attnzoo.core import FREE, Card, Fusion, Head, Law, Layout, Mask, MultiHead, options_of, watch
+from attnzoo.core import FREE, Card, Fusion, Head, Law, Layout, Mask, MultiHead, Past, options_of, watch
 from attnzoo.core.mask import KINDS
 from attnzoo.core.options import option_texts
 from attnzoo.core.tap import NAMES, find_taps
@@ -702,10 +702,9 @@ def check_incremental(cls: Part, scene: Scene) -> None:
     scene = scene.line().with_layout((scene.line().layout.grid[0],), prefix=0)
     part, (x,) = scene.build(), scene.inputs()
     full = scene.run(part, [x], Mask(causal=True))
-    past, rows = None, []
+    past, rows = Past(), []
     for i in range(x.shape[1]):
-        row, past = part.step(x[:, i : i + 1], past, mask=Mask(causal=True), layout=Layout((i + 1,)))
-        rows.append(row)
+        rows.append(part.step(x[:, i : i + 1], past, mask=Mask(causal=True), layout=Layout((i + 1,))))
     same(torch.cat(rows, dim=1), full, "incremental, so cached decoding equals the full pass")
 
 

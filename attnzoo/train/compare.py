@@ -29,7 +29,7 @@ class Trial:
 
     Args:
         recipe: Name of the recipe.
-        seed: Of weights, order and augmentation; runs of one seed see the same pictures in the same order.
+        seed: Of weights, order and augmentation; runs of one seed see the same examples in the same order.
         loaded: The recipe.
         settings: How it is trained.
         folder: Where the run is kept.

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
@@ -38,15 +37,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
-from attnzoo.data import Augment, Step, evaluation, load_images, step_seeds
 from attnzoo.errors import RunError, did_you_mean
 from attnzoo.recipe import Loaded, build, load
 from attnzoo.train import checkpoint, sampler
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.curve import curve_svg
-from attnzoo.train.metrics import Evaluation, tally
 from attnzoo.train.run import Run, newest
-from attnzoo.train.settings import Settings, fit
+from attnzoo.train.settings import EXAMPLES, Settings, kind_of
+from attnzoo.train.task import Inputs, task_of
 
 Report = Callable[[dict[str, Any]], None]
 """Told what happens: `event` is `step`, `epoch` (with the row of the log) or `note` (with a `text`)."""
@@ -80,51 +78,55 @@ class Progress:
     Args:
         epoch: Complete epochs.
         step: Steps taken in the one that is under way.
-        loss: Sum of the losses of its pictures so far, in nats.
-        images: How many pictures it has seen.
+        loss: Sum of the losses of its units so far: of pictures, tokens, or whatever the task counts.
+        units: How many units they are.
+        images: How many examples it has seen: pictures, pairs, sequences.
         busy: Time spent on its steps, in seconds.
         seconds: Time spent on the run, in seconds.
         since: What `seconds` was when the epoch began.
-        best: Highest test accuracy so far; below 0 before there is one.
+        best: Highest test accuracy so far; null before there is one.
     """
 
     epoch: int = 0
     step: int = 0
     loss: float = 0.0
+    units: int = 0
     images: int = 0
     busy: float = 0.0
     seconds: float = 0.0
     since: float = 0.0
-    best: float = -1.0
+    best: float | None = None
 
 
 class Part(NamedTuple):
     """What a process computes at once.
 
     Args:
-        images: Augmented, (b c y x).
-        targets: Labels (b,) or shares of the classes (b classes).
-        indices: Of the pictures; when there are none, `images` holds one that does not count.
+        inputs: What the model is given.
+        targets: What it shall answer.
+        indices: Of the examples, (b,); when there are none, `inputs` holds one that does not count.
     """
 
-    images: Tensor
+    inputs: Inputs
     targets: Tensor
     indices: Tensor
 
 
 class Batch(NamedTuple):
-    """A step's pictures.
+    """A step's examples.
 
     Args:
         epoch: From 0.
         step: Within the epoch, from 0.
-        indices: Of all pictures, of all processes.
+        indices: Of all examples, of all processes.
+        units: What the sum of their losses is divided by.
         parts: What this process computes, one after the other.
     """
 
     epoch: int
     step: int
     indices: Tensor
+    units: int
     parts: list[Part]
 
 
@@ -145,7 +147,7 @@ def train(
         RecipeError: what is wrong with the recipe.
         DataError: AZ7xx, what is wrong with the data.
         RunError: AZ802 the folder holds something else, AZ803 a loss is not finite, AZ804 the disk refuses, AZ805 no
-            checkpoint is sound, AZ806 settings that cannot be met here.
+            checkpoint is sound, AZ806 settings that cannot be met here, AZ814 the recipe is for other data.
         Stopped: after Ctrl-C or SIGTERM, when the step is done and saved.
     """
     loaded = recipe if isinstance(recipe, Loaded) else load(recipe)
@@ -165,25 +167,19 @@ class _Training:
         self.rank = self.accelerator.process_index
         self.report: Report = report if self.rank == 0 else lambda event: None
         if settings.batch_size < self.world * settings.accumulate:
-            raise RunError("AZ806", f"{settings.batch_size} pictures cannot be shared by {self.world} processes "
+            examples = EXAMPLES[kind_of(loaded, settings)]
+            raise RunError("AZ806", f"{settings.batch_size} {examples} cannot be shared by {self.world} processes "
                            f"with {settings.accumulate} parts each", help="use larger batches")  # fmt: skip
-        self.data = load_images(settings.data, root=settings.data_root, size=settings.size)
-        self.loaded = fit(loaded, settings, self.data)
+        self.task = task_of(loaded, settings)
+        self.loaded, self.steps = self.task.loaded, self.task.steps
         found = _existing(folder, self.loaded, settings, self.report)
         self.progress, self.log, self.saved = Progress(), list[dict[str, Any]](), -1
         self.best: dict[str, Tensor] | None = None
-        self.steps = sampler.steps_per_epoch(len(self.data.train), settings.batch_size)
-        self._prepare_pictures()
+        for note in () if found else self.task.notes:
+            self._note(note)
         self._prepare_model()
         if found:
             self._restore(found)
-
-    def _prepare_pictures(self) -> None:
-        host, image = self.loaded.recipe.host, self.data.image
-        mean, std = host.mean or list(self.data.mean), host.std or list(self.data.std)
-        steps = [Step.model_validate(step.model_dump(by_alias=True)) for step in self.settings.augment]
-        self.augment = Augment(steps, image=image, mean=mean, std=std, classes=len(self.data.classes))
-        self.evaluation = evaluation(image, mean, std)
 
     def _prepare_model(self) -> None:
         settings, chosen = self.settings, self.settings.optimizer
@@ -191,6 +187,7 @@ class _Training:
         self.net = build(self.loaded, {})
         self.ema = ModelEmaV3(self.net, decay=settings.ema).to(self.device) if settings.ema else None
         options: Any = {"betas": tuple(chosen.betas)} if chosen.betas else {}
+        options |= {"eps": chosen.eps} if chosen.eps else {}
         names = [
             name for name in map(str, list_optimizers()) if not name.startswith("kron")
         ]  # its state is nested
@@ -240,7 +237,7 @@ class _Training:
         every = self.settings.checkpoint_every
         for batch in self._batches():
             loss, stop, over = self._step(batch, stopping)
-            self._advance(loss, len(batch.indices))
+            self._advance(loss, batch)
             ended = self.progress.step == self.steps or over
             if ended:
                 self._close_epoch()
@@ -265,20 +262,16 @@ class _Training:
                 ahead.extend(pool.submit(self._batch, *where) for where in islice(positions, 1))
 
     def _batch(self, epoch: int, step: int) -> Batch:
-        seed, split = self.settings.seed, self.data.train
-        indices = sampler.batch(len(split), self.settings.batch_size, seed=seed, epoch=epoch, step=step)
-        parts = []
-        for own in sampler.share(indices, rank=self.rank, world=self.world, parts=self.settings.accumulate):
-            shown = own if len(own) else indices[:1]
-            images, targets = self.augment(*split.batch(shown), step_seeds(seed, epoch, shown))
-            parts.append(Part(images, targets, own))
-        return Batch(epoch, step, indices, parts)
+        indices = self.task.batch(epoch, step)
+        shares = sampler.share(indices, rank=self.rank, world=self.world, parts=self.settings.accumulate)
+        parts = [Part(*self.task.prepare(epoch, own if len(own) else indices[:1]), own) for own in shares]
+        return Batch(epoch, step, indices, self.task.units(indices), parts)
 
     def _step(self, batch: Batch, stopping: threading.Event) -> tuple[float, bool, bool]:
         """One optimiser step.
 
         Returns:
-            Sum of the losses of all pictures, whether to stop, whether time is over; the same in all processes.
+            Sum of the losses of all units, whether to stop, whether time is over; the same in all processes.
         """
         losses = torch.zeros(2, dtype=torch.float64)  # as logged; as minimised
         self.model.train()
@@ -286,7 +279,7 @@ class _Training:
             last = number == len(batch.parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss, objective = self._losses(self.model, batch, number)
-                self.accelerator.backward(objective * self.world / len(batch.indices))
+                self.accelerator.backward(objective * self.world / batch.units)
             losses += torch.stack([loss.detach(), objective.detach()]).cpu().double()
         flags = torch.tensor([stopping.is_set(), self.out_of_time], dtype=torch.float64)
         loss, objective, stop, over = self._summed(torch.cat([losses, flags])).tolist()
@@ -307,21 +300,16 @@ class _Training:
         return self.accelerator.scaler is not None or bool(get_total_norm(gradients).isfinite())
 
     def _losses(self, model: nn.Module, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
-        """Sums over the pictures of a part: cross-entropy, and that with what mechanisms add as `aux_loss`."""
+        """Sums over the units of a part: the task's loss, and that with what mechanisms add as `aux_loss`."""
         part = batch.parts[number]
         sampler.reseed(self.settings.seed, batch.epoch, batch.step, number, self.rank)
-        logits = model(part.images.to(self.device, non_blocking=True))
-        losses = F.cross_entropy(
-            logits.float(),
-            part.targets.to(self.device, non_blocking=True),
-            reduction="none",
-            label_smoothing=self.settings.label_smoothing,
-        )
+        inputs = tuple(tensor.to(self.device, non_blocking=True) for tensor in part.inputs)
+        losses = self.task.losses(model, inputs, part.targets.to(self.device, non_blocking=True))
         loss = losses[: len(part.indices)].sum()
         extra: list[Any] = [
             m.aux_loss for m in self.net.modules() if getattr(m, "aux_loss", None) is not None
         ]
-        return loss, loss + len(part.indices) * sum(extra) if extra else loss
+        return loss, loss + self.task.units(part.indices) * sum(extra) if extra else loss
 
     def _summed(self, values: Tensor) -> Tensor:
         """The sum over all processes, on the CPU."""
@@ -334,18 +322,19 @@ class _Training:
         self.progress.seconds += elapsed
         return elapsed
 
-    def _advance(self, loss: float, images: int) -> None:
+    def _advance(self, loss: float, batch: Batch) -> None:
         at, elapsed = self.progress, self._lap()
         at.step += 1
         at.loss += loss
-        at.images += images
+        at.units += batch.units
+        at.images += len(batch.indices)
         at.busy += elapsed
         total = self.settings.epochs * self.steps
         left = (total - self.taken) * at.seconds / self.taken
         if self.settings.minutes is not None:
             left = min(left, max(0.0, 60 * self.settings.minutes - at.seconds))
         self.report({"event": "step", "epoch": at.epoch + 1, "step": self.taken, "steps": total,
-                     "train_loss": at.loss / at.images, "images_per_second": at.images / at.busy,
+                     "train_loss": at.loss / at.units, "images_per_second": at.images / at.busy,
                      "test_accuracy": self.log[-1]["test_accuracy"] if self.log else None,
                      "seconds": at.seconds, "left": left})  # fmt: skip
 
@@ -353,22 +342,20 @@ class _Training:
         """Evaluate, and write the row of an epoch, or of what time allowed of it."""
         at = self.progress
         net = self.ema.module if self.ema else self.net
-        sums = tally(net, self.data.test, self.evaluation, len(self.data.classes),
-                     device=self.device, rank=self.rank, world=self.world)  # fmt: skip
-        found = Evaluation.of(self._summed(sums), self.data.classes)
+        sums = self.task.tally(net, device=self.device, rank=self.rank, world=self.world)
+        figures = self.task.figures(self._summed(sums))
         self._lap()
         row = {
             "epoch": at.epoch + 1,
-            "train_loss": at.loss / at.images,
-            "test_loss": found.loss,
-            "test_accuracy": found.accuracy,
+            "train_loss": at.loss / at.units,
+            **figures,
             "images_per_second": at.images / at.busy,
             "lr": self.raw_optimizer.param_groups[0]["lr"],
             "seconds": at.seconds - at.since,
         }
         self.log = [other for other in self.log if other["epoch"] != row["epoch"]] + [row]
-        if found.accuracy > at.best:
-            at.best = found.accuracy
+        if at.best is None or figures["test_accuracy"] > at.best:
+            at.best = figures["test_accuracy"]
             self.best = {name: t.detach().cpu().clone() for name, t in net.state_dict().items()}
         if at.step == self.steps:
             self.progress = Progress(at.epoch + 1, seconds=at.seconds, since=at.seconds, best=at.best)
@@ -411,7 +398,7 @@ class _Training:
             "settings": self.settings.model_dump(mode="json", by_alias=True),
             "progress": asdict(self.progress),
             "finished": self.finished,
-            "classes": list(self.data.classes),
+            **self.task.facts(),
             "params": sum(p.numel() for p in self.net.parameters()),
             "log": self.log,
             "optimizer": {
@@ -433,6 +420,10 @@ class _Training:
 
     def _restore(self, found: Checkpoint) -> None:
         state = found.state()
+        if others := [key for key, fact in self.task.facts().items() if state[key] != fact]:
+            raise RunError("AZ802", f"`{self.folder}` holds a run on other data",
+                           why=f"their {', '.join(others)} differ",
+                           help="bring the data back as they were, or name another folder with --out")  # fmt: skip
         self.net.load_state_dict(found.tensors("model"))
         moments: dict[int, dict[str, Any]] = {int(i): dict(own) for i, own in state["optimizer"].items()}
         for path, tensor in found.tensors("optimizer").items():
@@ -444,7 +435,8 @@ class _Training:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.best = found.tensors("best") if found.has("best") else None
-        self.progress, self.log, self.saved = Progress(**state["progress"]), state["log"], found.step
+        progress = {"units": state["progress"]["images"]} | state["progress"]  # once every unit was a picture
+        self.progress, self.log, self.saved = Progress(**progress), state["log"], found.step
         before, now = state["environment"], self._environment()
         changed = [f"{key} {now[key]}, was {was}" for key, was in before.items() if now.get(key) != was]
         if changed:
@@ -470,7 +462,7 @@ class _Training:
             "AZ803",
             f"step {self.taken + 1}, in epoch {batch.epoch + 1}, is not finite",
             why=f"it begins with {culprit}",
-            help=f"{kept}, its {len(batch.indices)} pictures are named in {file}; "
+            help=f"{kept}, its {len(batch.indices)} {EXAMPLES[self.task.kind]} are named in {file}; "
             "try a lower --lr or --set train.clip_grad=1",
         )
 
@@ -518,7 +510,31 @@ def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, steps: int)
     }
     if chosen.use == "cosine":
         return CosineLRScheduler(optimizer, t_initial=total - warmup, lr_min=chosen.end, **rise)
+    if chosen.use == "inverse_sqrt":
+        return InverseSquareRoot(optimizer, warmup, chosen.start)
     return StepLRScheduler(optimizer, decay_t=total, decay_rate=1.0, **rise)
+
+
+class InverseSquareRoot(Scheduler):
+    """A linear rise, then lr √(w / t) after w steps of rise: continuous, and a function of the step t alone.
+
+    Vaswani et al., arXiv:1706.03762, eq. 3, with the peak lr in the place of √(1 / (d w)).
+
+    Args:
+        optimizer: Its rates are the peak.
+        warmup: Steps of the rise, w; without them the rate falls from the first step, as if w were 1.
+        start: Rate the rise begins at.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, warmup: int, start: float):
+        super().__init__(optimizer, param_group_field="lr", t_in_epochs=False)
+        self.warmup, self.start = warmup, start
+
+    def _get_lr(self, t: int) -> list[float]:
+        if t < self.warmup:
+            return [self.start + (peak - self.start) * t / self.warmup for peak in self.base_values]
+        w = max(1, self.warmup)
+        return [peak * math.sqrt(w / max(t, w)) for peak in self.base_values]
 
 
 def _existing(folder: Path, loaded: Loaded, settings: Settings, report: Report) -> Checkpoint | None:

@@ -5,11 +5,18 @@ from html import escape
 from typing import Any
 
 from attnzoo.train.compare import Comparison
+from attnzoo.train.settings import EXAMPLES, Kind, data_kind
 
 COLOURS = ("#555555", "#1d4ed8", "#c2410c", "#047857", "#7c3aed", "#b91c1c", "#0e7490", "#a16207")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 320, 56, 16, 16, 40
 """Of a chart and its margins, in pixels."""
 
+ACCURACY: dict[Kind, str] = {
+    "images": "",
+    "pairs": "Accuracy is the share of target tokens that are right, given the right ones before.",
+    "sequences": "Accuracy is the share of what is asked that is right; of numbers, the share of variance explained.",
+}
+"""What has to be said of it."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a;
        background: #ffffff; }
@@ -42,17 +49,17 @@ def page(comparison: Comparison, title: str) -> str:
             ("Training loss by epoch", "train_loss"),
         )
     )
-    seeds = comparison.rows[0].seeds
+    seeds, kind = comparison.rows[0].seeds, data_kind(comparison.data) or "images"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
 <p>{len(comparison.rows)} recipes × {seeds} seeds on {escape(comparison.data)}; the same
-{escape(comparison.budget)} for all, and for each seed the same order of pictures.</p>
+{escape(comparison.budget)} for all, and for each seed the same order of {EXAMPLES[kind]}.</p>
 <h2>Who is better, and is it noise?</h2><ul>{verdicts or "<li>one recipe alone</li>"}</ul>
-<h2>Figures</h2>{_table(comparison, colours)}
+<h2>Figures</h2>{_table(comparison, colours, EXAMPLES[kind])}
 <p class="small">Mean ± standard deviation over seeds. “Best” is the best epoch on the test side, which flatters every
-recipe; “last” is the end of training.</p>
+recipe; “last” is the end of training. {ACCURACY[kind]}</p>
 {_differences(comparison)}
 {charts}
 <p class="small">Lines are means over seeds, bands run from the worst seed to the best.</p>
@@ -60,9 +67,9 @@ recipe; “last” is the end of training.</p>
 """
 
 
-def _table(comparison: Comparison, colours: dict[str, str]) -> str:
+def _table(comparison: Comparison, colours: dict[str, str], examples: str) -> str:
     head = "<tr><th>recipe</th><th>best accuracy</th><th>at epoch</th><th>last accuracy</th><th>epochs</th>"
-    head += "<th>parameters</th><th>pictures/s</th></tr>"
+    head += f"<th>parameters</th><th>{examples}/s</th></tr>"
     rows = "".join(
         f'<tr><td><span class="key" style="background:{colours[r.recipe]}"></span>{escape(r.recipe)}</td>'
         f"<td>{r.best:.2%} ± {r.best_spread:.2%}</td><td>{r.best_epoch:.1f}</td>"

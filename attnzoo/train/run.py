@@ -2,18 +2,23 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
-from attnzoo.data import ImageData, evaluation, load_images
+from attnzoo.data import evaluation
+from attnzoo.data.pairs import PairData, encoded
+from attnzoo.data.vocabulary import Vocabulary
 from attnzoo.errors import RunError
-from attnzoo.recipe import Loaded, build, load
+from attnzoo.hosts.survey import Survey
+from attnzoo.recipe import Loaded, build, load, resolve
+from attnzoo.recipe.schema import ImageHost, Seq2SeqHost, SequenceHost
 from attnzoo.train import checkpoint
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.metrics import Evaluation, evaluate
-from attnzoo.train.settings import Settings
+from attnzoo.train.settings import EXAMPLES, Kind, Settings, kind_of
+from attnzoo.train.task import load_data, task_of
 
 Which = Literal["best", "last"]
 """The weights of the epoch with the highest test accuracy, or of the last step."""
@@ -25,7 +30,7 @@ class Run:
 
     Args:
         folder: Where it is.
-        loaded: The recipe, with picture size, classes and statistics of the data.
+        loaded: The recipe, with what its data decide.
         settings: How it is trained.
     """
 
@@ -48,18 +53,85 @@ class Run:
         model.load_state_dict(saved.tensors(next(name for name in names if saved.has(name))))
         return model.eval()
 
-    def data(self) -> ImageData:
-        """The pictures it is trained and tested on, with the statistics that the model was trained with.
+    @property
+    def kind(self) -> Kind:
+        """What it is trained on."""
+        return kind_of(self.loaded, self.settings)
+
+    def data(self, name: str | None = None) -> Any:
+        """What it is trained and tested on, as the model knows it: `ImageData`, `PairData` or `SequenceData`.
+
+        Pictures come with the statistics that the model was trained with, pairs in the vocabularies of the run.
+
+        Args:
+            name: Of other data of the same kind.
 
         Raises:
-            DataError: AZ7xx, when they are not there any more.
+            DataError: AZ7xx, when the data cannot be had.
+            RunError: AZ807, when the model has no place for them; AZ814, when they are of another kind.
         """
-        images = load_images(self.settings.data, root=self.settings.data_root, size=self.settings.size)
-        host = self.loaded.recipe.host
-        return replace(images, mean=tuple(host.mean or images.mean), std=tuple(host.std or images.std))
+        changed: dict[str, Any] = {"data": name} if name else {}
+        if name and self.kind == "images":
+            changed["size"] = cast(Survey, resolve(self.loaded).seen).image[1]
+        data = load_data(self.settings.model_copy(update=changed), self.loaded)
+        if self.kind == "images":
+            host = cast(ImageHost, self.loaded.recipe.host)
+            return replace(data, mean=tuple(host.mean or data.mean), std=tuple(host.std or data.std))
+        if self.kind == "pairs":
+            return self._in_its_vocabularies(data)
+        asked = cast(SequenceHost, self.loaded.recipe.host)
+        there, known = (
+            (data.vocab or 0, data.width or 0, data.outputs),
+            (asked.vocab, asked.width, asked.outputs),
+        )
+        if there != known:
+            said = "{} tokens, vectors of {} numbers and {} outputs"
+            raise RunError("AZ807", f"`{data.name}` has {said.format(*there)}",
+                           why=f"the run has {said.format(*known)}", help="choose data of the same kind")  # fmt: skip
+        return data
+
+    def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
+        """Of the sources and of the targets, out of the checkpoint: a run translates without its data.
+
+        Raises:
+            RunError: AZ805, when no checkpoint is sound; AZ814, when it is no run on pairs.
+        """
+        if self.kind != "pairs":
+            raise RunError("AZ814", f"`{self.folder}` does not translate: it was trained on {EXAMPLES[self.kind]}",
+                           help="take a run whose recipe has a host of kind `seq2seq`")  # fmt: skip
+        made = [Vocabulary.of(data) for data in self._newest().state()["vocabularies"]]
+        return made[0], made[-1]
+
+    def _in_its_vocabularies(self, data: PairData) -> PairData:
+        """The pairs, cut into tokens anew if their own vocabularies are others."""
+        own = source, target = self.vocabularies()
+        if [one.as_data() for one in own] == [data.source.as_data(), data.target.as_data()]:
+            return data
+        longest = cast(Seq2SeqHost, self.loaded.recipe.host).max_length
+        train, test = (
+            encoded(list(zip(side.source_texts, side.target_texts, strict=True)), source, target, longest)[0]
+            for side in (data.train, data.test)
+        )
+        return replace(data, source=source, target=target, train=train, test=test)
+
+    def figures(self, which: Which = "best", data: str | None = None) -> dict[str, float]:
+        """`test_loss`, `test_accuracy` and what else the log says of an epoch, for data of any kind.
+
+        Args:
+            which: Which weights.
+            data: Name of other data of the same kind; the run's own when left out.
+
+        Raises:
+            DataError: AZ7xx, when the data cannot be had.
+            RunError: AZ807, when the model has no place for them; AZ814, when they are of another kind.
+        """
+        changed = {"data": data} if data else {}
+        task = task_of(self.loaded, self.settings.model_copy(update=changed), self.data(data))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return task.figures(task.tally(self.model(which).to(device), device=device))
 
     def evaluate(self, which: Which = "best", data: str | None = None) -> Evaluation:
-        """The model on the test side of its data, or of other data with the same classes.
+        """The model on the test side of its pictures, or of others with the same classes.
 
         Args:
             which: Which weights.
@@ -67,40 +139,43 @@ class Run:
 
         Raises:
             DataError: AZ7xx, when the data cannot be had.
-            RunError: AZ807, when they are not of the kind that the model was trained on.
+            RunError: AZ807, when they are not of the kind that the model was trained on; AZ814, when it or they are no
+                pictures.
         """
+        if self.kind != "images":
+            raise RunError("AZ814", f"`{self.folder}` has no classes: it was trained on {EXAMPLES[self.kind]}",
+                           help="`figures` has its loss and accuracy")  # fmt: skip
         known = self._newest().state()["classes"]
         model = self.model(which)
-        channels, rows, columns = image = tuple(model.pretrained_cfg["input_size"])  # type: ignore[union-attr, arg-type, index]
-        if data is None:
-            pictures = self.data()
-        else:
-            pictures = load_images(data, root=self.settings.data_root, size=rows)
+        channels, *_ = image = tuple(model.pretrained_cfg["input_size"])  # type: ignore[union-attr, arg-type, index]
+        pictures = self.data(data)
         if list(pictures.classes) != known or pictures.image[0] != channels:
             names = ", ".join(pictures.classes)[:60]
             found = f"{len(pictures.classes)} classes ({names}) in {pictures.image[0]} channels"
             raise RunError("AZ807", f"`{pictures.name}` has {found}",
                            why=f"the run has {len(known)} classes ({', '.join(known)[:60]}) in {channels} channels",
                            help="choose data of the same kind")  # fmt: skip
-        host = self.loaded.recipe.host
-        transform = evaluation(image, host.mean or pictures.mean, host.std or pictures.std)
+        transform = evaluation(image, pictures.mean, pictures.std)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return evaluate(model.to(device), pictures.test, transform, pictures.classes, device=device)
 
     def log(self) -> list[dict[str, Any]]:
-        """A row per epoch: `epoch` from 1, `train_loss` and `test_loss` in nats, `test_accuracy`, `images_per_second`
-        in training, `lr` of the last step, `seconds` with evaluation."""
+        """A row per epoch: `epoch` from 1, `train_loss` and `test_loss` in nats, `test_accuracy`, what else the task
+        says, `images_per_second` in training (pictures, pairs or sequences), `lr` of the last step, `seconds` with
+        evaluation."""
         return self._newest().state()["log"]
 
     def summary(self) -> dict[str, Any]:
-        """Its figures: `best_` and `last_` with `accuracy`, `epoch` and `loss`, null until the first epoch is complete;
-        `params`, `images_per_second`, `seconds`, `finished`."""
+        """Its figures: `best_` and `last_` with `accuracy`, `epoch`, `loss` and what else the log says of it, null
+        until the first epoch is complete; `params`, `images_per_second`, `seconds`, `finished`, `data_kind`."""
         state = self._newest().state()
         log = state["log"]
         figures: dict[str, Any] = {}
         best = max(log, key=lambda row: row["test_accuracy"], default=None)  # the first of equals
         for name, row in (("best", best), ("last", log[-1] if log else None)):
-            for key, column in (("accuracy", "test_accuracy"), ("epoch", "epoch"), ("loss", "test_loss")):
+            columns = {"accuracy": "test_accuracy", "epoch": "epoch", "loss": "test_loss"}
+            columns |= {column[5:]: column for column in row or () if column.startswith("test_")}
+            for key, column in columns.items():
                 figures[f"{name}_{key}"] = row and row[column]
         speed = sum(row["images_per_second"] for row in log) / len(log) if log else None
         return figures | {
@@ -108,6 +183,7 @@ class Run:
             "images_per_second": speed,
             "seconds": state["progress"]["seconds"],
             "finished": state["finished"],
+            "data_kind": self.kind,
         }
 
     def notes(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which pictures a step sees, and with which random numbers: functions of the seed and the position, without a state.
+"""Which examples a step sees, and with which random numbers: functions of the seed and the position, without a state.
 
 So a run can be resumed anywhere, by any number of processes, and goes on as if it had never stopped.
 """
@@ -9,6 +9,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+
+POOL = 50
+"""Batches that are sorted by length together: more would pad less and mix less."""
 
 
 def derive(*numbers: int) -> int:
@@ -33,18 +36,18 @@ def reseed(*numbers: int) -> None:
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Steps in which every picture is seen once; the last may see fewer."""
+    """Steps in which every example is seen once; one of them may see fewer than the others."""
     return -(-images // batch_size)
 
 
 @lru_cache(maxsize=2)
 def order(images: int, seed: int, epoch: int) -> Tensor:
-    """The order of the pictures in an epoch, (images,)."""
+    """The order of the examples in an epoch, (images,)."""
     return torch.randperm(images, generator=torch.Generator().manual_seed(derive(seed, epoch)))
 
 
 def batch(images: int, batch_size: int, *, seed: int, epoch: int, step: int) -> Tensor:
-    """The pictures of a step, over all processes, (b,).
+    """The examples of a step, over all processes, (b,).
 
     Args:
         images: How many there are.
@@ -54,6 +57,27 @@ def batch(images: int, batch_size: int, *, seed: int, epoch: int, step: int) -> 
         step: Within the epoch, from 0.
     """
     return order(images, seed, epoch)[step * batch_size : (step + 1) * batch_size]
+
+
+def bucketed(lengths: Tensor, batch_size: int, *, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """The batches of an epoch, each of examples that are about as long, so that little is padded.
+
+    Examples are shuffled and cut into pools of `POOL` batches; a pool is sorted by length and cut into batches; batches
+    are shuffled. The sort is stable, so examples of one length meet others in every epoch.
+
+    Args:
+        lengths: Of the examples, (n,).
+        batch_size: How many examples a batch has; one batch has fewer when they do not divide evenly.
+        seed: Of the run.
+        epoch: From 0.
+
+    Returns:
+        The examples of each step, (b,) each; as many as `steps_per_epoch` says.
+    """
+    generator = torch.Generator().manual_seed(derive(seed, epoch))
+    pools = torch.randperm(len(lengths), generator=generator).split(POOL * batch_size)
+    batches = [b for pool in pools for b in pool[lengths[pool].argsort(stable=True)].split(batch_size)]
+    return tuple(batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
 
 
 def share(batch: Tensor, *, rank: int, world: int, parts: int) -> list[Tensor]:

@@ -2,16 +2,36 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from attnzoo.data import ImageData
-from attnzoo.recipe import Loaded, load, resolve
+from attnzoo.data import DATASETS
+from attnzoo.data.parallel import PAIRS, is_pairs
+from attnzoo.data.sequences import SEQUENCES, is_sequences
+from attnzoo.errors import RunError
+from attnzoo.recipe import Loaded, load
 from attnzoo.recipe.schema import Train
 
+_STRINGS = (
+    "train.epochs=20",
+    "train.batch_size=64",
+    "train.optimizer.lr=0.001",
+    "train.schedule={use: cosine, warmup: 1}",
+    "train.clip_grad=1.0",
+    "train.label_smoothing=0.0",  # there is one right answer
+)
+_SEQUENCES = (
+    "train.epochs=30",
+    "train.batch_size=64",
+    "train.optimizer.lr=0.001",
+    "train.schedule={use: cosine, warmup: 1}",
+    "train.clip_grad=1.0",
+    "train.label_smoothing=0.0",
+)
 FOR_DATA: dict[str, tuple[str, ...]] = {
     "digits": (
         "train.epochs=40",
@@ -22,8 +42,23 @@ FOR_DATA: dict[str, tuple[str, ...]] = {
         "train.augment=[{use: random_crop, with: {padding: 2}}]",  # a mirrored digit is none
     ),
     "synthetic": ("train.epochs=10", "train.batch_size=64", "train.optimizer.lr=0.003", "train.augment=[]"),
+    **dict.fromkeys(("copy", "reverse", "sort"), _STRINGS),
+    **dict.fromkeys(SEQUENCES, _SEQUENCES),
 }
-"""What small data sets need instead of a recipe's settings, which were chosen for another data set."""
+"""What small data sets need instead of a recipe's settings, which were chosen for another data set; by the word before
+the colon."""
+
+
+Kind = Literal["images", "pairs", "sequences"]
+"""What a run is trained on."""
+HOSTS: dict[str, Kind] = {"vit": "images", "cct": "images", "seq2seq": "pairs", "sequence": "sequences"}
+"""Kind of host to the kind of data that it is for."""
+NAMES: dict[Kind, tuple[str, ...]] = {"images": DATASETS, "pairs": PAIRS, "sequences": tuple(SEQUENCES)}
+"""Names of the data sets of each kind."""
+FILES = ("folder", "moses", "tsv", "aligned", "gettext")
+"""Data sets whose names go on with a path."""
+EXAMPLES: dict[Kind, str] = {"images": "pictures", "pairs": "pairs", "sequences": "sequences"}
+"""What a step sees, in words."""
 
 
 class Settings(Train):
@@ -66,13 +101,19 @@ def prepare(recipe: str | os.PathLike, edits: Sequence[str] = (), **others: Any)
 
     Raises:
         RecipeError: what is wrong with the recipe or an edit.
+        RunError: AZ814, when the recipe is for data of another kind.
     """
     loaded = load(recipe, edits)
     data = loaded.recipe.train.data
     if data != load(recipe).recipe.train.data:
-        forget = ("host.mean=null", "host.std=null")  # the recipe's are those of its own data
-        loaded = load(recipe, [*forget, *FOR_DATA.get(data, ()), *edits])
-    return loaded, settings_of(loaded, **others)
+        pictures = HOSTS[loaded.recipe.host.kind] == "images"
+        forget = (
+            ("host.mean=null", "host.std=null") if pictures else ()
+        )  # the recipe's are those of its own data
+        loaded = load(recipe, [*forget, *FOR_DATA.get(data.partition(":")[0], ()), *edits])
+    settings = settings_of(loaded, **others)
+    kind_of(loaded, settings)
+    return loaded, settings
 
 
 def settings_of(loaded: Loaded, **others: Any) -> Settings:
@@ -85,38 +126,64 @@ def settings_of(loaded: Loaded, **others: Any) -> Settings:
     return Settings(**loaded.recipe.train.model_dump(by_alias=True), **others)
 
 
-def fit(loaded: Loaded, settings: Settings, images: ImageData) -> Loaded:
-    """The recipe with picture size, classes and statistics of the data; what agrees already is left as it is.
+def data_kind(name: str) -> Kind | None:
+    """Of which kind a data set is, by the word before the first colon; None when nobody knows it.
+
+    Args:
+        name: As `--data` takes it.
+    """
+    if is_pairs(name):
+        return "pairs"
+    if is_sequences(name):
+        return "sequences"
+    known = (each.partition(":")[0] for each in DATASETS)
+    return "images" if name.partition(":")[0] in known else None
+
+
+def kind_of(loaded: Loaded, settings: Settings) -> Kind:
+    """What a recipe is trained on.
 
     Args:
         loaded: The recipe.
-        settings: Its statistics hold when these name the same data.
-        images: What it is trained on.
+        settings: They name the data.
+
+    Raises:
+        RunError: AZ814, when the data are of another kind than the recipe is for.
+    """
+    host, found = loaded.recipe.host.kind, data_kind(settings.data)
+    wanted = HOSTS[host]
+    if found is not None and found != wanted:
+        words = {"images": "pictures", "pairs": "pairs of sequences", "sequences": "single sequences"}
+        others = " or ".join(f"`{kind}`" for kind, its in HOSTS.items() if its == found)
+        raise RunError(
+            "AZ814",
+            f"`{loaded.name}` cannot learn from `{settings.data}`",
+            why=f"its host, of kind `{host}`, is for {words[wanted]}; these are {words[found]}",
+            help=f"take {words[wanted]} ({', '.join(NAMES[wanted])}), or a recipe whose host is of kind {others}",
+        )
+    return wanted
+
+
+def completed(loaded: Loaded, settings: Settings, edits: Sequence[str]) -> Loaded:
+    """The recipe of a run: with a name, and with what the data decide.
+
+    Args:
+        loaded: The recipe.
+        settings: They name the data.
+        edits: What the data decide, as changes such as `host.model.num_classes=10`; empty when it agrees already.
 
     Returns:
         A recipe whose `train:` names the data alone, since the settings say the rest.
     """
-    seen, host = resolve(loaded).seen, loaded.recipe.host
-    channels, rows, columns = images.image
-    same = settings.data == loaded.recipe.train.data
-    edits = [f"name={loaded.name}"] if loaded.recipe.name is None else []
-    if seen.image[1:] != (rows, columns):
-        edits.append(f"host.model.img_size={rows if rows == columns else [rows, columns]}")
-    if seen.image[0] != channels:
-        edits.append(f"host.model.in_chans={channels}")
-    if seen.classes != len(images.classes):
-        edits.append(f"host.model.num_classes={len(images.classes)}")
-    if host.mean is None or not same:
-        edits.append(f"host.mean={list(images.mean)}")
-    if host.std is None or not same:
-        edits.append(f"host.std={list(images.std)}")
+    changes = [*([f"name={loaded.name}"] if loaded.recipe.name is None else []), *edits]
     tree = loaded.source.tree | {"train": {"data": settings.data}}
-    if edits or loaded.edited:
+    if changes or loaded.edited:
         tree.pop("expect", None)
-    return load(json.dumps(tree, ensure_ascii=False), edits)
+    return load(json.dumps(tree, ensure_ascii=False), changes)
 
 
 def default_folder(loaded: Loaded, settings: Settings) -> Path:
-    """`runs/<recipe>-<data>-seed<k>`."""
-    data = Path(settings.data.partition(":")[2]).name or settings.data
+    """`runs/<recipe>-<data>-seed<k>`; of a path its last part."""
+    word, _, path = settings.data.partition(":")
+    data = Path(path).name if word in FILES else re.sub("[:/,]", "-", settings.data)
     return Path("runs") / f"{loaded.name}-{data}-seed{settings.seed}"

@@ -1,0 +1,59 @@
+"""What is kept of the tokens before, when a sequence is continued token by token."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+class Past:
+    """What one mechanism keeps between steps: tensors that grow along the tokens, tensors that stay, and its branches'.
+
+    Buffers double when they are full, so a step copies what is new and not what is old. It is written in place: no
+    gradient flows through it.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._growing: list[Tensor] = []
+        self._kept: tuple[Tensor, ...] | None = None
+        self._branches: dict[str, Past] = {}
+
+    def extend(self, *new: Tensor) -> list[Tensor]:
+        """Append, and return all so far, (... n c) each.
+
+        Args:
+            new: What the newest tokens add, (... k c) each, always in the same order.
+        """
+        start, stop = self.length, self.length + new[0].shape[-2]
+        if not self._growing or stop > self._growing[0].shape[-2]:
+            room = [t.new_empty(*t.shape[:-2], max(16, 2 * stop), t.shape[-1]) for t in new]
+            for old, wider in zip(self._growing, room, strict=False):
+                wider[..., :start, :] = old[..., :start, :]
+            self._growing = room
+        for buffer, t in zip(self._growing, new, strict=True):
+            buffer[..., start:stop, :] = t
+        self.length = stop
+        return [buffer[..., :stop, :] for buffer in self._growing]
+
+    def keep(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What is the same in every step, made in the first: keys and values of a context."""
+        if self._kept is None:
+            self._kept = tuple(t.contiguous() for t in make())  # read in every step
+        return self._kept
+
+    def branch(self, name: str) -> "Past":
+        """What a branch keeps for itself."""
+        return self._branches.setdefault(name, Past())
+
+    def select(self, rows: Tensor, kept: bool = True) -> None:
+        """Go on with these rows of the batch, in this order; a row may be named again.
+
+        Args:
+            rows: Indices, (b,).
+            kept: Whether what stays is selected too; not needed when every row is replaced by one of the same context.
+        """
+        self._growing = [buffer.index_select(0, rows) for buffer in self._growing]
+        if kept and self._kept is not None:
+            self._kept = tuple(t.index_select(0, rows) for t in self._kept)
+        for branch in self._branches.values():
+            branch.select(rows, kept)

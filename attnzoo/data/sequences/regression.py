@@ -1,0 +1,86 @@
+"""In-context linear regression: pairs (x, y) of a new linear function in every sequence, then an x alone.
+
+He, Pan, Chen, Yang, arXiv:2503.12734; Garg et al., arXiv:2208.01066. The best predictor is known: `ridge`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.data.chance import Chance, step_seeds
+from attnzoo.data.sequences.options import check_size, option, options
+from attnzoo.data.sequences.sequence_data import TEST, TRAIN, InMemory, SequenceData
+
+
+@dataclass(frozen=True)
+class RegressionOptions:
+    """Options of `regression`.
+
+    Args:
+        dim: Numbers in x, d.
+        examples: Pairs per sequence, L.
+        noise: Standard deviation σ of what is added to y.
+        train: Sequences to train on.
+        test: Sequences to test on.
+    """
+
+    dim: int = option(5, 1, 256)
+    examples: int = option(20, 1, 2048)
+    noise: float = option(0.0, 0, 100)
+    train: int = option(20_000, 1, 1_000_000)
+    test: int = option(2_000, 1, 100_000)
+
+
+def load_regression(name: str, seed: int) -> SequenceData:
+    """Draw them: w and all x from N(0, I), y = wᵀx + σ ε with ε from N(0, 1).
+
+    Tokens are the vectors (x; y) and, last, (x; 0), where its y is asked. Its y has noise too, as the others have.
+
+    Args:
+        name: `regression`, with options such as `regression:dim=5,examples=20,noise=0.1`.
+        seed: What they are drawn from.
+
+    Raises:
+        DataError: AZ715 for options that are wrong.
+    """
+    o = options(RegressionOptions, name)
+    check_size(name, max(o.train, o.test), (o.examples + 1) * (o.dim + 1))
+    train, test = (_side(seed, side, count, o) for side, count in ((TRAIN, o.train), (TEST, o.test)))
+    return SequenceData(name, None, o.dim + 1, 1, True, o.examples + 1, train, test)
+
+
+def ridge(inputs: Tensor, noise: float) -> Tensor:
+    """The answer of one who knows how sequences are drawn: ŷ = x_qᵀ (XᵀX + σ² I)⁻¹ Xᵀ y, the posterior's mean.
+
+    Without noise it is least squares, of the smallest norm where examples are too few. No predictor has a smaller
+    expected squared error.
+
+    Args:
+        inputs: float (b n e), as `load_regression` makes them.
+        noise: σ.
+
+    Returns:
+        float64 (b,).
+    """
+    x, y, query = inputs[:, :-1, :-1].double(), inputs[:, :-1, -1:].double(), inputs[:, -1:, :-1].double()
+    return (query @ _solve(x, noise) @ y)[:, 0, 0]
+
+
+def _solve(x: Tensor, noise: float) -> Tensor:
+    """(b d k): the matrix that makes w of the y to these x, (b k d)."""
+    if noise == 0:
+        return torch.linalg.pinv(x)
+    return torch.linalg.solve(x.mT @ x + noise**2 * torch.eye(x.shape[-1]).to(x), x.mT)
+
+
+def _side(seed: int, side: int, count: int, o: RegressionOptions) -> InMemory:
+    chance, tokens = Chance(step_seeds(seed, side, torch.arange(count))), o.examples + 1
+    w = chance.normal(o.dim).view(count, o.dim, 1)
+    x = chance.normal(tokens * o.dim).view(count, tokens, o.dim)
+    y = x @ w  # (count, L + 1, 1)
+    if o.noise:
+        y = y + o.noise * chance.normal(tokens)[..., None]
+    inputs, targets = torch.cat((x, y), dim=-1), torch.full_like(y, torch.nan)
+    targets[:, -1], inputs[:, -1, -1] = y[:, -1], 0
+    return InMemory(inputs, targets)

@@ -1,0 +1,189 @@
+"""One stack of layers over one sequence: tokens or vectors in, a guess for every position out. Sites are `layers.i`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.core import Layout, Mask, Site
+from attnzoo.hosts.demand import Demand
+from attnzoo.hosts.layers import Body, Layer, init_xavier
+from attnzoo.hosts.positions import check_length, positions
+from attnzoo.hosts.skip import Skip, Trail, install
+from attnzoo.hosts.survey import Put, Seen, plain_attention, put_on_meta, undecayed
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a recipe says of the model.
+
+    Args:
+        dim: Width of the tokens, in channels.
+        mlp_dim: Hidden width of the MLPs; 0 for layers without.
+        layers: How many.
+        vocab: Size of the vocabulary, when tokens come in; 0 when vectors do.
+        width: Channels of the vectors that come in; 0 when tokens do.
+        outputs: Classes, or channels of what goes out.
+        max_length: Longest sequence.
+        positions: `sinusoidal`, `learned`, `rotary` or `none`.
+        causal: Whether a position sees only itself and what came before.
+        norm_first: Whether norms stand before sublayers.
+        act: Activation of the MLPs.
+        dropout: A probability.
+        bias: Whether Linear layers have biases.
+    """
+
+    dim: int = 64
+    mlp_dim: int = 256
+    layers: int = 2
+    vocab: int = 0
+    width: int = 0
+    outputs: int = 1
+    max_length: int = 64
+    positions: str = "learned"
+    causal: bool = True
+    norm_first: bool = True
+    act: str = "gelu"
+    dropout: float = 0.0
+    bias: bool = True
+
+    @property
+    def body(self) -> Body:
+        """What all layers share."""
+        return Body(self.dim, self.mlp_dim, self.act, self.dropout, nn.LayerNorm, self.norm_first, self.bias)
+
+
+class SequenceModel(nn.Module):
+    """A guess for every position of a sequence.
+
+    Args:
+        form: What a recipe says.
+        sites: By name.
+        put: Builds what is put at a site.
+        skip: What layers hand on.
+    """
+
+    def __init__(self, form: Form, sites: Mapping[str, Site], put: Put, skip: Skip):
+        super().__init__()
+        body = form.body
+        self.max_length, self.causal = form.max_length, form.causal
+        self.embed = nn.Embedding(form.vocab, form.dim) if form.vocab else nn.Linear(form.width, form.dim)
+        self.positions = positions(form.positions, form.max_length, form.dim)
+        self.drop = nn.Dropout(form.dropout)
+        self.layers = nn.ModuleList(Layer(body, put(sites[f"layers.{i}"])) for i in range(form.layers))
+        self.norm = body.norm(form.dim) if form.norm_first else nn.Identity()
+        self.head = nn.Linear(form.dim, form.outputs, bias=form.bias)
+        self.trail = Trail()
+        if skip:
+            layers: list[Any] = [self.get_submodule(name) for name in skip.at]
+            self.trail = install(skip, [layer.attn for layer in layers], layers, form.dim, body.norm)
+        init_xavier(self)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters, beyond 1-D ones, that an optimiser must not decay."""
+        return undecayed(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits or values (b n o).
+
+        Args:
+            x: Ids (b n), or vectors (b n e).
+
+        Raises:
+            LayoutMismatch: AZ407, when the sequence is too long.
+        """
+        self.trail.clear()
+        n = x.shape[1]
+        check_length(n, self.max_length)
+        x = self.drop(self.positions(self.embed(x)))
+        for layer in self.layers:
+            x = layer(x, Mask(causal=self.causal), Layout((n,)))
+        return self.head(self.norm(x))
+
+
+@dataclass(frozen=True)
+class SequenceSeen(Seen):
+    """What is known of a stack before it is built.
+
+    Args:
+        form: What a recipe says.
+        heads: Of each layer.
+    """
+
+    form: Form = field(default_factory=Form)
+    heads: Sequence[int] = ()
+
+    def sites(self) -> dict[str, Site]:
+        form = self.form
+        sites = (
+            Site(
+                name=f"layers.{i}",
+                dim=form.dim,
+                heads=heads,
+                layout=Layout((form.max_length,)),
+                layer=i,
+                depth=form.layers,
+                attn_drop=form.dropout,
+                proj_drop=form.dropout,
+                qkv_bias=form.bias,
+                proj_bias=form.bias,
+                rotary=form.positions == "rotary",
+            )
+            for i, heads in enumerate(self.heads)
+        )
+        return {site.name: site for site in sites}
+
+    def demand(self, site: str) -> Demand:
+        causal = self.form.causal
+        return Demand(
+            masks=frozenset({"causal"} if causal else ()),
+            token_local=causal,
+            varying_length="sequences may differ in length" if causal else "",
+            rotary=self.form.positions == "rotary",
+        )
+
+    def module_path(self, site: str) -> str:
+        return f"{site}.attn"
+
+    def sample(self) -> tuple[Tensor, ...]:
+        form = self.form
+        if form.vocab:
+            return (torch.zeros(1, form.max_length, dtype=torch.long),)
+        return (torch.zeros(1, form.max_length, form.width),)
+
+    def skip_default(self, use: str) -> str:
+        return "layers.*"
+
+
+def survey(form: Form, heads: Sequence[int]) -> SequenceSeen:
+    """What a model of this form is, learnt without allocating it.
+
+    Args:
+        form: What a recipe says.
+        heads: Of each layer.
+
+    Raises:
+        RecipeError: AZ308, when heads do not divide the width.
+    """
+    seen = SequenceSeen(
+        family="transformer",
+        base=f"{form.layers} layers",
+        dim=form.dim,
+        depth=form.layers,
+        form=form,
+        heads=heads,
+    )
+    return put_on_meta(seen, lambda: build(seen, plain_attention))
+
+
+def build(seen: SequenceSeen, put: Put, skip: Skip = Skip()) -> SequenceModel:  # noqa: B008 - frozen
+    """The model with mechanisms at its sites.
+
+    Args:
+        seen: From `survey`.
+        put: Builds what is put at a site.
+        skip: What layers hand on.
+    """
+    return SequenceModel(seen.form, seen.sites(), put, skip)

@@ -1,0 +1,227 @@
+"""What a layer's attention hands on to the next layer's: the skip between layers of Deep Head.
+
+Cruz, Fernández de Castro and Duval, "Deep Head". Figure 2 hands on the merged heads, "added and normalised"; text and
+code say other things, so every reading has a name. M is what the heads give, merged, before the output projection.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from attnzoo.core import Mechanism, MultiHead, Site, Tap
+from attnzoo.errors import RecipeError
+
+READINGS = {
+    "none": "nothing is handed on",
+    "merged": "R_l = LN(M_l + R_{l-1}), R_1 = M_1, before the output projection",
+    "merged_raw": "R_l = LN(M_l + M_{l-1}): what the layer before made, not what it received",
+    "merged_post": "as `merged`, after the output projection",
+    "probs_pairmean": "P_l = (P_l + P_{l-1}) / 2, the weights of the layer before averaged over adjacent heads",
+    "logits_pairmean": "L_l = L_l + L_{l-1}, the scores of the layer before averaged over adjacent heads",
+    "cross": "as `merged`, in the attention of the decoder to the encoder",
+    "encoder_stack": "the layers form several encoders, R_k = LN(E_k + R_{k-1})",
+}
+"""Every reading of the skip, with its equation."""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """What is handed on, and where.
+
+    Args:
+        use: One of `READINGS`.
+        at: Names of the sites that take part, in their order.
+        encoders: For `encoder_stack`: how many.
+    """
+
+    use: str = "none"
+    at: tuple[str, ...] = ()
+    encoders: int = 2
+
+    def __bool__(self) -> bool:
+        return self.use != "none"
+
+
+@dataclass
+class Trail:
+    """What was handed on last, in a forward that is under way. Nothing is left in it when the forward is over.
+
+    Args:
+        value: Made by the layer before; None before the first.
+    """
+
+    value: Tensor | None = field(default=None, repr=False)
+
+    def clear(self) -> None:
+        """Forget what a forward that was broken off left."""
+        self.value = None
+
+    def __deepcopy__(self, memo: dict) -> "Trail":
+        memo[id(self)] = copy = Trail()
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"value": None}
+
+
+class AddNorm(nn.Module):
+    """R_l = LN(M_l + R_{l-1}); the first layer has nothing to add and no norm.
+
+    Args:
+        trail: Where the value is handed on.
+        norm: LN; None for the first layer.
+        last: Whether nobody takes it up.
+        raw: Whether M_l is handed on in the place of R_l.
+    """
+
+    def __init__(self, trail: Trail, norm: nn.Module | None, last: bool, raw: bool = False):
+        super().__init__()
+        self.trail, self.norm, self.last, self.raw = trail, norm, last, raw
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, made = self.trail.value, x
+        if self.norm is not None:
+            assert before is not None
+            assert before is not None
+            made = self.norm(x + before)
+        self.trail.value = None if self.last else x if self.raw else made
+        return made
+
+    def extra_repr(self) -> str:
+        return "first" if self.norm is None else "last" if self.last else ""
+
+
+class PairMean(Tap):
+    """In the place of a tap: the mean with, or the sum with, what the layer before handed on.
+
+    The layer before may have r times as many heads: each of ours gets the mean of r adjacent ones.
+
+    Args:
+        trail: Where the value is handed on.
+        first: Whether there is no layer before.
+        last: Whether nobody takes it up.
+        mean: Whether the mean of both is taken, which keeps the rows' sums; the sum otherwise.
+    """
+
+    def __init__(self, trail: Trail, first: bool, last: bool, mean: bool):
+        super().__init__("b h n m")
+        self.trail, self.first, self.last, self.mean = trail, first, last, mean
+
+    @property
+    def watched(self) -> bool:
+        """True: without weights there is nothing to hand on."""
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.first:
+            before = self.trail.value
+            assert before is not None
+            h = x.shape[1]
+            pooled = before.unflatten(1, (h, before.shape[1] // h)).mean(dim=2)
+            x = (x + pooled) / 2 if self.mean else x + pooled
+        self.trail.value = None if self.last else x
+        return x
+
+
+def install(
+    skip: Skip,
+    mechanisms: Sequence[Mechanism],
+    layers: Sequence[nn.Module],
+    dim: int,
+    norm: Callable[[int], nn.Module],
+) -> Trail:
+    """Put the skip between layers.
+
+    Args:
+        skip: Which.
+        mechanisms: Of the sites that take part, in their order.
+        layers: What they are in; each has the places `attn_skip` (and `cross_skip`), after its attention, and `skip`,
+            after the layer.
+        dim: Width of the tokens, in channels.
+        norm: Builds a normalisation layer for a width.
+
+    Returns:
+        What a forward must find empty.
+    """
+    trail, count = Trail(), len(mechanisms)
+    if skip.use == "encoder_stack":
+        ends = layers[count // skip.encoders - 1 :: count // skip.encoders]
+        for i, layer in enumerate(ends):
+            layer.skip = AddNorm(trail, norm(dim) if i else None, last=i == len(ends) - 1)
+        return trail
+    for i, (part, layer) in enumerate(zip(mechanisms, layers, strict=True)):
+        last = i == count - 1
+        if skip.use == "merged_post":
+            place = "cross_skip" if getattr(layer, "cross", None) is part else "attn_skip"
+            setattr(layer, place, AddNorm(trail, norm(dim) if i else None, last))
+        elif skip.use in ("probs_pairmean", "logits_pairmean"):
+            owner, name = _tap(part, "weights" if skip.use == "probs_pairmean" else "scores")
+            setattr(owner, name, PairMean(trail, i == 0, last, mean=skip.use == "probs_pairmean"))
+        else:
+            part.skip = AddNorm(trail, norm(dim) if i else None, last, raw=skip.use == "merged_raw")  # type: ignore[assignment]
+    return trail
+
+
+def check(skip: Skip, mechanisms: Sequence[tuple[Site, Mechanism]]) -> None:
+    """Whether the skip can be put between these.
+
+    Args:
+        skip: Which.
+        mechanisms: With their sites, in their order.
+
+    Raises:
+        RecipeError: AZ314, with the first that cannot hand on what it should, or take it up.
+    """
+    before: tuple[Site, int] | None = None
+    if skip.use == "encoder_stack" and len(mechanisms) % skip.encoders:
+        raise RecipeError(
+            "AZ314",
+            f"{len(mechanisms)} layers cannot form {skip.encoders} encoders of the same depth",
+            help="choose a number of encoders that divides them",
+        )
+    for site, part in mechanisms:
+        if skip.use in ("merged", "merged_raw", "cross") and not isinstance(part, MultiHead):
+            raise RecipeError(
+                "AZ314",
+                f"`skip: {skip.use}` hands on merged heads; `{part.card.name}` at {site.name} has none",
+                help="use `merged_post`, which every mechanism can, or another mechanism there",
+            )
+        if skip.use in ("probs_pairmean", "logits_pairmean"):
+            name = "weights" if skip.use == "probs_pairmean" else "scores"
+            owner, _ = _tap(part, name)
+            if owner is None:
+                raise RecipeError(
+                    "AZ314",
+                    f"`skip: {skip.use}` hands on the {name} of one map per head; "
+                    f"`{part.card.name}` at {site.name} forms none, or several",
+                    help="use `merged`, or `softmax` there",
+                )
+            heads = getattr(part, "heads", 1)
+            if before is not None and before[1] % heads:
+                raise RecipeError(
+                    "AZ314",
+                    f"the {before[1]} heads at {before[0].name} cannot be averaged into the {heads} at {site.name}",
+                    help="each layer's heads must divide those of the layer before",
+                )
+            before = site, heads
+    inside = skip.use not in ("merged_post", "encoder_stack")
+    anew, newest = (
+        next((one for one in mechanisms if one[1].card.incremental == kind), None) for kind in (False, True)
+    )
+    if inside and anew and newest and anew[0].name.startswith("decoder"):
+        raise RecipeError(
+            "AZ314",
+            f"in decoding `{anew[1].card.name}` at {anew[0].name} computes all tokens anew, and "
+            f"`{newest[1].card.name}` at {newest[0].name} the newest only",
+            why="neither can take up what the other hands on",
+            help="use `merged_post`, or mechanisms there that all work in the same way",
+        )
+
+
+def _tap(part: nn.Module, name: str) -> tuple[Any, str]:
+    """What holds the tap of a name, with the tap's attribute; (None, ...) where there is not one map per head."""
+    owner: Any = part.head if isinstance(part, MultiHead) else part
+    tap = owner._modules.get(name)
+    return (owner if type(tap) is Tap and tap.axes == "b h n m" else None), name

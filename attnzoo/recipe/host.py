@@ -1,0 +1,282 @@
+"""From what a recipe says of its host to what is seen of it: sizes, sites, heads by layer, the skip."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from attnzoo.core import Layout, Site
+from attnzoo.errors import Place, RecipeError
+from attnzoo.hosts import seq2seq, sequence
+from attnzoo.hosts.kinds import HOSTS
+from attnzoo.hosts.seq2seq import Seq2SeqSeen
+from attnzoo.hosts.skip import Skip
+from attnzoo.hosts.survey import Seen, Survey
+from attnzoo.recipe.schema import HeadSchedule, Recipe, Seq2SeqHost, SequenceHost, SideHeads
+from attnzoo.recipe.source import Loc, Source
+
+
+def see(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> Seen:
+    """What a recipe's host looks like.
+
+    Args:
+        recipe: What it says.
+        arguments: Constructor arguments of the host that hold instead of the recipe's.
+        source: For places.
+
+    Raises:
+        RecipeError: AZ301, AZ309, AZ310 for a backbone; AZ308, AZ313 and AZ316 for heads.
+    """
+    host = recipe.host
+    if isinstance(host, Seq2SeqHost | SequenceHost):
+        said = _told(host, arguments).model_dump(exclude={"kind"})
+        return see_sequences(host.kind, said, recipe.heads, source)
+    wanted = {**host.model.model_dump(exclude_unset=True, exclude_none=True), **arguments}
+    seen = see_backbone(host.kind, host.base, wanted, source)
+    if recipe.heads is None:
+        return seen
+    if isinstance(recipe.heads, SideHeads):
+        raise RecipeError(
+            "AZ313",
+            "`heads` for `encoder` and `decoder` belongs to a host of kind seq2seq",
+            place=source.value_place(("heads",)),
+            help="write a number, a list or a schedule",
+        )
+    heads = by_layer(recipe.heads, seen.depth, ("heads",), source)
+    _check_heads(heads, seen.dim, ("heads",), source)
+    return replace(seen, heads=heads)
+
+
+def _told(host: Seq2SeqHost | SequenceHost, arguments: Mapping[str, Any]) -> Seq2SeqHost | SequenceHost:
+    """What a recipe says of a model of sequences, with the arguments in its place.
+
+    Raises:
+        RecipeError: AZ309, when an argument does not fit.
+    """
+    try:
+        return type(host).model_validate(host.model_dump() | dict(arguments))
+    except ValidationError as error:
+        name = next((str(item["loc"][0]) for item in error.errors() if item["loc"]), ", ".join(arguments))
+        what = (
+            f"takes no argument `{name}`"
+            if name not in type(host).model_fields
+            else f"cannot be built with this `{name}`: {arguments.get(name)!r}"
+        )
+        raise RecipeError(
+            "AZ309",
+            f"a model of kind {host.kind} {what}",
+            help="`attnzoo schema` shows what `host:` takes",
+        ) from None
+
+
+def see_sequences(kind: str, said: Mapping[str, Any], heads: Any, source: Source) -> Seen:
+    """What a model of sequences looks like.
+
+    Args:
+        kind: `seq2seq` or `sequence`.
+        said: What the recipe says of the host, but for its kind.
+        heads: Of the recipe; 8, or for a stack 4, when None.
+        source: For places.
+
+    Raises:
+        RecipeError: AZ308, AZ313 and AZ316 for heads; AZ309 when two vocabularies are tied.
+    """
+    fields: dict[str, Any] = dict(said)
+    if kind == "sequence":
+        form = sequence.Form(**fields)
+        if isinstance(heads, SideHeads):
+            raise RecipeError(
+                "AZ313",
+                "a stack of layers has no `encoder` and `decoder`",
+                place=source.value_place(("heads",)),
+                help="write a number, a list or a schedule",
+            )
+        counts = _checked(4 if heads is None else heads, form.layers, ("heads",), form, source)
+        return sequence.survey(form, counts)
+    for key, sides in (("layers", ("encoder", "decoder")), ("vocab", ("source", "target"))):
+        both = fields.pop(key)
+        fields |= dict.fromkeys(sides, both) if isinstance(both, int) else dict(both)
+    pair = seq2seq.Form(**fields)
+    if pair.tie == "all" and pair.source != pair.target:
+        raise RecipeError(
+            "AZ309",
+            f"`tie: all` has one embedding for both sides; the source has {pair.source} ids, the target {pair.target}",
+            place=_place(("host", "tie"), source),
+            help="write `tie: target`, or give both sides one vocabulary",
+        )
+    if isinstance(heads, SideHeads):
+        encoder = _checked(heads.encoder, pair.encoder, ("heads", "encoder"), pair, source)
+        decoder = _checked(heads.decoder, pair.decoder, ("heads", "decoder"), pair, source)
+    else:
+        both = 8 if heads is None else heads
+        encoder = _checked(both, pair.encoder, ("heads",), pair, source)
+        decoder = _checked(both, pair.decoder, ("heads",), pair, source)
+    return seq2seq.survey(pair, encoder, decoder)
+
+
+def _checked(
+    said: Any, layers: int, loc: Loc, form: seq2seq.Form | sequence.Form, source: Source
+) -> tuple[int, ...]:
+    counts = by_layer(said, layers, loc, source)
+    _check_heads(counts, form.dim, loc, source)
+    odd = next((heads for heads in counts if form.dim // heads % 2), None)
+    if form.positions == "rotary" and odd is not None:
+        raise RecipeError(
+            "AZ316",
+            f"rotary positions turn pairs of channels; {odd} heads of a width of {form.dim} have "
+            f"{form.dim // odd} each",
+            place=_place(loc, source),
+            help="choose heads with an even number of channels, or other `positions`",
+        )
+    return counts
+
+
+def by_layer(said: Any, layers: int, loc: Loc, source: Source) -> tuple[int, ...]:
+    """Heads of each layer.
+
+    Args:
+        said: A number, a list or a schedule.
+        layers: How many there are.
+        loc: Where it stands in the recipe.
+        source: For places.
+
+    Raises:
+        RecipeError: AZ313, when it does not fit the number of layers, or cannot be halved.
+    """
+    if isinstance(said, int):
+        return (said,) * layers
+    if isinstance(said, HeadSchedule):
+        return _scheduled(said, layers, _place(loc, source))
+    if len(said) != layers:
+        raise RecipeError(
+            "AZ313",
+            f"{len(said)} head counts were given for {layers} layers",
+            place=_place(loc, source),
+            help="write one number for each layer, or a schedule",
+        )
+    return tuple(said)
+
+
+def _scheduled(said: HeadSchedule, layers: int, place: Place | None) -> tuple[int, ...]:
+    first, last = said.first, said.last
+    if said.schedule == "constant":
+        if last not in (None, first):
+            raise RecipeError("AZ313", f"a constant schedule cannot begin with {first} heads and end with {last}",
+                              place=place, help="leave `last` out, or write `schedule: halving`")  # fmt: skip
+        return (first,) * layers
+    counts = [first]
+    while len(counts) < layers:
+        here = counts[-1]
+        if here == last:
+            counts.append(here)
+        elif here % 2:
+            raise RecipeError("AZ313", f"half of {here} is no number of heads for layer {len(counts) + 1} of {layers}",
+                              place=place, help=f"stop with `last: {here}`, or begin with more heads")  # fmt: skip
+        else:
+            counts.append(here // 2)
+    if last is not None and counts[-1] != last:
+        raise RecipeError(
+            "AZ313",
+            f"{layers} layers that begin with {first} heads and halve them end with {counts[-1]}, not with {last}",
+            place=place,
+            help="change `first`, `last` or the number of layers",
+        )
+    return tuple(counts)
+
+
+def _check_heads(counts: Sequence[int], dim: int, loc: Loc, source: Source) -> None:
+    for layer, heads in enumerate(counts):
+        try:
+            Site(f"layer {layer}", dim, heads, Layout((1,))).head_dim  # noqa: B018 - raises AZ308
+        except RecipeError as error:
+            raise RecipeError.of([replace(d, place=_place(loc, source)) for d in error.diagnostics]) from None
+
+
+def _place(loc: Loc, source: Source) -> Place:
+    """The innermost spot of a path that stands in the recipe."""
+    while loc and loc not in source.values:
+        loc = loc[:-1]
+    return source.value_place(loc) if loc else source.key_place(("host",))
+
+
+def see_backbone(kind: str, base: str, arguments: Mapping[str, Any], source: Source) -> Survey:
+    """What a backbone for pictures looks like.
+
+    Args:
+        kind: Of host.
+        base: The backbone's name.
+        arguments: Constructor arguments that differ from the base's.
+        source: For places.
+
+    Raises:
+        RecipeError: AZ301, AZ308, AZ309, AZ310.
+    """
+    survey = HOSTS[kind].survey
+    try:
+        try:
+            return survey(base, arguments)
+        except RecipeError as error:
+            if error.code == "AZ309" and arguments:
+                plain = survey(
+                    base, {}
+                )  # what is no host at all takes other arguments: say the first, not the second
+                dim, heads = arguments.get("embed_dim", plain.dim), arguments.get("num_heads", plain.heads[0])
+                Site("blocks.0", dim, heads, plain.layout).head_dim  # noqa: B018 - AZ308 has both numbers
+            raise
+    except RecipeError as error:
+        loc: Loc = ("host", "base") if error.code in ("AZ301", "AZ310") else ("host", "model")
+        if error.code == "AZ308":
+            loc = next(
+                (spot for key in ("num_heads", "embed_dim") if (spot := (*loc, key)) in source.values), loc
+            )
+        place = source.value_place(loc) if loc in source.values else source.key_place(("host",))
+        raise RecipeError.of([replace(d, place=place) for d in error.diagnostics]) from None
+
+
+def skip_of(recipe: Recipe, seen: Seen, source: Source) -> Skip:
+    """The skip with the names of its sites.
+
+    Args:
+        recipe: What it says.
+        seen: Its host.
+        source: For places.
+
+    Raises:
+        RecipeError: AZ304 when a glob matches no site, AZ314 when the skip cannot be there.
+    """
+    said = recipe.skip
+    if said is None or said.use == "none":
+        return Skip()
+    names = list(seen.sites())
+    if recipe.host.kind == "cct" or (said.use == "cross" and not isinstance(seen, Seq2SeqSeen)):
+        what = (
+            "a CCT has no place for a skip"
+            if recipe.host.kind == "cct"
+            else "only a seq2seq model has cross-attention"
+        )
+        raise RecipeError("AZ314", f"`skip: {said.use}` cannot be put here: {what}",
+                          place=_place(("skip",), source), help="use `merged`, or another kind of host")  # fmt: skip
+    glob = said.at or seen.skip_default(said.use)
+    at = tuple(fnmatch.filter(names, glob))
+    place = _place(("skip", "at"), source)
+    if not at:
+        raise RecipeError("AZ304", f"`{glob}` matches no site", place=place,
+                          help=f"the sites are {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")  # fmt: skip
+    kinds = {(name.split(".")[0], name.rpartition(".")[2] if name.count(".") == 2 else "") for name in at}
+    if len(kinds) > 1:
+        shown = ", ".join(".".join(filter(None, (side, "*", kind))) for side, kind in sorted(kinds))
+        raise RecipeError("AZ314", f"`{glob}` matches sites of several kinds: {shown}", place=place,
+                          why="a layer hands on to the next of its kind", help=f"write one of {shown}")  # fmt: skip
+    if said.use == "cross" and not all(name.endswith(".cross") for name in at):
+        raise RecipeError("AZ314", f"`skip: cross` goes between sites decoder.*.cross; `{glob}` matches others",
+                          place=place, help="leave `at` out, or use `merged` there")  # fmt: skip
+    if "encoders" in said.model_fields_set and said.use != "encoder_stack":
+        raise RecipeError("AZ314", f"`skip: {said.use}` forms no encoders",
+                          place=_place(("skip", "encoders"), source),
+                          help="leave `encoders` out, or write `use: encoder_stack`")  # fmt: skip
+    if len(at) < 2:
+        raise RecipeError("AZ314", f"`{glob}` matches one site, and there is nobody to hand on to", place=place,
+                          help="let it match two or more")  # fmt: skip
+    return Skip(said.use, at, said.encoders)
