@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from attnzoo.bench.composition import describe
 from attnzoo.cli.app import app
-from attnzoo.core import FREE, Card, Family, Head, Mask, MultiHead
+from attnzoo.core import FREE, Card, Family, Head, Mask, Mechanism, MultiHead
 from attnzoo.core.rotary import rotate
 from attnzoo.errors import LayoutMismatch
 from attnzoo.hosts import seq2seq
@@ -629,8 +629,9 @@ def test_initialisation():
             assert bool((p == 1).all()), name
     for embedding in (model.embed_source, model.embed_target):
         assert abs(embedding.weight.std() * c**0.5 - 1) < 0.1
-    tied = compose(text("tie: all, scale_embedding: false"))
-    assert abs(tied.head.weight.std() * DIM**0.5 - 1) < 0.2
+    for tie in ("target", "all"):  # as an embedding, not as a Linear of 300 rows
+        tied = compose(text(f"vocab: 300, tie: {tie}"))
+        assert abs(tied.head.weight.std() * DIM**0.5 - 1) < 0.1
 
 
 def test_initialisation_is_a_function_of_the_seed():
@@ -643,14 +644,32 @@ def test_initialisation_is_a_function_of_the_seed():
     assert any(not torch.equal(one[name], p) for name, p in compose(text()).state_dict().items())
 
 
+class Still(Mechanism):
+    """Starts as nothing: the weights of its Linear are 0, as it says in `init_weights`."""
+
+    card = Card("still", Family.MIXING, "A Linear that starts at 0.", masks={"keys", "causal"}, context=True)
+
+    def __init__(self, site):
+        super().__init__(site)
+        self.linear = nn.Linear(site.dim, site.dim)
+        self.init_weights()
+
+    def init_weights(self):
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, x, context=None, *, mask=FREE, layout):
+        return self.linear(x)
+
+
 def test_parts_are_initialised_after_the_host():
-    """The gains of `start: identity` are 0, the scores of `additive` N(0, 0.02²), whatever the host does to Linears."""
-    model = compose(
+    """What a mechanism says of its own weights holds, whatever the host does to Linears."""
+    model = built(FORM, Still)
+    assert not any(layer.attn.linear.weight.any() for layer in (*model.encoder, *model.decoder))
+    assert bool(model.encoder[0].mlp.fc1.weight.any())
+    gated = compose(
         text("", "attention: {fuse: add, with: {start: identity}, of: [softmax, elu_linear]}\nheads: 4\n")
     )
-    assert not model.encoder[0].attn.head.fusion.gain.any()
-    additive = compose(text("", "attention: additive\n"))
-    assert additive.decoder[1].cross.score_weight.std() < 0.04
+    assert not gated.encoder[0].attn.head.fusion.gain.any()
 
 
 def test_dropout_is_where_it_should_be():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attnzoo.bench.composition import describe
 from attnzoo.core import find_taps, watch
 from attnzoo.errors import RecipeError
 from attnzoo.hosts.skip import READINGS, AddNorm, PairMean, Trail
@@ -449,9 +450,33 @@ def test_nothing_is_left(recipe, args):
     broken_off(model, args)
     assert trail.value is not None
     fewer = tuple(t[:1] for t in args)
+    found: list = []  # what the first layer that takes part finds
+    first = next(m for m in model.modules() if isinstance(m, AddNorm | PairMean))
+    handle = first.register_forward_pre_hook(lambda *_: found.append(trail.value))
     assert near(model(*fewer), says[:1])
+    handle.remove()
+    assert found == [None]
     assert trail.value is None
     assert torch.equal(model(*args), says)
+
+
+@pytest.mark.parametrize("use", ["merged", "probs_pairmean", "merged_post"])
+def test_nothing_is_left_for_a_decoder_alone(use):
+    """Also where a memory is decoded again, at once or step by step."""
+    model = rough(SEQ % "" + f"heads: 4\nattention: softmax\nskip: {{use: {use}, at: decoder.*.self}}\n")
+    source, target = padded()
+    (trail,), memory = trails(model), model.encode(source)
+    says, found = model.decode(target, memory), []
+    first = next(m for m in model.modules() if isinstance(m, AddNorm | PairMean))
+    first.register_forward_pre_hook(lambda *_: found.append(trail.value))
+    for again in (
+        lambda: model.decode(target, memory),
+        lambda: model.step(target[:, :1], model.start(memory)),
+    ):
+        broken_off(model, (source, target))
+        found.clear()
+        logits = again()
+        assert found == [None] and near(logits, says[:, : logits.shape[1]])
 
 
 @pytest.mark.parametrize(("recipe", "args"), cases())
@@ -702,6 +727,8 @@ def test_heads_of_a_cct(heads, counts):
 def test_a_spec_s_own_heads_win():
     model = compose(SEQ % "" + "heads: [8, 4, 4, 1]\nattention: {use: softmax, heads: 2}\n")
     assert [layer.attn.heads for layer in model.encoder] == [2] * 4
+    report = describe(compose_file(SEQ % "" + "heads: 4\nattention: {use: softmax, heads: 2}\n"))
+    assert report.heads == {"encoder": (2,) * 4, "decoder": (2,) * 4}
 
 
 def test_no_tap_is_lost():

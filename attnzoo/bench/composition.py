@@ -170,7 +170,7 @@ def _ends(seen: Seen) -> tuple[str, str]:
     if isinstance(seen, SequenceSeen):
         form = seen.form
         what = f"tokens, {form.vocab:,} ids" if form.vocab else f"vectors of {form.width} channels"
-        return f"at most {form.max_length} {what}", f"{form.outputs:,} outputs at every position"
+        return f"at most {form.max_length} {what}", f"{form.outputs:,} output{'' if form.outputs == 1 else 's'} at every position"
     assert isinstance(seen, Survey)
     channels, rows, columns = seen.image
     grid, prefix = " × ".join(map(str, seen.layout.grid)), seen.layout.prefix

@@ -3,6 +3,7 @@
 import importlib
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -16,13 +17,6 @@ from attnzoo.hosts.positions import positions
 from attnzoo.recipe import compose
 
 DIM, DEPTH, HEADS, HIDDEN, VOCABULARY = 512, 6, 8, 2048, 8000
-EDITS = (
-    f"host.dim={DIM}",
-    f"host.layers={DEPTH}",
-    f"heads={HEADS}",
-    f"host.mlp_dim={HIDDEN}",
-    f"host.vocab={VOCABULARY}",
-)
 INSTALL = "pip install x-transformers"
 
 
@@ -67,7 +61,9 @@ def ours(length: int) -> Callable[[Tensor, int], Tensor]:
     Args:
         length: Longest sequence, in tokens.
     """
-    model: Any = compose("transformer", edits=[*EDITS, f"host.max_length={length}"]).eval()
+    host = {"dim": DIM, "layers": DEPTH, "mlp_dim": HIDDEN, "vocab": VOCABULARY, "max_length": length}
+    edits = [f"heads={HEADS}", *(f"host.{key}={value}" for key, value in host.items())]
+    model: Any = compose("transformer", edits=edits).eval()
     with torch.no_grad():
         model.head.bias[model.eos] = -1e9  # so that nothing ends early
     return lambda source, steps: torch.tensor(greedy(model, source, steps).tokens)
@@ -116,8 +112,10 @@ def measure(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the others' constructors have to say
             torch.manual_seed(seed)
+            here = machine(torch.device("cpu"))
             length = 2 * tokens
             works: dict[str, Callable[[Tensor, int], Tensor] | None] = {
                 "attnzoo": ours(length),
@@ -126,7 +124,6 @@ def measure(
             }
             source = torch.randint(4, VOCABULARY, (batch, tokens))
         there = {name: work for name, work in works.items() if work is not None}
-        here = machine(torch.device("cpu"))
         rates: dict[str, list[float]] = {name: [] for name in there}
         for turn in range(rounds + 1):
             for name in there if turn % 2 else reversed(there):

@@ -79,11 +79,10 @@ def _describe(report) -> None:
     say(f"{report.name}   {report.file}   sha256 {report.sha256[:12]}", style="bold")
     if report.summary:
         say(report.summary)
-    inner = " | ".join(dict.fromkeys(_formulas(report)))
     front = report.depth - len(next(iter(report.heads.values())))
     conv = f"{front} × [ conv ] → " if report.image and front else ""
     layers = " → ".join(
-        f"{len(counts)} × [ {inner if len(report.heads) == 1 else group} → mlp ]"
+        f"{len(counts)} × [ {' → '.join(_sublayers(report, group))} → mlp ]"
         for group, counts in report.heads.items()
         if "." not in group
     )
@@ -139,9 +138,19 @@ def _describe(report) -> None:
     say(f"supports: {', '.join(report.supports)}   not: {', '.join(report.lacks)}")
 
 
-def _formulas(report) -> list[str]:
-    """What is put at each run of sites as a formula: `hadamard(softmax, soft)`."""
-    out: list[str] = []
+def _sublayers(report, group: str) -> list[str]:
+    """What the attention of a group of layers is, as formulas: `hadamard(softmax, soft)`, `cross softmax`."""
+    own: dict[str, list[str]] = {}
+    for site, formula in _formulas(report):
+        first, *_, last = site.split(".")
+        if first == group:
+            own.setdefault("cross " if last == "cross" else "", []).append(formula)
+    return [name + " | ".join(dict.fromkeys(formulas)) for name, formulas in own.items()]
+
+
+def _formulas(report) -> list[tuple[str, str]]:
+    """What is put at each run of sites, with the first of them."""
+    out: list[tuple[str, str]] = []
     parts = list(report.parts)
 
     def formula(index: int) -> tuple[str, int]:
@@ -155,8 +164,9 @@ def _formulas(report) -> list[str]:
 
     index = 0
     while index < len(parts):
+        site = parts[index].sites[0]
         text, index = formula(index)
-        out.append(text)
+        out.append((site, text))
     return out
 
 

@@ -21,9 +21,12 @@ def eval_(
     standardise: Annotated[
         bool, typer.Option("--standardise", help="Bring the members' logits to one scale first.")
     ] = False,
+    beams: Annotated[
+        int, typer.Option(min=1, max=256, help="Of pairs: hypotheses at once; 1 is greedy search.")
+    ] = 4,
     as_json: AsJson = False,
 ) -> None:
-    """Test a trained model: accuracy and loss, of pictures with a 95 % interval and by class; or a committee."""
+    """Test a trained model: accuracy and loss; pictures by class, translations by BLEU, chrF and error rates."""
     from attnzoo.cli.render import say, say_json, say_next, table
     from attnzoo.errors import RunError
     from attnzoo.train import open_run
@@ -42,7 +45,7 @@ def eval_(
         for note in notes:
             say(note, style="dim")
     if found.kind != "images":
-        _figures(found, which, data, what, as_json)
+        _figures(found, which, data, beams, what, as_json)
         return
     result = found.evaluate(which, data)
     if as_json:
@@ -63,13 +66,15 @@ def eval_(
     say_next(f"attnzoo heatmap {run}")
 
 
-def _figures(run: Any, which: Any, data: str | None, what: dict[str, str], as_json: bool) -> None:
-    """What the log says of the test side, for pairs and sequences."""
-    from attnzoo.cli.render import say, say_json
+def _figures(run: Any, which: Any, data: str | None, beams: int, what: dict[str, str], as_json: bool) -> None:
+    """What the log says of the test side, for pairs and sequences; of pairs also how good the translations are."""
+    from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.lab.translation import evaluate_translations
 
     figures = {name.removeprefix("test_"): value for name, value in run.figures(which, data).items()}
+    scores = evaluate_translations(run, which, data, beams) if run.kind == "pairs" else None
     if as_json:
-        say_json(what | figures)
+        say_json(what | figures | ({"beams": beams, "translations": scores.as_dict()} if scores else {}))
         return
     loss = figures.pop("loss")
     shares = ", ".join(f"{name} {100 * share:.2f} %" for name, share in figures.items())
@@ -79,6 +84,13 @@ def _figures(run: Any, which: Any, data: str | None, what: dict[str, str], as_js
         "sequences": "accuracy: share of what is asked that is right; of numbers, the share of variance explained (R²)",
     }
     say(asked[run.kind], style="dim")
+    if scores:
+        table([f"{scores.sentences} translations, {beams} beams", "", "95 % interval", "signature"], scores.rows(),
+              right=[""])  # fmt: skip
+        say("intervals by resampling the test sentences; they do not know of other seeds", style="dim")
+        say_next(f'attnzoo translate {run.folder} "..."', f"attnzoo heatmap {run.folder}")
+    else:
+        say_next(f"attnzoo heatmap {run.folder}")
 
 
 def _committee(runs: list[Path], which: Any, vote: Any, standardise: bool, as_json: bool) -> None:

@@ -53,8 +53,10 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a model. The same command goes on where it was stopped."""
+    from attnzoo.cli.render import say
+    from attnzoo.recipe import load
     from attnzoo.train import prepare
-    from attnzoo.train.settings import default_folder
+    from attnzoo.train.settings import default_folder, for_data
 
     short = {"data": data, "epochs": epochs, "batch_size": batch_size, "optimizer.lr": lr, "seed": seed}
     given = [f"train.{key}={value}" for key, value in short.items() if value is not None]
@@ -69,6 +71,10 @@ def train(
         device=device,
         deterministic=deterministic,
     )
+    own = load(recipe)
+    changes = for_data(own, settings.data) if settings.data != own.recipe.train.data else ()
+    if changes and not as_json:
+        say(f"for {settings.data}, unless you say otherwise: {', '.join(changes)}", style="dim")
     carry_out(loaded, settings, out or default_folder(loaded, settings), as_json)
 
 

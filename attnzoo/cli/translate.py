@@ -52,16 +52,12 @@ def translate(
     import torch
 
     from attnzoo.cli.render import say_json
-    from attnzoo.errors import RunError
     from attnzoo.lab.translation import translate as translate_lines
     from attnzoo.train import open_run
 
     found = open_run(run)
-    if found.kind != "pairs":
-        raise RunError("AZ815", f"`{run}` does not translate: it was trained on {found.kind}",
-                       help="take a run whose recipe has a host of kind `seq2seq`")  # fmt: skip
-    model: Any = found.model(which).to("cuda" if torch.cuda.is_available() else "cpu")
     vocabularies = found.vocabularies()
+    model: Any = found.model(which).to("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = []
     truncated: list[int] = []
     unfinished: list[int] = []

@@ -1,6 +1,8 @@
 """Letters for sheets: Pillow's own font has English ones only; for others a font of the machine, or plain letters."""
 
 import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 
 from PIL import ImageFont
@@ -10,48 +12,61 @@ OTHERS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf"
           "Arial Unicode.ttf")  # fmt: skip
 """Files that Pillow looks for where the machine keeps its fonts."""
 
-_PLAIN = str.maketrans(
-    {"¿": "?", "¡": "!", "–": "-", "—": "-", "‘": "'", "ß": "ss", "ø": "o", "æ": "ae", "\n": " "}
-)
+_PLAIN = str.maketrans({"¿": "?", "¡": "!", "–": "-", "—": "-", "‘": "'", "ß": "ss", "ø": "o", "æ": "ae"})
+
+
+@dataclass(frozen=True)
+class Lettering:
+    """One font for all texts of a sheet.
+
+    Args:
+        file: Of a font of the machine; None for Pillow's own.
+        plain: Whether no font has all letters: marks are left out (ñ becomes n), what is still missing is a `?`.
+    """
+
+    file: str | None
+    plain: bool
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Lettering":
+        """The first font that has all letters of some texts."""
+        letters = set().union(*texts)
+        for file in (None, *OTHERS):
+            font = _font(file, 12)
+            if font is not None and all(_has(font, letter) for letter in letters):
+                return cls(file, plain=False)
+        return cls(None, plain=True)
+
+    def font(self, size: int) -> Font:
+        """The font.
+
+        Args:
+            size: In pixels.
+        """
+        found = _font(self.file, size)
+        assert found is not None, "it was found before"
+        return found
+
+    def written(self, text: str) -> str:
+        """A text in the letters that there are."""
+        if not self.plain:
+            return text
+        bare = unicodedata.normalize("NFKD", text.translate(_PLAIN))
+        kept = (letter for letter in bare if not unicodedata.combining(letter))
+        return "".join(letter if _has(self.font(12), letter) else "?" for letter in kept)
 
 
 @cache
-def fonts(size: int) -> tuple[Font, ...]:
-    """Pillow's own font, then those of `OTHERS` that there are.
-
-    Args:
-        size: In pixels.
-    """
-    found: list[Font] = [ImageFont.load_default(size=size)]
-    for name in OTHERS:
-        try:
-            found.append(ImageFont.truetype(name, size))
-        except OSError:
-            continue
-    return tuple(found)
-
-
-def lettered(text: str, size: int) -> tuple[str, Font]:
-    """A text and a font that has all its letters.
-
-    Where there is none, marks are left out (ñ becomes n), and what is still missing becomes a question mark.
-
-    Args:
-        text: One line.
-        size: In pixels.
-    """
-    own, *others = fonts(size)
-    for font in (own, *others):
-        if all(_has(font, letter) for letter in text):
-            return text, font
-    bare = unicodedata.normalize("NFKD", text.translate(_PLAIN))
-    kept = (letter for letter in bare if not unicodedata.combining(letter))
-    return "".join(letter if _has(own, letter) else "?" for letter in kept), own
+def _font(file: str | None, size: int) -> Font | None:
+    try:
+        return ImageFont.truetype(file, size) if file else ImageFont.load_default(size=size)
+    except OSError:
+        return None
 
 
 def _has(font: Font, letter: str) -> bool:
     """Whether a font draws a letter as something else than the sign for what it lacks."""
-    return letter == " " or _ink(font, letter) != _ink(font, "\uffff")
+    return letter.isspace() or _ink(font, letter) != _ink(font, "\uffff")
 
 
 @cache

@@ -5,7 +5,7 @@ maps = collect_text(model, source, target)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -172,7 +172,10 @@ def _pair(
 ) -> Example:  # fmt: skip
     """A pair as the decoder is given it: all tokens of the target but the last, each asked for the next one."""
     first, second = words
-    arrows = [f"{given} › {following}" for given, following in zip(second[:-1], second[1:], strict=True)]
+    arrows = [
+        f"{given.strip()} › {following.strip()}"
+        for given, following in zip(second[:-1], second[1:], strict=True)
+    ]
     by_side: dict[Side, Sequence[str]] = {"encoder": first, "decoder": second[:-1], "cross": arrows}
     return Example(name, (source, torch.tensor([target[:-1]])), by_side, tuple(lines))
 
@@ -197,25 +200,22 @@ def translated_example(
         true: Whether the target is the true one: then the model's own is green where it is the same, and red where not.
 
     Raises:
-        ZooError: AZ908, when a text has no tokens, has one that the vocabulary does not know, or is too long.
+        ZooError: AZ908, when a text is empty, too long, or has a symbol that there is not.
     """
     first, second = vocabularies
     ids = padded([_ids(source, first, "source", model)])
     found = greedy(model, ids, model.max_length - 1).best[0]
-    said = second.decode(found.tokens)
+    said = f"the model says: {second.decode(found.tokens)}{'' if found.ended else ' …, without an end'}"
     lines: list[Line] = [(f"source: {first.decode(ids[0].tolist())}", None)]
     if target is None:
         given = [model.bos, *found.tokens, *([model.eos] if found.ended else [])]
-        lines.append((f"the model says: {said}{'' if found.ended else ' … without an end'}", None))
+        lines.append((said, None))
     else:
         own = _ids(target, second, "target", model)
         given = [model.bos, *own, model.eos]
         right = found.ended and found.tokens == own
-        colour = None if not true else GREEN if right else RED
-        lines += [
-            (f"{'true target' if true else 'target that was given'}: {second.decode(own)}", None),
-            (f"the model says: {said}", colour),
-        ]
+        kind, colour = ("true target", GREEN if right else RED) if true else ("given target", None)
+        lines += [(f"{kind}: {second.decode(own)}", None), (said, colour)]
     return _pair(name, ids, given, (first.words(ids[0].tolist()), second.words(given)), lines)
 
 
@@ -224,16 +224,13 @@ def _ids(text: Sequence[int] | str, vocabulary: Vocabulary, side: str, model: Se
     if not isinstance(text, str):
         return list(text)
     ids, most = vocabulary.encode(text), model.max_length - 2
-    if not ids:
-        raise ZooError("AZ908", f"the {side} `{text}` is empty", help="write words that the model knows")
-    if UNK in ids:
-        symbols = vocabulary.symbols if isinstance(vocabulary, Symbols) else ()
-        strange = next(
-            (f"`{word}`" for word in text.split() if symbols and word not in symbols), f"a part of `{text}`"
-        )
-        raise ZooError("AZ908", f"{strange} is not in the vocabulary of the {side}s",
-                       why=f"it holds {' '.join(symbols[:40])}" if symbols else "",
-                       help="write symbols with spaces between" if symbols else "choose other words")  # fmt: skip
+    if not ids or not text.strip():
+        raise ZooError("AZ908", f"the {side} `{text}` is empty", help="write at least one word")
+    if UNK in ids and isinstance(vocabulary, Symbols):  # in running text an unknown word is nothing unusual
+        strange = next(word for word in text.split() if word not in vocabulary.symbols)
+        raise ZooError("AZ908", f"`{strange}` is no symbol of the {side}s",
+                       why=f"they are made of {' '.join(vocabulary.symbols[:40])}",
+                       help="write symbols with spaces between")  # fmt: skip
     if len(ids) > most:
         raise ZooError("AZ908", f"the {side} has {len(ids)} tokens; the model reads {most}",
                        help="choose a shorter one")  # fmt: skip

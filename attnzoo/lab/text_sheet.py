@@ -9,7 +9,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from attnzoo.lab.lettering import Font, lettered
+from attnzoo.lab.lettering import Font, Lettering
 from attnzoo.lab.sheet import (
     _GAP,
     _INK,
@@ -38,12 +38,10 @@ SIDES: dict[Side, str] = {
     "cross": "Cross-attention: the target looks at the source",
     "layers": "The sequence looks at itself",
 }
-WIDE = 1320
+WIDE = 1720
 """Pixels that panels side by side may take, with their margins."""
 PITCH = 12
 """Pixels from one name of a token to the next, at least."""
-SEEN = {"heads": (150, 288, 22), "mechanism": (330, 560, 30)}
-"""Pixels of a panel whose tokens are few, of one whose tokens are many, and of a cell at most."""
 
 _ABOVE, _BESIDE = 76, 150
 """Pixels of the longest name above a column and beside a row."""
@@ -175,7 +173,7 @@ def text_notes(maps: TextMaps, blocks: Sequence[Block], what: TextWhat = "heads"
         lines.append("given › next: the decoder is given the first and asked for the second.")
     every = named(cell_size(blocks, what))
     if every > 1:
-        lines.append(f"There are many tokens: one in {every} is named.")
+        lines.append(f"Tokens are many: one in {every} is named.")
     implied = list(dict.fromkeys(one.branch for one in maps.maps if one.kind == "implied"))
     gates = list(dict.fromkeys(one.branch for one in maps.maps if one.kind == "gate"))
     if implied:
@@ -197,10 +195,14 @@ def cell_size(blocks: Sequence[Block], what: TextWhat) -> int:
         blocks: All of them have the same.
         what: Which view.
     """
-    few, many, most = SEEN[what]
     tokens = max(max(len(block.queries), len(block.keys)) for block in blocks)
-    readable = max(PITCH, min(few // tokens, most))
-    return readable if readable * tokens <= many else max(many // tokens, 1)
+    panels = max(len(row.panels) for block in blocks for row in block.rows)
+    if what == "mechanism":
+        least, most, limit = 330, 560, 30  # of a panel with few tokens, of one with many, of a cell
+    else:
+        least, most, limit = (150 if panels <= 16 else 100), max(288, min(480, 1200 // panels)), 22
+    cell = max(PITCH, min(least // tokens, limit))
+    return cell if cell * tokens <= most else max(most // tokens, 1)
 
 
 def named(cell: int) -> int:
@@ -225,24 +227,22 @@ def text_sheet(
         notes: Lines below, small.
     """
     cell, large = cell_size(blocks, what), what == "mechanism"
-    placed = [_Placed(block, cell, large) for block in blocks]
+    asked = [*(text for text, _ in lines), *(name for one in blocks for name in (*one.queries, *one.keys))]
+    letters = Lettering.of(asked)
+    if letters.plain:
+        notes = [*notes, "No font here has all letters: they are drawn without their marks, or as ?."]
+    font = letters.font(_LINE)
+    placed = [_Placed(block, cell, large, letters) for block in blocks]
     width = max(620, _MARGIN + int(_TITLE.getlength(title)), *(one.width for one in placed)) + _MARGIN
     room = width - 2 * _MARGIN
-    written = [(*lettered(text, _LINE), colour) for text, colour in lines]
-    words = [(part, font, colour) for text, font, colour in written for part in _wrapped(text, room, font)]
-    asked = [*(text for text, _ in lines), *(name for one in blocks for name in (*one.queries, *one.keys))]
-    if any(lettered(text, _LINE)[0] != text for text in asked):
-        notes = [
-            *notes,
-            "The fonts of this machine lack some letters: they are drawn without their marks, or as ?.",
-        ]
+    words = [(part, colour) for text, colour in lines for part in _wrapped(letters.written(text), room, font)]
     small = [part for note in notes for part in _wrapped(note, room)]
     head = _MARGIN + 32 + 20 * len(words) + 16 * len(small) + 14
     canvas = Image.new("RGB", (width, head + sum(one.height for one in placed) + 44), _PAPER)
     pen = ImageDraw.Draw(canvas)
     pen.text((_MARGIN, _MARGIN - 4), title, _INK, _TITLE)
     top = _MARGIN + 28
-    for text, font, colour in words:
+    for text, colour in words:
         pen.text((_MARGIN, top + 9), text, colour or _INK, font, anchor="lm")
         top += 20
     for text in small:
@@ -264,16 +264,19 @@ class _Placed:
         cell: Pixels of a cell.
         large: Whether each panel has its own names; otherwise those of a line share the names at the left, and those
             of the block the names above.
+        letters: What names are written in.
     """
 
-    def __init__(self, block: Block, cell: int, large: bool):
+    def __init__(self, block: Block, cell: int, large: bool, letters: Lettering):
         self.block, self.cell, self.large, self.every = block, cell, large, named(cell)
         self.size = len(block.queries) * cell, len(block.keys) * cell  # rows and columns, in pixels
-        letters = 13 if cell >= 16 else 11
-        self.queries = [_name(text, _BESIDE, letters) for text in block.queries]
-        self.keys = [_name(text, _ABOVE, letters) for text in block.keys]
-        self.beside = 6 + max(_length(name) for name in self.queries)
-        self.above = 6 + max(16 if self._flat(name) else _length(name) for name in self.keys)
+        self.font = letters.font(13 if cell >= 16 else 11)
+        self.queries, self.keys = (
+            [_cut(letters.written(name.strip() or "·"), room, self.font) for name in names]
+            for names, room in ((block.queries, _BESIDE), (block.keys, _ABOVE))
+        )
+        self.beside = 6 + max(self._length(name) for name in self.queries)
+        self.above = 6 + max(16 if self._flat(name) else self._length(name) for name in self.keys)
         self.pitch = max(self.size[1], _LEAST) + (2 * _GAP + self.beside if large else _GAP)
         fit = max((WIDE - 2 * _MARGIN - (0 if large else self.beside)) // self.pitch, 1)
         self.lines = [_lines(row.panels, fit) for row in block.rows]
@@ -284,9 +287,12 @@ class _Placed:
         self.step = self.size[0] + 16 + _GAP  # a line of panels, what stands below them, a gap
         self.height = 36 + 20 * len(block.rows) + count * self.step + (count if large else 1) * self.above
 
-    def _flat(self, name: tuple[str, Font]) -> bool:
+    def _length(self, name: str) -> int:
+        return int(self.font.getlength(name))
+
+    def _flat(self, name: str) -> bool:
         """Whether the name of a key has room without being turned."""
-        return _length(name) <= self.cell * self.every - 2
+        return self._length(name) <= self.cell * self.every - 2
 
     def draw(self, canvas: Image.Image, pen: ImageDraw.ImageDraw, top: int) -> None:
         """Draw it below `top`."""
@@ -314,25 +320,14 @@ class _Placed:
         middles = [i * self.cell + self.cell / 2 for i in range(max(len(self.queries), len(self.keys)))]
         chosen = slice(None, None, self.every)
         if beside:
-            for (text, font), y in zip(self.queries[chosen], middles[chosen], strict=False):
-                pen.text((left - 4, top + y), text, _INK, font, anchor="rm")
+            for name, y in zip(self.queries[chosen], middles[chosen], strict=False):
+                pen.text((left - 4, top + y), name, _INK, self.font, anchor="rm")
         if above:
-            for (text, font), x in zip(self.keys[chosen], middles[chosen], strict=False):
-                if self._flat((text, font)):
-                    pen.text((left + x, top - 9), text, _INK, font, anchor="mm")
+            for name, x in zip(self.keys[chosen], middles[chosen], strict=False):
+                if self._flat(name):
+                    pen.text((left + x, top - 9), name, _INK, self.font, anchor="mm")
                 else:
-                    _upright(canvas, (left + x, top - 3), text, font)
-
-
-def _name(text: str, width: int, size: int) -> tuple[str, Font]:
-    """A token's name, with a font that has its letters."""
-    written, font = lettered(text, size)
-    return _cut(written, width, font), font
-
-
-def _length(name: tuple[str, Font]) -> int:
-    text, font = name
-    return int(font.getlength(text))
+                    _upright(canvas, (left + x, top - 3), name, self.font)
 
 
 def _bounds(heat: Float[Tensor, "n m"], causal: bool) -> tuple[float, float]:
@@ -367,7 +362,7 @@ def matrix(heat: Float[Tensor, "n m"], cell: int, causal: bool = False) -> Image
 
 def _upright(canvas: Image.Image, at: tuple[float, float], text: str, font: Font) -> None:
     """Text from the bottom to the top, centred above a point."""
-    height, width = 16, _length((text, font)) + 2
+    height, width = 16, int(font.getlength(text)) + 2
     ink = Image.new("L", (width, height))
     ImageDraw.Draw(ink).text((0, height / 2), text, 255, font, anchor="lm")
     turned = ink.transpose(Image.Transpose.ROTATE_90)
@@ -385,4 +380,4 @@ def _per_line(panels: int, fit: int) -> int:
     if panels <= fit:
         return panels
     even = next(per for per in range(fit, 0, -1) if panels % per == 0)
-    return even if 2 * even > fit else -(-panels // -(-panels // fit))
+    return even if 5 * even >= 3 * fit else -(-panels // -(-panels // fit))

@@ -4,11 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from attnzoo.data.pairs import padded
+from attnzoo.data.parallel import clean
 from attnzoo.data.vocabulary import Vocabulary
 from attnzoo.hosts.decode import Hypothesis, beam, greedy
+from attnzoo.train.run import Run, Which
+from attnzoo.train.text_metrics import Scores, library, score
 
 EMPTY = Hypothesis([], 0.0, ended=True)
 
@@ -61,7 +65,7 @@ def translate(
     host: Any = model
     source, target = vocabularies
     most = min(max_length or host.max_length, host.max_length - 1)  # a target was bos … eos in training
-    ids = [source.encode(line) if line.strip() else [] for line in lines]
+    ids = [source.encode(clean(line)) if line.strip() else [] for line in lines]
     readable = host.max_length - 2  # between bos and eos
     truncated = [i for i, row in enumerate(ids) if len(row) > readable]
     order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: -len(ids[i]))  # longest first
@@ -77,3 +81,30 @@ def translate(
         done += len(chosen)
         report(done)
     return Translations([target.decode(one.tokens) for one in hypotheses], hypotheses, truncated)
+
+
+def evaluate_translations(run: Run, which: Which = "best", data: str | None = None, beams: int = 4) -> Scores:
+    """Translate the test side and hold it against the references.
+
+    Args:
+        run: Trained on pairs.
+        which: Which weights.
+        data: Name of other pairs; the run's own when left out.
+        beams: Hypotheses at once; 1 is greedy search.
+
+    Raises:
+        DataError: AZ7xx, when the data cannot be had; AZ708 when a library is missing.
+        RunError: AZ814, when the run does not translate.
+    """
+    library("sacrebleu")  # before the translations, which take their time
+    side = run.data(data).test
+    longest = int(side.lengths[:, 1].max())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = translate(
+        run.model(which).to(device),
+        run.vocabularies(),
+        side.source_texts,
+        beams=beams,
+        max_length=2 * longest + 10,  # a reference is never cut, a model that does not end is
+    )
+    return score(found.texts, side.target_texts)

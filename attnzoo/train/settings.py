@@ -11,21 +11,21 @@ from pydantic import Field
 
 from attnzoo.data import DATASETS
 from attnzoo.data.parallel import PAIRS, is_pairs
-from attnzoo.data.sequences import SEQUENCES, is_sequences
+from attnzoo.data.sequences import SEQUENCES, STRINGS, is_sequences
 from attnzoo.errors import RunError
 from attnzoo.recipe import Loaded, load
-from attnzoo.recipe.schema import Train
+from attnzoo.recipe.schema import Seq2SeqHost, SideLayers, Train
 
 _STRINGS = (
-    "train.epochs=20",
-    "train.batch_size=64",
+    "train.epochs=5",
+    "train.batch_size=32",
     "train.optimizer.lr=0.001",
-    "train.schedule={use: cosine, warmup: 1}",
+    "train.schedule={use: cosine, warmup: 0.3}",
     "train.clip_grad=1.0",
     "train.label_smoothing=0.0",  # there is one right answer
 )
 _SEQUENCES = (
-    "train.epochs=30",
+    "train.epochs=6",
     "train.batch_size=64",
     "train.optimizer.lr=0.001",
     "train.schedule={use: cosine, warmup: 1}",
@@ -42,7 +42,7 @@ FOR_DATA: dict[str, tuple[str, ...]] = {
         "train.augment=[{use: random_crop, with: {padding: 2}}]",  # a mirrored digit is none
     ),
     "synthetic": ("train.epochs=10", "train.batch_size=64", "train.optimizer.lr=0.003", "train.augment=[]"),
-    **dict.fromkeys(("copy", "reverse", "sort"), _STRINGS),
+    **dict.fromkeys(STRINGS, _STRINGS),
     **dict.fromkeys(SEQUENCES, _SEQUENCES),
 }
 """What small data sets need instead of a recipe's settings, which were chosen for another data set; by the word before
@@ -57,6 +57,7 @@ NAMES: dict[Kind, tuple[str, ...]] = {"images": DATASETS, "pairs": PAIRS, "seque
 """Names of the data sets of each kind."""
 FILES = ("folder", "moses", "tsv", "aligned", "gettext")
 """Data sets whose names go on with a path."""
+SIDES = ("encoder", "decoder")
 EXAMPLES: dict[Kind, str] = {"images": "pictures", "pairs": "pairs", "sequences": "sequences"}
 """What a step sees, in words."""
 
@@ -106,14 +107,38 @@ def prepare(recipe: str | os.PathLike, edits: Sequence[str] = (), **others: Any)
     loaded = load(recipe, edits)
     data = loaded.recipe.train.data
     if data != load(recipe).recipe.train.data:
-        pictures = HOSTS[loaded.recipe.host.kind] == "images"
-        forget = (
-            ("host.mean=null", "host.std=null") if pictures else ()
-        )  # the recipe's are those of its own data
-        loaded = load(recipe, [*forget, *FOR_DATA.get(data.partition(":")[0], ()), *edits])
+        loaded = load(recipe, [*_of_its_own_data(loaded), *for_data(load(recipe), data), *edits])
     settings = settings_of(loaded, **others)
     kind_of(loaded, settings)
     return loaded, settings
+
+
+def _of_its_own_data(loaded: Loaded) -> tuple[str, ...]:
+    """What a recipe says of pictures that it is not trained on now, to be forgotten."""
+    return ("host.mean=null", "host.std=null") if HOSTS[loaded.recipe.host.kind] == "images" else ()
+
+
+def for_data(loaded: Loaded, data: str) -> tuple[str, ...]:
+    """What a small data set needs instead of what a recipe says, as edits; a model is made smaller, never larger.
+
+    Args:
+        loaded: The recipe.
+        data: Name of the data set; not the recipe's own.
+    """
+    word, host = data.partition(":")[0], loaded.recipe.host
+    edits = FOR_DATA.get(word, ())
+    if word not in STRINGS or not isinstance(host, Seq2SeqHost):
+        return edits
+    layers = (
+        host.layers.model_dump() if isinstance(host.layers, SideLayers) else dict.fromkeys(SIDES, host.layers)
+    )
+    small = {
+        "dim": min(host.dim, 128),
+        "mlp_dim": min(host.mlp_dim, 256),
+        "layers": layers | {"decoder": min(layers["decoder"], 2)},
+        "dropout": 0.0,
+    }
+    return (*(f"host.{key}={json.dumps(value)}" for key, value in small.items()), *edits)
 
 
 def settings_of(loaded: Loaded, **others: Any) -> Settings:
