@@ -24,7 +24,7 @@ def test_tables_are_fresh():
     assert made["with_tables"](text) == text, "run `make docs`"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/text.md"])
 def test_recipes_of_the_pages_compose(page, tmp_path):
     from attnzoo.recipe import compose_file
 

@@ -85,7 +85,7 @@ def heatmap(
         _draw_text(text, examples, what, layer, site, out, npy, as_json)
     else:
         _only_for(
-            "text",
+            "models of text",
             f"`{name}` looks at pictures",
             ("--text", texts, "`--images` names pictures"),
             ("--target", targets, "leave it out: it belongs to --text"),

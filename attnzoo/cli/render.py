@@ -131,7 +131,7 @@ def _lines(every: float = 10.0) -> Callable[[dict[str, Any]], None]:
 
 def _figures(event: dict[str, Any]) -> str:
     accuracy = event["test_accuracy"]
-    shown = [f"loss {event['train_loss']:.4f}", f"{event['images_per_second']:,.0f} images/s"]
+    shown = [f"loss {event['train_loss']:.4f}", f"{event['images_per_second']:,.0f} {event['examples']}/s"]
     if accuracy is not None:
         shown.insert(1, f"accuracy {100 * accuracy:.2f} %")
     return "  ".join([*shown, f"{duration(event['left'])} left"])

@@ -43,7 +43,7 @@ WIDE = 1720
 PITCH = 12
 """Pixels from one name of a token to the next, at least."""
 
-_ABOVE, _BESIDE = 76, 150
+_ABOVE, _BESIDE = 92, 150
 """Pixels of the longest name above a column and beside a row."""
 _LINE, _LEAST = 14, 88
 """Size of the lines below the title; pixels that what stands below a panel needs."""
@@ -174,13 +174,14 @@ def text_notes(maps: TextMaps, blocks: Sequence[Block], what: TextWhat = "heads"
     every = named(cell_size(blocks, what))
     if every > 1:
         lines.append(f"Tokens are many: one in {every} is named.")
-    implied = list(dict.fromkeys(one.branch for one in maps.maps if one.kind == "implied"))
-    gates = list(dict.fromkeys(one.branch for one in maps.maps if one.kind == "gate"))
-    if implied:
-        lines.append(f"{', '.join(implied)} forms no weights; its map is what it does to values, exactly, for these"
-                     " queries and keys.")  # fmt: skip
-    if gates:
-        lines.append(f"{', '.join(gates)} gates: each token keeps its own value, times this.")
+    kinds = {
+        "implied": "forms no weights; its map is what it does to values, exactly, for these queries and keys.",
+        "pooled": "forms one map for all queries: its rows are the same.",
+        "gate": "gates: each token keeps its own value, times this.",
+    }
+    for kind, text in kinds.items():
+        names = dict.fromkeys(one.branch for one in maps.maps if one.kind == kind)
+        lines += [f"{', '.join(names)} {text}"] if names else []
     for branch, reason in dict.fromkeys((one.branch, one.reason) for one in maps.absent):
         sites = [one.site for one in maps.absent if (one.branch, one.reason) == (branch, reason)]
         where = ", ".join(sites) if len(sites) <= 3 else f"{sites[0]} to {sites[-1]}"

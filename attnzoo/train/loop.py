@@ -335,6 +335,7 @@ class _Training:
             left = min(left, max(0.0, 60 * self.settings.minutes - at.seconds))
         self.report({"event": "step", "epoch": at.epoch + 1, "step": self.taken, "steps": total,
                      "train_loss": at.loss / at.units, "images_per_second": at.images / at.busy,
+                     "examples": EXAMPLES[self.task.kind],
                      "test_accuracy": self.log[-1]["test_accuracy"] if self.log else None,
                      "seconds": at.seconds, "left": left})  # fmt: skip
 
