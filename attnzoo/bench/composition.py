@@ -170,24 +170,39 @@ def _ends(seen: Seen) -> tuple[str, str]:
     if isinstance(seen, SequenceSeen):
         form = seen.form
         what = f"tokens, {form.vocab:,} ids" if form.vocab else f"vectors of {form.width} channels"
-        return f"at most {form.max_length} {what}", f"{form.outputs:,} output{'' if form.outputs == 1 else 's'} at every position"
+        return (
+            f"at most {form.max_length} {what}",
+            f"{form.outputs:,} output{'' if form.outputs == 1 else 's'} at every position",
+        )
     assert isinstance(seen, Survey)
     channels, rows, columns = seen.image
     grid, prefix = " × ".join(map(str, seen.layout.grid)), seen.layout.prefix
     tokens = f"{grid}{f' + {prefix}' if prefix else ''} tokens"
-    return f"{channels} × {rows} × {columns} picture → {tokens}", f"{seen.classes} classes" if seen.classes else "features"
+    return (
+        f"{channels} × {rows} × {columns} picture → {tokens}",
+        f"{seen.classes} classes" if seen.classes else "features",
+    )
 
 
 def _tools(composition: Composition, fixed_length: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What works with the model, and what does not."""
     seen = composition.seen
     if not isinstance(seen, Survey):
-        cached = all(plan.card.incremental for name, plan in composition.plans.items() if name.startswith("decoder"))
+        cached = all(
+            plan.card.incremental for name, plan in composition.plans.items() if name.startswith("decoder")
+        )
         decoding = "cached decoding" if cached else "decoding, in part recomputed"
         own = ("greedy and beam search", decoding) if isinstance(seen, Seq2SeqSeen) else ()
         return (*own, "torch.compile"), ("timm.create_model",)
     checkpointing = () if composition.skip else ("checkpointing",)
-    supports = ("features_only", "forward_intermediates", *checkpointing, "torch.compile", "torch.export", "ONNX")
+    supports = (
+        "features_only",
+        "forward_intermediates",
+        *checkpointing,
+        "torch.compile",
+        "torch.export",
+        "ONNX",
+    )
     lacks = ("TorchScript",) if checkpointing else ("TorchScript", "checkpointing")
     if seen.resizes and not fixed_length:
         return (*supports, "dynamic_img_size", "set_input_size"), lacks

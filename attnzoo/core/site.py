@@ -52,7 +52,7 @@ class Site:
         """Channels per head.
 
         Raises:
-            RecipeError: AZ308, when the heads do not divide the width.
+            RecipeError: AZ308, when the heads do not divide the width; AZ316, when rotary positions find an odd number.
         """
         if self.heads < 1 or self.dim % self.heads:
             raise RecipeError(
@@ -60,4 +60,12 @@ class Site:
                 f"{self.heads} heads do not divide a width of {self.dim} at `{self.name}`",
                 help=f"choose one of {', '.join(str(h) for h in range(1, 65) if self.dim % h == 0)}",
             )
-        return self.dim // self.heads
+        size = self.dim // self.heads
+        if self.rotary and size % 2:
+            raise RecipeError(
+                "AZ316",
+                f"rotary positions turn pairs of channels; {self.heads} heads of a width of {self.dim} "
+                f"have {size} each",
+                help="choose heads with an even number of channels, or other `positions`",
+            )
+        return size

@@ -23,6 +23,8 @@ from attnzoo.recipe.schema import (
     Fuse,
     Override,
     Recipe,
+    Seq2SeqHost,
+    SequenceHost,
     Train,
     Use,
     VitHost,
@@ -47,6 +49,7 @@ _OTHERS: dict[type[BaseModel], type[BaseModel]] = {
     CctHost: VitModel,
 }
 """The arguments that belong to another kind of host."""
+_BACKBONES = (VitModel, CctModel, VitHost, CctHost)
 
 
 def faults_of(
@@ -208,7 +211,8 @@ def _unknown_key(
         other = "fuse" if (*spot[:-1], "fuse") in source.values else "of"
         help = "merge branches with `fuse: NAME` and `of: [...]`, or write `use: NAME` alone"
         return Diagnostic("AZ114", f"`use` and `{other}` cannot stand in one spec", place, help=help)
-    homes = {other: home for other, home in _HOMES.items() if other not in (model, _OTHERS.get(model))}
+    strange = _BACKBONES if model in (Seq2SeqHost, SequenceHost) else (model, _OTHERS.get(model))
+    homes = {other: home for other, home in _HOMES.items() if other not in strange}
     home = next((home for other, home in homes.items() if key in _fields(other)), "")
     if ":" in key:
         hint = "write a space after the colon"
@@ -259,7 +263,7 @@ def _misfit(spot: Loc, rule: Any, items: list[ErrorDetails], source: Source, own
     if words and said is None:
         message = f"{name} must be {words}; {_found(value)}"
     else:
-        message = f"{name} does not fit `{owner}`; {_found(value)}"
+        message = f"{name} does not fit{f' `{owner}`' if owner else ''}; {_found(value)}"
     return Diagnostic(code, message, source.value_place(spot), str(said or ""), _hint(spot, rule, value))
 
 

@@ -120,16 +120,7 @@ def _checked(
     said: Any, layers: int, loc: Loc, form: seq2seq.Form | sequence.Form, source: Source
 ) -> tuple[int, ...]:
     counts = by_layer(said, layers, loc, source)
-    _check_heads(counts, form.dim, loc, source)
-    odd = next((heads for heads in counts if form.dim // heads % 2), None)
-    if form.positions == "rotary" and odd is not None:
-        raise RecipeError(
-            "AZ316",
-            f"rotary positions turn pairs of channels; {odd} heads of a width of {form.dim} have "
-            f"{form.dim // odd} each",
-            place=_place(loc, source),
-            help="choose heads with an even number of channels, or other `positions`",
-        )
+    _check_heads(counts, form.dim, loc, source, rotary=form.positions == "rotary")
     return counts
 
 
@@ -186,10 +177,10 @@ def _scheduled(said: HeadSchedule, layers: int, place: Place | None) -> tuple[in
     return tuple(counts)
 
 
-def _check_heads(counts: Sequence[int], dim: int, loc: Loc, source: Source) -> None:
+def _check_heads(counts: Sequence[int], dim: int, loc: Loc, source: Source, rotary: bool = False) -> None:
     for layer, heads in enumerate(counts):
         try:
-            Site(f"layer {layer}", dim, heads, Layout((1,))).head_dim  # noqa: B018 - raises AZ308
+            Site(f"layer {layer}", dim, heads, Layout((1,)), rotary=rotary).head_dim  # noqa: B018 - raises AZ308, AZ316
         except RecipeError as error:
             raise RecipeError.of([replace(d, place=_place(loc, source)) for d in error.diagnostics]) from None
 

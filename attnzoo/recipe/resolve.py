@@ -289,7 +289,8 @@ def look_over(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
         host = None
     try:
         if not issubclass(kind, ImageHost):
-            see_sequences(host.kind, host.model_dump(exclude={"kind"}), None, source)
+            if "heads" not in tree:
+                see_sequences(host.kind, host.model_dump(exclude={"kind"}), None, source)
         else:
             wanted = host.model.model_dump(exclude_unset=True, exclude_none=True) if host else {}
             base = said.get("base", kind.model_fields["base"].default)
@@ -319,7 +320,9 @@ def _misfits(plans: Mapping[str, Plan | None], seen: Seen, zoo: Zoo) -> list[Dia
                 continue
             for why in whys:
                 message = f"`{leaf.entry.name}` cannot be put at {name}"
-                faults.append(Diagnostic("AZ302", message, leaf.place, why, _who_can(demand, zoo)))
+                faults.append(
+                    Diagnostic("AZ302", message, leaf.place, why, _who_can(demand, zoo, leaf.entry.name))
+                )
                 told.add((leaf.place, demand))
         for fusion in plan.fusions() if demand.token_local else ():
             if Law.TOKEN_LOCAL not in fusion.entry.value.card.laws:
@@ -334,16 +337,19 @@ def _misfits(plans: Mapping[str, Plan | None], seen: Seen, zoo: Zoo) -> list[Dia
             with torch.device("meta"):
                 plan.build(sites[name])
         except RecipeError as error:
-            faults += error.diagnostics
+            known = {(fault.code, fault.place) for fault in faults}
+            faults += [fault for fault in error.diagnostics if (fault.code, fault.place) not in known]
     return faults
 
 
-def _who_can(demand: Demand, zoo: Zoo) -> str:
+def _who_can(demand: Demand, zoo: Zoo, refused: str) -> str:
     """The mechanisms that meet a demand with their defaults, in words."""
     can = [
         name
         for name, entry in zoo.mechanisms.items()
-        if not unmet(entry.value.card, demand) and (issubclass(entry.value, Head) or not demand.rotary)
+        if name != refused
+        and not unmet(entry.value.card, demand)
+        and (issubclass(entry.value, Head) or not demand.rotary)
     ]
     return f"who can: {', '.join(f'`{name}`' for name in can)}" if can else "no mechanism of the zoo can"
 

@@ -17,7 +17,7 @@ from attnzoo.recipe import Loaded, load
 from attnzoo.recipe.schema import Seq2SeqHost, SideLayers, Train
 
 _STRINGS = (
-    "train.epochs=5",
+    "train.epochs=6",
     "train.batch_size=32",
     "train.optimizer.lr=0.001",
     "train.schedule={use: cosine, warmup: 0.3}",
