@@ -701,7 +701,12 @@ MUTANTS: dict[str, tuple[Change, tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize(
-    ("mutant", "name"), [(mutant, name) for mutant, (_, names, _) in MUTANTS.items() for name in names]
+    ("mutant", "name"),
+    [  # one sheet each is enough for every day
+        pytest.param(mutant, name, marks=pytest.mark.slow if i else ())
+        for mutant, (_, names, _) in MUTANTS.items()
+        for i, name in enumerate(names)
+    ],
 )
 def test_a_wrong_sheet_is_caught(mutant, name, monkeypatch):
     change, _, said = MUTANTS[mutant]

@@ -84,7 +84,6 @@ class AddNorm(nn.Module):
         before, made = self.trail.value, x
         if self.norm is not None:
             assert before is not None
-            assert before is not None
             made = self.norm(x + before)
         self.trail.value = None if self.last else x if self.raw else made
         return made
