@@ -144,18 +144,23 @@ def in_a_child(work) -> multiprocessing.Process:
     return child
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment(tmp_path):
+def survive_kills(learn, tmp_path: Path) -> None:
+    """Kill a training again and again, until it was struck often enough; every run must end with the same bits.
+
+    Args:
+        learn: Trains into a folder, with changes of the settings.
+        tmp_path: Where.
+    """
     kills, chance = int(os.environ.get("ATTNZOO_KILLS", 50)), random.Random(0)
     changes = {"epochs": 6, "checkpoint_every": 1, "ema": 0.9}
     began = time.perf_counter()
-    child = in_a_child(lambda: tiny(tmp_path / "whole", **changes))
+    child = in_a_child(lambda: learn(tmp_path / "whole", **changes))
     child.join()
     duration = time.perf_counter() - began
     assert child.exitcode == 0
     struck, run, number = 0, tmp_path / "run0", 0
     while struck < kills:
-        child = in_a_child(lambda run=run: tiny(run, **changes))
+        child = in_a_child(lambda run=run: learn(run, **changes))
         child.join(chance.uniform(0, duration))
         child.kill()
         child.join()
@@ -167,8 +172,13 @@ def test_killed_at_any_moment(tmp_path):
         else:
             assert child.exitcode == -signal.SIGKILL
             checkpoint.sound(run)
-    tiny(run, **changes)
+    learn(run, **changes)
     assert digest(run) == digest(tmp_path / "whole") and not list(run.glob(".tmp-*"))
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path):
+    survive_kills(tiny, tmp_path)
 
 
 @pytest.mark.slow

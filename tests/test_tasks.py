@@ -4,12 +4,13 @@ import json
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_resume import spread
+from test_resume import spread, survive_kills
 from torch import nn
 from training import digest, last
 from training import settings as tiny_settings
@@ -393,6 +394,11 @@ def test_columns_of_subtasks(tmp_path):
     done = run("switching", tmp_path, epochs=1)
     row = done.log()[0]
     assert {"test_I", "test_A", "test_R", "test_C"} <= set(row) and done.summary()["last_I"] == row["test_I"]
+
+
+@pytest.mark.slow
+def test_pairs_survive_kills_at_any_moment(tmp_path):
+    survive_kills(partial(run, "reverse"), tmp_path)
 
 
 def test_explained_variance_far_below_zero_is_still_the_best(tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def _show(figures: dict[str, Any]) -> None:
     from attnzoo.train.settings import EXAMPLES
 
     kind = figures["data_kind"]
-    examples = "images" if kind == "images" else EXAMPLES[kind]
+    examples = EXAMPLES[kind]
     for name in ("best", "last"):
         exact = f", {100 * figures[f'{name}_exact']:.2f} % exact" if kind == "pairs" else ""
         say(f"{name}: {100 * figures[f'{name}_accuracy']:.2f} % test accuracy{exact}, "
