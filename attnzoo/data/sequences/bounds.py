@@ -8,7 +8,7 @@ r - 1.
 import torch
 from torch import Tensor
 
-from attnzoo.data.sequences.regression import _solve
+from attnzoo.data.sequences.regression import solve
 from attnzoo.data.sequences.sequence_data import IGNORE
 
 
@@ -80,5 +80,5 @@ def regression_error(inputs: Tensor, window: int, noise: float) -> float:
     """
     x, query = inputs[:, :-1, :-1].double(), inputs[:, -1:, :-1].double()
     x = x[:, max(0, x.shape[1] - (window - 1)) :]
-    left = query - query @ _solve(x, noise) @ x if x.shape[1] else query
+    left = query - query @ solve(x, noise) @ x if x.shape[1] else query
     return float((left @ query.mT).mean()) + noise**2

@@ -64,11 +64,16 @@ def ridge(inputs: Tensor, noise: float) -> Tensor:
         float64 (b,).
     """
     x, y, query = inputs[:, :-1, :-1].double(), inputs[:, :-1, -1:].double(), inputs[:, -1:, :-1].double()
-    return (query @ _solve(x, noise) @ y)[:, 0, 0]
+    return (query @ solve(x, noise) @ y)[:, 0, 0]
 
 
-def _solve(x: Tensor, noise: float) -> Tensor:
-    """(b d k): the matrix that makes w of the y to these x, (b k d)."""
+def solve(x: Tensor, noise: float) -> Tensor:
+    """(b d k): the matrix that makes the posterior mean of w of the y to these x; without noise, of least norm.
+
+    Args:
+        x: Examples (b k d).
+        noise: σ.
+    """
     if noise == 0:
         return torch.linalg.pinv(x)
     return torch.linalg.solve(x.mT @ x + noise**2 * torch.eye(x.shape[-1]).to(x), x.mT)
