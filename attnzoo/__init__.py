@@ -14,9 +14,9 @@ from attnzoo.zoo.hookspecs import hookimpl
 
 _LAZY = {
     **dict.fromkeys(
-        ["FREE", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard", "Head", "Law", "Layout",
-         "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "PositiveFloat", "PositiveInt", "Site", "Start",
-         "Tap", "find_taps", "watch"],
+        ["NO_MASK", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard", "Head", "Law",
+         "Layout", "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "PositiveFloat", "PositiveInt", "Site",
+         "Start", "Tap", "find_taps", "watch"],
         "attnzoo.core",
     ),
     **dict.fromkeys(["compose", "compose_file"], "attnzoo.recipe"),

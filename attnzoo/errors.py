@@ -178,7 +178,7 @@ class CheckError(ZooError):
 
 
 class DataError(ZooError):
-    """A data set, or what is to be done to its pictures, is at fault (AZ7xx)."""
+    """A data set, or what is to be done to its images, is at fault (AZ7xx)."""
 
 
 class RunError(ZooError):

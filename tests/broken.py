@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attnzoo.core import (
-    FREE,
+    NO_MASK,
     Card,
     Family,
     Fusion,
@@ -59,7 +59,7 @@ class Healthy(Head):
     def normalise(self, scores, allowed):
         return masked_softmax(scores, allowed)
 
-    def attend(self, q, k, v, *, mask=FREE, layout):
+    def attend(self, q, k, v, *, mask=NO_MASK, layout):
         weights = self.normalise(self.score(q, k), self.allowed(mask, q.shape[2], k.shape[2]))
         return self.weights(weights) @ v
 
@@ -99,7 +99,7 @@ class KeepsStateToItself(Healthy):
         super().__init__(site)
         self.directions = torch.randn(site.heads, 1, site.head_dim)
 
-    def attend(self, q, k, v, *, mask=FREE, layout):
+    def attend(self, q, k, v, *, mask=NO_MASK, layout):
         return super().attend(q + self.directions.to(q.dtype), k, v, mask=mask, layout=layout)
 
 
@@ -161,7 +161,7 @@ class HoldsDeadParameter(Healthy):
 
 
 class FalsifiesGradient(Healthy):
-    def attend(self, q, k, v, *, mask=FREE, layout):
+    def attend(self, q, k, v, *, mask=NO_MASK, layout):
         out = super().attend(q, k, v, mask=mask, layout=layout)
         return out.detach() + 0.5 * (out - out.detach())
 
@@ -171,18 +171,18 @@ class Counts(Healthy):
         super().__init__(site)
         self.calls = 0
 
-    def attend(self, q, k, v, *, mask=FREE, layout):
+    def attend(self, q, k, v, *, mask=NO_MASK, layout):
         self.calls += 1
         return super().attend(q, k, v, mask=mask, layout=layout) * self.calls
 
 
 class DiffersInTraining(Healthy):
-    def attend(self, q, k, v, *, mask=FREE, layout):
+    def attend(self, q, k, v, *, mask=NO_MASK, layout):
         return super().attend(q, k, v, mask=mask, layout=layout) * (2 if self.training else 1)
 
 
 class UsesGlobalRandomness(Healthy):
-    def attend(self, q, k, v, *, mask=FREE, layout):
+    def attend(self, q, k, v, *, mask=NO_MASK, layout):
         return super().attend(q, k, v, mask=mask, layout=layout) + 0 * torch.rand(())
 
 
@@ -220,19 +220,19 @@ class HealthyTokens(Mechanism):
         keys = torch.ones_like(x[..., :1]) if mask.keys is None else mask.keys[..., None].to(x.dtype)
         return (x * keys).sum(dim=1, keepdim=True) / keys.sum(dim=1, keepdim=True).clamp(min=1)
 
-    def forward(self, x, context=None, *, mask=FREE, layout):
+    def forward(self, x, context=None, *, mask=NO_MASK, layout):
         mask.only("keys")
         self.refuse(context)
         return x * self.gate(self.gating(x + self.mean(x, mask, layout)).sigmoid())
 
 
 class LosesDtype(HealthyTokens):
-    def forward(self, x, context=None, *, mask=FREE, layout):
+    def forward(self, x, context=None, *, mask=NO_MASK, layout):
         return super().forward(x, context, mask=mask, layout=layout).float()
 
 
 class LosesTokens(HealthyTokens):
-    def forward(self, x, context=None, *, mask=FREE, layout):
+    def forward(self, x, context=None, *, mask=NO_MASK, layout):
         return super().forward(x, context, mask=mask, layout=layout)[:, layout.prefix :]
 
 
@@ -296,7 +296,7 @@ class HealthyReader(Mechanism):
         super().__init__()
         self.read = nn.Linear(site.context_dim or site.dim, site.dim)
 
-    def forward(self, x, context=None, *, mask=FREE, layout):
+    def forward(self, x, context=None, *, mask=NO_MASK, layout):
         mask.only("keys")
         source = x if context is None else context
         keys = torch.ones_like(source[..., :1]) if mask.keys is None else mask.keys[..., None].to(x.dtype)
@@ -306,12 +306,12 @@ class HealthyReader(Mechanism):
 
 
 class IgnoresContext(HealthyReader):
-    def forward(self, x, context=None, *, mask=FREE, layout):
+    def forward(self, x, context=None, *, mask=NO_MASK, layout):
         return super().forward(x, None if context is None else 0 * context, mask=mask, layout=layout)
 
 
 class LeaksContextPadding(HealthyReader):
-    def forward(self, x, context=None, *, mask=FREE, layout):
+    def forward(self, x, context=None, *, mask=NO_MASK, layout):
         mask = mask if context is None else replace(mask, keys=None)
         return super().forward(x, context, mask=mask, layout=layout)
 
@@ -337,7 +337,7 @@ class CallsTapOtherwise(Healthy):
 
 
 class ShowsOtherWeights(Healthy):
-    def attend(self, q, k, v, *, mask=FREE, layout):
+    def attend(self, q, k, v, *, mask=NO_MASK, layout):
         weights = self.normalise(self.score(q, k), self.allowed(mask, q.shape[2], k.shape[2]))
         self.weights(weights)
         return weights @ v
@@ -383,18 +383,18 @@ class TooMuchWeight(HealthySubstochastic):
 
 
 class KnowsPositions(Healthy):
-    def attend(self, q, k, v, *, mask=FREE, layout):
+    def attend(self, q, k, v, *, mask=NO_MASK, layout):
         places = torch.arange(k.shape[2], dtype=k.dtype)[:, None]
         return super().attend(q, k * (1 + places), v, mask=mask, layout=layout)
 
 
 class BendsValues(Healthy):
-    def attend(self, q, k, v, *, mask=FREE, layout):
+    def attend(self, q, k, v, *, mask=NO_MASK, layout):
         return super().attend(q, k, v.tanh(), mask=mask, layout=layout)
 
 
 class LeavesHull(Healthy):
-    def attend(self, q, k, v, *, mask=FREE, layout):
+    def attend(self, q, k, v, *, mask=NO_MASK, layout):
         return super().attend(q, k, v, mask=mask, layout=layout) * 1.5
 
 
@@ -421,7 +421,7 @@ class HealthyWindow(Healthy):
         coords = layout.coords()
         return (coords[:, None] - coords).abs().amax(dim=-1) <= self.window
 
-    def attend(self, q, k, v, *, mask=FREE, layout):
+    def attend(self, q, k, v, *, mask=NO_MASK, layout):
         layout.check(k[:, 0])
         pairs = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool)
         pairs[..., layout.prefix :, layout.prefix :] = self.near(layout)
@@ -501,7 +501,7 @@ class HealthySplit(Fusion):
         cls._check_arity(arity)
         return [replace(site, dim=site.dim // arity, heads=site.heads // arity)] * arity
 
-    def scatter(self, x, axis):
+    def split(self, x, axis):
         return list(x.chunk(self.arity, dim=axis))
 
     def merge(self, branches, x):
@@ -509,7 +509,7 @@ class HealthySplit(Fusion):
 
 
 class DealsNothing(HealthySplit):
-    def scatter(self, x, axis):
+    def split(self, x, axis):
         return [x] * self.arity
 
 
@@ -542,12 +542,12 @@ class FavoursFirst(HealthyFusion):
 
 class AlmostIdentity(HealthyFusion):
     def merge_from_first(self, branches, x):
-        return branches[0] + (self.gain + 1e-7) * (self.merge(branches, x) - branches[0])
+        return branches[0] + (self.gamma + 1e-7) * (self.merge(branches, x) - branches[0])
 
 
 class NeverLearnsOthers(HealthyFusion):
     def merge_from_first(self, branches, x):
-        return branches[0] + self.gain**2 * (self.merge(branches, x) - branches[0])
+        return branches[0] + self.gamma**2 * (self.merge(branches, x) - branches[0])
 
 
 class MixesTokens(HealthyFusion):
@@ -626,7 +626,7 @@ BROKEN = [
     ("check_identity_start", AlmostIdentity, HealthyFusion),
     ("check_identity_start", NeverLearnsOthers, HealthyFusion),
     ("check_token_local", MixesTokens, HealthyFusion),
-    ("check_scatter", DealsNothing, HealthySplit),
+    ("check_split", DealsNothing, HealthySplit),
     ("check_arity_refused", TakesAnyArity, HealthyFusion),
 ]
 """The check that must catch it, the broken part, and a healthy part that passes the same check."""

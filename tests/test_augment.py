@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop as PerPicture
+from torchvision.transforms import RandomResizedCrop as PerImage
 from torchvision.transforms import functional as tv
 
 from attnzoo.bench.augment import measure
@@ -26,7 +26,7 @@ SEEDS = step_seeds(0, 0, torch.arange(64))
 
 
 def smooth(n: int, side: int = 32) -> torch.Tensor:
-    """Pictures without jumps, so that a slip of a pixel shows as a slip of a value and not as noise."""
+    """Images without jumps, so that a slip of a pixel shows as a slip of a value and not as noise."""
     noise = torch.rand(n, 3, 5, 5, generator=torch.Generator().manual_seed(2)) * 255
     return torch.nn.functional.interpolate(noise, (side, side), mode="bicubic").clamp(0, 255).round().byte()
 
@@ -194,7 +194,7 @@ def test_a_box_that_never_fits_falls_back_to_the_middle():
     images = smooth(2, 64)[:, :, :16]  # 16 rows of 64
     step = RandomResizedCrop(FRAME, scale=(1.0, 1.0))
     ours = step(View.of(images), Fixed(torch.rand(2, 22))).show()
-    _, left, h, w = PerPicture.get_params(images[0], (1.0, 1.0), (3 / 4, 4 / 3))
+    _, left, h, w = PerImage.get_params(images[0], (1.0, 1.0), (3 / 4, 4 / 3))
     theirs = tv.resized_crop(images[0], 0, left, h, w, [32, 32], antialias=False)
     assert (ours[0] - theirs).abs().max() <= 1
 
@@ -218,7 +218,7 @@ def test_boxes_are_distributed_as_torchvisions():
     height, width = step.box((32, 32), u[:, :10], u[:, 10:])
     torch.manual_seed(0)
     boxes = torch.tensor(
-        [PerPicture.get_params(IMAGES[0], (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
+        [PerImage.get_params(IMAGES[0], (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
     ).double()
     for ours, theirs in (
         (height, boxes[:, 2]),
@@ -272,7 +272,7 @@ EVERY = [
 @pytest.mark.parametrize(
     "steps", [PAPER, EVERY, ["random_crop", "horizontal_flip"]], ids=["paper", "every", "crop"]
 )
-def test_a_picture_is_augmented_alike_in_every_batch(steps):
+def test_a_image_is_augmented_alike_in_every_batch(steps):
     a = augment(*steps)
     whole, labels = a(IMAGES, LABELS, SEEDS)
     assert torch.equal(labels, LABELS)
@@ -295,7 +295,7 @@ def test_everything_happens_on_the_batchs_device(steps):
     assert x.device.type == targets.device.type == "meta" and x.shape == IMAGES.shape
 
 
-def test_no_random_state_is_read_or_moved_and_no_picture_changed():
+def test_no_random_state_is_read_or_moved_and_no_image_changed():
     a, before = augment(*EVERY, "mixup"), IMAGES.clone()
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -319,7 +319,7 @@ def test_without_random_steps_it_is_evaluation_and_changes_nothing(steps):
     assert torch.equal(evaluate(floats), one) and torch.equal(floats, before) and one.dtype == torch.float32
 
 
-def test_pictures_are_resized_to_the_models_size_at_the_end():
+def test_images_are_resized_to_the_models_size_at_the_end():
     x, _ = augment("horizontal_flip", image=(3, 24, 24))(IMAGES, LABELS, SEEDS)
     assert x.shape == (64, 3, 24, 24)
     x, _ = augment({"use": "random_crop", "with": {"size": 16, "padding": 0}})(IMAGES, LABELS, SEEDS)
@@ -348,10 +348,10 @@ def test_erasing_paints_one_box_of_the_right_size():
 
 
 def test_erasing_is_distributed_as_timms():
-    from timm.data.random_erasing import RandomErasing as PerPictureErasing
+    from timm.data.random_erasing import RandomErasing as PerImageErasing
 
     random.seed(0)
-    theirs = PerPictureErasing(probability=1.0, device="cpu")(torch.ones(3000, 1, 32, 32)).mean(0)
+    theirs = PerImageErasing(probability=1.0, device="cpu")(torch.ones(3000, 1, 32, 32)).mean(0)
     ours = RandomErasing(FRAME, p=1.0)(
         torch.ones(6000, 1, 32, 32), Chance(step_seeds(0, 0, torch.arange(6000)))
     ).mean(0)
@@ -368,7 +368,7 @@ def test_erasing_paints_one_colour_or_noise():
         assert abs(float(painted.mean())) < 0.15 and abs(float(painted.std()) - 1) < 0.1
 
 
-def test_rand_augment_is_timms_with_a_seed_per_picture():
+def test_rand_augment_is_timms_with_a_seed_per_image():
     from timm.data.auto_augment import rand_augment_transform
 
     a = augment({"use": "rand_augment", "with": {"magnitude": 7, "num_ops": 3}})
@@ -383,15 +383,15 @@ def test_rand_augment_is_timms_with_a_seed_per_picture():
 
 
 @pytest.mark.parametrize("steps", [["mixup"], ["cutmix"], ["mixup", "cutmix"]], ids="+".join)
-def test_targets_of_mixed_pictures_sum_to_one(steps):
+def test_targets_of_mixed_images_sum_to_one(steps):
     x, targets = augment(*steps)(IMAGES, LABELS, SEEDS)
     assert x.shape == IMAGES.shape and targets.shape == (64, 10) and targets.dtype == torch.float32
     torch.testing.assert_close(targets.sum(1), torch.ones(64))
     assert targets.min() >= 0 and (targets > 0).sum(1).max() == 2
 
 
-def test_mixup_mixes_picture_and_target_by_the_same_share():
-    """Picture i is all i grey levels, so its share can be read off."""
+def test_mixup_mixes_image_and_target_by_the_same_share():
+    """Image i is all i grey levels, so its share can be read off."""
     images = torch.arange(64, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
     labels = (torch.arange(64) >= 32).long()
     x, targets = augment("mixup")(images, labels, SEEDS)
@@ -426,7 +426,7 @@ def test_shares_come_from_timms_distribution():
     assert torch.equal(flat[:, 0, 0], flat[:, -1, -1]) and abs(float(flat[:, 0, 0].mean()) - 0.5) < 0.02
 
 
-def test_with_two_mixers_half_of_the_pictures_take_each():
+def test_with_two_mixers_half_of_the_images_take_each():
     images = torch.randint(0, 256, (400, 3, 8, 8), dtype=torch.uint8)
     a = augment("mixup", "cutmix", image=(3, 8, 8))
     x, _ = a(images, torch.zeros(400).long(), step_seeds(0, 0, torch.arange(400)))
@@ -460,13 +460,13 @@ def test_wrong_steps_are_refused(steps, code, said):
     assert error.value.code == code and said in str(error.value)
 
 
-def test_a_crop_larger_than_the_picture_is_refused():
+def test_a_crop_larger_than_the_image_is_refused():
     with pytest.raises(DataError) as error:
         augment({"use": "random_crop", "with": {"padding": 0, "size": 40}})(IMAGES, LABELS, SEEDS)
     assert error.value.code == "AZ706" and "32x32" in str(error.value)
 
 
-def test_pictures_that_are_not_bytes_are_refused():
+def test_images_that_are_not_bytes_are_refused():
     with pytest.raises(TypeError, match="uint8"):
         augment()(IMAGES.float(), LABELS, SEEDS)
 

@@ -30,7 +30,7 @@ from attnzoo.recipe.weights import init_model
 NAME = "cct_7_3x1_32_c100"
 TINY = {"img_size": 16, "embed_dim": 32, "depth": 3, "num_classes": 10}
 """8 × 8 tokens; everything else as in CCT-7/3x1."""
-HAM = "attention={fuse: hadamard, of: [softmax, {use: soft, with: {reading: pooled}}]}"
+HAM = "attention={fuse: hadamard, of: [softmax, {use: soft, with: {variant: pooled}}]}"
 EDITS = {
     "softmax": [],
     "conv front": ["host.model.n_conv_blocks=1"],
@@ -50,11 +50,11 @@ def made(kind: str = "softmax") -> CompactTransformer:
     model = attnzoo.compose("cct_7_3x1", edits=edits).train()
     with torch.no_grad():
         for _ in range(3):
-            model(picture(batch=8))
+            model(image(batch=8))
     return model.eval()
 
 
-def picture(batch: int = 2, side: int = 16) -> torch.Tensor:
+def image(batch: int = 2, side: int = 16) -> torch.Tensor:
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
@@ -116,7 +116,7 @@ def oracle(state: dict[str, torch.Tensor], x: torch.Tensor, heads: int) -> torch
 
 @pytest.mark.parametrize("kind", ["softmax", "conv front", "sine", "two convolutions"])
 def test_equals_the_equations(kind):
-    model, x = copy.deepcopy(made(kind)).double(), picture().double()
+    model, x = copy.deepcopy(made(kind)).double(), image().double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -165,7 +165,7 @@ def test_softmax_at_all_sites_is_the_plain_model():
     assert list(model.state_dict()) == list(plain.state_dict())
     model.load_state_dict(plain.state_dict())
     with torch.no_grad():
-        assert torch.equal(model(picture()), plain(picture()))
+        assert torch.equal(model(image()), plain(image()))
 
 
 def test_sequence_pooling():
@@ -191,7 +191,7 @@ def test_sine_positions():
 
 
 def test_tokens():
-    """The grid is what the tokenizer gives, also for pictures that are not square and sides that are not even."""
+    """The grid is what the tokenizer gives, also for images that are not square and sides that are not even."""
     for size, layers, kernel, grid in [
         (32, 1, 3, (16, 16)),
         ((9, 14), 1, 3, (5, 7)),
@@ -202,13 +202,13 @@ def test_tokens():
         assert model.layout.grid == grid
         assert model.embed(torch.randn(1, 3, rows, columns)).shape == (1, model.layout.length, 16)
     with pytest.raises(AssertionError, match="rows"):
-        made()(picture(side=8))
+        made()(image(side=8))
 
 
 def test_conv_front():
     model = made("conv front")
     assert [type(block).__name__ for block in model.blocks] == ["ConvBlock", "CompactBlock", "CompactBlock"]
-    x = model.embed(picture())
+    x = model.embed(image())
     assert model.blocks[0](x).shape == x.shape
     wide = copy.deepcopy(model.blocks[0])
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_no_conv_front_changes_nothing():
     torch.manual_seed(3)
     zero = CompactTransformer(**TINY, n_conv_blocks=0).eval()
     torch.manual_seed(3)
-    assert torch.equal(CompactTransformer(**TINY).eval()(picture()), zero(picture()))
+    assert torch.equal(CompactTransformer(**TINY).eval()(image()), zero(image()))
     for blocks in (-1, 3, 4):
         with pytest.raises(ValueError, match="must attend"):
             CompactTransformer(**TINY, n_conv_blocks=blocks)
@@ -263,14 +263,14 @@ def test_a_fused_model_takes_the_plain_ones_weights(tmp_path):
     assert ledger["copied"] == len(made().state_dict()) and all(
         ".attn.head." in name for name in ledger["new"]
     )
-    assert torch.equal(model(picture()), made()(picture()))
+    assert torch.equal(model(image()), made()(image()))
 
 
 @pytest.mark.parametrize("kind", EDITS)
 class TestEveryKind:
     def test_all_parameters_get_finite_gradients(self, kind):
         model = copy.deepcopy(made(kind)).train()
-        model(picture(batch=4)).square().mean().backward()
+        model(image(batch=4)).square().mean().backward()
         faulty = [
             path
             for path, p in model.named_parameters()
@@ -282,13 +282,13 @@ class TestEveryKind:
         one, two = copy.deepcopy(made(kind)), copy.deepcopy(made(kind))
         two.set_grad_checkpointing()
         for model in (one, two):
-            model(picture()).sum().backward()
-        assert torch.equal(one(picture()), two(picture()))
+            model(image()).sum().backward()
+        assert torch.equal(one(image()), two(image()))
         for p, q in zip(one.parameters(), two.parameters(), strict=True):
             assert torch.allclose(p.grad, q.grad, atol=1e-6)
 
     def test_features(self, kind):
-        model, x = made(kind), picture()
+        model, x = made(kind), image()
         with torch.no_grad():
             final, inner = model.forward_intermediates(x)
             assert torch.equal(final, model.forward_features(x))
@@ -314,7 +314,7 @@ class TestEveryKind:
         assert len({group["lr_scale"] for group in optimizer.param_groups}) > len(model.blocks)
 
     def test_copies(self, kind, tmp_path):
-        model, x = made(kind), picture()
+        model, x = made(kind), image()
         expected = model(x)
         assert torch.equal(copy.deepcopy(model)(x), expected)
         assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)  # noqa: S301 - our own bytes
@@ -325,7 +325,7 @@ class TestEveryKind:
 
 @pytest.mark.parametrize("kind", ["softmax", "conv front", "ham", "neighborhood", "elu_linear"])
 def test_compile_and_export(kind):
-    model, x = made(kind), picture()
+    model, x = made(kind), image()
     torch._dynamo.reset()
     with torch.no_grad():
         expected = model(x)
@@ -333,23 +333,23 @@ def test_compile_and_export(kind):
         assert torch.allclose(compiled(x), expected, atol=1e-5)
         batch = torch.export.Dim("batch", min=1, max=64)
         program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
-        assert torch.allclose(program(picture(batch=3)), model(picture(batch=3)), atol=1e-5)
+        assert torch.allclose(program(image(batch=3)), model(image(batch=3)), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "conv front", "ham"])
 def test_fx(kind):
     graph = create_feature_extractor(made(kind), return_nodes={"head": "out"})
-    assert torch.allclose(graph(picture())["out"], made(kind)(picture()), atol=1e-6)
+    assert torch.allclose(graph(image())["out"], made(kind)(image()), atol=1e-6)
 
 
 def test_features_only():
     model = timm.create_model(NAME, **TINY, features_only=True, out_indices=(-2, -1)).eval()
-    assert [tuple(m.shape) for m in model(picture())] == [(2, 32, 8, 8)] * 2
+    assert [tuple(m.shape) for m in model(image())] == [(2, 32, 8, 8)] * 2
     assert model.feature_info.channels() == [32, 32] and model.feature_info.reduction() == [2, 2]
 
 
 def test_classifier():
-    model, x = copy.deepcopy(made()), picture()
+    model, x = copy.deepcopy(made()), image()
     assert model.get_classifier().out_features == 10
     model.reset_classifier(7)
     assert model(x).shape == (2, 7)
@@ -371,15 +371,15 @@ def test_devices_and_types():
     assert timm.create_model(NAME, device="meta")(torch.empty(1, 3, 32, 32, device="meta")).is_meta
     model = timm.create_model(NAME, **TINY, device="cpu", dtype=torch.bfloat16).eval()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model(picture().bfloat16()).isfinite().all()
+    assert model(image().bfloat16()).isfinite().all()
 
 
 def test_weights_can_be_watched():
     seen = {}
     with torch.no_grad(), watch(made(), "weights", lambda path, t: seen.update({path: t})):
-        out = made()(picture())
+        out = made()(image())
     assert [tuple(t.shape) for t in seen.values()] == [(2, 4, 64, 64)] * 3
-    assert torch.allclose(out, made()(picture()), atol=1e-5)
+    assert torch.allclose(out, made()(image()), atol=1e-5)
 
 
 def test_what_cannot_be_had():

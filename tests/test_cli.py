@@ -53,15 +53,13 @@ def test_compose_as_json():
     )  # ViT-Ti, two per multiply-add
 
 
-def test_compose_with_edits_and_a_picture(tmp_path):
+def test_compose_with_edits_and_a_image(tmp_path):
     from PIL import Image
 
-    picture = tmp_path / "grey.png"
-    Image.new("L", (50, 70), 128).save(picture)
-    out = run(
-        "compose", "ham_a", "--set", "attention.of.1.with.reading=gated", "--image", str(picture)
-    ).output
-    assert "reading=gated" in out and "grey.png" in out
+    image = tmp_path / "grey.png"
+    Image.new("L", (50, 70), 128).save(image)
+    out = run("compose", "ham_a", "--set", "attention.of.1.with.variant=gated", "--image", str(image)).output
+    assert "variant=gated" in out and "grey.png" in out
 
 
 def test_compose_out_is_what_timm_loads(tmp_path):
@@ -109,7 +107,7 @@ def test_compose_init_from(tmp_path):
         (["compose", "nothing/here.yaml"], 2, ["AZ101", "no such file"]),
         (["compose", "ham_a", "--set", "attention"], 2, ["AZ117"]),
         (["compose", "ham_a", "--set", "attention.fuse=hadamrd"], 2, ["AZ201", "did you mean `hadamard`"]),
-        (["compose", "ham_a", "--image", "README.md"], 2, ["AZ604", "no picture"]),
+        (["compose", "ham_a", "--image", "README.md"], 2, ["AZ604", "no image"]),
         (["compose", "ham_a", "--image", "none.png"], 2, ["AZ604", "no such file"]),
         (["compose", "third_party"], 2, ["wavelets"]),
         (["show", "sofmax"], 2, ["AZ201", "did you mean `softmax`"]),

@@ -14,11 +14,11 @@ from attnzoo.lab.committee import committee, evaluate_committee
 VOTES = ("probability", "logit", "majority")
 
 
-def answers(members: int, pictures: int = 200, classes: int = 5) -> tuple[list[torch.Tensor], torch.Tensor]:
+def answers(members: int, images: int = 200, classes: int = 5) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Logits of members that are right more often than not, and labels."""
-    labels = torch.randint(classes, (pictures,))
+    labels = torch.randint(classes, (images,))
     truth = nn.functional.one_hot(labels, classes)
-    return [2 * truth + 1.5 * torch.randn(pictures, classes) for _ in range(members)], labels
+    return [2 * truth + 1.5 * torch.randn(images, classes) for _ in range(members)], labels
 
 
 @pytest.mark.parametrize("vote", VOTES)
@@ -49,7 +49,7 @@ def test_the_order_of_members_does_not_matter(vote):
 
 @pytest.mark.parametrize("vote", VOTES)
 def test_independent_members_gain(vote):
-    logits, labels = answers(5, pictures=2000)
+    logits, labels = answers(5, images=2000)
     found = committee(logits, labels, vote)
     assert found.gain > 0.05 and found.gain_over_best > 0.05
     others = found.correlation[~torch.eye(5, dtype=torch.bool)]
@@ -109,8 +109,8 @@ def test_who_cannot_sit_together(logits):
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Test pictures of one grey each; the class is whether it is bright."""
+class Images:
+    """Test images of one grey each; the class is whether it is bright."""
 
     greys: torch.Tensor
 
@@ -152,11 +152,11 @@ class Run:
 
     def data(self):
         return SimpleNamespace(
-            test=Pictures(self.greys), image=(1, 2, 2), mean=(0.0,), std=(1.0,), classes=("dark", "bright")
+            test=Images(self.greys), image=(1, 2, 2), mean=(0.0,), std=(1.0,), classes=("dark", "bright")
         )
 
 
-def test_runs_are_evaluated_on_their_test_pictures():
+def test_runs_are_evaluated_on_their_test_images():
     greys = torch.tensor([0, 100, 110, 120, 130, 140, 200, 255], dtype=torch.uint8)
     runs = [Run(0.41, greys), Run(0.53, greys)]
     found = evaluate_committee(runs, batch=3)

@@ -22,7 +22,7 @@ PER_FILE = 20
 
 
 def records(label_bytes: int, classes: int, seed: int, n: int = PER_FILE) -> bytes:
-    """A file in CIFAR's binary format; the picture's first byte repeats the label."""
+    """A file in CIFAR's binary format; the image's first byte repeats the label."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, 256, (n, label_bytes + 3072), dtype=np.uint8)
     rows[:, 0] = 0
@@ -87,8 +87,8 @@ def test_cifar_is_read_from_its_archive(which, classes, train, tmp_path, monkeyp
     assert torch.equal(images[:, 0, 0, 0].long(), labels)
     first = files_of(which)["test_batch.bin" if which == "cifar10" else "test.bin"]
     skip = 1 if which == "cifar10" else 2
-    picture = data.test.batch(torch.tensor([0]))[0][0]
-    assert picture.flatten().tolist() == list(first[skip : skip + 3072])  # planes of rows, red first
+    image = data.test.batch(torch.tensor([0]))[0][0]
+    assert image.flatten().tolist() == list(first[skip : skip + 3072])  # planes of rows, red first
     assert not list(tmp_path.glob(".*"))  # no scratch folder is left
 
 
@@ -270,7 +270,7 @@ def make_folder(root: Path, sides=("train", "test"), per_class=3) -> Path:
 @pytest.mark.parametrize("side", ["test", "val"])
 def test_a_folder_with_sides(side, tmp_path):
     make_folder(tmp_path, ("train", side))
-    (tmp_path / "train" / "ant" / "notes.txt").write_text("no picture")
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("no image")
     (tmp_path / "train" / ".hidden").mkdir()
     data = load_images(f"folder:{tmp_path}")
     assert data.classes == ("ant", "bee") and data.image == (3, 16, 16) and not data.notes
@@ -294,7 +294,7 @@ def test_a_folder_without_sides_is_split_by_the_seed(tmp_path):
         assert [one.classes[label] for label in split.labels] == [path.parent.name for path in split.paths]
 
 
-def test_pictures_of_other_shapes_and_modes_become_one_shape(tmp_path):
+def test_images_of_other_shapes_and_modes_become_one_shape(tmp_path):
     make_folder(tmp_path)
     Image.new("L", (50, 30), 77).save(tmp_path / "train" / "ant" / "3.jpg")
     Image.new("RGBA", (5, 9), (1, 2, 3, 255)).save(tmp_path / "train" / "ant" / "4.png")
@@ -303,23 +303,23 @@ def test_pictures_of_other_shapes_and_modes_become_one_shape(tmp_path):
     assert data.train.batch(torch.tensor([4]))[0][0, :, 3, 3].tolist() == [1, 2, 3]
 
 
-def test_a_picture_keeps_its_proportions(tmp_path):
-    """A square in the middle of a wide picture stays a square: the middle is kept."""
+def test_a_image_keeps_its_proportions(tmp_path):
+    """A square in the middle of a wide image stays a square: the middle is kept."""
     make_folder(tmp_path)
     wide = Image.new("RGB", (60, 20))
     wide.paste((255, 255, 255), (25, 5, 35, 15))
     wide.save(tmp_path / "train" / "ant" / "0.png")
-    picture = load_images(f"folder:{tmp_path}", size=20).train.batch(torch.tensor([0]))[0][0, 0]
+    image = load_images(f"folder:{tmp_path}", size=20).train.batch(torch.tensor([0]))[0][0, 0]
     assert (
-        torch.equal(picture[5:15, 5:15], torch.full((10, 10), 255, dtype=torch.uint8))
-        and int((picture > 0).sum()) == 100
+        torch.equal(image[5:15, 5:15], torch.full((10, 10), 255, dtype=torch.uint8))
+        and int((image > 0).sum()) == 100
     )
 
 
-def test_an_unreadable_picture_is_named(tmp_path):
+def test_an_unreadable_image_is_named(tmp_path):
     make_folder(tmp_path, per_class=600)
     bad = tmp_path / "train" / "bee" / "1.png"  # statistics skip it
-    for content in (b"no picture", (tmp_path / "train" / "bee" / "0.png").read_bytes()[:40]):
+    for content in (b"no image", (tmp_path / "train" / "bee" / "0.png").read_bytes()[:40]):
         bad.write_bytes(content)
         data = load_images(f"folder:{tmp_path}")
         place = data.train.paths.index(bad)
@@ -341,12 +341,12 @@ def test_what_is_wrong_with_a_folder(tmp_path):
     assert code == "AZ704" and "other classes in test than in train: cow" in text
     (tmp_path / "train" / "cow").mkdir()
     code, text = code_of(load_images, f"folder:{tmp_path}")
-    assert code == "AZ704" and "cow" in text and "0 pictures" in text
+    assert code == "AZ704" and "cow" in text and "0 images" in text
 
 
-def test_a_class_of_one_picture_cannot_be_split(tmp_path):
+def test_a_class_of_one_image_cannot_be_split(tmp_path):
     paint(tmp_path / "ant" / "0.png", 0)
-    assert "1 pictures; it needs 2" in code_of(load_images, f"folder:{tmp_path}")[1]
+    assert "1 images; it needs 2" in code_of(load_images, f"folder:{tmp_path}")[1]
 
 
 # Digits and shapes
@@ -396,13 +396,13 @@ def test_shapes_are_the_same_everywhere():
     data = load_images("synthetic")
     assert (len(data.train), len(data.test), data.image, len(data.classes)) == (5000, 1000, (3, 32, 32), 10)
     digest = hashlib.sha256(
-        data.train.pictures.numpy().tobytes() + data.test.pictures.numpy().tobytes()
+        data.train.images.numpy().tobytes() + data.test.images.numpy().tobytes()
     ).hexdigest()
     assert digest == "8bd6e54739a27803286f1c7724635b79cf7da4f5fa614f7ceedbeeed56e1505c"
     other = load_images("synthetic", seed=1)
-    assert not torch.equal(other.train.pictures, data.train.pictures)
+    assert not torch.equal(other.train.images, data.train.images)
     assert torch.equal(other.train.labels.bincount(), torch.full((10,), 500))
-    assert not torch.equal(data.train.pictures[:1000], data.test.pictures)
+    assert not torch.equal(data.train.images[:1000], data.test.images)
 
 
 def test_shapes_of_other_sizes():
@@ -453,10 +453,10 @@ def test_an_unknown_name(name, hint):
 def test_every_name_of_the_list_is_known(tmp_path, monkeypatch):
     write_archive(tmp_path, monkeypatch)
     write_archive(tmp_path, monkeypatch, "cifar100")
-    make_folder(tmp_path / "pictures")
+    make_folder(tmp_path / "images")
     for name in DATASETS:
         data = load_images(
-            name.replace("PATH", str(tmp_path / "pictures")), root=tmp_path, download=False, size=16
+            name.replace("PATH", str(tmp_path / "images")), root=tmp_path, download=False, size=16
         )
         images, labels = data.test.batch(torch.arange(2))
         assert images.shape == (2, *data.image) == (2, 3, 16, 16) and labels.max() < len(data.classes)

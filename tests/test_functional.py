@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 
-from attnzoo.core import FREE, Mask, Tap
+from attnzoo.core import NO_MASK, Mask, Tap
 from attnzoo.functional import (
     additive_scores,
     attention_from_scores,
@@ -137,7 +137,7 @@ def test_dot_product_attention_of_nothing_to_attend_to_is_zero():
     assert not out[1].any() and out[0].all()
     out.sum().backward()
     assert not q.grad[1].any() and not v.grad[1].any() and v.grad[0].any()
-    assert dot_product_attention(q, k, v, FREE, Tap(""), Tap("")).all()
+    assert dot_product_attention(q, k, v, NO_MASK, Tap(""), Tap("")).all()
 
 
 # Additive scores

@@ -8,7 +8,7 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
-from attnzoo.core import FREE, Fused, FusedHeads, Layout, Mask, MultiHead, Past, Site, watch
+from attnzoo.core import NO_MASK, Fused, FusedHeads, KVCache, Layout, Mask, MultiHead, Site, watch
 from attnzoo.core.mechanism import fused_card
 from attnzoo.errors import RecipeError, UnsupportedContext, UnsupportedMask
 from attnzoo.fusions.add import Add
@@ -92,7 +92,7 @@ def test_multi_head_is_timms_attention_bit_for_bit(ours, timms, masked):
     x = torch.randn(2, N, C)
     allowed = torch.rand(2, 1, N, N) < 0.7
     allowed |= torch.eye(N, dtype=torch.bool)
-    mask = {"free": FREE, "causal": Mask(causal=True), "pairs": Mask(pairs=allowed)}[masked]
+    mask = {"free": NO_MASK, "causal": Mask(causal=True), "pairs": Mask(pairs=allowed)}[masked]
     wanted = attention(x, attn_mask=allowed if masked == "pairs" else None, is_causal=masked == "causal")
     assert torch.equal(part(x, mask=mask, layout=LAYOUT), wanted)
 
@@ -175,7 +175,7 @@ def test_fusions_nest_inside_the_heads():
     q, k, v = (torch.randn(2, H, N, D, dtype=torch.float64) for _ in range(3))
     inner = part.head.branches["hadamard"]
     one, two, three = (
-        branch(q, k, v, mask=FREE, layout=LAYOUT)
+        branch(q, k, v, mask=NO_MASK, layout=LAYOUT)
         for branch in (part.head.branches["softmax"], inner.branches["elu_linear"], inner.branches["soft"])
     )
     close(part.head(q, k, v, layout=LAYOUT), (one + two * three) / 2)
@@ -193,7 +193,7 @@ def test_fusions_nest_on_tokens():
     ).double()
     assert list(fused.branches) == ["fourier", "mean", "hadamard"]
     x = tokens()
-    one, two, three = (branch(x, mask=FREE, layout=LAYOUT) for branch in fused.branches.values())
+    one, two, three = (branch(x, mask=NO_MASK, layout=LAYOUT) for branch in fused.branches.values())
     close(fused(x, layout=LAYOUT), one + two + three)
     mean = fused.branches["mean"].branches
     close(two, (mean["squeeze_excite"](x, layout=LAYOUT) + mean["grouped_query"](x, layout=LAYOUT)) / 2)
@@ -225,15 +225,15 @@ def test_identity_start_is_the_first_branch_and_still_learns(fusion, heads):
     out = part(x, layout=LAYOUT)
     assert torch.equal(out, plain(x, layout=LAYOUT))
     out.square().sum().backward()
-    gain = (part.head if heads else part).fusion.gain
-    assert gain.grad.abs().max() > 0
+    gamma = (part.head if heads else part).fusion.gamma
+    assert gamma.grad.abs().max() > 0
 
 
 # Masks
 
 
 def test_the_mask_reaches_every_branch():
-    part = jitter(multi(inside(Softmax, partial(Soft, reading="bahdanau"))))
+    part = jitter(multi(inside(Softmax, partial(Soft, variant="bahdanau"))))
     x = tokens()
     edited = x.clone()
     edited[:, 4] += 1
@@ -330,7 +330,7 @@ def test_the_grid_of_a_fused_card(grids, wanted):
 
 
 @pytest.mark.parametrize(
-    "head", [Softmax, EluLinear, partial(Soft, reading="bahdanau"), inside(Softmax, EluLinear)]
+    "head", [Softmax, EluLinear, partial(Soft, variant="bahdanau"), inside(Softmax, EluLinear)]
 )
 def test_steps_give_the_full_pass(head):
     place = site(layout=Layout((N,)))
@@ -339,13 +339,13 @@ def test_steps_give_the_full_pass(head):
     x, keys = tokens(), torch.ones(2, N, dtype=torch.bool)
     keys[1, 0] = False
     wanted = part(x, mask=Mask(keys=keys, causal=True), layout=Layout((N,)))
-    past, rows, done = Past(), [], 0
+    cache, rows, done = KVCache(), [], 0
     for size in (1, 1, 3, 2):
         done += size
         mask = Mask(keys=keys[:, :done], causal=True)
-        rows.append(part.step(x[:, done - size : done], past, mask=mask, layout=Layout((done,))))
+        rows.append(part.step(x[:, done - size : done], cache, mask=mask, layout=Layout((done,))))
     close(torch.cat(rows, dim=1), wanted, 1e-10)
-    assert past.length == N
+    assert cache.length == N
 
 
 def test_taps_inside_fused_heads_have_full_names():

@@ -1,4 +1,4 @@
-"""The HAM paper's three models: ViT Classic, HAM A (product) and HAM B (sum), and the readings of the soft branch.
+"""The HAM paper's three models: ViT Classic, HAM A (product) and HAM B (sum), and the variants of the soft branch.
 
 The independent model below writes the equations of the ViT that the paper starts from, with a module of its own for
 each head and its own layer norm and activation, as the paper puts the second branch inside the head.
@@ -19,18 +19,18 @@ from attnzoo.mechanisms.additive.soft import Soft
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 
 RECIPES = {"ham_classic": 119_098, "ham_a": 121_786, "ham_b": 121_786}
-READING = "attention.of.1.with.reading="
+VARIANT = "attention.of.1.with.variant="
 
 
-def model(recipe: str, reading: str | None = None, *, spread: float = 0.0) -> nn.Module:
+def model(recipe: str, variant: str | None = None, *, spread: float = 0.0) -> nn.Module:
     """A composed model in float64 and eval mode.
 
     Args:
         recipe: Its name.
-        reading: Of the soft branch, where it is not the recipe's.
+        variant: Of the soft branch, where it is not the recipe's.
         spread: Standard deviation of what is added to all parameters, so that nothing is hidden by small weights.
     """
-    edits = [READING + reading] if reading else []
+    edits = [VARIANT + variant] if variant else []
     built = attnzoo.compose(recipe, edits=edits).double().eval()
     with torch.no_grad():
         for parameter in built.parameters():
@@ -38,8 +38,8 @@ def model(recipe: str, reading: str | None = None, *, spread: float = 0.0) -> nn
     return built
 
 
-def pictures(count: int = 2) -> torch.Tensor:
-    """Random pictures of CIFAR's size."""
+def images(count: int = 2) -> torch.Tensor:
+    """Random images of CIFAR's size."""
     return torch.randn(count, 3, 32, 32, dtype=torch.float64)
 
 
@@ -74,8 +74,8 @@ def test_parameters(recipe, count):
 
 
 def test_parameters_of_the_other_readings():
-    def count(reading):
-        return sum(p.numel() for p in attnzoo.compose("ham_b", edits=[READING + reading]).parameters())
+    def count(variant):
+        return sum(p.numel() for p in attnzoo.compose("ham_b", edits=[VARIANT + variant]).parameters())
 
     assert count("pooled") - 119_098 == 16 * (12 * 12 + 12 + 12)
     assert count("gated") == count("pooled")
@@ -125,7 +125,7 @@ def test_init_is_normal(recipe):
 
 def test_ham_b_without_its_soft_branch_is_classic():
     classic = model("ham_classic", spread=0.1)
-    x = pictures()
+    x = images()
     b = copied(classic, model("ham_b"), "branches.soft.")
     assert not torch.equal(b(x), classic(x))
     assert torch.equal(forced(b, 0.0)(x), classic(x))
@@ -133,7 +133,7 @@ def test_ham_b_without_its_soft_branch_is_classic():
 
 def test_ham_a_with_its_soft_branch_at_one_is_classic():
     classic = model("ham_classic", spread=0.1)
-    x = pictures()
+    x = images()
     a = copied(classic, model("ham_a"), "branches.soft.")
     assert not torch.equal(a(x), classic(x))
     assert torch.equal(forced(a, 1.0)(x), classic(x))
@@ -143,9 +143,9 @@ def test_ham_a_with_its_soft_branch_at_one_is_classic():
 def test_readings_coincide_when_w_is_zero(recipe):
     pooled = model(recipe, spread=0.1)
     others = [
-        copied(pooled, model(recipe, reading), "branches.soft.") for reading in ("bahdanau", "cls_query")
+        copied(pooled, model(recipe, variant), "branches.soft.") for variant in ("bahdanau", "cls_query")
     ]
-    x = pictures()
+    x = images()
     before = pooled(x)
     for built in (pooled, *others):
         assert len(soft_heads(built)) == 4
@@ -160,11 +160,11 @@ def test_readings_coincide_when_w_is_zero(recipe):
 @pytest.mark.parametrize("recipe", ["ham_a", "ham_b"])
 def test_gated_by_tokens_with_w_zero_gives_the_values_themselves(recipe):
     site = Site("ham", 8, 2, Layout((5,)))
-    head = Soft(site, reading="gated").double()
+    head = Soft(site, variant="gated").double()
     nn.init.zeros_(head.score_weight)
     q, k, v = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64)
     torch.testing.assert_close(head(q, k, v, layout=site.layout), v, rtol=0, atol=1e-12)
-    assert model(recipe, "gated")(pictures(1)).isfinite().all()
+    assert model(recipe, "gated")(images(1)).isfinite().all()
 
 
 # One layer
@@ -223,7 +223,7 @@ def test_the_pooled_branch_has_rank_one_over_tokens():
 def test_maps(recipe):
     built, seen = model(recipe, spread=0.1), {}
     with watch(built, "weights", lambda name, weights: seen.update({name: weights})) as taps:
-        built(pictures(3))
+        built(images(3))
     assert set(seen) == set(taps) and len(seen) == (4 if recipe == "ham_classic" else 8)
     for name, weights in seen.items():
         assert weights.shape == ((3, 4, 65) if ".soft." in name else (3, 4, 65, 65)), name
@@ -236,13 +236,13 @@ def test_maps(recipe):
 def test_bahdanau_s_map_is_token_to_token(recipe):
     built, shapes = model(recipe, "bahdanau"), set()
     with watch(built, "weights", lambda name, weights: shapes.add((".soft." in name, tuple(weights.shape)))):
-        built(pictures(2))
+        built(images(2))
     assert shapes == {(True, (2, 4, 65, 65)), (False, (2, 4, 65, 65))}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_logits_do_not_depend_on_the_order_of_the_patches(recipe):
-    built, x = model(recipe, spread=0.1), pictures()
+    built, x = model(recipe, spread=0.1), images()
     wanted = built(x)
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(64)])
     handle = built.blocks[0].register_forward_pre_hook(lambda _module, args: (args[0][:, order], *args[1:]))
@@ -258,7 +258,7 @@ def test_logits_do_not_depend_on_the_order_of_the_patches(recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_parameter_receives_a_gradient(recipe):
     built = model(recipe, spread=0.1)
-    built(pictures()).square().sum().backward()
+    built(images()).square().sum().backward()
     for name, parameter in built.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
@@ -394,7 +394,7 @@ def test_equal_to_the_model_written_head_by_head(recipe, kind):
     composed, plain = model(recipe, spread=0.15), PlainHam(kind).double()
     assert sum(p.numel() for p in plain.parameters()) == RECIPES[recipe]
     take_over(plain, composed)
-    x = pictures(3)
+    x = images(3)
     wanted = plain(x)
     assert wanted.std() > 0.01
     torch.testing.assert_close(

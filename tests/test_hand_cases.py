@@ -8,7 +8,7 @@ from oracles.neighborhood import window_of
 from torch import nn
 from torch.nn import functional as F
 
-from attnzoo.core import FREE, Fused, Layout, Mask, MultiHead, Site, watch
+from attnzoo.core import NO_MASK, Fused, Layout, Mask, MultiHead, Site, watch
 from attnzoo.errors import LayoutMismatch, RecipeError
 from attnzoo.functional import split_heads
 from attnzoo.fusions.add import Add
@@ -552,9 +552,9 @@ def test_difference_starts_where_the_paper_says(layer, share):
 # HAM's soft attention
 
 
-def soft(reading: str, **options) -> Soft:
+def soft(variant: str, **options) -> Soft:
     """One head of one channel whose scores are e = (0, ln 3) for V = (1, 3)."""
-    head = Soft(place(1), reading=reading, **options).double()
+    head = Soft(place(1), variant=variant, **options).double()
     with torch.no_grad():  # u = tanh(V): choose w and b so that e = w tanh(V - 1)
         head.value_weight.fill_(1)
         head.value_bias.fill_(-1)
@@ -577,17 +577,17 @@ def test_ham_hand_case(fusion, wanted):
     near(fusion(place(1), 2)([row(2, 3), s], v), wanted)
 
 
-@pytest.mark.parametrize("reading", ["pooled", "bahdanau", "cls_query"])
-def test_soft_with_w_zero_is_the_mean_of_the_values(reading):
-    head = Soft(place(6, 2, 5), reading=reading).double()
+@pytest.mark.parametrize("variant", ["pooled", "bahdanau", "cls_query"])
+def test_soft_with_w_zero_is_the_mean_of_the_values(variant):
+    head = Soft(place(6, 2, 5), variant=variant).double()
     nn.init.zeros_(head.score_weight)
     q, k, v = torch.randn(3, 2, 2, 5, 3, dtype=torch.float64)
     near(head(q, k, v, layout=Layout((5,))), v.mean(dim=2, keepdim=True).expand_as(v).tolist())
 
 
-@pytest.mark.parametrize("reading", ["pooled", "gated", "cls_query"])
-def test_soft_is_one_map(reading):
-    head = Soft(place(6, 2, 5), reading=reading).double()
+@pytest.mark.parametrize("variant", ["pooled", "gated", "cls_query"])
+def test_soft_is_one_map(variant):
+    head = Soft(place(6, 2, 5), variant=variant).double()
     q, k, v = torch.randn(3, 2, 2, 5, 3, dtype=torch.float64)
     weights = seen_weights(head, q, k, v, layout=Layout((5,)))
     assert weights.shape == (2, 2, 5)
@@ -595,7 +595,7 @@ def test_soft_is_one_map(reading):
 
 
 def test_soft_pooled_broadcasts_over_tokens_even_when_there_are_as_many_samples():
-    head = Soft(place(6, 2, 5), reading="pooled").double()
+    head = Soft(place(6, 2, 5), variant="pooled").double()
     q, k, v = torch.randn(3, 5, 2, 5, 3, dtype=torch.float64)
     together = head(q, k, v, layout=Layout((5,)))
     alone = torch.cat([head(q[i : i + 1], k[i : i + 1], v[i : i + 1], layout=Layout((5,))) for i in range(5)])
@@ -616,7 +616,7 @@ def test_ham_b_on_tokens_is_the_sum_of_two_mechanisms():
     site = place(6, 2, 5)
     fused = Fused(site, Add, [lambda s: MultiHead(s, Softmax(s)), lambda s: MultiHead(s, Soft(s))]).double()
     x = torch.randn(1, 5, 6, dtype=torch.float64)
-    parts = [branch(x, mask=FREE, layout=site.layout) for branch in fused.branches.values()]
+    parts = [branch(x, mask=NO_MASK, layout=site.layout) for branch in fused.branches.values()]
     near(fused(x, layout=site.layout), (parts[0] + parts[1]).tolist())
 
 

@@ -23,7 +23,7 @@ import attnzoo.train
 from attnzoo.cli.app import app
 from attnzoo.errors import ZooError
 from attnzoo.lab import heatmap, sheet
-from attnzoo.lab.heatmap import captions, heat_sheet, notes, picture_files, read_picture, save_sheet, view
+from attnzoo.lab.heatmap import captions, heat_sheet, image_files, notes, read_image, save_sheet, view
 from attnzoo.lab.maps import Absent, Map, Maps, collect
 from attnzoo.lab.sheet import GREEN, RED, Shown, colours, draw, overlay, panel_size
 from attnzoo.recipe import compose, load
@@ -39,7 +39,7 @@ def run(*arguments: object, code: int = 0):
 
 
 def grey(size: int = 32, value: int = 128) -> torch.Tensor:
-    """An even picture (3 y x)."""
+    """An even image (3 y x)."""
     return torch.full((3, size, size), value, dtype=torch.uint8)
 
 
@@ -57,7 +57,7 @@ def mean_colour(image: Image.Image, left: int, top: int, right: int, bottom: int
 
 @pytest.fixture(scope="module")
 def found() -> Maps:
-    """Maps of a small HAM on two pictures."""
+    """Maps of a small HAM on two images."""
     torch.manual_seed(0)
     model = compose("ham_a", edits=["host.model.depth=3"]).eval()
     return collect(model, torch.randn(2, 3, 32, 32))
@@ -111,7 +111,7 @@ def test_each_map_has_the_whole_scale_and_an_even_map_its_middle():
     torch.testing.assert_close(even, 68 + 0.5 * colours()[128].double(), rtol=0, atol=3)
 
 
-def test_enlarging_keeps_the_picture_where_it_was():
+def test_enlarging_keeps_the_image_where_it_was():
     heat = torch.zeros(8, 4)
     heat[7, 3] = 1.0
     hot = np.asarray(overlay(torch.full((1, 8, 4), 128, dtype=torch.uint8), heat, (320, 160)), dtype=int).sum(
@@ -122,27 +122,27 @@ def test_enlarging_keeps_the_picture_where_it_was():
     assert y >= 290 and x >= 130
 
 
-def blocks(pictures: int, rows: int, columns: int) -> list[Shown]:
-    """Black pictures whose maps are all even, but for one that is missing."""
+def blocks(images: int, rows: int, columns: int) -> list[Shown]:
+    """Black images whose maps are all even, but for one that is missing."""
     values = torch.ones(rows, columns, 8, 8)
     values[-1, -1] = torch.nan
-    return [Shown(grey(value=0), [("truth", None), ("guess", GREEN)], values)] * pictures
+    return [Shown(grey(value=0), [("truth", None), ("guess", GREEN)], values)] * images
 
 
-@pytest.mark.parametrize(("pictures", "rows", "columns"), [(1, 1, 3), (4, 1, 3), (1, 3, 4), (2, 4, 8)])
-def test_the_sheet_has_a_panel_for_every_map(pictures, rows, columns):
+@pytest.mark.parametrize(("images", "rows", "columns"), [(1, 1, 3), (4, 1, 3), (1, 3, 4), (2, 4, 8)])
+def test_the_sheet_has_a_panel_for_every_map(images, rows, columns):
     names = [f"layer {i}" for i in range(rows)]
-    drawn = draw(blocks(pictures, rows, columns), ["softmax"] * columns, names, "title", ["note"], unit=1.0)
+    drawn = draw(blocks(images, rows, columns), ["softmax"] * columns, names, "title", ["note"], unit=1.0)
     pixels = torch.from_numpy(np.asarray(drawn).copy()).int()
     panel = torch.tensor(overlay(grey(value=0), torch.ones(8, 8), (160, 160)).getpixel((0, 0)))
     empty = torch.tensor(sheet._EMPTY)
     count = {
         name: int((pixels == colour.int()).all(dim=-1).sum()) / 160**2
-        for name, colour in {"picture": torch.zeros(3), "map": panel, "none": empty}.items()
+        for name, colour in {"image": torch.zeros(3), "map": panel, "none": empty}.items()
     }
-    assert count["map"] == pictures * (rows * columns - 1)
-    assert count["picture"] == pytest.approx(pictures, rel=0.01)
-    assert count["none"] == pytest.approx(pictures, rel=0.05)  # a few words stand on it
+    assert count["map"] == images * (rows * columns - 1)
+    assert count["image"] == pytest.approx(images, rel=0.01)
+    assert count["none"] == pytest.approx(images, rel=0.05)  # a few words stand on it
     lefts = (pixels == panel.int()).all(dim=-1).any(dim=0)
     starts = int((lefts[1:] & ~lefts[:-1]).sum())
     assert starts == (columns if rows > 1 else columns - 1), "panels touch or overlap"
@@ -236,33 +236,33 @@ def test_notes_say_what_is_implied_and_what_is_missing(found):
     assert "mean of the grid tokens" in text and "class token" not in text
 
 
-def test_pictures_of_a_folder(tmp_path):
+def test_images_of_a_folder(tmp_path):
     for name in ("b.png", "a.jpg", "c.PNG"):
         Image.new("RGB", (40, 30), (200, 10, 10)).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
-    assert [path.name for path in picture_files([tmp_path], 8, 0)] == ["a.jpg", "b.png", "c.PNG"]
-    few = [picture_files([tmp_path], 2, seed) for seed in range(8)]
+    (tmp_path / "notes.txt").write_text("no image")
+    assert [path.name for path in image_files([tmp_path], 8, 0)] == ["a.jpg", "b.png", "c.PNG"]
+    few = [image_files([tmp_path], 2, seed) for seed in range(8)]
     assert all(len(files) == 2 for files in few) and len({tuple(files) for files in few}) > 1
-    assert few[3] == picture_files([tmp_path], 2, 3)
-    colour = read_picture(tmp_path / "b.png", (3, 16, 8))
+    assert few[3] == image_files([tmp_path], 2, 3)
+    colour = read_image(tmp_path / "b.png", (3, 16, 8))
     assert colour.shape == (3, 16, 8) and colour.dtype == torch.uint8
     assert colour[:, 5, 5].tolist() == [200, 10, 10]
-    assert read_picture(tmp_path / "b.png", (1, 16, 8)).shape == (1, 16, 8)
+    assert read_image(tmp_path / "b.png", (1, 16, 8)).shape == (1, 16, 8)
 
 
-def test_a_picture_keeps_its_orientation(tmp_path):
+def test_a_image_keeps_its_orientation(tmp_path):
     image = Image.new("RGB", (32, 32), (0, 0, 0))
     image.paste((255, 0, 0), (16, 0, 32, 16))  # up right
     image.save(tmp_path / "corner.png")
-    read = read_picture(tmp_path / "corner.png", (3, 8, 16))
+    read = read_image(tmp_path / "corner.png", (3, 8, 16))
     assert read[0, 2, 12] > 240 and read[0, 6, 4] < 15 and read[0, 2, 4] < 15 and read[2].max() < 15
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["ham_a", "--images", "empty"], "AZ901", "no picture in `empty`"),
-        (["ham_a", "--images", "text.png"], "AZ902", "no picture that can be read"),
+        (["ham_a", "--images", "empty"], "AZ901", "no image in `empty`"),
+        (["ham_a", "--images", "text.png"], "AZ902", "no image that can be read"),
         (["ham_a", "--images", "none.png"], "AZ902", "no such file"),
         (["five.yaml"], "AZ902", "5 channels"),
         (["fourier.yaml"], "AZ903", "`fourier`: it mixes tokens without weights"),
@@ -291,7 +291,7 @@ def test_faults_are_told(arguments, code, said, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.npy")) and {p.name for p in tmp_path.glob("*.png")} == {"text.png"}
 
 
-def test_a_recipe_without_pictures(tmp_path, monkeypatch):
+def test_a_recipe_without_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = run("heatmap", "ham_a", "--npy").output
     assert "written: ham_a-model.png" in output and "untrained, seed 0" in output
@@ -310,7 +310,7 @@ def test_json_says_what_was_written(tmp_path):
     assert data["written"] == [str(out)] and out.exists() and data["rows"] == ["blocks.2"]
     with Image.open(out) as image:
         assert data["size"] == list(image.size)
-    assert len(data["maps"]) == 8 and data["absent"] == [] and data["pictures"] == ["lighthouse.png"]
+    assert len(data["maps"]) == 8 and data["absent"] == [] and data["images"] == ["lighthouse.png"]
     one = data["maps"][0]
     assert (one["site"], one["branch"], one["kind"], one["heads"]) == ("blocks.0", "softmax", "weights", 4)
     assert one["least_sum"] == pytest.approx(1, abs=1e-5) and 0.9 < one["entropy"] <= 1.001
@@ -331,7 +331,7 @@ def test_weights_from_a_file(tmp_path):
 
 @dataclass(frozen=True)
 class Test:
-    """Twenty pictures of one colour each; the classes alternate."""
+    """Twenty images of one colour each; the classes alternate."""
 
     __test__ = False
 
@@ -356,16 +356,16 @@ def trained(monkeypatch, tmp_path) -> Path:
     return tmp_path / "mine"
 
 
-def test_a_run_shows_its_test_pictures(trained, monkeypatch):
+def test_a_run_shows_its_test_images(trained, monkeypatch):
     monkeypatch.chdir(trained.parent)
     data = json.loads(run("heatmap", trained, "--json", "--npy").stdout)
-    assert data["written"] == ["mine-model.png", "mine-model.npy"] and len(data["pictures"]) == 8
+    assert data["written"] == ["mine-model.png", "mine-model.npy"] and len(data["images"]) == 8
     again, other = (
-        json.loads(run("heatmap", trained, "--json", "--seed", seed).stdout)["pictures"] for seed in (0, 1)
+        json.loads(run("heatmap", trained, "--json", "--seed", seed).stdout)["images"] for seed in (0, 1)
     )
-    assert again == data["pictures"] != other
+    assert again == data["images"] != other
     assert np.load("mine-model.npy").shape == (8, 1, 3, 8, 8) and judged("mine-model.png")
-    assert len(json.loads(run("heatmap", trained, "--json", "--what", "heads").stdout)["pictures"]) == 1
+    assert len(json.loads(run("heatmap", trained, "--json", "--what", "heads").stdout)["images"]) == 1
     assert (
         "best epoch" in run("heatmap", trained).output
         and "last epoch" in run("heatmap", trained, "--which", "last").output
@@ -398,7 +398,7 @@ SHEETS: dict[str, tuple[str, Any, tuple[int, int, int, int], list[int] | None]] 
     "heads": (SMALL.format("ham_a", 2, "img_size: 32"), "heads", (1, 3, 32, 32), None),
     "not everywhere": (SMALL.format("ham_classic", 2, "img_size: 32") + MIXED, "heads", (1, 3, 32, 32), None),
 }
-"""Recipe, what is shown, size of the pictures (b c y x), true classes."""
+"""Recipe, what is shown, size of the images (b c y x), true classes."""
 
 
 def fixed_model(recipe: str) -> torch.nn.Module:
@@ -415,8 +415,8 @@ def fixed_model(recipe: str) -> torch.nn.Module:
     return model
 
 
-def fixed_pictures(count: int, channels: int, rows: int, columns: int) -> torch.Tensor:
-    """Smooth pictures (b c y x) that no flip or exchange of colours leaves as they are; never white."""
+def fixed_images(count: int, channels: int, rows: int, columns: int) -> torch.Tensor:
+    """Smooth images (b c y x) that no flip or exchange of colours leaves as they are; never white."""
     y, x = torch.meshgrid(
         torch.linspace(0, 1, rows, dtype=torch.float64), torch.linspace(0, 1, columns, dtype=torch.float64), indexing="ij"
     )  # fmt: skip
@@ -431,8 +431,8 @@ def fixed_pictures(count: int, channels: int, rows: int, columns: int) -> torch.
 def subject(name: str) -> tuple:
     """What `heat_sheet` is given for a stored sheet."""
     recipe, what, shape, truths = SHEETS[name]
-    pictures = fixed_pictures(*shape)
-    maps = collect(fixed_model(recipe), pictures.double() / 40 - 3)
+    images = fixed_images(*shape)
+    maps = collect(fixed_model(recipe), images.double() / 40 - 3)
     shown = view(maps, what)
     known = shown.values[~shown.values.isnan()].view(-1, shown.values[0, 0, 0].numel()) * maps.layout.length
     assert (known.amax(dim=1) - known.amin(dim=1)).min() > 0.1, "too even for a reference"
@@ -442,7 +442,7 @@ def subject(name: str) -> tuple:
     return (
         maps,
         shown,
-        pictures,
+        images,
         lines,
         f"{name}: {heatmap.TITLES[what]}",
         ["fixed weights", *notes(maps, what)],
@@ -468,7 +468,7 @@ def mean_colours(pixels: np.ndarray, rows: int, columns: int) -> list[str]:
 def structure(name: str) -> dict[str, Any]:
     """A stored sheet, drawn anew, as it is compared.
 
-    Panels are found in the finished picture: all its pixels that are not white. Texts are taken where they are written,
+    Panels are found in the finished image: all its pixels that are not white. Texts are taken where they are written,
     and belong to the panel that they stand beside.
     """
     texts: list[tuple[str, float, float, str]] = []
@@ -483,14 +483,14 @@ def structure(name: str) -> dict[str, Any]:
         image = heat_sheet(*subject(name))
     pixels = np.asarray(image)
     ink = (pixels < 255).any(axis=-1)
-    shown, pictures = subject(name)[1:3]
-    height, width = panel_size(*pictures.shape[2:], len(shown.columns))
+    shown, images = subject(name)[1:3]
+    height, width = panel_size(*images.shape[2:], len(shown.columns))
     corners = rectangles(ink, height, width)
     if len(corners) < 2:
         return {"panel": [height, width], "panels": []}
     (top, left), (_, heat) = corners[:2]
     panels = [
-        {"at": f"{y - top} {'picture' if x == left else x - heat}", "texts": [],
+        {"at": f"{y - top} {'image' if x == left else x - heat}", "texts": [],
          "colours": mean_colours(pixels[y : y + height, x : x + width], CELLS, CELLS)} for y, x in corners
     ]  # fmt: skip
     far = []
@@ -560,11 +560,11 @@ def test_a_sheet_is_as_stored(name):
 
 
 def test_the_references_hold_what_there_is_to_see():
-    """The file itself: one panel for each picture and map, names where they belong, colours of the scale."""
+    """The file itself: one panel for each image and map, names where they belong, colours of the scale."""
     stored = json.loads(REFERENCES.read_text(encoding="utf-8"))
     for name, sheet_of in stored.items():
-        shown, pictures = subject(name)[1:3]
-        assert len(sheet_of["panels"]) == len(pictures) * (1 + len(shown.rows) * len(shown.columns))
+        shown, images = subject(name)[1:3]
+        assert len(sheet_of["panels"]) == len(images) * (1 + len(shown.rows) * len(shown.columns))
         heads = [p["texts"][0].split(" | ")[0] for p in sheet_of["panels"][1 : 1 + len(shown.columns)]]
         assert heads == list(shown.columns)
         written = " ".join(text for p in sheet_of["panels"] for text in p["texts"])
@@ -611,12 +611,12 @@ def other_panels(change: Callable[..., tuple]) -> Change:
     """`_panel` is called with other arguments."""
     own = sheet._panel
     return lambda patch: patch.setattr(
-        sheet, "_panel", lambda canvas, pen, at, picture, heat, size, unit: own(canvas, pen, *change(at, picture, heat, size), unit)
+        sheet, "_panel", lambda canvas, pen, at, image, heat, size, unit: own(canvas, pen, *change(at, image, heat, size), unit)
     )  # fmt: skip
 
 
 def other_captions(change: Callable[[list], list]) -> Change:
-    """All blocks have other lines below the picture."""
+    """All blocks have other lines below the image."""
     return redrawn(
         lambda shown, **_: {"shown": [replace(one, captions=change(list(one.captions))) for one in shown]}
     )
@@ -669,17 +669,17 @@ MUTANTS: dict[str, tuple[Change, tuple[str, ...], str]] = {
         redrawn(lambda shown, rows, **_: {"rows": rows[:-1], "shown": [replace(s, values=s.values[:-1]) for s in shown]}), TABLES, "panels"),
     "the last column missing": (
         redrawn(lambda shown, columns, **_: {"columns": columns[:-1], "shown": [replace(s, values=s.values[:, :-1]) for s in shown]}), EVERY, "panels"),
-    "the last picture missing": (redrawn(lambda shown, **_: {"shown": shown[:-1]}), TWO, "panels"),
-    "pictures exchanged": (redrawn(lambda shown, **_: {"shown": exchanged(shown)}), TWO, "colours"),
-    "maps of the other picture": (
+    "the last image missing": (redrawn(lambda shown, **_: {"shown": shown[:-1]}), TWO, "panels"),
+    "images exchanged": (redrawn(lambda shown, **_: {"shown": exchanged(shown)}), TWO, "colours"),
+    "maps of the other image": (
         redrawn(lambda shown, **_: {"shown": [replace(a, values=b.values) for a, b in zip(shown, exchanged(shown), strict=True)]}), TWO, "colours"),
     "colours reversed": (set_to(colours=lambda: colours().flip(0)), EVERY, "scale"),
     "colours grey": (set_to(colours=lambda: torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 3)), EVERY, "scale"),
     "red and blue exchanged": (set_to(colours=lambda: colours().flip(1).contiguous()), EVERY, "scale"),
-    "no heat over the picture": (set_to(ALPHA=0.0), EVERY, "colours"),
-    "no picture under the heat": (set_to(ALPHA=1.0), EVERY, "colours"),
-    "heat over a mirrored picture": (other_panels(lambda at, p, h, size: (at, p.flip(-1), h, size)), EVERY, "colours"),
-    "colours of pictures exchanged": (
+    "no heat over the image": (set_to(ALPHA=0.0), EVERY, "colours"),
+    "no image under the heat": (set_to(ALPHA=1.0), EVERY, "colours"),
+    "heat over a mirrored image": (other_panels(lambda at, p, h, size: (at, p.flip(-1), h, size)), EVERY, "colours"),
+    "colours of images exchanged": (
         set_to(enlarge=lambda p, size, own=sheet.enlarge: own(p.flip(0), size)), ("model", "rollout", "mechanism", "heads"), "colours"),
     "panels moved": (other_panels(lambda at, p, h, size: ((at[0] + 5, at[1]), p, h, size)), TABLES, "texts"),
     "panels lower": (other_panels(lambda at, p, h, size: ((at[0], at[1] + 5), p, h, size)), EVERY, "at"),

@@ -25,11 +25,11 @@ HAM = "{fuse: hadamard, of: [softmax, soft]}"
 
 
 def model(attention: str, depth: int = 2, **arguments) -> nn.Module:
-    """A small ViT: 32 x 32 pictures, 64 + 1 tokens, 4 heads of 12 channels."""
+    """A small ViT: 32 x 32 images, 64 + 1 tokens, 4 heads of 12 channels."""
     return compose(SMALL.format(attention=attention, depth=depth), **arguments).eval()
 
 
-def pictures(count: int = 2) -> torch.Tensor:
+def images(count: int = 2) -> torch.Tensor:
     """(b 3 32 32)."""
     return torch.randn(count, 3, 32, 32)
 
@@ -43,7 +43,7 @@ def lively(part: nn.Module) -> nn.Module:
 
 
 class One(nn.Module):
-    """A host of one head: pictures (b 1 y x) are tokens of x channels."""
+    """A host of one head: images (b 1 y x) are tokens of x channels."""
 
     def __init__(self, head: type[Head], tokens: int = 5, channels: int = 6, **options):
         super().__init__()
@@ -62,7 +62,7 @@ def card(**claims) -> Card:
 
 @pytest.mark.parametrize("attention", [HAM, NESTED, "{use: grouped_query, with: {groups: 2}}"])
 def test_looking_changes_nothing(attention):
-    part, x = lively(model(attention)), pictures()
+    part, x = lively(model(attention)), images()
     part.train()
     found = collect(part, x)
     assert part.training and not any(tap.watched for tap in find_taps(part).values())
@@ -73,7 +73,7 @@ def test_looking_changes_nothing(attention):
 
 
 def test_maps_have_names_and_shapes():
-    found = collect(model(NESTED), pictures())
+    found = collect(model(NESTED), images())
     assert found.sites == ("blocks.0", "blocks.1") and found.class_token and found.layout.length == 65
     assert found.branches() == ["gated.softmax", "gated.neighborhood", "gated.elu_linear"]
     assert [(one.layer, one.site, one.branch, one.kind) for one in found.maps[:4]] == [
@@ -88,12 +88,12 @@ def test_maps_have_names_and_shapes():
 
 
 def test_a_branch_that_comes_twice_has_two_names():
-    found = collect(model("{fuse: add, of: [softmax, softmax]}", depth=1), pictures(1))
+    found = collect(model("{fuse: add, of: [softmax, softmax]}", depth=1), images(1))
     assert found.branches() == ["softmax", "softmax_2"]
 
 
 def test_the_map_is_that_of_the_block():
-    part, x = lively(model("softmax")), pictures()
+    part, x = lively(model("softmax")), images()
     found = collect(part, x)
     tokens: list[torch.Tensor] = []
     part.blocks[1].attn.register_forward_hook(lambda _part, args, _out: tokens.append(args[0]))
@@ -106,7 +106,7 @@ def test_the_map_is_that_of_the_block():
 
 
 def test_every_mechanism_has_a_map_or_a_reason():
-    x, seen = pictures(1), {"weights": 0, "pooled": 0, "implied": 0, "absent": 0}
+    x, seen = images(1), {"weights": 0, "pooled": 0, "implied": 0, "absent": 0}
     for entry in load_zoo().mechanisms.values():
         if entry.plugin != "attnzoo":
             continue
@@ -131,12 +131,12 @@ def test_every_mechanism_has_a_map_or_a_reason():
 
 
 @pytest.mark.parametrize(
-    ("reading", "kind", "axes"),
+    ("variant", "kind", "axes"),
     [("pooled", "pooled", 3), ("cls_query", "pooled", 3), ("gated", "gate", 3), ("bahdanau", "weights", 4)],
 )
-def test_readings_of_soft(reading, kind, axes):
-    part = lively(model(f"{{use: soft, with: {{reading: {reading}}}}}", depth=1))
-    (one,) = collect(part, pictures()).maps
+def test_variants_of_soft(variant, kind, axes):
+    part = lively(model(f"{{use: soft, with: {{variant: {variant}}}}}", depth=1))
+    (one,) = collect(part, images()).maps
     assert one.kind == kind and one.weights.ndim == axes
     matrix = one.matrix()
     assert matrix.shape == (2, 4, 65, 65)
@@ -149,7 +149,7 @@ def test_readings_of_soft(reading, kind, axes):
 def test_a_flat_soft_map():
     part = model("soft", depth=1)
     nn.init.zeros_(part.blocks[0].attn.head.score_weight)
-    (one,) = collect(part, pictures()).maps
+    (one,) = collect(part, images()).maps
     torch.testing.assert_close(one.weights, torch.full((2, 4, 65), 1 / 65))
     assert one.statistics()["entropy"] == pytest.approx(1)
 
@@ -241,7 +241,7 @@ def test_hooks_go_when_the_model_fails():
 
 
 def test_head_split_gives_each_branch_its_own_heads():
-    found = collect(model("{fuse: head_split, of: [softmax, elu_linear]}", depth=1), pictures(1))
+    found = collect(model("{fuse: head_split, of: [softmax, elu_linear]}", depth=1), images(1))
     assert [one.heads for one in found.maps] == [2, 2]
 
 
@@ -254,7 +254,7 @@ def test_what_the_answer_asks():
 
 
 def test_global_pooling_is_noticed():
-    found = collect(model("softmax", depth=1, global_pool="avg"), pictures(1))
+    found = collect(model("softmax", depth=1, global_pool="avg"), images(1))
     assert not found.class_token
     torch.testing.assert_close(
         found.on_grid(found.maps[0]), found.maps[0].weights[:, :, 1:, 1:].mean(dim=2).view(1, 4, 8, 8)
@@ -263,7 +263,7 @@ def test_global_pooling_is_noticed():
 
 def test_the_mean_map_of_the_paper():
     """HAM, figures 5 to 7: the class token's row, mean over all layers and heads, eight by eight."""
-    found = collect(lively(model(HAM)), pictures())
+    found = collect(lively(model(HAM)), images())
     softmax = torch.cat([one.weights[:, :, 0, 1:] for one in found.maps if one.branch == "softmax"], dim=1)
     soft = torch.cat([one.weights[:, :, 1:] for one in found.maps if one.branch == "soft"], dim=1)
     torch.testing.assert_close(mean_map(found, "softmax"), softmax.mean(dim=1).view(2, 8, 8))
@@ -307,7 +307,7 @@ def test_heads_are_fused_elementwise():
         torch.testing.assert_close(fuse_heads(heads, fusion), torch.tensor([[wanted]]))
 
 
-def test_every_picture_is_discarded_from_and_token_0_keeps_itself():
+def test_every_image_is_discarded_from_and_token_0_keeps_itself():
     first = torch.tensor([[0.1, 0.9], [0.2, 0.8]])
     both = discard(torch.stack([first, first.flip(1)]), 0.5)
     assert torch.equal(both[0], torch.tensor([[0.1, 0.9], [0.0, 0.8]]))
@@ -319,13 +319,13 @@ def test_every_picture_is_discarded_from_and_token_0_keeps_itself():
 @pytest.mark.parametrize("ratio", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("attention", [HAM, NESTED])
 def test_rows_of_a_rollout_sum_to_1(fusion, ratio, attention):
-    rolled = rollout(collect(lively(model(attention)), pictures()), fusion, ratio)
+    rolled = rollout(collect(lively(model(attention)), images()), fusion, ratio)
     torch.testing.assert_close(rolled.sum(dim=-1), torch.ones(2, 65))
     assert (rolled >= 0).all() and (rolled[:, range(65), range(65)] > 0).all()
 
 
 def test_branches_are_averaged_after_their_heads():
-    found = collect(lively(model(HAM)), pictures())
+    found = collect(lively(model(HAM)), images())
     self_map, soft_map = (one.matrix() for one in found.maps if one.layer == 0)
     wanted = (self_map.amax(dim=1) + soft_map.amax(dim=1)) / 2
     torch.testing.assert_close(layer_maps(found, "max")[0], wanted)
@@ -347,13 +347,13 @@ def test_signed_maps_enter_by_their_absolute_value():
 
 
 def test_a_gate_moves_nothing():
-    found = collect(lively(model("{use: soft, with: {reading: gated}}")), pictures(1))
+    found = collect(lively(model("{use: soft, with: {variant: gated}}")), images(1))
     torch.testing.assert_close(rollout(found)[0], torch.eye(65))
 
 
 def test_a_layer_without_a_map_is_its_residual():
     text = SMALL.format(attention="softmax", depth=2) + 'overrides: [{at: "blocks.1", put: fourier}]\n'
-    found = collect(compose(text), pictures())
+    found = collect(compose(text), images())
     assert [one.site for one in found.absent] == ["blocks.1"] and "without weights" in found.absent[0].reason
     torch.testing.assert_close(rollout(found), rollout(found, layer=0))
 
@@ -361,5 +361,5 @@ def test_a_layer_without_a_map_is_its_residual():
 @pytest.mark.parametrize("layer", [-1, 2])
 def test_no_such_layer(layer):
     with pytest.raises(ZooError) as caught:
-        rollout(collect(model("softmax"), pictures(1)), layer=layer)
+        rollout(collect(model("softmax"), images(1)), layer=layer)
     assert caught.value.code == "AZ904" and "the model has 2" in str(caught.value)

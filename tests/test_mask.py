@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnzoo.core import FREE, Mask
+from attnzoo.core import NO_MASK, Mask
 from attnzoo.errors import UnsupportedMask
 from attnzoo.hosts.vision_transformer import from_timm
 
@@ -86,7 +86,7 @@ def test_only_refuses_what_is_beyond(kinds, can):
 
 
 def test_for_one_head():
-    assert FREE.for_one_head() is FREE
+    assert NO_MASK.for_one_head() is NO_MASK
     same = mask_of(KINDS, one_head=True)
     assert same.for_one_head() is same
     with pytest.raises(UnsupportedMask, match="AZ402.*3 heads"):
@@ -97,14 +97,14 @@ def test_masks_are_compared_by_identity():
     mask = mask_of(KINDS)
     assert mask == mask and mask != mask_of(KINDS)
     assert {mask: 1}[mask] == 1
-    assert FREE.kinds == ()
+    assert NO_MASK.kinds == ()
 
 
 # timm's arguments
 
 
 def test_no_mask_from_timm():
-    assert from_timm(None, False) is FREE
+    assert from_timm(None, False) is NO_MASK
     causal = from_timm(None, True)
     assert causal.kinds == ("causal",)
 

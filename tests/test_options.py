@@ -116,7 +116,7 @@ def test_texts_are_inherited_and_said_anew():
 
 def test_built_in_options():
     assert list(options_of(Softmax).model_fields) == []
-    assert list(options_of(Soft).model_fields) == ["reading", "hidden", "gate_scale"]
+    assert list(options_of(Soft).model_fields) == ["variant", "hidden", "gate_scale"]
     assert list(options_of(Add).model_fields) == ["start"]  # inherited
     assert list(options_of(LowRank).model_fields) == ["rank", "activation", "start"]
 

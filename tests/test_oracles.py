@@ -23,7 +23,7 @@ from timm.layers import SEModule
 from torch import nn
 from torch.nn import functional as F
 
-from attnzoo.core import FREE, Layout, Mask, Site
+from attnzoo.core import NO_MASK, Layout, Mask, Site
 from attnzoo.core.fusion import inside_heads
 from attnzoo.functional import split_heads
 from attnzoo.fusions.concat import Concat
@@ -197,7 +197,7 @@ def test_soft_pooled(seed):
 def test_soft_gated(seed, gate_scale):
     case = draw(seed, ("keys",), square=True)
     q, k, v = case.heads()
-    head = spread(Soft(case.site(), reading="gated", gate_scale=gate_scale))
+    head = spread(Soft(case.site(), variant="gated", gate_scale=gate_scale))
     p = numbers(head)
     wanted = []
     for b in range(case.b):
@@ -213,7 +213,7 @@ def test_soft_gated(seed, gate_scale):
 def test_soft_bahdanau(seed):
     case = draw(seed)
     q, k, v = case.heads()
-    head = spread(Soft(case.site(), reading="bahdanau", hidden=2))
+    head = spread(Soft(case.site(), variant="bahdanau", hidden=2))
     p = numbers(head)
 
     def loop(h, q, k, v, sees):
@@ -228,7 +228,7 @@ def test_soft_bahdanau(seed):
 def test_soft_cls_query(seed):
     case = draw(seed, ())
     q, k, v = case.heads()
-    head = spread(Soft(case.site(), reading="cls_query"))
+    head = spread(Soft(case.site(), variant="cls_query"))
     p = numbers(head)
 
     def loop(h, q, k, v, sees):
@@ -345,7 +345,7 @@ def test_neighborhood(grid, prefix, options):
     n, h = layout.length, 2
     site = Site("oracle", 4, h, layout)
     q, k, v = (torch.randn(2, h, n, 2, dtype=torch.float64) for _ in range(3))
-    outer = Mask(keys=torch.rand(2, n) < 0.8, pairs=torch.rand(1, h, n, n) < 0.8) if prefix else FREE
+    outer = Mask(keys=torch.rand(2, n) < 0.8, pairs=torch.rand(1, h, n, n) < 0.8) if prefix else NO_MASK
     case = Case(0, 2, h, 2, n, n, 1, outer)
     near = neighbours_loop(grid, prefix, **options)
 
@@ -378,7 +378,7 @@ def test_squeeze_excite(prefix, masked):
         squeeze_excite_loop(x[b].tolist(), prefix, w1, b1, w2, b2, keys[b].tolist() if masked else [True] * layout.length)
         for b in range(3)
     ]  # fmt: skip
-    same(part(x, mask=Mask(keys=keys) if masked else FREE, layout=layout), wanted)
+    same(part(x, mask=Mask(keys=keys) if masked else NO_MASK, layout=layout), wanted)
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
@@ -488,8 +488,8 @@ def test_concat(arity, inside):
 
 
 NARROW = [
-    (Softmax, {}, ALL), (Soft, {}, ("keys",)), (Soft, {"reading": "gated"}, ("keys",)), (Soft, {"reading": "bahdanau"}, ALL),
-    (Soft, {"reading": "cls_query"}, ()), (EluLinear, {}, ("keys", "causal")), (Neighborhood, {"window": 3}, ALL),
+    (Softmax, {}, ALL), (Soft, {}, ("keys",)), (Soft, {"variant": "gated"}, ("keys",)), (Soft, {"variant": "bahdanau"}, ALL),
+    (Soft, {"variant": "cls_query"}, ()), (EluLinear, {}, ("keys", "causal")), (Neighborhood, {"window": 3}, ALL),
     (Additive, {}, ALL), (LuongGlobal, {}, ALL), (LuongGlobal, {"score": "dot"}, ALL), (LuongGlobal, {"score": "concat"}, ALL),
     (LuongGlobal, {"score": "location"}, ALL), (LuongLocal, {"window": 2}, ALL), (Fourier, {"norm": "ortho"}, ()),
     (SqueezeExcite, {"ratio": 0.5}, ("keys",)), (GroupedQuery, {"groups": 1}, ALL),

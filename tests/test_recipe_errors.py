@@ -88,11 +88,11 @@ KEYS = {
     "model_misspelt_rate": (model("⟦drop_pathrate: 0.1"), "AZ110 did you mean `drop_path_rate`?"),
     "model_host_key": (model("⟦mean: [0.5]"), "AZ110 `mean` stands under `host:`"),
     "use_misspelt": (attention("{⟦us: softmax}"), "AZ110 did you mean `use`?"),
-    "use_misspelt_with": (attention("{use: soft, ⟦wiht: {reading: gated}}"), "AZ110 did you mean `with`?"),
+    "use_misspelt_with": (attention("{use: soft, ⟦wiht: {variant: gated}}"), "AZ110 did you mean `with`?"),
     "use_misspelt_heads": (attention("{use: softmax, ⟦head: 3}"), "AZ110 did you mean `heads`?"),
     "use_python_name_of_with": (attention("{use: soft, ⟦with_: {}}"), "AZ110 did you mean `with`?"),
     "use_option_outside_with": (
-        attention("{use: soft, ⟦reading: gated}"),
+        attention("{use: soft, ⟦variant: gated}"),
         "AZ110 options stand under `with:`",
     ),
     "fuse_misspelt": (attention("{⟦fus: add, of: [softmax]}"), "AZ110 did you mean `fuse`?"),
@@ -164,7 +164,7 @@ TYPES = {
     "attention_bool": (attention("⟦false"), "AZ114 this is false"),
     "use_number": (attention("{use: ⟦5}"), 'AZ112 write it in quotes: "5"'),
     "use_list": (attention("{use: ⟦[softmax]}"), "AZ112 `attention.use` must be the name of a part"),
-    "with_list": (attention("{use: soft, with: ⟦[reading]}"), "AZ112 `attention.with` must be a mapping"),
+    "with_list": (attention("{use: soft, with: ⟦[variant]}"), "AZ112 `attention.with` must be a mapping"),
     "with_null": (attention("{use: soft, with:⟦ }"), "AZ112 nothing stands here"),
     "heads_text": (attention("{use: softmax, heads: ⟦many}"), "AZ112 from 1 to 1024"),
     "of_text": (attention("{fuse: add, of: ⟦softmax}"), "AZ112 begin each entry with `- `"),
@@ -179,7 +179,7 @@ TYPES = {
     "recipe_quoted": (f'recipe: ⟦"1"\n{H[10:]}{A}', "AZ113 write it without quotes: 1"),
     "option_text_for_number": (attention("{use: grouped_query, with: {groups: ⟦one}}"), "AZ211 `attention.with.groups` must be a whole number from 1 to 65536"),
     "option_quoted_bool": (attention("{use: neighborhood, with: {causal: ⟦no}}"), "AZ211 write false"),
-    "option_number_for_choice": (attention("{use: soft, with: {reading: ⟦3}}"), "AZ212 `pooled`, `gated`, `bahdanau` or `cls_query`; this is 3"),
+    "option_number_for_choice": (attention("{use: soft, with: {variant: ⟦3}}"), "AZ212 `pooled`, `gated`, `bahdanau` or `cls_query`; this is 3"),
     "option_null_union": (attention("{use: additive, with: {hidden: ⟦[]}}"), "AZ211 whole number from 1 to 65536"),
 }  # fmt: skip
 RANGES = {
@@ -228,7 +228,7 @@ RANGES = {
     "option_zero": (attention("{use: neighborhood, with: {window: ⟦0}}"), "AZ212 from 1 to 65536; this is 0"),
     "option_fraction": (attention("{use: squeeze_excite, with: {ratio: ⟦2}}"), "AZ212 from 0 to 1; this is 2"),
     "option_positive": (attention("{use: elu_linear, with: {eps: ⟦0}}"), "AZ212 above 0; this is 0"),
-    "option_choice": (attention("{use: soft, with: {reading: ⟦poled}}"), "AZ212 did you mean `pooled`?"),
+    "option_choice": (attention("{use: soft, with: {variant: ⟦poled}}"), "AZ212 did you mean `pooled`?"),
     "option_choice_fusion": (attention("{fuse: add, with: {start: ⟦idntity}, of: [softmax]}"), "AZ212 did you mean `identity`?"),
 }  # fmt: skip
 NAMES = {
@@ -249,7 +249,7 @@ NAMES = {
     "plugin_absent": (attention("⟦nosuch/part"), "AZ205 pip install attnzoo-nosuch"),
     "plugin_misspelt": (attention("⟦atnzoo/softmax"), "AZ205 did you mean `attnzoo`?"),
     "plugin_name_misspelt": (attention("⟦attnzoo/softmx"), "AZ201 did you mean `attnzoo/softmax`?"),
-    "option_unknown": (attention("{use: soft, with: {⟦redding: gated}}"), "AZ210 did you mean `reading`?"),
+    "option_unknown": (attention("{use: soft, with: {⟦varient: gated}}"), "AZ210 did you mean `variant`?"),
     "option_of_none": (attention("{use: softmax, with: {⟦window: 3}}"), "AZ210 it has none"),
     "option_of_fusion": (attention("{fuse: low_rank, with: {⟦rnk: 3}, of: [softmax, soft]}"), "AZ210 did you mean `rank`?"),
     "option_listed": (attention("{use: grouped_query, with: {⟦zzz: 3}}"), "AZ210 its options are `groups`"),
@@ -348,8 +348,8 @@ SEVERAL = {
         "AZ110 stands under", "AZ203 a fusion",
     ),
     "schema_and_names": (
-        f"{H}attention: {{fuse: ⟦hadamrd, level: ⟦head, of: [⟦softmx, {{use: soft, with: {{reading: ⟦pold, ⟦readng: 3}}, ⟦hads: 3}}]}}\n",
-        "AZ201 `hadamard`?", "AZ113 `heads`?", "AZ201 `softmax`?", "AZ212 `pooled`?", "AZ210 `reading`?", "AZ110 `heads`?",
+        f"{H}attention: {{fuse: ⟦hadamrd, level: ⟦head, of: [⟦softmx, {{use: soft, with: {{variant: ⟦pold, ⟦varant: 3}}, ⟦hads: 3}}]}}\n",
+        "AZ201 `hadamard`?", "AZ113 `heads`?", "AZ201 `softmax`?", "AZ212 `pooled`?", "AZ210 `variant`?", "AZ110 `heads`?",
     ),
     "schema_and_base": (
         f"{R}host: {{kind: ⟦vitt, base: ⟦vit_tinny_patch16_224}}\nattention: ⟦sofmax\n",
@@ -480,7 +480,7 @@ FILES = {
     "nul_bytes": (bytes(1000), (1, 1), "AZ104 U+0000"),
     "ten_megabytes": (b"# " + b"x" * 10_000_000, (1, 1), "AZ102 has 10,000,002 bytes"),
     "empty_file": (b"", (1, 1), "AZ111 the recipe is empty"),
-    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), (1, 1), "AZ103 (0x89)"),
+    "image": (b"\x89PNG\r\n\x1a\n" + bytes(100), (1, 1), "AZ103 (0x89)"),
     "other_name": (f"{H}{A}name: other\n".encode(), (4, 7), "AZ115 its file `r`"),
 }
 
@@ -541,7 +541,7 @@ EDITS = {
     "misspelt_last": (["host.model.dept=3"], 12, "AZ110 did you mean `depth`?"),
     "misspelt_value": (["attention.with.start=idntity"], 22, "AZ212 did you mean `identity`?"),
     "misspelt_name": (["attention.of.1=sofft"], 16, "AZ201 did you mean `soft`?"),
-    "misspelt_option": (["attention.of.1.with.readng=gated"], 21, "AZ210 did you mean `reading`?"),
+    "misspelt_option": (["attention.of.1.with.varant=gated"], 21, "AZ210 did you mean `variant`?"),
     "wrong_type": (["host.model.depth=two"], 18, "AZ112 from 1 to 96"),
     "out_of_range": (["host.model.depth=0"], 18, "AZ113 this is 0"),
     "broken_value": (["host.model.depth=[1"], 18, "AZ105 a closing bracket is missing"),

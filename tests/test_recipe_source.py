@@ -29,7 +29,7 @@ attention:
   fuse: add
   of:
     - softmax
-    - {use: soft, with: {reading: gated}}
+    - {use: soft, with: {variant: gated}}
 """
 
 
@@ -60,7 +60,7 @@ def test_places():
         (): (2, 1), ("recipe",): (2, 9), ("host",): (4, 3), ("host", "kind"): (4, 9), ("host", "model"): (5, 10),
         ("host", "model", "depth"): (5, 18), ("host", "model", "img_size"): (5, 31), ("host", "model", "img_size", 1): (5, 36),
         ("attention", "fuse"): (7, 9), ("attention", "of", 0): (9, 7), ("attention", "of", 1, "use"): (10, 13),
-        ("attention", "of", 1, "with", "reading"): (10, 35),
+        ("attention", "of", 1, "with", "variant"): (10, 35),
     }  # fmt: skip
     keys = {
         ("recipe",): (2, 1),
@@ -156,10 +156,10 @@ def test_a_recipe_may_extend_one_of_the_zoo_of_its_own_name(tmp_path):
     ("edit", "formula"),
     [
         ("attention.with.start=free", "hadamard[start=free](softmax, soft)"),
-        ("attention.of.1.with.reading=gated", "hadamard[start=identity](softmax, soft[reading=gated])"),
+        ("attention.of.1.with.variant=gated", "hadamard[start=identity](softmax, soft[variant=gated])"),
         (
-            "attention.of.1.with={reading: gated, gate_scale: one}",
-            "hadamard[start=identity](softmax, soft[reading=gated, gate_scale=one])",
+            "attention.of.1.with={variant: gated, gate_scale: one}",
+            "hadamard[start=identity](softmax, soft[variant=gated, gate_scale=one])",
         ),
         ("attention.of.0=fourier", "hadamard[start=identity](fourier, soft)"),
         ("attention.of=[softmax, soft, elu_linear]", "hadamard[start=identity](softmax, soft, elu_linear)"),
@@ -177,19 +177,19 @@ def test_edits(edit, formula):
 
 def test_edits_of_short_forms_and_of_what_is_not_there():
     text = "recipe: 1\nhost: {kind: vit, base: vit_tiny_patch16_224}\nattention: soft\n"
-    loaded = load(text, ["attention.with.reading=gated", "host.model.depth=2", "host.model.drop_rate=1e-3"])
-    assert loaded.recipe.attention.with_ == {"reading": "gated"}
+    loaded = load(text, ["attention.with.variant=gated", "host.model.depth=2", "host.model.drop_rate=1e-3"])
+    assert loaded.recipe.attention.with_ == {"variant": "gated"}
     assert (loaded.recipe.host.model.depth, loaded.recipe.host.model.drop_rate) == (2, 0.001)
     loaded = load(
         text,
         [
             "overrides=[{at: blocks.0, put: soft}]",
-            "overrides.0.put.with.reading=gated",
+            "overrides.0.put.with.variant=gated",
             "overrides.0.at=blocks.1",
         ],
     )
     assert (
-        loaded.recipe.overrides[0].put.with_ == {"reading": "gated"}
+        loaded.recipe.overrides[0].put.with_ == {"variant": "gated"}
         and loaded.recipe.overrides[0].at == "blocks.1"
     )
 
@@ -206,7 +206,7 @@ def test_later_edits_win_and_null_takes_back():
 
 
 def test_places_of_edits():
-    place = load("ham_a", ["attention.of.1.with={reading: gated}"]).source.values[
-        "attention", "of", 1, "with", "reading"
+    place = load("ham_a", ["attention.of.1.with={variant: gated}"]).source.values[
+        "attention", "of", 1, "with", "variant"
     ]
-    assert (str(place), place.text) == ("--set:1:31", "attention.of.1.with={reading: gated}")
+    assert (str(place), place.text) == ("--set:1:31", "attention.of.1.with={variant: gated}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import RECIPE, STEPS, digest, last, pictures, settings, tiny
+from training import RECIPE, STEPS, digest, images, last, settings, tiny
 
 from attnzoo.errors import RunError
 from attnzoo.train import Stopped, checkpoint, open_run, train
@@ -24,7 +24,7 @@ VARYING = ("images_per_second", "seconds")
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr("attnzoo.train.task.load_images", pictures)
+    monkeypatch.setattr("attnzoo.train.task.load_images", images)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -201,8 +201,8 @@ SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 import attnzoo.train.loop as loop, attnzoo.train.task as task
-from training import pictures, settings
-task.load_images = pictures
+from training import images, settings
+task.load_images = images
 def report(event):
     if event.get("step") == {stop}:
         import os, signal

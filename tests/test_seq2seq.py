@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from attnzoo.bench.composition import describe
 from attnzoo.cli.app import app
-from attnzoo.core import FREE, Card, Family, Head, Mask, Mechanism, MultiHead
+from attnzoo.core import NO_MASK, Card, Family, Head, Mask, Mechanism, MultiHead
 from attnzoo.core.rotary import rotate
 from attnzoo.errors import LayoutMismatch
 from attnzoo.hosts import seq2seq
+from attnzoo.hosts.info import plain_attention
 from attnzoo.hosts.layers import ScalarNorm
 from attnzoo.hosts.positions import Learned, NoPositions, Sinusoidal
-from attnzoo.hosts.survey import plain_attention
 from attnzoo.recipe import compose, compose_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
@@ -248,7 +248,7 @@ class MinusOne(Head):
     card = Card("minus_one", Family.DOT_PRODUCT, "What is hidden keeps a logit of -1.",
                 masks={"keys", "causal"}, context=True)  # fmt: skip
 
-    def attend(self, q, k, v, *, mask=FREE, layout):
+    def attend(self, q, k, v, *, mask=NO_MASK, layout):
         scores = q @ k.mT / q.shape[-1] ** 0.5
         allowed = mask.dense(q.shape[2], k.shape[2])
         return (scores if allowed is None else scores.masked_fill(~allowed, -(1**9))).softmax(-1) @ v
@@ -256,7 +256,7 @@ class MinusOne(Head):
 
 def built(form: seq2seq.Form, put=plain_attention, heads: int = 4) -> seq2seq.Seq2Seq:
     """A model that is built without a recipe."""
-    seen = seq2seq.survey(form, (heads,) * form.encoder, (heads,) * form.decoder)
+    seen = seq2seq.host_info(form, (heads,) * form.encoder, (heads,) * form.decoder)
     with exact():
         return seq2seq.build(seen, put)
 
@@ -314,8 +314,8 @@ def test_parameters_by_closed_form(host, tie):
     model = composition.build()
     assert (
         sum(p.numel() for p in model.parameters())
-        == closed_form(composition.seen.form)
-        == composition.seen.params
+        == closed_form(composition.info.form)
+        == composition.info.params
     )
 
 
@@ -327,7 +327,7 @@ def parameters(recipe: str, *edits: str) -> int:
 
 def test_deep_head_has_as_many_parameters_as_the_transformer():
     plain = parameters("transformer")
-    form = compose_file("transformer").seen.form
+    form = compose_file("transformer").info.form
     assert (form.dim, form.mlp_dim, form.encoder, form.decoder) == (512, 2048, 6, 6)
     assert parameters("deep_head", "skip=none") == plain == closed_form(form)
     assert parameters("deep_head") == plain + 5 * 2 * 512  # a LayerNorm for each layer but the first
@@ -339,17 +339,17 @@ def test_deep_head_has_as_many_parameters_as_the_transformer():
 
 def test_heads_of_deep_head():
     composition = compose_file("deep_head")
-    heads = [site.heads for name, site in composition.seen.sites().items() if name.startswith("encoder")]
+    heads = [site.heads for name, site in composition.info.sites().items() if name.startswith("encoder")]
     assert heads == [64, 32, 16, 8, 4, 2] and sum(heads) == 126
     assert (
-        sum(s.heads for n, s in compose_file("transformer").seen.sites().items() if n.startswith("encoder"))
+        sum(s.heads for n, s in compose_file("transformer").info.sites().items() if n.startswith("encoder"))
         == 48
     )
-    widths = [site.head_dim for name, site in composition.seen.sites().items() if name.startswith("encoder")]
+    widths = [site.head_dim for name, site in composition.info.sites().items() if name.startswith("encoder")]
     assert widths == [8, 16, 32, 64, 128, 256] and {h * d for h, d in zip(heads, widths, strict=True)} == {
         512
     }
-    decoder = {site.heads for name, site in composition.seen.sites().items() if name.startswith("decoder")}
+    decoder = {site.heads for name, site in composition.info.sites().items() if name.startswith("decoder")}
     assert decoder == {8}
     report = describe(composition)
     assert report.heads["encoder"] == (64, 32, 16, 8, 4, 2) and report.heads["decoder"] == (8,) * 6
@@ -388,7 +388,7 @@ def unregister(model: seq2seq.Seq2Seq) -> None:
 def test_layers_in_plain_lists_are_caught():
     """The released code: 8 registered tensors of 174 204 values with vocabularies of 100 and 120, of 44.1 million."""
     form = seq2seq.Form(source=100, target=120, norm="scalar")
-    seen = seq2seq.survey(form, (8,) * 6, (8,) * 6)
+    seen = seq2seq.host_info(form, (8,) * 6, (8,) * 6)
     with torch.device("meta"):
         model = seq2seq.build(seen, plain_attention)
     assert sum(p.numel() for p in model.parameters()) == closed_form(form) == 174_204 + 44_107_836
@@ -657,7 +657,7 @@ class Still(Mechanism):
     def init_weights(self):
         nn.init.zeros_(self.linear.weight)
 
-    def forward(self, x, context=None, *, mask=FREE, layout):
+    def forward(self, x, context=None, *, mask=NO_MASK, layout):
         return self.linear(x)
 
 
@@ -669,7 +669,7 @@ def test_parts_are_initialised_after_the_host():
     gated = compose(
         text("", "attention: {fuse: add, with: {start: identity}, of: [softmax, elu_linear]}\nheads: 4\n")
     )
-    assert not gated.encoder[0].attn.head.fusion.gain.any()
+    assert not gated.encoder[0].attn.head.fusion.gamma.any()
 
 
 def test_dropout_is_where_it_should_be():

@@ -258,7 +258,7 @@ CAN = {
 """Who of the mechanisms known when this was written can go there with its defaults."""
 KNOWN_NAMES = set().union(*CAN.values())
 BUILT_IN = sorted(name for name, entry in load_zoo().mechanisms.items() if entry.plugin == "attnzoo")
-OPTIONS = ["{use: soft, with: {reading: bahdanau}}", "{use: luong_global, with: {score: location}}",
+OPTIONS = ["{use: soft, with: {variant: bahdanau}}", "{use: luong_global, with: {score: location}}",
            "{use: grouped_query, with: {groups: 2}}", "{fuse: add, of: [softmax, elu_linear]}",
            "{fuse: gated, level: tokens, of: [softmax, additive, luong_global]}",
            "{fuse: head_split, of: [softmax, elu_linear]}"]  # fmt: skip
@@ -336,7 +336,7 @@ def test_every_mechanism_is_right_or_refused_everywhere(kind, name):
             5,
             put(kind, name).splitlines()[4].index(f"put: {name}") + 6,
         )
-        assert any(words in fault.why for words in ("the site demands masks of kind", "reads from a context", "rotary positions", "where the grid ends")), fault.why  # fmt: skip
+        assert any(words in fault.why for words in ("the site requires masks of kind", "reads from a context", "rotary positions", "where the grid ends")), fault.why  # fmt: skip
         named = {one.strip("`") for one in fault.help.removeprefix("who can: ").split(", ")}
         ours = {one for one in named if one in BUILT_IN}
         assert ours == {one for one in BUILT_IN if composed(kind, one)}
@@ -420,8 +420,8 @@ def test_without_the_refusal_the_future_would_leak(monkeypatch):
 
 def test_windows_that_shift_at_the_end_would_see_the_padding(monkeypatch):
     """The reason for another refusal: `neighborhood` moves its last windows by where the padding ends."""
-    honest = seq2seq.Demand
-    monkeypatch.setattr(seq2seq, "Demand", lambda **said: honest(**said | {"open_end": ""}))
+    honest = seq2seq.Requirements
+    monkeypatch.setattr(seq2seq, "Requirements", lambda **said: honest(**said | {"open_end": ""}))
     model = composed("encoder", "{use: neighborhood, with: {window: 3}}")
     assert model is not None and pads_matter(model)
 

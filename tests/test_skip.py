@@ -1,4 +1,4 @@
-"""The skip between layers: every reading against its equation in plain PyTorch, in every host, and what is refused."""
+"""The skip between layers: every variant against its equation in plain PyTorch, in every host, and what is refused."""
 
 import copy
 import io
@@ -11,7 +11,7 @@ from torch import nn
 from attnzoo.bench.composition import describe
 from attnzoo.core import find_taps, watch
 from attnzoo.errors import RecipeError
-from attnzoo.hosts.skip import READINGS, AddNorm, PairMean, Trail
+from attnzoo.hosts.skip import VARIANTS, AddNorm, PairMean, SkipState
 from attnzoo.recipe import compose, compose_file
 
 F64 = torch.float64
@@ -23,7 +23,7 @@ VIT = (
 )
 CCT = "recipe: 1\nhost: {kind: cct, base: cct_2_3x2, model: {img_size: 16, embed_dim: 16, depth: 2, num_heads: 4}}\n"
 HEADS = "heads: [8, 4, 4, 1]\n"
-READ = [use for use in READINGS if use not in ("none", "cross")]
+READ = [use for use in VARIANTS if use not in ("none", "cross")]
 """What can be put anywhere; `encoder_stack` of two encoders."""
 
 
@@ -109,7 +109,7 @@ def stack(x, layers, norms, use, allowed, act, memory=None, at="self", own=None,
         x: (b n c).
         layers: (norm, attention, norm, mlp) of each, or with two more before the mlp's for what reads the memory.
         norms: LN_l of each layer, None for the first; of each encoder for `encoder_stack`.
-        use: The reading.
+        use: The variant.
         allowed: Boolean (b 1 n m), who may attend to whom; to the memory for the cross-attention.
         act: Activation.
         memory: What the cross-attention reads.
@@ -194,7 +194,7 @@ def near(one, other) -> bool:
     return torch.allclose(one, other, rtol=0, atol=1e-10)
 
 
-# ------------------------------------------------------------------------------------------ readings against equations
+# ------------------------------------------------------------------------------------------ variants against equations
 
 
 @pytest.mark.parametrize("norm_first", ["true", "false"])
@@ -401,11 +401,11 @@ def test_a_tap_can_still_reach_in():
     assert not near(before, changed) and near(model(source, target), before)
 
 
-# ----------------------------------------------------------------------------------------- nothing is left in the trail
+# ----------------------------------------------------------------------------------------- nothing is left in the state
 
 
 def cases() -> list:
-    """A model of each kind for each reading, and what it takes."""
+    """A model of each kind for each variant, and what it takes."""
     source, target = padded()
     takes = {SEQ: (source, target), STACK: (source,), VIT: (torch.randn(3, 3, 16, 16, dtype=F64),)}
     uses = [(host, use) for host in takes for use in READ] + [(SEQ, "cross")]
@@ -418,9 +418,9 @@ def cases() -> list:
     ]
 
 
-def trails(model) -> list[Trail]:
+def trails(model) -> list[SkipState]:
     """What layers hand on through, once each."""
-    found = {id(m.trail): m.trail for m in model.modules() if isinstance(m, AddNorm | PairMean)}
+    found = {id(m.state): m.state for m in model.modules() if isinstance(m, AddNorm | PairMean)}
     return list(found.values())
 
 
@@ -444,19 +444,19 @@ def broken_off(model, args) -> None:
 @pytest.mark.parametrize(("recipe", "args"), cases())
 def test_nothing_is_left(recipe, args):
     model = rough(recipe)
-    (trail,) = trails(model)
+    (state,) = trails(model)
     says = model(*args)
-    assert trail.value is None
+    assert state.value is None
     broken_off(model, args)
-    assert trail.value is not None
+    assert state.value is not None
     fewer = tuple(t[:1] for t in args)
     found: list = []  # what the first layer that takes part finds
     first = next(m for m in model.modules() if isinstance(m, AddNorm | PairMean))
-    handle = first.register_forward_pre_hook(lambda *_: found.append(trail.value))
+    handle = first.register_forward_pre_hook(lambda *_: found.append(state.value))
     assert near(model(*fewer), says[:1])
     handle.remove()
     assert found == [None]
-    assert trail.value is None
+    assert state.value is None
     assert torch.equal(model(*args), says)
 
 
@@ -465,10 +465,10 @@ def test_nothing_is_left_for_a_decoder_alone(use):
     """Also where a memory is decoded again, at once or step by step."""
     model = rough(SEQ % "" + f"heads: 4\nattention: softmax\nskip: {{use: {use}, at: decoder.*.self}}\n")
     source, target = padded()
-    (trail,), memory = trails(model), model.encode(source)
+    (state,), memory = trails(model), model.encode(source)
     says, found = model.decode(target, memory), []
     first = next(m for m in model.modules() if isinstance(m, AddNorm | PairMean))
-    first.register_forward_pre_hook(lambda *_: found.append(trail.value))
+    first.register_forward_pre_hook(lambda *_: found.append(state.value))
     for again in (
         lambda: model.decode(target, memory),
         lambda: model.step(target[:, :1], model.start(memory)),
@@ -497,8 +497,8 @@ def test_copies_and_files(recipe, args):
     torch.save(model, file)
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        (trail,) = trails(other)
-        assert trail is not trails(model)[0] and trail.value is None
+        (state,) = trails(other)
+        assert state is not trails(model)[0] and state.value is None
         assert torch.equal(other(*args), says)
         trails(model)[0].clear()
         broken_off(other, args)
@@ -720,7 +720,7 @@ def test_heads_of_a_cct(heads, counts):
     model = compose(CCT + A + f"heads: {heads}\n")
     assert [block.attn.heads for block in model.blocks] == counts
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 100)
-    report = compose_file(CCT + A + f"heads: {heads}\n").seen
+    report = compose_file(CCT + A + f"heads: {heads}\n").info
     assert [site.heads for site in report.sites().values()] == counts
 
 

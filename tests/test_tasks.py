@@ -1,4 +1,4 @@
-"""Pairs and single sequences: the same loop, logs, checkpoints and exact resume as for pictures."""
+"""Pairs and single sequences: the same loop, logs, checkpoints and exact resume as for images."""
 
 import json
 import math
@@ -308,7 +308,7 @@ def test_a_run_is_opened_and_goes_on_from_what_it_says_itself(tmp_path):
 
 
 def test_a_run_from_before_units_were_counted_goes_on(tmp_path):
-    whole = train_pictures(tmp_path / "whole", checkpoint_every=1, keep=99)
+    whole = train_images(tmp_path / "whole", checkpoint_every=1, keep=99)
     state = whole / "step_00000002" / "state.json"
     told = json.loads(state.read_text())
     assert told["progress"].pop("units") == told["progress"]["images"] == 24
@@ -318,15 +318,15 @@ def test_a_run_from_before_units_were_counted_goes_on(tmp_path):
     tensors = {name: saved.tensors(name) for name in ("model", "optimizer")}
     told["progress"]["best"] = -1.0
     checkpoint.save(tmp_path / "old", 2, tensors, told)
-    old = train_pictures(tmp_path / "old")
+    old = train_images(tmp_path / "old")
     assert digest(old) == digest(whole) and rows(old) == rows(whole)
 
 
-def train_pictures(folder: Path, **changes) -> Path:
-    from training import RECIPE, pictures
+def train_images(folder: Path, **changes) -> Path:
+    from training import RECIPE, images
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnzoo.train.task.load_images", pictures)
+        patch.setattr("attnzoo.train.task.load_images", images)
         return train(RECIPE, tiny_settings(**changes), folder).folder
 
 
@@ -574,7 +574,7 @@ def test_compare(tmp_path, monkeypatch):
     assert "pairs/s" in out
     page = Path("runs/index.html").read_text()
     assert "pairs/s" in page and "the same order of pairs" in page and "target tokens" in page
-    assert not re.search("pictures", page)
+    assert not re.search("images", page)
     assert "AZ812" in cli(*common, "--budget", "flops", code=2)
     Path("seq.yaml").write_text(
         SEQUENCES.replace("name: sequences", "name: seq") + f"train: {{data: '{DATA['recall']}'}}\n"

@@ -212,7 +212,7 @@ def test_a_site_without_a_map_says_why():
     assert "squeeze_excite has no map (encoder.0, encoder.1): it gates channels" in said
 
 
-def test_pictures_are_no_text():
+def test_images_are_no_text():
     with pytest.raises(ZooError) as caught:
         collect_text(nn.Linear(3, 3), torch.zeros(1, 3))
     assert caught.value.code == "AZ908" and "Linear" in str(caught.value)
@@ -246,7 +246,7 @@ def target(query: int, head: int, keys: int, causal: bool) -> torch.Tensor:
 def hand_made() -> seq2seq.Seq2Seq:
     """Two layers with `Shifted` everywhere; 4 heads in the encoder, 2 in the decoder."""
     form = seq2seq.Form(dim=16, mlp_dim=16, encoder=2, decoder=2, source=40, target=40, max_length=20)
-    seen = seq2seq.survey(form, (4, 4), (2, 2))
+    seen = seq2seq.host_info(form, (4, 4), (2, 2))
     return seq2seq.build(seen, lambda site: MultiHead(site, Shifted(site))).eval()
 
 
@@ -265,7 +265,7 @@ class Drawn:
     texts: list[tuple[str, float, float, str]]
 
     def pixel(self, panel: int, query: int, key: int, cell: int) -> tuple[int, ...]:
-        """The colour in the middle of a cell."""
+        """The colour in the middle of a context."""
         left, top, _, _ = self.panels[panel]
         return self.image.getpixel((left + key * cell + cell // 2, top + query * cell + cell // 2))
 
@@ -741,11 +741,11 @@ def test_an_untrained_recipe(recipe, tmp_path, monkeypatch):
 
 
 FAULTS = [
-    (["--images", "x.png"], "`--images` is for pictures"),
-    (["--what", "model"], "`--what model` is for pictures"),
-    (["--what", "rollout"], "`--what rollout` is for pictures"),
-    (["--fusion", "max"], "`--fusion` is for pictures"),
-    (["--discard", "0.5"], "`--discard` is for pictures"),
+    (["--images", "x.png"], "`--images` is for images"),
+    (["--what", "model"], "`--what model` is for images"),
+    (["--what", "rollout"], "`--what rollout` is for images"),
+    (["--fusion", "max"], "`--fusion` is for images"),
+    (["--discard", "0.5"], "`--discard` is for images"),
     (["--target", "a"], "1 targets were given for 0 texts"),
     (["--text", "a", "--text", "b", "--target", "a"], "1 targets were given for 2 texts"),
     (["--text", "a", "--count", "2"], "`--count` is for examples that are drawn"),
@@ -787,7 +787,7 @@ def test_faults_of_single_sequences(recalling, arguments, code, said):
         (["ham_a", "--site", "cross"], "`--site` is for models of text"),
         (["recall", "--text", "a"], "`--text` is for runs"),
         (["recall", "--target", "a"], "`--target` is for pairs"),
-        (["recall", "--init-from", "x.pth"], "`--init-from` is for pictures"),
+        (["recall", "--init-from", "x.pth"], "`--init-from` is for images"),
     ],
 )
 def test_faults_of_recipes(arguments, said, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ SMALL = [name for name in MODELS if "base" not in name and "small" not in name]
 
 
 def size(name: str) -> int:
-    """Side of the pictures used here: full-size models see four patches, so that 2-D geometry stays real."""
+    """Side of the images used here: full-size models see four patches, so that 2-D geometry stays real."""
     return 32
 
 
@@ -51,7 +51,7 @@ def stirred(model):
     return model
 
 
-def picture(name: str, batch: int = 2, side: int | None = None) -> torch.Tensor:
+def image(name: str, batch: int = 2, side: int | None = None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randn(batch, 3, side or size(name), side or size(name), generator=generator)
 
@@ -127,7 +127,7 @@ def test_recipes_compose_by_name_and_text(recipe, name):
 
     loaded = load(recipe)
     model = attnzoo.compose(recipe if name == "a recipe" else loaded.text, img_size=64, num_classes=3)
-    assert model(picture("", side=64)).shape == (2, 3)
+    assert model(image("", side=64)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -136,7 +136,7 @@ class TestEveryModel:
 
     def test_all_parameters_get_finite_gradients(self, name):
         model = copy.deepcopy(made(name)).train()
-        model(picture(name)).square().mean().backward()
+        model(image(name)).square().mean().backward()
         without = [
             path for path, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
         ]
@@ -145,7 +145,7 @@ class TestEveryModel:
 
     def test_gradient_checkpointing_changes_nothing(self, name):
         model = copy.deepcopy(made(name))
-        x, expected = picture(name), made(name)(picture(name))
+        x, expected = image(name), made(name)(image(name))
         model.set_grad_checkpointing()
         model.train()
         out = model(x)
@@ -157,12 +157,12 @@ class TestEveryModel:
         model = timm.create_model(
             name, img_size=size(name), features_only=True, out_indices=(-2, -1), **depth(name)
         ).eval()
-        maps = model(picture(name))
+        maps = model(image(name))
         side = size(name) // made(name).patch_embed.patch_size[0]
         assert [tuple(m.shape) for m in maps] == [(2, made(name).embed_dim, side, side)] * 2
 
     def test_forward_intermediates(self, name):
-        model, x = made(name), picture(name)
+        model, x = made(name), image(name)
         with torch.no_grad():
             final, inner = model.forward_intermediates(x)
             assert torch.equal(final, model.forward_features(x))
@@ -173,11 +173,11 @@ class TestEveryModel:
         model = copy.deepcopy(made(name))
         model.prune_intermediate_layers(indices=[0, 1])
         assert len(model.blocks) == 2
-        assert model.forward_features(picture(name)).isfinite().all()
+        assert model.forward_features(image(name)).isfinite().all()
 
     def test_classifier(self, name):
         model = copy.deepcopy(made(name))
-        x = picture(name)
+        x = image(name)
         assert model.get_classifier().out_features == 10
         model.reset_classifier(7)
         assert model(x).shape == (2, 7)
@@ -194,7 +194,7 @@ class TestEveryModel:
         model = made(name)
         spared, names = model.no_weight_decay(), {path for path, _ in model.named_parameters()}
         assert {"pos_embed", "cls_token"} <= spared and spared - {"reg_token", "dist_token"} <= names
-        fresh = [path for path in names if path.endswith(("gain", "value_bias"))]
+        fresh = [path for path in names if path.endswith(("gamma", "value_bias"))]
         assert set(fresh) <= spared
         optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.9)
         undecayed = {
@@ -208,9 +208,9 @@ class TestEveryModel:
         patch = model.patch_embed.patch_size[0]
         model.set_input_size((4 * patch, 6 * patch))
         assert model(torch.randn(1, 3, 4 * patch, 6 * patch)).isfinite().all()
-        assert model.blocks[0].cell.layout.grid == (4, 6)
+        assert model.blocks[0].context.layout.grid == (4, 6)
         assert (
-            made(name).blocks[0].cell.layout.grid == (size(name) // patch,) * 2
+            made(name).blocks[0].context.layout.grid == (size(name) // patch,) * 2
         )  # the copy has its own cell
 
     def test_dynamic_img_size(self, name):
@@ -218,12 +218,12 @@ class TestEveryModel:
             name, img_size=size(name), dynamic_img_size=True, num_classes=10, **depth(name)
         ).eval()
         model.load_state_dict(made(name).state_dict())
-        x = picture(name)
+        x = image(name)
         with torch.no_grad():
             assert torch.allclose(model(x), made(name)(x), atol=1e-6)
             patch = model.patch_embed.patch_size[0]
             assert model(torch.randn(1, 3, 3 * patch, 5 * patch)).shape == (1, 10)
-        assert model.blocks[0].cell.layout.grid == (3, 5)
+        assert model.blocks[0].context.layout.grid == (3, 5)
 
     def test_positions_are_resized_at_load(self, name):
         patch = made(name).patch_embed.patch_size[0]
@@ -252,17 +252,17 @@ class TestEveryModel:
             name, img_size=size(name), device="cpu", dtype=torch.bfloat16, **depth(name)
         ).eval()
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-        out = model(picture(name).bfloat16())
+        out = model(image(name).bfloat16())
         assert out.dtype == torch.bfloat16 and out.isfinite().all()
 
     def test_autocast(self, name):
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            out = made(name)(picture(name))
+            out = made(name)(image(name))
         assert out.isfinite().all()
-        assert torch.allclose(out.float(), made(name)(picture(name)), atol=0.3)
+        assert torch.allclose(out.float(), made(name)(image(name)), atol=0.3)
 
     def test_deepcopy_and_pickle(self, name):
-        x, expected = picture(name), made(name)(picture(name))
+        x, expected = image(name), made(name)(image(name))
         assert torch.equal(copy.deepcopy(made(name))(x), expected)
         again = pickle.loads(pickle.dumps(made(name)))  # noqa: S301 - our own bytes
         assert torch.equal(again(x), expected)
@@ -271,7 +271,7 @@ class TestEveryModel:
     def test_round_trip_through_a_folder(self, name, tmp_path):
         save_for_hf(made(name), str(tmp_path), safe_serialization=True)
         again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-        assert torch.equal(again(picture(name)), made(name)(picture(name)))
+        assert torch.equal(again(image(name)), made(name)(image(name)))
 
     def test_unknown_arguments_are_refused(self, name):
         with pytest.raises((ZooError, TypeError), match="nmu_heads"):
@@ -284,21 +284,21 @@ class TestEveryModel:
 
     def test_fx(self, name):
         extractor = create_feature_extractor(made(name), return_nodes={"head": "out"})
-        assert torch.equal(extractor(picture(name))["out"], made(name)(picture(name)))
+        assert torch.equal(extractor(image(name))["out"], made(name)(image(name)))
         with pytest.raises(ZooError, match="no masks"):
-            extractor(picture(name), is_causal=True)
+            extractor(image(name), is_causal=True)
 
     def test_compile_in_one_graph(self, name):
         torch._dynamo.reset()
         compiled = torch.compile(made(name), backend="aot_eager", fullgraph=True)
         with torch.no_grad():
-            assert torch.allclose(compiled(picture(name)), made(name)(picture(name)), atol=1e-5)
+            assert torch.allclose(compiled(image(name)), made(name)(image(name)), atol=1e-5)
 
     def test_export(self, name):
         batch = torch.export.Dim("batch", min=1, max=64)
         with torch.no_grad():
-            program = torch.export.export(made(name), (picture(name),), dynamic_shapes=({0: batch},))
-            x = picture(name, batch=3)
+            program = torch.export.export(made(name), (image(name),), dynamic_shapes=({0: batch},))
+            x = image(name, batch=3)
             assert torch.allclose(program.module()(x), made(name)(x), atol=1e-5)
 
     def test_watched_equals_fused(self, name):
@@ -306,9 +306,9 @@ class TestEveryModel:
 
         seen = {}
         with torch.no_grad():
-            expected = made(name)(picture(name))
+            expected = made(name)(image(name))
             with watch(made(name), "weights", lambda path, t: seen.update({path: t})):
-                out = made(name)(picture(name))
+                out = made(name)(image(name))
         assert torch.allclose(out, expected, atol=1e-5)
         assert len(seen) == len(made(name).blocks) * (1 if name == "ham_vit_classic" else 2)
         assert all(torch.allclose(t.sum(-1), torch.ones(()), atol=1e-5) for t in seen.values())
@@ -324,7 +324,7 @@ def whole(name: str) -> VisionTransformer:
 @pytest.mark.parametrize("name", MODELS)
 def test_all_blocks_in_one_graph(name):
     torch._dynamo.reset()
-    x = picture(name)
+    x = image(name)
     with torch.no_grad():
         expected = whole(name)(x)
         compiled = torch.compile(whole(name), backend="aot_eager", fullgraph=True)
@@ -338,7 +338,7 @@ def test_compile_with_inductor(name):
     torch._dynamo.reset()
     compiled = torch.compile(made(name), fullgraph=True)
     with torch.no_grad():
-        assert torch.allclose(compiled(picture(name)), made(name)(picture(name)), atol=1e-4)
+        assert torch.allclose(compiled(image(name)), made(name)(image(name)), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -347,11 +347,11 @@ def test_compile_with_inductor(name):
 def test_onnx(name):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     buffer = io.BytesIO()
-    program = torch.onnx.export(made(name), (picture(name),), dynamo=True, verbose=False)
+    program = torch.onnx.export(made(name), (image(name),), dynamo=True, verbose=False)
     program.save(buffer)
     session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
-    (out,) = session.run(None, {session.get_inputs()[0].name: picture(name).numpy()})
-    assert torch.allclose(torch.from_numpy(out), made(name)(picture(name)), atol=1e-4)
+    (out,) = session.run(None, {session.get_inputs()[0].name: image(name).numpy()})
+    assert torch.allclose(torch.from_numpy(out), made(name)(image(name)), atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["", "skip", "jax", "jax_nlhb", "moco", "reset"])
@@ -377,7 +377,7 @@ def test_an_unregistered_recipe_travels_in_the_configuration(tmp_path):
     model = stirred(attnzoo.compose("nested", img_size=32, num_classes=5)).eval()
     save_for_hf(model, str(tmp_path), safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    x = picture("", side=32)
+    x = image("", side=32)
     assert torch.equal(again(x), model(x))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from training import AUGMENT, RECIPE, STEPS, TINY, digest, last, pictures, settings, tiny
+from training import AUGMENT, RECIPE, STEPS, TINY, digest, images, last, settings, tiny
 from typer.testing import CliRunner
 
 import attnzoo.train.loop as loop
@@ -31,7 +31,7 @@ RUNNER = CliRunner()
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr("attnzoo.train.task.load_images", pictures)
+    monkeypatch.setattr("attnzoo.train.task.load_images", images)
 
 
 def built_with(monkeypatch, change) -> None:
@@ -50,11 +50,11 @@ def built_with(monkeypatch, change) -> None:
 
 
 @pytest.mark.parametrize("world,parts", [(1, 1), (1, 3), (2, 1), (3, 2), (5, 4)])
-def test_an_epoch_shows_every_picture_once_to_one_process(world, parts):
+def test_an_epoch_shows_every_image_once_to_one_process(world, parts):
     seen = []
     for step in range(sampler.steps_per_epoch(50, 12)):
         batch = sampler.batch(50, 12, seed=1, epoch=2, step=step)
-        shares = [sampler.share(batch, rank=rank, world=world, parts=parts) for rank in range(world)]
+        shares = [sampler.share(batch, rank=rank, world=world, microbatches=parts) for rank in range(world)]
         assert all(len(share) == parts for share in shares)
         assert sorted(torch.cat([part for share in shares for part in share]).tolist()) == sorted(
             batch.tolist()
@@ -106,7 +106,7 @@ def test_same_seed_same_bits(tmp_path):
 def test_another_process_with_other_hashes_finds_the_same_bits(tmp_path):
     tiny(tmp_path / "here")
     code = (f"import torch; torch.set_num_threads(1)\nimport attnzoo.train.task as task, training\n"
-            f"task.load_images = training.pictures\ntraining.tiny(training.Path({str(tmp_path / 'there')!r}))")  # fmt: skip
+            f"task.load_images = training.images\ntraining.tiny(training.Path({str(tmp_path / 'there')!r}))")  # fmt: skip
     environment = os.environ | {
         "PYTHONHASHSEED": "77",
         "PYTHONPATH": str(Path(__file__).parent),
@@ -122,7 +122,7 @@ def test_a_batch_in_parts_is_the_batch(tmp_path):
     whole = train(recipe, settings(**plain), tmp_path / "whole")
     parts = train(
         recipe, settings(**plain, accumulate=5), tmp_path / "parts"
-    )  # the last batch has four pictures
+    )  # the last batch has four images
     for a, b in zip(whole.model("last").parameters(), parts.model("last").parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
     assert [row["train_loss"] for row in whole.log()] == pytest.approx(
@@ -214,7 +214,7 @@ def test_precision_that_is_not_there(tmp_path):
     ({"optimizer": {"use": "adamwx"}}, "did you mean `adamw`?"),
     ({"optimizer": {"use": "kron"}}, "timm has no optimiser called `kron`"),
     ({"optimizer": {"use": "fusedadam"}}, "timm cannot make the optimiser `fusedadam`"),
-    ({"batch_size": 2, "accumulate": 3}, "2 pictures cannot be shared"),
+    ({"batch_size": 2, "accumulate": 3}, "2 images cannot be shared"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_met(tmp_path, changes, said):
     with pytest.raises(RunError, match="AZ806") as caught:
@@ -265,7 +265,7 @@ def test_log_and_figures(tmp_path):
     assert not run.model().training
 
 
-def test_train_loss_is_the_mean_over_pictures(tmp_path):
+def test_train_loss_is_the_mean_over_images(tmp_path):
     recipe = RECIPE.replace("0.1}", "0.0}")
     run = train(recipe, settings(augment=[], epochs=1, optimizer={"use": "sgd", "lr": 1e-9}), tmp_path)
     data = run.data()
@@ -361,7 +361,7 @@ def test_other_data_bring_what_they_need_and_the_user_has_the_last_word():
 
 
 def test_a_model_follows_its_data():
-    data = pictures()
+    data = images()
     loaded = load("ham_b")
     fitted = fit(loaded, settings(data="synthetic"), data)
     host = fitted.recipe.host
@@ -450,7 +450,7 @@ def test_train_eval_resume(tmp_path, monkeypatch):
         and sum(c["correct"] for c in data["classes"]) == data["correct"]
     )
     shown = cli("eval", str(run.folder))
-    assert " % of 20 pictures" in shown.replace(") of", " of").replace("(", "") and shown.count(" %") > 6
+    assert " % of 20 images" in shown.replace(") of", " of").replace("(", "") and shown.count(" %") > 6
     state = last(run.folder) / "state.json"
     state.write_text(state.read_text() + " ")
     assert "is damaged" in cli("eval", str(run.folder))
@@ -458,7 +458,7 @@ def test_train_eval_resume(tmp_path, monkeypatch):
 
 def test_eval_refuses_other_classes(tmp_path, monkeypatch):
     run = tiny(tmp_path, epochs=1)
-    other = pictures("other")
+    other = images("other")
     monkeypatch.setattr("attnzoo.train.task.load_images",
                         lambda *_, **__: type(other)(**vars(other) | {"classes": ("a", "b", "c", "z")}))  # fmt: skip
     assert "AZ807" in cli("eval", str(run.folder), "--data", "other", code=2)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import pictures, tiny
+from training import images, tiny
 from typer.testing import CliRunner
 
 import attnzoo
@@ -183,7 +183,7 @@ def test_what_is_said_twice_or_not_at_all(stand, tmp_path, monkeypatch):
 
 
 def test_runs_that_do_not_translate(tmp_path, monkeypatch):
-    monkeypatch.setattr("attnzoo.train.task.load_images", pictures)
+    monkeypatch.setattr("attnzoo.train.task.load_images", images)
     tiny(tmp_path / "run", epochs=1)
     said = wrong(str(tmp_path / "run"), "a")
     assert "AZ814" in said and "does not translate" in said

@@ -1,11 +1,11 @@
-"""A tiny run for the tests of training: 40 pictures of 8 by 8, a block of width 16."""
+"""A tiny run for the tests of training: 40 images of 8 by 8, a block of width 16."""
 
 import hashlib
 from pathlib import Path
 
 import torch
 
-from attnzoo.data import ImageData, Pictures
+from attnzoo.data import ImageData, Images
 from attnzoo.train import Run, Settings, train
 
 RECIPE = """
@@ -20,17 +20,17 @@ attention: {fuse: add, of: [softmax, soft]}
 AUGMENT = [{"use": "random_crop", "with": {"padding": 1}}, {"use": "mixup", "with": {"alpha": 0.2}}]
 TINY = {"data": "synthetic", "epochs": 3, "batch_size": 12, "augment": AUGMENT, "device": "cpu"}
 STEPS = 4
-"""Per epoch; the last sees four pictures."""
+"""Per epoch; the last sees four images."""
 
 
-def pictures(name: str = "synthetic", *, root=None, download=True, size=None, seed=0) -> ImageData:
+def images(name: str = "synthetic", *, root=None, download=True, size=None, seed=0) -> ImageData:
     """Stands in for `load_images`: four classes that differ in brightness."""
     generator = torch.Generator().manual_seed(seed)
     splits = []
     for count in (40, 20):
         labels = torch.arange(count) % 4
         noise = torch.randint(0, 50, (count, 3, 8, 8), generator=generator)
-        splits.append(Pictures(labels, (noise + 50 * labels[:, None, None, None]).to(torch.uint8)))
+        splits.append(Images(labels, (noise + 50 * labels[:, None, None, None]).to(torch.uint8)))
     return ImageData(name, ("a", "b", "c", "d"), (0.4,) * 3, (0.25,) * 3, (3, 8, 8), *splits)
 
 

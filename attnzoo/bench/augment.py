@@ -1,4 +1,4 @@
-"""The paper's augmentation of a CIFAR-sized data set: by the batch, and by torchvision picture by picture."""
+"""The paper's augmentation of a CIFAR-sized data set: by the batch, and by torchvision image by image."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.data import PAPER, Augment, Pictures, step_seeds
+from attnzoo.data import PAPER, Augment, Images, step_seeds
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 BATCH = 256
@@ -17,11 +17,11 @@ BATCH = 256
 def measure(n: int = 10_000, threads: int = 2, rounds: int = 3) -> dict[str, Any]:
     """Time one epoch of the input pipeline both ways, alternately, after a warm-up.
 
-    torchvision runs its per-picture transforms under a DataLoader without workers, from PIL pictures (its first
+    torchvision runs its per-image transforms under a DataLoader without workers, from PIL images (its first
     version of transforms) and from tensors (its second); the faster of the two is the baseline.
 
     Args:
-        n: Pictures of 3 by 32 by 32.
+        n: Images of 3 by 32 by 32.
         threads: Threads of torch while it runs.
         rounds: Epochs of each that are counted.
 
@@ -33,7 +33,7 @@ def measure(n: int = 10_000, threads: int = 2, rounds: int = 3) -> dict[str, Any
         0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     labels = torch.arange(n) % 10
-    loaders = per_picture(images, labels)
+    loaders = per_image(images, labels)
     works = {
         "batched": _batched(images, labels),
         **{name: _emptied(loader) for name, loader in loaders.items()},
@@ -63,7 +63,7 @@ def measure(n: int = 10_000, threads: int = 2, rounds: int = 3) -> dict[str, Any
 
 def _batched(images: Tensor, labels: Tensor) -> Callable[[], None]:
     augment = Augment(PAPER, image=(3, 32, 32), mean=MEAN, std=STD, classes=10)
-    split = Pictures(labels, images)
+    split = Images(labels, images)
 
     def work() -> None:
         for indices in torch.randperm(len(split)).split(BATCH):
@@ -72,8 +72,8 @@ def _batched(images: Tensor, labels: Tensor) -> Callable[[], None]:
     return work
 
 
-def per_picture(images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """The paper's Table 2 as torchvision's users write it: DataLoaders over `pil` and `tensor` pictures, no workers.
+def per_image(images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """The paper's Table 2 as torchvision's users write it: DataLoaders over `pil` and `tensor` images, no workers.
 
     Args:
         images: uint8 (n 3 32 32).

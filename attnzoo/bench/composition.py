@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from attnzoo.bench.cost import flops
 from attnzoo.errors import RecipeError
-from attnzoo.hosts.seq2seq import Seq2SeqSeen
-from attnzoo.hosts.sequence import SequenceSeen
-from attnzoo.hosts.skip import READINGS
-from attnzoo.hosts.survey import Seen, Survey
+from attnzoo.hosts.info import BackboneInfo, HostInfo
+from attnzoo.hosts.seq2seq import Seq2SeqInfo
+from attnzoo.hosts.sequence import SequenceInfo
+from attnzoo.hosts.skip import VARIANTS
 from attnzoo.recipe import Composition, Plan
 from attnzoo.recipe.schema import ImageHost
 
 
 @dataclass(frozen=True)
-class Part:
+class Row:
     """A line of the table: what is put at some sites, or a branch of it.
 
     Args:
@@ -67,10 +67,10 @@ class Report:
         base: The plain model's name.
         takes: What goes in and how it becomes tokens, in words.
         gives: What comes out, in words.
-        image, grid, prefix, classes: Channels, rows and columns of the picture, its patches, special tokens, classes;
+        image, grid, prefix, classes: Channels, rows and columns of the image, its patches, special tokens, classes;
             None for a model of sequences.
         depth: Number of layers.
-        parts: What is put where.
+        rows: What is put where.
         sites: How many places there are.
         heads: Of each layer, by the first word of its sites.
         skip: What layers hand on, in words; empty for nothing.
@@ -96,7 +96,7 @@ class Report:
     prefix: int | None
     classes: int | None
     depth: int
-    parts: tuple[Part, ...]
+    rows: tuple[Row, ...]
     sites: int
     heads: dict[str, tuple[int, ...]]
     skip: str
@@ -122,35 +122,35 @@ def describe(composition: Composition) -> Report:
     Args:
         composition: From `attnzoo.recipe.compose_file`.
     """
-    seen, loaded = composition.seen, composition.loaded
+    info, loaded = composition.info, composition.loaded
     with torch.device("meta"):
         model = composition.build(composition.model_cfg())
-    counted, plain = flops(model, seen.sample()), flops(seen.model, seen.sample())
-    mine, theirs = model.state_dict(), seen.model.state_dict()
+    counted, plain = flops(model, info.sample()), flops(info.model, info.sample())
+    mine, theirs = model.state_dict(), info.model.state_dict()
     cards = [leaf.card for plan in composition.plans.values() for leaf in plan.leaves()]
     supports, lacks = _tools(composition, any(card.fixed_length for card in cards))
-    takes, gives = _ends(seen)
+    takes, gives = _ends(info)
     skip, host = composition.skip, loaded.recipe.host
     return Report(
         name=loaded.name,
         file=loaded.source.file,
         sha256=hashlib.sha256(loaded.text.encode()).hexdigest(),
         summary=loaded.recipe.summary,
-        family=seen.family,
-        base=seen.base,
+        family=info.family,
+        base=info.base,
         takes=takes,
         gives=gives,
-        image=seen.image if isinstance(seen, Survey) else None,
-        grid=seen.layout.grid if isinstance(seen, Survey) else None,
-        prefix=seen.layout.prefix if isinstance(seen, Survey) else None,
-        classes=seen.classes if isinstance(seen, Survey) else None,
-        depth=seen.depth,
-        parts=tuple(_parts(composition, model, counted)),
+        image=info.image if isinstance(info, BackboneInfo) else None,
+        grid=info.layout.grid if isinstance(info, BackboneInfo) else None,
+        prefix=info.layout.prefix if isinstance(info, BackboneInfo) else None,
+        classes=info.classes if isinstance(info, BackboneInfo) else None,
+        depth=info.depth,
+        rows=tuple(_rows(composition, model, counted)),
         sites=len(composition.plans),
         heads=_heads(composition),
-        skip=f"{skip.use}, {skip.at[0]} to {skip.at[-1]}: {READINGS[skip.use]}" if skip else "",
+        skip=f"{skip.use}, {skip.at[0]} to {skip.at[-1]}: {VARIANTS[skip.use]}" if skip else "",
         params=sum(p.numel() for p in model.parameters()),
-        base_params=seen.params,
+        base_params=info.params,
         flops=counted[""],
         base_flops=plain[""],
         starts_equal=composition.starts_equal,
@@ -162,37 +162,37 @@ def describe(composition: Composition) -> Report:
     )
 
 
-def _ends(seen: Seen) -> tuple[str, str]:
+def _ends(info: HostInfo) -> tuple[str, str]:
     """What goes in and what comes out, in words."""
-    if isinstance(seen, Seq2SeqSeen):
-        most = f"at most {seen.form.max_length} tokens"
-        return f"source, {most}, {seen.form.source:,} ids", f"target, {most}, {seen.form.target:,} ids"
-    if isinstance(seen, SequenceSeen):
-        form = seen.form
+    if isinstance(info, Seq2SeqInfo):
+        most = f"at most {info.form.max_length} tokens"
+        return f"source, {most}, {info.form.source:,} ids", f"target, {most}, {info.form.target:,} ids"
+    if isinstance(info, SequenceInfo):
+        form = info.form
         what = f"tokens, {form.vocab:,} ids" if form.vocab else f"vectors of {form.width} channels"
         return (
             f"at most {form.max_length} {what}",
             f"{form.outputs:,} output{'' if form.outputs == 1 else 's'} at every position",
         )
-    assert isinstance(seen, Survey)
-    channels, rows, columns = seen.image
-    grid, prefix = " × ".join(map(str, seen.layout.grid)), seen.layout.prefix
+    assert isinstance(info, BackboneInfo)
+    channels, rows, columns = info.image
+    grid, prefix = " × ".join(map(str, info.layout.grid)), info.layout.prefix
     tokens = f"{grid}{f' + {prefix}' if prefix else ''} tokens"
     return (
-        f"{channels} × {rows} × {columns} picture → {tokens}",
-        f"{seen.classes} classes" if seen.classes else "features",
+        f"{channels} × {rows} × {columns} image → {tokens}",
+        f"{info.classes} classes" if info.classes else "features",
     )
 
 
 def _tools(composition: Composition, fixed_length: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What works with the model, and what does not."""
-    seen = composition.seen
-    if not isinstance(seen, Survey):
+    info = composition.info
+    if not isinstance(info, BackboneInfo):
         cached = all(
             plan.card.incremental for name, plan in composition.plans.items() if name.startswith("decoder")
         )
         decoding = "cached decoding" if cached else "decoding, in part recomputed"
-        own = ("greedy and beam search", decoding) if isinstance(seen, Seq2SeqSeen) else ()
+        own = ("greedy and beam search", decoding) if isinstance(info, Seq2SeqInfo) else ()
         return (*own, "torch.compile"), ("timm.create_model",)
     checkpointing = () if composition.skip else ("checkpointing",)
     supports = (
@@ -204,7 +204,7 @@ def _tools(composition: Composition, fixed_length: bool) -> tuple[tuple[str, ...
         "ONNX",
     )
     lacks = ("TorchScript",) if checkpointing else ("TorchScript", "checkpointing")
-    if seen.resizes and not fixed_length:
+    if info.resizes and not fixed_length:
         return (*supports, "dynamic_img_size", "set_input_size"), lacks
     return supports, (*lacks, "dynamic_img_size")
 
@@ -212,7 +212,7 @@ def _tools(composition: Composition, fixed_length: bool) -> tuple[tuple[str, ...
 def _heads(composition: Composition) -> dict[str, tuple[int, ...]]:
     """Heads of each layer, by the first word of the sites' names; of cross-attention only where it differs."""
     heads: dict[str, tuple[int, ...]] = {}
-    for name, site in composition.seen.sites().items():
+    for name, site in composition.info.sites().items():
         group = name.split(".")[0] + (".cross" if name.endswith(".cross") else "")
         heads[group] = (*heads.get(group, ()), composition.plans[name].heads or site.heads)
     return {
@@ -222,14 +222,14 @@ def _heads(composition: Composition) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _parts(composition: Composition, model: nn.Module, counted: dict[str, int]) -> Iterator[Part]:
+def _rows(composition: Composition, model: nn.Module, counted: dict[str, int]) -> Iterator[Row]:
     """A line for each run of equal sites, and one for each branch below it."""
-    sites, runs = composition.seen.sites(), dict[tuple[str, int, int], list[str]]()
+    sites, runs = composition.info.sites(), dict[tuple[str, int, int], list[str]]()
     for name, plan in composition.plans.items():
         kind = name.split(".")[0] + (name.rpartition(".")[2] if name.count(".") == 2 else "")
         runs.setdefault((kind, id(plan), plan.heads or sites[name].heads), []).append(name)
     for (_, _, heads), names in runs.items():
-        path = composition.seen.module_path(names[0])
+        path = composition.info.module_path(names[0])
         yield from _lines(
             composition.plans[names[0]], model.get_submodule(path), path, counted, heads, tuple(names), 0
         )
@@ -237,9 +237,9 @@ def _parts(composition: Composition, model: nn.Module, counted: dict[str, int]) 
 
 def _lines(
     plan: Plan, module: Any, path: str, counted: dict[str, int], heads: int, sites: Sequence[str], depth: int
-) -> Iterator[Part]:
+) -> Iterator[Row]:
     options = "".join(f" {key}={value}" for key, value in plan.options.items())
-    yield Part(
+    yield Row(
         sites=tuple(sites),
         depth=depth,
         what=plan.entry.name + options,
@@ -269,7 +269,7 @@ class Exercise:
     """One forward and backward.
 
     Args:
-        image: The picture, or what else went in.
+        image: The image, or what else went in.
         shape: Of the output.
         forward: Seconds of a forward in eval mode, median of three.
         backward: Seconds of a forward and backward in training mode.
@@ -289,32 +289,32 @@ class Exercise:
         return asdict(self)
 
 
-def default_picture() -> Path:
-    """The small picture that comes with attnzoo."""
+def default_image() -> Path:
+    """The small image that comes with attnzoo."""
     return Path(str(files("attnzoo.bench") / "lighthouse.png"))
 
 
-def open_picture(path: str | os.PathLike, model: nn.Module) -> Tensor:
-    """A picture as the model wants it, (1 3 y x).
+def open_image(path: str | os.PathLike, model: nn.Module) -> Tensor:
+    """An image as the model wants it, (1 3 y x).
 
     Args:
-        path: Any picture that Pillow reads.
+        path: Any image that Pillow reads.
         model: With a `pretrained_cfg`, as timm's models have.
 
     Raises:
-        RecipeError: AZ604, when the file is no picture, or the model does not take colour pictures.
+        RecipeError: AZ604, when the file is no image, or the model does not take colour images.
     """
     try:
-        with Image.open(path) as picture:
-            rgb = picture.convert("RGB")
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no picture that can be read"
+        reason = getattr(error, "strerror", None) or "it is no image that can be read"
         raise RecipeError("AZ604", f"cannot open `{os.fspath(path)}`: {reason.lower()}",
                           help="name a PNG or JPEG file") from None  # fmt: skip
     config = resolve_data_config({}, model=model)
     channels, rows, columns = config["input_size"]
     if channels not in (1, 3):
-        raise RecipeError("AZ604", f"the model takes pictures of {channels} channels; a file has 1 or 3")
+        raise RecipeError("AZ604", f"the model takes images of {channels} channels; a file has 1 or 3")
     config |= {
         "crop_pct": 1.0,
         "crop_mode": "squash",
@@ -328,33 +328,33 @@ def open_picture(path: str | os.PathLike, model: nn.Module) -> Tensor:
 _TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
-def exercise(model: nn.Module, picture: str | os.PathLike) -> Exercise:
-    """One forward and backward on a picture; parameters and modes are left as they were.
+def exercise(model: nn.Module, image: str | os.PathLike) -> Exercise:
+    """One forward and backward on an image; parameters and modes are left as they were.
 
     Args:
         model: A composed backbone.
-        picture: A file.
+        image: A file.
     """
-    return _exercised(model, (open_picture(picture, model),), os.fspath(picture))
+    return _exercised(model, (open_image(image, model),), os.fspath(image))
 
 
-def exercise_tokens(model: nn.Module, seen: Seen) -> Exercise:
+def exercise_tokens(model: nn.Module, info: HostInfo) -> Exercise:
     """One forward and backward on random tokens; parameters and modes are left as they were.
 
     Args:
         model: A composed model of sequences.
-        seen: Its host.
+        info: Its host.
     """
     chance = torch.Generator().manual_seed(0)
-    length = min(seen.tokens, 32)
-    if isinstance(seen, Seq2SeqSeen):
-        sizes: tuple[int, ...] = (seen.form.source, seen.form.target)
+    length = min(info.tokens, 32)
+    if isinstance(info, Seq2SeqInfo):
+        sizes: tuple[int, ...] = (info.form.source, info.form.target)
     else:
-        assert isinstance(seen, SequenceSeen)
-        if not seen.form.vocab:
-            x = torch.randn(1, length, seen.form.width, generator=chance)
+        assert isinstance(info, SequenceInfo)
+        if not info.form.vocab:
+            x = torch.randn(1, length, info.form.width, generator=chance)
             return _exercised(model, (x,), f"{length} random vectors")
-        sizes = (seen.form.vocab,)
+        sizes = (info.form.vocab,)
     ids = tuple(torch.randint(min(4, size - 1), size, (1, length), generator=chance) for size in sizes)
     return _exercised(model, ids, " and ".join([f"{length} random tokens"] * len(ids)))
 

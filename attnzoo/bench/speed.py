@@ -19,7 +19,7 @@ class Figure:
 
     Args:
         what: `eval`, `training step`, `memory in eval`, `memory in training`.
-        unit: `pictures/s`, `ms`, `MiB`.
+        unit: `images/s`, `ms`, `MiB`.
         candidate: Median, 25th and 75th percentile; a memory stands three times.
         baseline: The same of the other model.
         ratio: Median of the candidate over median of the baseline.
@@ -102,8 +102,8 @@ def compare(
         candidate: The model in question.
         baseline: The model it is held against.
         image: Channels, rows, columns, in pixels.
-        batch: Pictures per forward in eval mode.
-        train_batch: Pictures per training step.
+        batch: Images per forward in eval mode.
+        train_batch: Images per training step.
         rounds: Pairs that are counted.
         device: Where both run.
     """
@@ -133,14 +133,14 @@ def compare(
         model.eval()
     times = _alternate([forward(model) for model in models], rounds, device)
     rates = [[batch / t for t in each] for each in times]
-    figures.append(_figure("eval", "pictures/s", rates[0], rates[1], "more"))
+    figures.append(_figure("eval", "images/s", rates[0], rates[1], "more"))
     memory = [[_peak(forward(model), model, device)] for model in models]
     figures.append(_figure("memory in eval", "MiB", memory[0], memory[1], "less"))
     for model in models:
         model.train()
     times = _alternate([step(model) for model in models], rounds, device)
     rates = [[train_batch / t for t in each] for each in times]
-    figures.append(_figure("training step", "pictures/s", rates[0], rates[1], "more"))
+    figures.append(_figure("training step", "images/s", rates[0], rates[1], "more"))
     memory = [[_peak(_backward(model, x_train), model, device)] for model in models]
     figures.append(_figure("memory in training", "MiB", memory[0], memory[1], "less"))
     return figures
@@ -187,10 +187,10 @@ def _peak(work: Callable[[], Any], model: nn.Module, device: torch.device) -> fl
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as info:
         work()
-    assert seen.profiler is not None and seen.profiler.kineto_results is not None
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert info.profiler is not None and info.profiler.kineto_results is not None
+    events = [e for e in info.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         alive += event.nbytes()

@@ -1,4 +1,4 @@
-"""Training the paper's ViT: our loop, the same model behind torchvision's per-picture pipeline, and a bare loop."""
+"""Training the paper's ViT: our loop, the same model behind torchvision's per-image pipeline, and a bare loop."""
 
 import statistics
 import tempfile
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.bench.augment import per_picture
+from attnzoo.bench.augment import per_image
 from attnzoo.data import PAPER, Augment, load_images, step_seeds
 from attnzoo.recipe import build
 from attnzoo.train import prepare, train
@@ -19,10 +19,10 @@ EDITS = ("train.data=synthetic", "train.epochs=1", "train.batch_size=256", "trai
 
 
 def measure(recipe: str = "ham_classic", threads: int = 2, rounds: int = 9) -> dict[str, Any]:
-    """Time one epoch of 5,000 pictures of 3 by 32 by 32 three ways, alternately, after a warm-up.
+    """Time one epoch of 5,000 images of 3 by 32 by 32 three ways, alternately, after a warm-up.
 
     `ours`: `attnzoo train` with the paper's Table 2 and batches of 256, without evaluation and checkpoints.
-    `torchvision`: the same model and optimiser, fed by torchvision's per-picture transforms on PIL pictures, DataLoader
+    `torchvision`: the same model and optimiser, fed by torchvision's per-image transforms on PIL images, DataLoader
     without workers. `bare`: the same model and optimiser over tensors that are augmented already.
 
     Args:
@@ -31,17 +31,17 @@ def measure(recipe: str = "ham_classic", threads: int = 2, rounds: int = 9) -> d
         rounds: Epochs of each that are counted.
 
     Returns:
-        Medians in pictures/s (`ours`, `torchvision`, `bare`), the ratios `over_torchvision` and `of_bare`.
+        Medians in images/s (`ours`, `torchvision`, `bare`), the ratios `over_torchvision` and `of_bare`.
     """
     images = load_images("synthetic")
-    pictures, labels = images.train.batch(torch.arange(len(images.train)))
+    pixels, labels = images.train.batch(torch.arange(len(images.train)))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         works = {
             "ours": lambda: _ours(recipe),
-            "torchvision": _epoch(recipe, lambda: per_picture(pictures, labels)["pil"]),
-            "bare": _epoch(recipe, _augmented(pictures, labels)),
+            "torchvision": _epoch(recipe, lambda: per_image(pixels, labels)["pil"]),
+            "bare": _epoch(recipe, _augmented(pixels, labels)),
         }
         rates: dict[str, list[float]] = {name: [] for name in works}
         for turn in range(rounds + 1):
@@ -94,9 +94,7 @@ def _epoch(recipe: str, batches: Callable[[], Any]) -> Callable[[], float]:
     return work
 
 
-def _augmented(pictures: Tensor, labels: Tensor) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+def _augmented(images: Tensor, labels: Tensor) -> Callable[[], list[tuple[Tensor, Tensor]]]:
     augment = Augment(PAPER, image=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, classes=10)
-    ready = [
-        augment(pictures[i], labels[i], step_seeds(0, 0, i)) for i in torch.arange(len(labels)).split(256)
-    ]
+    ready = [augment(images[i], labels[i], step_seeds(0, 0, i)) for i in torch.arange(len(labels)).split(256)]
     return lambda: ready

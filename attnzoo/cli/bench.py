@@ -15,8 +15,8 @@ def bench(
     against: Annotated[
         str | None, typer.Option(help="The baseline: a timm model's name, or a recipe.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures per forward in eval mode.")] = 8,
-    train_batch: Annotated[int, typer.Option(min=1, help="Pictures per training step.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Images per forward in eval mode.")] = 8,
+    train_batch: Annotated[int, typer.Option(min=1, help="Images per training step.")] = 4,
     rounds: Annotated[int, typer.Option(min=2, help="Pairs of alternating runs that are counted.")] = 20,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
@@ -24,7 +24,7 @@ def bench(
 ) -> None:
     """Compare speed and memory of two models: medians of alternating runs, and their ratios.
 
-    `bench train` holds our training loop against torchvision's per-picture pipeline and a bare loop, `bench
+    `bench train` holds our training loop against torchvision's per-image pipeline and a bare loop, `bench
     augment` the augmentation alone, `bench decode` our greedy decoding against `torch.nn.Transformer` and
     x-transformers.
     """
@@ -54,7 +54,7 @@ def bench(
     candidate, baseline = _model(model), _model(against)
     sizes = [m.pretrained_cfg["input_size"] for m in (candidate, baseline)]
     if sizes[0] != sizes[1]:
-        raise ZooError("AZ610", f"`{model}` takes pictures of {sizes[0]}, `{against}` of {sizes[1]}",
+        raise ZooError("AZ610", f"`{model}` takes images of {sizes[0]}, `{against}` of {sizes[1]}",
                        help="compare models that see the same")  # fmt: skip
     here = machine(where)
     figures = compare(
@@ -141,14 +141,12 @@ def _pipeline(what: str, threads: int, as_json: bool) -> None:
             f"{figures['recipe']}, batches of 256, {threads} threads, medians of {figures['rounds']} alternating epochs"
         )
         for name in ("ours", "torchvision", "bare"):
-            say(f"  {name:12s} {figures[name]:8.0f} pictures/s")
+            say(f"  {name:12s} {figures[name]:8.0f} images/s")
         say(
             f"over torchvision's pipeline: {figures['over_torchvision']:.2f}   of a bare loop: {figures['of_bare']:.2f}"
         )
     else:
-        say(
-            f"{figures['n']:,} pictures, {threads} threads, medians of {figures['rounds']} alternating epochs"
-        )
+        say(f"{figures['n']:,} images, {threads} threads, medians of {figures['rounds']} alternating epochs")
         for name in ("batched", "pil", "tensor"):
             say(f"  {name:12s} {figures[name]:8.0f} ms")
         say(f"over torchvision, {figures['baseline']}: {figures['ratio']:.1f}")

@@ -56,7 +56,7 @@ def check(
                 say(f"{result.reproduction}\n", style="dim")
         say(f"{len(results) - len(failed)} of {len(results)} checks hold, {examples} examples each")
         if failed:
-            say_next(f"mend the part or its card, then attnzoo check {failed[0].mechanism}")
+            say_next(f"mend the component or its card, then attnzoo check {failed[0].mechanism}")
         else:
             say_next(f"attnzoo show {classes[0].card.name}", "attnzoo compose RECIPE")
     if failed:

@@ -73,9 +73,10 @@ def compare(
                        why="their length differs, and so does the work from step to step",
                        help="use --budget epochs, or --budget seconds --minutes M")  # fmt: skip
     if budget == "flops":
-        seen = [resolve(loaded).seen.sample() for _, loaded, _ in prepared]
+        samples = [resolve(loaded).info.sample() for _, loaded, _ in prepared]
         counts = [
-            flops(build(loaded, {}), image)[""] for (_, loaded, _), image in zip(prepared, seen, strict=True)
+            flops(build(loaded, {}), image)[""]
+            for (_, loaded, _), image in zip(prepared, samples, strict=True)
         ]
         shares = equal_flops(counts, prepared[0][2].epochs)
     folder = out or Path("runs") / f"compare-{'-'.join(names)}-{prepared[0][2].data.partition(':')[0]}"

@@ -14,7 +14,7 @@ def compose(
         list[str], typer.Option("--set", help="Change a value: attention.with.start=identity")
     ] = [],  # noqa: B006
     image: Annotated[
-        Path | None, typer.Option(help="Picture for the forward and backward; a small one otherwise.")
+        Path | None, typer.Option(help="Image for the forward and backward; a small one otherwise.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write what timm.create_model('local-dir:DIR') loads.")
@@ -25,7 +25,7 @@ def compose(
     as_json: AsJson = False,
 ) -> None:
     """Compose a model, show what it is and costs, and run one forward and backward."""
-    from attnzoo.bench.composition import default_picture, describe, exercise, exercise_tokens
+    from attnzoo.bench.composition import default_image, describe, exercise, exercise_tokens
     from attnzoo.cli.render import say, say_json, say_next
     from attnzoo.errors import RecipeError
     from attnzoo.recipe import compose_file
@@ -43,9 +43,9 @@ def compose(
     model = build(composition.loaded, {})
     ledger = init_model(model, init_from) if init_from else None
     run = (
-        exercise_tokens(model, composition.seen)
+        exercise_tokens(model, composition.info)
         if composition.image is None
-        else exercise(model, image or default_picture())
+        else exercise(model, image or default_image())
     )
     if out:
         save(model, out)
@@ -94,27 +94,27 @@ def _describe(report) -> None:
     if report.skip:
         say(f"skip {report.skip}")
     lines = []
-    for part in report.parts:
-        sites = part.sites
+    for row in report.rows:
+        sites = row.sites
         where = "" if not sites else sites[0] if len(sites) == 1 else f"{sites[0]} … {sites[-1]}"
         number = f" ({len(sites)})" if len(sites) > 1 else ""
         what = (
-            "   " * part.depth
-            + ("└ " if part.depth else "")
-            + part.what
-            + (f"  [{part.level}]" if part.level else "")
+            "   " * row.depth
+            + ("└ " if row.depth else "")
+            + row.what
+            + (f"  [{row.level}]" if row.level else "")
         )
-        masks = ", ".join(part.masks) or "none"
+        masks = ", ".join(row.masks) or "none"
         lines.append(
             [
                 where + number,
                 what,
-                str(part.heads),
-                spaced(part.params),
-                count(part.flops),
-                part.growth,
+                str(row.heads),
+                spaced(row.params),
+                count(row.flops),
+                row.growth,
                 masks,
-                part.provider,
+                row.provider,
             ]
         )
     table(
@@ -151,20 +151,20 @@ def _sublayers(report, group: str) -> list[str]:
 def _formulas(report) -> list[tuple[str, str]]:
     """What is put at each run of sites, with the first of them."""
     out: list[tuple[str, str]] = []
-    parts = list(report.parts)
+    rows = list(report.rows)
 
     def formula(index: int) -> tuple[str, int]:
-        part = parts[index]
-        name, index = part.what.split()[0], index + 1
+        row = rows[index]
+        name, index = row.what.split()[0], index + 1
         inner = []
-        while index < len(parts) and parts[index].depth > part.depth:
+        while index < len(rows) and rows[index].depth > row.depth:
             text, index = formula(index)
             inner.append(text)
         return (f"{name}({', '.join(inner)})" if inner else name), index
 
     index = 0
-    while index < len(parts):
-        site = parts[index].sites[0]
+    while index < len(rows):
+        site = rows[index].sites[0]
         text, index = formula(index)
         out.append((site, text))
     return out

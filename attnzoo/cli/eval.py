@@ -26,7 +26,7 @@ def eval_(
     ] = 4,
     as_json: AsJson = False,
 ) -> None:
-    """Test a trained model: accuracy and loss; pictures by class, translations by BLEU, chrF and error rates."""
+    """Test a trained model: accuracy and loss; images by class, translations by BLEU, chrF and error rates."""
     from attnzoo.cli.render import say, say_json, say_next, table
     from attnzoo.errors import RunError
     from attnzoo.train import open_run
@@ -53,16 +53,14 @@ def eval_(
         return
     low, high = result.interval
     say(f"{run}: {100 * result.accuracy:.2f} % ({100 * low:.2f} to {100 * high:.2f} %) "
-        f"of {result.images} pictures, loss {result.loss:.4f}", style="bold")  # fmt: skip
+        f"of {result.images} images, loss {result.loss:.4f}", style="bold")  # fmt: skip
     table(
         ["class", "images", "correct", "accuracy", "loss"],
         [[c.name, str(c.images), str(c.correct), f"{100 * c.correct / max(1, c.images):.2f} %", f"{c.loss:.4f}"]
          for c in result.classes],
         right=["images", "correct", "accuracy", "loss"],
     )  # fmt: skip
-    say(
-        "95 % interval by Wilson's score; it knows of the test pictures only, not of other seeds", style="dim"
-    )
+    say("95 % interval by Wilson's score; it knows of the test images only, not of other seeds", style="dim")
     say_next(f"attnzoo heatmap {run}")
 
 
@@ -102,7 +100,7 @@ def _committee(runs: list[Path], which: Any, vote: Any, standardise: bool, as_js
     members = [open_run(run) for run in runs]
     if other := next((run for run in members if run.kind != "images"), None):
         raise RunError("AZ814", f"`{other.folder}` cannot vote: it was trained on {other.kind}",
-                       why="a committee decides about classes of pictures", help="take runs on pictures")  # fmt: skip
+                       why="a committee decides about classes of images", help="take runs on images")  # fmt: skip
     result = evaluate_committee(members, which, vote, standardise)
     if as_json:
         say_json(result.as_dict() | {"which": which})

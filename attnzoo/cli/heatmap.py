@@ -1,4 +1,4 @@
-"""`attnzoo heatmap RUN_OR_RECIPE`: what a model looks at, as a sheet of pictures."""
+"""`attnzoo heatmap RUN_OR_RECIPE`: what a model looks at, as a sheet of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ def heatmap(
         str, typer.Argument(help="A run's folder, or a recipe's name or file.", metavar="RUN_OR_RECIPE")
     ],
     images: Annotated[
-        list[Path], typer.Option("--images", help="A picture or a folder of pictures; again for more.")
+        list[Path], typer.Option("--images", help="An image or a folder of images; again for more.")
     ] = [],  # noqa: B006
     texts: Annotated[
         list[str], typer.Option("--text", help="A text for a run on text; again for more.")
@@ -26,9 +26,7 @@ def heatmap(
     ] = [],  # noqa: B006
     count: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="How many, drawn at random; 8 pictures, or 1 with --what heads and of text."
-        ),
+        typer.Option(min=1, help="How many, drawn at random; 8 images, or 1 with --what heads and of text."),
     ] = None,
     what: Annotated[
         Literal["model", "rollout", "mechanism", "heads"] | None,
@@ -58,7 +56,7 @@ def heatmap(
         bool,
         typer.Option(
             "--npy",
-            help="Write the maps beside it: pictures, rows, columns, y, x; of text rows, columns, n, m.",
+            help="Write the maps beside it: images, rows, columns, y, x; of text rows, columns, n, m.",
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the draw, and of an untrained model's weights.")] = 0,
@@ -71,7 +69,7 @@ def heatmap(
     name = Path(model).resolve().name if run else loaded.name
     if loaded.recipe.host.kind in ("seq2seq", "sequence"):
         _only_for(
-            "pictures",
+            "images",
             f"`{name}` is a model of sequences",
             ("--images", images, "`--text TEXT` says what is shown of a run"),
             (f"--what {what}", what in ("model", "rollout"), "choose --what heads or --what mechanism"),
@@ -86,15 +84,15 @@ def heatmap(
     else:
         _only_for(
             "models of text",
-            f"`{name}` looks at pictures",
-            ("--text", texts, "`--images` names pictures"),
+            f"`{name}` looks at images",
+            ("--text", texts, "`--images` names images"),
             ("--target", targets, "leave it out: it belongs to --text"),
             ("--site", site, "leave it out, or choose a layer with --layer"),
         )
         what = what or "model"
         seen = _from_run(run, name, which) if run else _from_recipe(loaded, init_from, seed)
-        pictures = seen.pictures(images, count or (1 if what == "heads" else 8), seed)
-        _draw_pictures(seen, pictures, what, layer, fusion, discard, out, npy, as_json)
+        chosen = seen.images(images, count or (1 if what == "heads" else 8), seed)
+        _draw_images(seen, chosen, what, layer, fusion, discard, out, npy, as_json)
     if not as_json:
         say_next(f"attnzoo heatmap {model} --what {'mechanism' if what == 'heads' else 'heads'}")
 
@@ -123,7 +121,7 @@ def _only_for(kind: str, but: str, *options: tuple[str, Any, str]) -> None:
             raise ZooError("AZ908", f"`{option}` is for {kind}, and {but}", help=help)
 
 
-def _draw_pictures(
+def _draw_images(
     seen: "_Subject",
     chosen: tuple[Any, list[str], list[int] | None],
     what: Literal["model", "rollout", "mechanism", "heads"],
@@ -134,18 +132,18 @@ def _draw_pictures(
     npy: bool,
     as_json: bool,
 ) -> None:
-    """One sheet for all pictures."""
+    """One sheet for all images."""
     from attnzoo.cli.render import say, say_json
     from attnzoo.data import evaluation
     from attnzoo.lab.heatmap import TITLES, captions, heat_sheet, notes, save_sheet, view
     from attnzoo.lab.maps import collect
 
-    pictures, names, truths = chosen
-    maps = collect(seen.model, evaluation(seen.size, seen.mean, seen.std)(pictures))
+    images, names, truths = chosen
+    maps = collect(seen.model, evaluation(seen.size, seen.mean, seen.std)(images))
     shown = view(maps, what, layer=layer, fusion=fusion, ratio=discard)
     lines = captions(maps, names, truths, seen.classes)
     sheet = heat_sheet(
-        maps, shown, pictures, lines, f"{seen.name}: {TITLES[what]}", [seen.state, *notes(maps, what, layer)]
+        maps, shown, images, lines, f"{seen.name}: {TITLES[what]}", [seen.state, *notes(maps, what, layer)]
     )
     written = save_sheet(sheet, out or Path(f"{seen.name}-{what}.png"), shown.values if npy else None)
     if as_json:
@@ -153,7 +151,7 @@ def _draw_pictures(
             {
                 "written": [str(path) for path in written],
                 "size": list(sheet.size),
-                "pictures": names,
+                "images": names,
                 "columns": shown.columns,
                 "rows": shown.rows,
                 "maps": [found.as_dict() for found in maps.maps],
@@ -164,7 +162,7 @@ def _draw_pictures(
     for path in written:
         say(f"written: {path}")
     branches = ", ".join(maps.branches())
-    say(f"pictures: {len(pictures)} · layers: {len(maps.sites)} · branches: {branches} · {seen.state}")
+    say(f"images: {len(images)} · layers: {len(maps.sites)} · branches: {branches} · {seen.state}")
     for absent in {one.branch: one for one in maps.absent}.values():
         say(f"{absent.branch} has no map: {absent.reason}", style="yellow")
 
@@ -221,17 +219,17 @@ def _draw_text(
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is looked into, and the pictures that it has itself.
+    """What is looked into, and the images that it has itself.
 
     Args:
         name: For the title and the file.
         state: How it was trained.
         model: In eval mode.
-        size: Channels, rows and columns of its pictures.
-        mean: By channel, of pictures from 0 to 1.
-        std: By channel, of pictures from 0 to 1.
+        size: Channels, rows and columns of its images.
+        mean: By channel, of images from 0 to 1.
+        std: By channel, of images from 0 to 1.
         classes: Names of its classes; None where they have none.
-        test: The test pictures of a run.
+        test: The test images of a run.
     """
 
     name: str
@@ -243,21 +241,19 @@ class _Subject:
     classes: Sequence[str] | None = None
     test: Any = None
 
-    def pictures(
-        self, paths: Sequence[Path], count: int, seed: int
-    ) -> tuple[Any, list[str], list[int] | None]:
-        """Pictures from 0 to 255 (b c y x), their names, and their classes where these are known."""
+    def images(self, paths: Sequence[Path], count: int, seed: int) -> tuple[Any, list[str], list[int] | None]:
+        """Images from 0 to 255 (b c y x), their names, and their classes where these are known."""
         import torch
 
-        from attnzoo.bench.composition import default_picture
-        from attnzoo.lab.heatmap import drawn, picture_files, read_picture
+        from attnzoo.bench.composition import default_image
+        from attnzoo.lab.heatmap import drawn, image_files, read_image
 
         if self.test is not None and not paths:
             indices = drawn(len(self.test), count, seed)
-            pictures, truths = self.test.batch(torch.tensor(indices))
-            return pictures, [f"test picture {i}" for i in indices], truths.tolist()
-        files = picture_files(paths or [default_picture()], count, seed)
-        return torch.stack([read_picture(file, self.size) for file in files]), [f.name for f in files], None
+            images, truths = self.test.batch(torch.tensor(indices))
+            return images, [f"test image {i}" for i in indices], truths.tolist()
+        files = image_files(paths or [default_image()], count, seed)
+        return torch.stack([read_image(file, self.size) for file in files]), [f.name for f in files], None
 
 
 def _is_run(name: str) -> bool:

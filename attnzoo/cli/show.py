@@ -11,7 +11,7 @@ def show(
     name: Annotated[str, typer.Argument(help="A mechanism, fusion or recipe; or plugin/name.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show what a part is, what it claims, its options and where it comes from."""
+    """Show what a component is, what it claims, its options and where it comes from."""
     from attnzoo.cli.render import say, say_json, say_next, table
     from attnzoo.errors import RecipeError, did_you_mean
     from attnzoo.zoo import load_zoo

@@ -33,7 +33,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training side.")] = None,
     minutes: Minutes = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Pictures, pairs or sequences per step, over all processes.")
+        int | None, typer.Option(help="Images, pairs or sequences per step, over all processes.")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
@@ -105,12 +105,12 @@ def carry_out(loaded: Any, settings: Any, folder: Path, as_json: bool) -> None:
         raise typer.Exit(130) from None
     if not main:
         return
-    figures, pictures = run.summary(), _pictures(run)
+    figures, images = run.summary(), _images(run)
     if as_json:
-        say_json({"run": str(folder), **figures, "curve": pictures})
+        say_json({"run": str(folder), **figures, "curve": images})
         return
     _show(figures)
-    say(f"run: {folder}   curve: {', '.join(pictures)}")
+    say(f"run: {folder}   curve: {', '.join(images)}")
     further = {"images": [f"attnzoo heatmap {folder}"], "pairs": [f"attnzoo translate {folder} TEXT"]}
     say_next(*further.get(figures["data_kind"], []), f"attnzoo eval {folder}")
 
@@ -129,7 +129,7 @@ def _show(figures: dict[str, Any]) -> None:
         f"{figures['images_per_second']:,.0f} {examples}/s in training")  # fmt: skip
 
 
-def _pictures(run: Any) -> list[str]:
+def _images(run: Any) -> list[str]:
     """Files with the learning curve."""
     from attnzoo.train.curve import curve_png
 

@@ -93,7 +93,9 @@ class Paper:
 
     def __str__(self) -> str:
         return ", ".join(
-            part for part in (self.authors, self.title, str(self.year or ""), self.ref, self.where) if part
+            component
+            for component in (self.authors, self.title, str(self.year or ""), self.ref, self.where)
+            if component
         )
 
 
@@ -118,7 +120,7 @@ def _coherent(card: "Card | FusionCard", laws: frozenset[Law]) -> None:
         raise ValueError(f"card {card.name!r}: fidelity {card.fidelity!r} needs notes that say what differs")
     if card.laws - laws:
         raise ValueError(
-            f"card {card.name!r}: {', '.join(sorted(card.laws - laws))} is no law of this kind of part"
+            f"card {card.name!r}: {', '.join(sorted(card.laws - laws))} is no law of this kind of component"
         )
 
 

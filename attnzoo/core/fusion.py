@@ -27,14 +27,14 @@ class Fusion(nn.Module, ABC):
         site: Where it is; `site.dim` is the number of channels that it is given.
         arity: Number of branches.
         start: `free` merges at once; `identity` equals the first branch bit for bit before training, because the rest
-            enters through a gain per channel that starts at zero.
+            enters through a γ per channel that starts at zero.
 
     Raises:
         RecipeError: AZ312, when the fusion cannot merge so many branches.
     """
 
     card: ClassVar[FusionCard]
-    gain: nn.Parameter  # None unless the fusion starts as its first of several branches
+    gamma: nn.Parameter  # None unless the fusion starts as its first of several branches
 
     def __init__(self, site: Site, arity: int, *, start: Start = "free"):
         super().__init__()
@@ -43,8 +43,8 @@ class Fusion(nn.Module, ABC):
         self.head_axis = (
             -1
         )  # where heads lie: among the channels on tokens; `FusedHeads` sets 1, an axis of their own
-        gains = nn.Parameter(torch.zeros(site.dim)) if start == "identity" and arity > 1 else None
-        self.register_parameter("gain", gains)
+        gamma = nn.Parameter(torch.zeros(site.dim)) if start == "identity" and arity > 1 else None
+        self.register_parameter("gamma", gamma)
 
     @classmethod
     def _check_arity(cls, arity: int) -> None:
@@ -69,7 +69,7 @@ class Fusion(nn.Module, ABC):
         cls._check_arity(arity)
         return [site] * arity
 
-    def scatter(self, x: Tensor, axis: int) -> list[Tensor]:
+    def split(self, x: Tensor, axis: int) -> list[Tensor]:
         """What each branch sees of x.
 
         Args:
@@ -94,7 +94,7 @@ class Fusion(nn.Module, ABC):
     ) -> Float[Tensor, "*_ n _"]:
         """The merge reached from the first branch: a + γ (merge − a), γ = 0 at first."""
         first = branches[0]
-        return first + self.gain * (self.merge(branches, x) - first)
+        return first + self.gamma * (self.merge(branches, x) - first)
 
     def forward(
         self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*_ n _"]
@@ -108,14 +108,14 @@ class Fusion(nn.Module, ABC):
         """Special initialisation; called at construction by whoever needs it and by hosts after their own."""
 
     def reset_parameters(self) -> None:
-        """PyTorch's name for `init_weights`; also puts the gains back to zero."""
-        if self.gain is not None:
-            nn.init.zeros_(self.gain)
+        """PyTorch's name for `init_weights`; also puts γ back to zero."""
+        if self.gamma is not None:
+            nn.init.zeros_(self.gamma)
         self.init_weights()
 
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that an optimiser must not decay."""
-        return {"gain"} if self.gain is not None else set()
+        return {"gamma"} if self.gamma is not None else set()
 
 
 def inside_heads(site: Site) -> Site:

@@ -103,5 +103,5 @@ class Mask:
         return self
 
 
-FREE = Mask()
+NO_MASK = Mask()
 """Everybody may attend to everybody."""

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from attnzoo.core.card import Card, FusionCard, Law
 from attnzoo.core.fusion import Fusion, inside_heads
+from attnzoo.core.kv_cache import KVCache
 from attnzoo.core.layout import Layout
-from attnzoo.core.mask import FREE, Mask
-from attnzoo.core.past import Past
+from attnzoo.core.mask import NO_MASK, Mask
 from attnzoo.core.rotary import rotate
 from attnzoo.core.site import Site
 from attnzoo.errors import UnsupportedContext
 
 
-class _Part(nn.Module):
+class Component(nn.Module):
     """What heads and mechanisms have in common: a card, and a word in initialisation and weight decay."""
 
     card: ClassVar[Card]
@@ -54,7 +54,7 @@ class _Part(nn.Module):
         )
 
 
-class Head(_Part, ABC):
+class Head(Component, ABC):
     """What happens inside the heads, between shared projections. Built as `Cls(site, **options)`.
 
     Parameters, if any, have a leading head axis. A concrete head is final: it is never subclassed.
@@ -67,7 +67,7 @@ class Head(_Part, ABC):
         k: Float[Tensor, "b h m d"],
         v: Float[Tensor, "b h m d"],
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b h n d"]:
         """What each query token receives.
@@ -80,12 +80,12 @@ class Head(_Part, ABC):
             layout: How the key tokens are arranged.
         """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = FREE, layout: Layout) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = NO_MASK, layout: Layout) -> Tensor:
         """`attend`, so that hooks and tools of PyTorch see heads as modules."""
         return self.attend(q, k, v, mask=mask, layout=layout)
 
 
-class Mechanism(_Part, ABC):
+class Mechanism(Component, ABC):
     """Mixes n tokens, reading from a context of m tokens (itself when none is given).
 
     Built as `Cls(site, **options)`. A concrete mechanism is final: it is never subclassed. Hand the site to
@@ -118,7 +118,7 @@ class Mechanism(_Part, ABC):
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m e"] | None = None,
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
         """Mixed tokens.
@@ -133,7 +133,7 @@ class Mechanism(_Part, ABC):
     def step(
         self,
         x: Float[Tensor, "b n c"],
-        past: Past,
+        cache: KVCache,
         context: Float[Tensor, "b m e"] | None = None,
         *,
         mask: Mask,
@@ -145,12 +145,12 @@ class Mechanism(_Part, ABC):
 
         Args:
             x: The newest n tokens (b n c).
-            past: What was kept of the tokens before; is extended.
+            cache: What was kept of the tokens before; is extended.
             context: As for `forward`; the same in every step.
             mask: As `forward` would get it for all tokens so far: causal without a context.
             layout: All tokens so far, or the context's.
         """
-        (tokens,) = past.extend(x)
+        (tokens,) = cache.extend(x)
         return self.forward(tokens, context, mask=mask, layout=layout)[:, -x.shape[1] :]
 
 
@@ -220,7 +220,7 @@ class MultiHead(Mechanism):
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m e"] | None = None,
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
         source = self.source(x, context)
@@ -230,35 +230,35 @@ class MultiHead(Mechanism):
     def step(
         self,
         x: Float[Tensor, "b n c"],
-        past: Past,
+        cache: KVCache,
         context: Float[Tensor, "b m e"] | None = None,
         *,
         mask: Mask,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
         if not self.head.card.incremental:
-            return super().step(x, past, context, mask=mask, layout=layout)
+            return super().step(x, cache, context, mask=mask, layout=layout)
         source = self.source(x, context)
         if context is None:
-            q, k, v = self.project(x, past.length)
-            k, v = past.extend(k, v)
+            q, k, v = self.project(x, cache.length)
+            k, v = cache.extend(k, v)
         else:
             q = self.queries(x)
-            k, v = past.keep(lambda: self.read(source))
+            k, v = cache.keep(lambda: self.read(source))
         return self.merge(self.head(q, k, v, mask=mask, layout=layout))
 
 
-Build = Callable[[Site], _Part]
+Build = Callable[[Site], Component]
 """Builds a branch for the site that the fusion gives it."""
 
 
 def _branches(sites: Sequence[Site], builds: Sequence[Build]) -> nn.ModuleDict:
     branches, seen = nn.ModuleDict(), Counter[str]()
     for site, build in zip(sites, builds, strict=True):
-        part = build(site)
-        name = part.card.name
+        component = build(site)
+        name = component.card.name
         seen[name] += 1
-        branches[name if seen[name] == 1 else f"{name}_{seen[name]}"] = part
+        branches[name if seen[name] == 1 else f"{name}_{seen[name]}"] = component
     return branches
 
 
@@ -284,7 +284,7 @@ def _masks(fusion: Fusion, mask: Mask) -> list[Mask]:
     """The mask of each branch: the pairs of its own heads, where there are pairs for each head."""
     if mask.pairs is None or mask.pairs.shape[1] == 1:
         return [mask] * fusion.arity
-    return [replace(mask, pairs=pairs) for pairs in fusion.scatter(mask.pairs, 1)]
+    return [replace(mask, pairs=pairs) for pairs in fusion.split(mask.pairs, 1)]
 
 
 @final
@@ -302,13 +302,15 @@ class FusedHeads(Head):
         self.fusion = fusion(inside_heads(site), len(branches))
         self.fusion.head_axis = 1
         self.branches = _branches(type(self.fusion).sites(site, len(branches)), branches)
-        self.card = fused_card(self.fusion.card, [part.card for part in self.branches.values()])
+        self.card = fused_card(self.fusion.card, [component.card for component in self.branches.values()])
 
-    def attend(self, q, k, v, *, mask: Mask = FREE, layout: Layout) -> Float[Tensor, "b h n d"]:
-        parts = zip(*(self.fusion.scatter(t, 1) for t in (q, k, v)), _masks(self.fusion, mask), strict=True)
+    def attend(self, q, k, v, *, mask: Mask = NO_MASK, layout: Layout) -> Float[Tensor, "b h n d"]:
+        components = zip(
+            *(self.fusion.split(t, 1) for t in (q, k, v)), _masks(self.fusion, mask), strict=True
+        )
         outs = [
             branch(q_i, k_i, v_i, mask=mask_i, layout=layout)
-            for branch, (q_i, k_i, v_i, mask_i) in zip(self.branches.values(), parts, strict=True)
+            for branch, (q_i, k_i, v_i, mask_i) in zip(self.branches.values(), components, strict=True)
         ]
         return self.fusion(outs, q)
 
@@ -327,23 +329,25 @@ class Fused(Mechanism):
         super().__init__(site)
         self.fusion = fusion(site, len(branches))
         self.branches = _branches(type(self.fusion).sites(site, len(branches)), branches)
-        self.card = fused_card(self.fusion.card, [part.card for part in self.branches.values()])
+        self.card = fused_card(self.fusion.card, [component.card for component in self.branches.values()])
 
-    def forward(self, x, context=None, *, mask: Mask = FREE, layout: Layout) -> Float[Tensor, "b n c"]:
+    def forward(self, x, context=None, *, mask: Mask = NO_MASK, layout: Layout) -> Float[Tensor, "b n c"]:
         outs = [
             branch(x_i, context, mask=mask_i, layout=layout)
             for branch, x_i, mask_i in zip(
-                self.branches.values(), self.fusion.scatter(x, -1), _masks(self.fusion, mask), strict=True
+                self.branches.values(), self.fusion.split(x, -1), _masks(self.fusion, mask), strict=True
             )
         ]
         return self.fusion(outs, x)
 
-    def step(self, x, past: Past, context=None, *, mask: Mask, layout: Layout) -> Float[Tensor, "b n c"]:
+    def step(self, x, cache: KVCache, context=None, *, mask: Mask, layout: Layout) -> Float[Tensor, "b n c"]:
         if Law.TOKEN_LOCAL not in self.fusion.card.laws:
-            return super().step(x, past, context, mask=mask, layout=layout)
-        parts = zip(self.branches.items(), self.fusion.scatter(x, -1), _masks(self.fusion, mask), strict=True)
+            return super().step(x, cache, context, mask=mask, layout=layout)
+        components = zip(
+            self.branches.items(), self.fusion.split(x, -1), _masks(self.fusion, mask), strict=True
+        )
         outs = [
-            cast(Mechanism, branch).step(x_i, past.branch(name), context, mask=mask_i, layout=layout)
-            for (name, branch), x_i, mask_i in parts
+            cast(Mechanism, branch).step(x_i, cache.branch(name), context, mask=mask_i, layout=layout)
+            for (name, branch), x_i, mask_i in components
         ]
         return self.fusion(outs, x)

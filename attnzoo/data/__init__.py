@@ -1,4 +1,4 @@
-"""Pictures to train on, and what is done to them: data sets, and augmentation by the batch.
+"""Images to train on, and what is done to them: data sets, and augmentation by the batch.
 
 data = load_images("digits")
 augment = Augment(PAPER, image=data.image, mean=data.mean, std=data.std, classes=len(data.classes))
@@ -8,7 +8,7 @@ x, targets = augment(images, labels, step_seeds(seed, epoch, indices))
 
 from attnzoo.data.augment import PAPER, STEPS, Augment, Step, evaluation
 from attnzoo.data.chance import step_seeds
-from attnzoo.data.images import ImageData, Pictures, Split
+from attnzoo.data.images import ImageData, Images, Split
 from attnzoo.data.load import DATASETS, load_images
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "STEPS",
     "Augment",
     "ImageData",
-    "Pictures",
+    "Images",
     "Split",
     "Step",
     "evaluation",

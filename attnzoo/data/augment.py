@@ -65,10 +65,10 @@ PAPER: tuple[Step, ...] = tuple(
 
 
 class Augment(nn.Module):
-    """Steps, one after another, on batches of pictures.
+    """Steps, one after another, on batches of images.
 
-    Steps on the picture come first, then `normalise` (put in where it is missing), then `random_erasing`, then mixing.
-    Pictures that the steps leave in another size are resized to the model's.
+    Steps on the image come first, then `normalise` (put in where it is missing), then `random_erasing`, then mixing.
+    Images that the steps leave in another size are resized to the model's.
 
     Args:
         steps: What is done, in order.
@@ -101,18 +101,18 @@ class Augment(nn.Module):
         self.classes = classes
 
     def forward(self, images: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment a batch; its pictures are not changed.
+        """Augment a batch; its images are not changed.
 
         Args:
             images: uint8 (b c y x).
             labels: int64 (b,).
-            seeds: int64 (b,), one per picture; the only source of randomness.
+            seeds: int64 (b,), one per image; the only source of randomness.
 
         Returns:
             float32 (b c y x), and the labels, or with mixing float32 (b classes), each row of which sums to 1.
         """
         if images.dtype != torch.uint8:
-            raise TypeError(f"pictures come as uint8, not {images.dtype}")
+            raise TypeError(f"images come as uint8, not {images.dtype}")
         seeds = seeds.to(images.device)
         view = View.of(images)
         for stream, step in enumerate(self.steps):
@@ -130,7 +130,7 @@ class Augment(nn.Module):
 def evaluation(
     image: tuple[int, int, int], mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Tensor], Tensor]:
-    """What pictures go through when nothing is random: resized where that is needed, and normalised.
+    """What images go through when nothing is random: resized where that is needed, and normalised.
 
     Args:
         image: Channels, rows and columns that the model takes.
@@ -154,7 +154,7 @@ def _refuse_disorder(steps: Sequence[Step]) -> None:
             raise DataError(
                 "AZ707",
                 f"`{second.use}` cannot come after `{first.use}`",
-                why="steps on the picture come first, then normalise, then random_erasing, then mixup and cutmix",
+                why="steps on the image come first, then normalise, then random_erasing, then mixup and cutmix",
                 help=f"put `{second.use}` earlier",
             )
 

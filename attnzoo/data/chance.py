@@ -1,6 +1,6 @@
 """Random numbers by counting: each is a hash of a sample's seed, a stream and a counter, and of nothing else.
 
-So a picture is augmented alike in whatever batch, order, process or device it comes along. The hash is splitmix64
+So an image is augmented alike in whatever batch, order, process or device it comes along. The hash is splitmix64
 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014); int64 arithmetic wraps as it needs.
 """
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.data.download import Archive, unpacked
-from attnzoo.data.images import ImageData, Pictures
+from attnzoo.data.images import ImageData, Images
 from attnzoo.errors import DataError
 
 PIXELS = 3 * 32 * 32
@@ -29,7 +29,7 @@ class Cifar:
         test: The file to test on.
         names: The file with a class name per line.
         label_bytes: Bytes before the pixels; the last is the label.
-        records: Pictures per file of `train` and of `test`.
+        records: Images per file of `train` and of `test`.
         mean: By channel, of 1.
         std: By channel, of 1.
     """
@@ -61,8 +61,8 @@ class Cifar:
         if len(classes) != self.classes:
             raise _wrong(folder / self.names, f"names {len(classes)} classes, not {self.classes}")
         parts = [self._read(folder / file, self.records[0]) for file in self.train]
-        labels, pictures = (torch.cat(part) for part in zip(*parts, strict=True))
-        test_labels, test_pictures = self._read(folder / self.test, self.records[1])
+        labels, images = (torch.cat(part) for part in zip(*parts, strict=True))
+        test_labels, test_images = self._read(folder / self.test, self.records[1])
         size = None if size == 32 else size
         side = size or 32
         return ImageData(
@@ -71,12 +71,12 @@ class Cifar:
             self.mean,
             self.std,
             (3, side, side),
-            Pictures(labels, pictures, size),
-            Pictures(test_labels, test_pictures, size),
+            Images(labels, images, size),
+            Images(test_labels, test_images, size),
         )
 
     def _read(self, file: Path, records: int) -> tuple[Tensor, Tensor]:
-        """Labels int64 (n,) and pictures uint8 (n 3 32 32) of a file."""
+        """Labels int64 (n,) and images uint8 (n 3 32 32) of a file."""
         raw = np.frombuffer(file.read_bytes(), dtype=np.uint8)
         length = self.label_bytes + PIXELS
         if len(raw) != records * length:
@@ -107,7 +107,7 @@ CIFAR10 = Cifar(
     records=(10_000, 10_000),
     classes=10,
     mean=(0.4914, 0.4822, 0.4465),
-    std=(0.2023, 0.1994, 0.2010),  # of single pictures, averaged; what the literature uses
+    std=(0.2023, 0.1994, 0.2010),  # of single images, averaged; what the literature uses
 )
 CIFAR100 = Cifar(
     name="cifar100",

@@ -1,8 +1,8 @@
-"""scikit-learn's handwritten digits: 1797 grey pictures of 8 by 8 that come with the library."""
+"""scikit-learn's handwritten digits: 1797 grey images of 8 by 8 that come with the library."""
 
 import torch
 
-from attnzoo.data.images import ImageData, Pictures, held_out, resized, statistics
+from attnzoo.data.images import ImageData, Images, held_out, resized, statistics
 from attnzoo.errors import DataError
 
 SPLIT_SEED = 0
@@ -26,15 +26,15 @@ def load_digits(size: int | None = None) -> ImageData:
             help="pip install scikit-learn",
         ) from error
     grey, target = bundled(return_X_y=True)  # (1797, 64), whole numbers from 0 to 16
-    pictures = (torch.from_numpy(grey) * (255 / 16)).round().to(torch.uint8).reshape(-1, 1, 8, 8)
-    pictures = resized(pictures.expand(-1, 3, -1, -1), size or 32)
+    images = (torch.from_numpy(grey) * (255 / 16)).round().to(torch.uint8).reshape(-1, 1, 8, 8)
+    images = resized(images.expand(-1, 3, -1, -1), size or 32)
     labels = torch.from_numpy(target).long()
     test = held_out(labels, SPLIT_SEED)
     return ImageData(
         "digits",
         tuple("0123456789"),
-        *statistics(pictures[~test]),
-        (3, *pictures.shape[-2:]),
-        Pictures(labels[~test], pictures[~test]),
-        Pictures(labels[test], pictures[test]),
+        *statistics(images[~test]),
+        (3, *images.shape[-2:]),
+        Images(labels[~test], images[~test]),
+        Images(labels[test], images[test]),
     )

@@ -17,13 +17,13 @@ from attnzoo.data.geometry import ATTEMPTS, Frame, Share, Size
 
 
 class Effect(ABC):
-    """A step that makes new pictures of pictures."""
+    """A step that makes new images of images."""
 
     rank = 0
 
     @abstractmethod
     def __call__(self, images: Tensor, chance: Chance) -> Tensor:
-        """The pictures after the step, (b c y x)."""
+        """The images after the step, (b c y x)."""
 
 
 class Resize(Effect):
@@ -41,7 +41,7 @@ class Resize(Effect):
 
 
 def fitted(images: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Pictures of a size in rows and columns: themselves, or float32 by bilinear interpolation with antialiasing."""
+    """Images of a size in rows and columns: themselves, or float32 by bilinear interpolation with antialiasing."""
     if images.shape[-2:] == size:
         return images
     return torch.nn.functional.interpolate(images.float(), size, mode="bilinear", antialias=True)
@@ -50,11 +50,11 @@ def fitted(images: Tensor, size: tuple[int, ...]) -> Tensor:
 class RandAugment(Effect):
     """timm's RandAugment with its increasing operations; Cubuk et al., arXiv:1909.13719.
 
-    It works on one picture at a time, on the CPU, and is by far the slowest step.
+    It works on one image at a time, on the CPU, and is by far the slowest step.
 
     Args:
         magnitude: Strength of the operations, from 0 to 10.
-        num_ops: Operations per picture.
+        num_ops: Operations per image.
         magnitude_std: Standard deviation of the strength.
     """
 
@@ -85,10 +85,10 @@ class RandAugment(Effect):
             np.random.set_state(states[1])
         return torch.from_numpy(np.stack(done)).movedim(-1, 1).contiguous().to(images.device)
 
-    def _one(self, picture: np.ndarray, seed: list[int]) -> np.ndarray:
+    def _one(self, image: np.ndarray, seed: list[int]) -> np.ndarray:
         random.seed(seed[0] << 16 | seed[1])
         np.random.seed(seed[0] << 16 | seed[1])
-        return np.asarray(self.transform(Image.fromarray(picture)))
+        return np.asarray(self.transform(Image.fromarray(image)))
 
 
 class Normalise(Effect):
@@ -112,7 +112,7 @@ class RandomErasing(Effect):
 
     Args:
         p: Probability.
-        area: Area of the box, from and to, as a share of the picture's.
+        area: Area of the box, from and to, as a share of the image's.
         aspect: Height over width of the box lies between this and its inverse.
         mode: What is painted: the mean (`const`), one normal colour (`rand`), or normal noise (`pixel`).
     """

@@ -1,4 +1,4 @@
-"""Pictures in folders, a folder per class, read when they are needed."""
+"""Images in folders, a folder per class, read when they are needed."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +15,16 @@ from attnzoo.data.images import ImageData, Split, held_out, statistics
 from attnzoo.errors import DataError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-SAMPLE = 500  # pictures that statistics are computed from
+SAMPLE = 500  # images that statistics are computed from
 
 
 @dataclass(frozen=True)
 class Files(Split):
-    """A side whose pictures lie on disk; `batch` decodes them on a few threads.
+    """A side whose images lie on disk; `batch` decodes them on a few threads.
 
     Args:
         labels: int64 (n,).
-        paths: The picture of each label.
+        paths: The image of each label.
         size: Rows and columns: the shorter side is resized to it, the middle is kept.
     """
 
@@ -41,12 +41,12 @@ def load_folder(path: Path, *, size: int | None = None, seed: int = 0) -> ImageD
 
     Args:
         path: The folder.
-        size: Rows and columns; the shorter side of the first picture when null.
+        size: Rows and columns; the shorter side of the first image when null.
         seed: Of the split, where the folder has none.
 
     Raises:
-        DataError: AZ704 when the folder is missing, has no classes, a class without pictures, other classes to
-            test on than to train on, or a picture that cannot be read.
+        DataError: AZ704 when the folder is missing, has no classes, a class without images, other classes to
+            test on than to train on, or an image that cannot be read.
     """
     if not path.is_dir():
         raise DataError("AZ704", f"there is no folder `{path}`")
@@ -85,20 +85,18 @@ def load_folder(path: Path, *, size: int | None = None, seed: int = 0) -> ImageD
 
 
 def _listed(folder: Path, least: int = 1) -> tuple[tuple[str, ...], tuple[Path, ...], Tensor]:
-    """Classes, pictures and labels below a folder, in the order of their names."""
+    """Classes, images and labels below a folder, in the order of their names."""
     found = {}
     for child in sorted(folder.iterdir()):
         if child.is_dir() and not child.name.startswith("."):
             found[child.name] = [p for p in sorted(child.iterdir()) if p.suffix.lower() in SUFFIXES]
     if not found:
         raise DataError(
-            "AZ704", f"`{folder}` has no folders", help="make a folder per class, with its pictures"
+            "AZ704", f"`{folder}` has no folders", help="make a folder per class, with its images"
         )
     for name, paths in found.items():
         if len(paths) < least:
-            raise DataError(
-                "AZ704", f"the class `{folder / name}` has {len(paths)} pictures; it needs {least}"
-            )
+            raise DataError("AZ704", f"the class `{folder / name}` has {len(paths)} images; it needs {least}")
     labels = [label for label, paths in enumerate(found.values()) for _ in paths]
     return tuple(found), tuple(p for paths in found.values() for p in paths), torch.tensor(labels)
 
@@ -110,7 +108,7 @@ def _statistics(paths: tuple[Path, ...], size: int) -> tuple[tuple[float, ...], 
 
 
 def _open(path: Path) -> Image.Image:
-    """The picture in RGB, upright."""
+    """The image in RGB, upright."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -121,7 +119,7 @@ def _open(path: Path) -> Image.Image:
         Image.DecompressionBombError,
     ) as error:  # SyntaxError: a broken PNG
         raise DataError(
-            "AZ704", f"cannot read the picture `{path}`: {error}", help="mend or remove it"
+            "AZ704", f"cannot read the image `{path}`: {error}", help="mend or remove it"
         ) from error
 
 
@@ -133,7 +131,7 @@ def _decode(path: Path, size: int) -> Tensor:
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="attnzoo-pictures")
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="attnzoo-images")
 
 
 os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork

@@ -1,6 +1,6 @@
-"""Steps that say where pixels come from. They only move a window over the picture; pixels are fetched once, at the end.
+"""Steps that say where pixels come from. They only move a window over the image; pixels are fetched once, at the end.
 
-A window is, per axis and per picture, `length` source pixels from `start`, perhaps mirrored, shown on `out` pixels. A
+A window is, per axis and per image, `length` source pixels from `start`, perhaps mirrored, shown on `out` pixels. A
 crop and a flip of a window are windows, and so is a resized crop of them: CIFAR's crop, flip and resized crop cost one
 `grid_sample`, crop and flip alone one `gather`.
 """
@@ -53,10 +53,10 @@ class Frame:
 
 @dataclass(frozen=True)
 class Span:
-    """A window along one axis, per picture.
+    """A window along one axis, per image.
 
     Args:
-        start: int64 (b,), first source pixel; pixels outside of the picture are 0.
+        start: int64 (b,), first source pixel; pixels outside of the image are 0.
         length: int64 (b,), source pixels.
         mirrored: bool (b,), whether they are shown backwards.
         out: Pixels that they are shown on.
@@ -69,12 +69,12 @@ class Span:
 
     @classmethod
     def whole(cls, pixels: int, like: Tensor) -> "Span":
-        """All pixels of an axis, for as many pictures as `like` has rows."""
+        """All pixels of an axis, for as many images as `like` has rows."""
         start = torch.zeros(len(like), dtype=torch.int64, device=like.device)
         return cls(start, start + pixels, start.bool(), pixels)
 
     def mirror(self, where: Tensor) -> "Span":
-        """Shown the other way round for some pictures, bool (b,)."""
+        """Shown the other way round for some images, bool (b,)."""
         return replace(self, mirrored=self.mirrored ^ where)
 
     def part(self, offset: Tensor, length: Tensor, out: int) -> "Span":
@@ -90,7 +90,7 @@ class Span:
     def positions(self, pixels: int) -> Tensor:
         """float32 (b, out), where each shown pixel lies: -1 and 1 are the edges of the source's `pixels`.
 
-        Positions stop half a pixel before the window's edges, where a picture that was cut out would end.
+        Positions stop half a pixel before the window's edges, where an image that was cut out would end.
         """
         length = self.length[:, None].float()
         k = (torch.arange(self.out, device=self.start.device) + 0.5) * (length / self.out)
@@ -101,7 +101,7 @@ class Span:
 
 @dataclass(frozen=True)
 class View:
-    """Pictures, and a window over each.
+    """Images, and a window over each.
 
     Args:
         images: uint8 or float32 (b c y x).
@@ -117,7 +117,7 @@ class View:
 
     @classmethod
     def of(cls, images: Tensor) -> "View":
-        """All of each picture."""
+        """All of each image."""
         return cls(images, Span.whole(images.shape[2], images), Span.whole(images.shape[3], images))
 
     @property
@@ -192,7 +192,7 @@ class VerticalFlip(Geometric):
 
 
 class RandomCrop(Geometric):
-    """A square out of the picture, framed in black first.
+    """A square out of the image, framed in black first.
 
     Args:
         padding: Width of the black frame, in pixels.
@@ -210,7 +210,7 @@ class RandomCrop(Geometric):
             room = span.out + 2 * self.padding - self.size[axis]
             if room < 0:
                 text = (
-                    f"pictures of {view.shape[0]}x{view.shape[1]} with {self.padding} pixels around them are "
+                    f"images of {view.shape[0]}x{view.shape[1]} with {self.padding} pixels around them are "
                 )
                 text += f"smaller than the {self.size[0]}x{self.size[1]} that `random_crop` cuts out"
                 raise DataError(
@@ -227,7 +227,7 @@ class RandomResizedCrop(Geometric):
     As in Szegedy et al., arXiv:1409.4842, and torchvision: ten attempts, then the middle.
 
     Args:
-        scale: Area of the box, from and to, as a share of the picture's.
+        scale: Area of the box, from and to, as a share of the image's.
         ratio: Width over height of the box, from and to.
         size: Rows and columns that the box is resized to; the model's when null.
     """
@@ -261,7 +261,7 @@ class RandomResizedCrop(Geometric):
         """Height and width, int64 (b,), of the first attempt that fits; 0 where none does.
 
         Args:
-            shape: Rows and columns of the picture.
+            shape: Rows and columns of the image.
             area: Uniform numbers (b, attempts).
             ratio: Uniform numbers (b, attempts).
         """

@@ -1,4 +1,4 @@
-"""What a data set of pictures is."""
+"""What a data set of images is."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Split(ABC):
 
     @abstractmethod
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures and labels, both new tensors on the CPU.
+        """Images and labels, both new tensors on the CPU.
 
         Args:
             indices: int64 (b,), from 0 to len(self) - 1.
@@ -35,33 +35,33 @@ class Split(ABC):
 
 
 @dataclass(frozen=True)
-class Pictures(Split):
+class Images(Split):
     """A side that is held in memory.
 
     Args:
         labels: int64 (n,).
-        pictures: uint8 (n c y x).
+        images: uint8 (n c y x).
         size: Rows and columns that `batch` resizes to; as they are when null.
     """
 
-    pictures: Tensor
+    images: Tensor
     size: int | None = None
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        images = self.pictures.index_select(0, indices)  # many times faster than [indices]
+        images = self.images.index_select(0, indices)  # many times faster than [indices]
         return images if self.size is None else resized(images, self.size), self.labels[indices]
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Pictures with labels, to train and to test on.
+    """Images with labels, to train and to test on.
 
     Args:
         name: As `load_images` takes it.
         classes: Name of each label.
         mean: Mean by channel, of 1.
         std: Standard deviation by channel, of 1.
-        image: Channels, rows and columns of a picture.
+        image: Channels, rows and columns of an image.
         train: What is trained on.
         test: What is tested on.
         notes: What a person should know about how it was made.
@@ -78,7 +78,7 @@ class ImageData:
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Pictures of another size: bilinear with antialiasing, rounded.
+    """Images of another size: bilinear with antialiasing, rounded.
 
     Args:
         images: uint8 (b c y x).

@@ -28,7 +28,7 @@ def load_images(
         name: `cifar10`, `cifar100`, `digits`, `synthetic` or `folder:PATH`.
         root: Where downloaded data sets lie; the environment's ATTNZOO_DATA, or `~/.cache/attnzoo`, when null.
         download: Whether the network may be asked.
-        size: Rows and columns of the pictures; the data set's own when null.
+        size: Rows and columns of the images; the data set's own when null.
         seed: What `synthetic` is drawn from, and a folder without a test side is split by.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Steps that mix each picture with a partner from its batch, and the labels by the same shares.
+"""Steps that mix each image with a partner from its batch, and the labels by the same shares.
 
-The partner is the picture at the same place from the end, as in timm, so it depends on the batch; the shares depend on
-the picture's own seed.
+The partner is the image at the same place from the end, as in timm, so it depends on the batch; the shares depend on
+the image's own seed.
 """
 
 from abc import ABC, abstractmethod
@@ -16,13 +16,13 @@ from attnzoo.data.geometry import Frame
 
 
 class Mixer(ABC):
-    """A way to mix two pictures."""
+    """A way to mix two images."""
 
     rank = 3
 
     @abstractmethod
     def shares(self, images: Tensor, chance: Chance) -> Tensor:
-        """float32 (b y x), each picture's own share of every pixel; the partner has the rest."""
+        """float32 (b y x), each image's own share of every pixel; the partner has the rest."""
 
 
 class Mixup(Mixer):
@@ -64,7 +64,7 @@ class Cutmix(Mixer):
 def mixed(
     images: Tensor, labels: Tensor, mixers: list[Mixer], chance: Chance, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Each picture mixed by one of the mixers, chosen with equal chance.
+    """Each image mixed by one of the mixers, chosen with equal chance.
 
     Args:
         images: float32 (b c y x).
@@ -74,7 +74,7 @@ def mixed(
         classes: Number of classes.
 
     Returns:
-        Pictures (b c y x), and targets (b classes) of which each row sums to 1.
+        Images (b c y x), and targets (b classes) of which each row sums to 1.
     """
     chosen = integers(chance.uniform(1), len(mixers))[:, :, None]
     own = torch.ones_like(images[:, 0])

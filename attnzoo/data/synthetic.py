@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from attnzoo.data.chance import Chance, step_seeds
-from attnzoo.data.images import ImageData, Pictures, statistics
+from attnzoo.data.images import ImageData, Images, statistics
 
 CLASSES = ("circle", "ring", "square", "frame", "diamond", "triangle", "cross", "saltire", "bar", "pillar")
 TRAIN, TEST = 5_000, 1_000
-CHUNK = 500  # pictures drawn at once
+CHUNK = 500  # images drawn at once
 
 
 def load_synthetic(seed: int = 0, size: int | None = None) -> ImageData:
@@ -20,14 +20,14 @@ def load_synthetic(seed: int = 0, size: int | None = None) -> ImageData:
     """
     side = size or 32
     train, test = (_draw(seed, number, count, side) for number, count in enumerate((TRAIN, TEST)))
-    return ImageData("synthetic", CLASSES, *statistics(train.pictures), (3, side, side), train, test)
+    return ImageData("synthetic", CLASSES, *statistics(train.images), (3, side, side), train, test)
 
 
-def _draw(seed: int, number: int, count: int, side: int) -> Pictures:
+def _draw(seed: int, number: int, count: int, side: int) -> Images:
     labels = torch.arange(count) % len(CLASSES)
     seeds = step_seeds(seed, number, torch.arange(count))
     drawn = [_chunk(s, label, side) for s, label in zip(seeds.split(CHUNK), labels.split(CHUNK), strict=True)]
-    return Pictures(labels, torch.cat(drawn))
+    return Images(labels, torch.cat(drawn))
 
 
 def _chunk(seeds: Tensor, labels: Tensor, side: int) -> Tensor:

@@ -31,7 +31,7 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def words(self, ids: Sequence[int]) -> list[str]:
-        """A piece of text for each id, the special ones as `<s>`; for pictures."""
+        """A piece of text for each id, the special ones as `<s>`; for images."""
 
     @abstractmethod
     def as_data(self) -> dict[str, Any]:

@@ -26,4 +26,4 @@ class Add(Fusion):
         return reduce(add, branches)
 
     def merge_from_first(self, branches, x):
-        return torch.addcmul(branches[0], self.gain, reduce(add, branches[1:]))
+        return torch.addcmul(branches[0], self.gamma, reduce(add, branches[1:]))

@@ -24,4 +24,4 @@ class Hadamard(Fusion):
         return reduce(mul, branches)
 
     def merge_from_first(self, branches, x):
-        return branches[0] * (1 + self.gain * reduce(mul, branches[1:]))
+        return branches[0] * (1 + self.gamma * reduce(mul, branches[1:]))

@@ -41,7 +41,7 @@ class HeadSplit(Fusion):
             )
         return [replace(site, dim=site.dim // arity, heads=site.heads // arity)] * arity
 
-    def scatter(self, x: Tensor, axis: int) -> list[Tensor]:
+    def split(self, x: Tensor, axis: int) -> list[Tensor]:
         size = x.shape[axis] // self.arity
         return [x.narrow(axis, i * size, size) for i in range(self.arity)]
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from attnzoo.core import Layout, Site
 from attnzoo.errors import RecipeError, did_you_mean
+from attnzoo.hosts.info import BackboneInfo, Put, init_normal, init_parts, on_meta, undecayed, without_weights
 from attnzoo.hosts.skip import Skip
-from attnzoo.hosts.survey import Put, Survey, init_normal, init_parts, on_meta, undecayed, without_weights
 
 default_cfgs: dict[str, Any] = {}
 """timm looks here for the configurations of the models that are registered from this module."""
@@ -31,15 +31,15 @@ BASES: dict[str, dict[str, Any]] = {
     "cct_6_3x1": {"depth": 6, "num_heads": 4, "mlp_ratio": 2.0, "embed_dim": 256, "n_conv_layers": 1},
     "cct_7_3x1": {"depth": 7, "num_heads": 4, "mlp_ratio": 2.0, "embed_dim": 256, "n_conv_layers": 1},
 }
-"""The authors' sizes for small pictures, `cct_<blocks>_<kernel>x<convolutions>`."""
+"""The authors' sizes for small images, `cct_<blocks>_<kernel>x<convolutions>`."""
 
 
 class ConvTokenizer(nn.Sequential):
     """n × [convolution, ReLU, max pooling]; the cells of the last map are the tokens.
 
     Args:
-        img_size: Rows and columns of the picture.
-        in_chans: Channels of the picture.
+        img_size: Rows and columns of the image.
+        in_chans: Channels of the image.
         dim: Width of the tokens, in channels.
         n_conv_layers: How many convolutions.
         kernel_size: Their side; strides and padding follow from it.
@@ -74,8 +74,8 @@ class ConvTokenizer(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        torch._assert(x.shape[2] == self.img_size[0], "the picture has another number of rows")
-        torch._assert(x.shape[3] == self.img_size[1], "the picture has another number of columns")
+        torch._assert(x.shape[2] == self.img_size[0], "the image has another number of rows")
+        torch._assert(x.shape[3] == self.img_size[1], "the image has another number of columns")
         return super().forward(x).flatten(2).transpose(1, 2)
 
 
@@ -100,7 +100,7 @@ class CompactBlock(nn.Module):
         site: Where the attention is.
         attn: What is put there.
         mlp_ratio: Width of the MLP, in widths of the tokens.
-        drop_path: Share of pictures that skip a branch in training.
+        drop_path: Share of images that skip a branch in training.
     """
 
     def __init__(self, site: Site, attn: nn.Module, mlp_ratio: float, drop_path: float):
@@ -168,8 +168,8 @@ class CompactTransformer(nn.Module):
     """A Compact Convolutional Transformer, CCT-7/3×1 for CIFAR-100 if nothing else is said.
 
     Args:
-        img_size: Side of the picture, or rows and columns.
-        in_chans: Channels of the picture.
+        img_size: Side of the image, or rows and columns.
+        in_chans: Channels of the image.
         num_classes: 0 for features.
         global_pool: `seq`, or nothing for all tokens.
         embed_dim: Width of the tokens, in channels.
@@ -185,7 +185,7 @@ class CompactTransformer(nn.Module):
         pos_drop_rate: Dropout after the positions are added.
         proj_drop_rate: Dropout after attention and inside MLPs.
         attn_drop_rate: Dropout of attention weights.
-        drop_path_rate: Share of pictures that skip the last block in training; it grows linearly from 0 in the first.
+        drop_path_rate: Share of images that skip the last block in training; it grows linearly from 0 in the first.
         put: Builds what is put at a site; plain attention if None.
     """
 
@@ -319,7 +319,7 @@ class CompactTransformer(nn.Module):
         return self.pos_drop(self.tokenizer(x) + self.pos_embed)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised tokens (b n c) of pictures (b c y x)."""
+        """Normalised tokens (b n c) of images (b c y x)."""
         x = self.embed(x)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.norm(x)
@@ -344,7 +344,7 @@ class CompactTransformer(nn.Module):
         """What `forward_features` gives, and what the blocks give on the way.
 
         Args:
-            x: Pictures (b c y x).
+            x: Images (b c y x).
             indices: Which blocks; the last n when a number, all when None.
             norm: Whether the final norm is applied to what the blocks give.
             stop_early: Whether blocks after the last of them are left out.
@@ -395,7 +395,7 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: CompactTransformer) ->
     return state | {"pos_embed": resample_abs_pos_embed(positions, grid, num_prefix_tokens=0)}
 
 
-def survey(base: str, arguments: Mapping[str, Any]) -> Survey:
+def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
     """Build the base on the meta device and look at it.
 
     Args:
@@ -414,7 +414,7 @@ def survey(base: str, arguments: Mapping[str, Any]) -> Survey:
         )
     with on_meta(base, "attnzoo"):
         model = CompactTransformer(**{**BASES[base], **arguments})
-    return Survey(
+    return BackboneInfo(
         family="CCT",
         base=base,
         arguments=arguments,
@@ -432,7 +432,7 @@ def survey(base: str, arguments: Mapping[str, Any]) -> Survey:
 
 
 def build(
-    seen: Survey,
+    info: BackboneInfo,
     put: Put,
     *,
     pretrained: bool = False,
@@ -446,7 +446,7 @@ def build(
     """The base with mechanisms in its blocks.
 
     Args:
-        seen: The surveyed base.
+        info: The inspected base.
         put: Builds what is put at a site.
         pretrained: Whether timm shall load the weights that `pretrained_cfg` names.
         pretrained_cfg: timm's configuration of the model.
@@ -459,13 +459,13 @@ def build(
     features = {"out_indices": timm_options.pop("out_indices", 3), "feature_cls": "getter"}
     with torch.device(device) if device is not None else nullcontext():
         model = build_model_with_cfg(
-            partial(CompactTransformer, put=lambda site: put(replace(site, heads=seen.heads[site.layer]))),
-            pretrained_cfg.get("architecture", seen.base),
+            partial(CompactTransformer, put=lambda site: put(replace(site, heads=info.heads[site.layer]))),
+            pretrained_cfg.get("architecture", info.base),
             pretrained,
             pretrained_cfg=dict(pretrained_cfg),
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg=features,
-            **{**BASES[seen.base], **seen.arguments, **timm_options},
+            **{**BASES[info.base], **info.arguments, **timm_options},
         )
     if init == "normal" and not pretrained:
         init_normal(model)
@@ -481,8 +481,8 @@ def model_cfg(
         name: The model's own name.
         base: The base's name.
         arguments: Constructor arguments that differ from the base's.
-        mean: Mean of the pictures by channel; CIFAR-100's when None.
-        std: Standard deviation of the pictures by channel; CIFAR-100's when None.
+        mean: Mean of the images by channel; CIFAR-100's when None.
+        std: Standard deviation of the images by channel; CIFAR-100's when None.
     """
     cfg = PretrainedCfg(
         input_size=(3, 32, 32),

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from attnzoo.hosts import compact_transformer, vision_transformer
+from attnzoo.hosts.info import BackboneInfo, Put
 from attnzoo.hosts.skip import Skip
-from attnzoo.hosts.survey import Put, Survey
 
 
 class ImageHost(Protocol):
@@ -16,7 +16,7 @@ class ImageHost(Protocol):
     __name__: str
     default_cfgs: dict[str, Any]
 
-    def survey(self, base: str, arguments: Mapping[str, Any]) -> Survey:
+    def host_info(self, base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
         """Look at a base without allocating it."""
 
     def model_cfg(
@@ -31,7 +31,7 @@ class ImageHost(Protocol):
 
     def build(
         self,
-        seen: Survey,
+        info: BackboneInfo,
         put: Put,
         *,
         pretrained: bool = False,

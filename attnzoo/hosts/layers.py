@@ -8,8 +8,8 @@ import torch
 from timm.layers import Mlp, get_act_layer
 from torch import Tensor, nn
 
-from attnzoo.core import Layout, Mask, Mechanism, MultiHead, Past
-from attnzoo.hosts.survey import init_parts
+from attnzoo.core import KVCache, Layout, Mask, Mechanism, MultiHead
+from attnzoo.hosts.info import init_parts
 
 
 class ScalarNorm(nn.Module):
@@ -109,30 +109,30 @@ class Layer(nn.Module):
         context: Tensor | None = None,
         context_mask: Mask | None = None,
         context_layout: Layout | None = None,
-        pasts: tuple[Past, Past] | None = None,
+        caches: tuple[KVCache, KVCache] | None = None,
     ) -> Tensor:
         """Tokens (b n c) after the layer.
 
         Args:
-            x: All tokens, or with `pasts` the newest.
+            x: All tokens, or with `caches` the newest.
             mask: Of self-attention.
             layout: Of all tokens.
             context: What the cross-attention reads (b m e).
             context_mask: Its mask.
             context_layout: Its layout.
-            pasts: What self- and cross-attention kept of the tokens before.
+            caches: What self- and cross-attention kept of the tokens before.
         """
 
         def attend(tokens: Tensor) -> Tensor:
-            if pasts is None:
+            if caches is None:
                 return self.attn_skip(self.attn(tokens, mask=mask, layout=layout))
-            return self.attn_skip(self.attn.step(tokens, pasts[0], mask=mask, layout=layout))
+            return self.attn_skip(self.attn.step(tokens, caches[0], mask=mask, layout=layout))
 
         def read(tokens: Tensor) -> Tensor:
             given: dict[str, Any] = {"mask": context_mask, "layout": context_layout}
-            if pasts is None:
+            if caches is None:
                 return self.cross_skip(self.cross(tokens, context, **given))
-            return self.cross_skip(self.cross.step(tokens, pasts[1], context, **given))
+            return self.cross_skip(self.cross.step(tokens, caches[1], context, **given))
 
         x = self.around_attn(x, attend)
         if context is not None:
@@ -144,7 +144,7 @@ class Layer(nn.Module):
 
 @torch.no_grad()
 def init_xavier(model: nn.Module) -> None:
-    """Glorot's uniform initialisation of every projection on its own, biases 0, embeddings N(0, 1/c); parts after.
+    """Glorot's uniform initialisation of every projection on its own, biases 0, embeddings N(0, 1/c); components after.
 
     Args:
         model: A model of layers.

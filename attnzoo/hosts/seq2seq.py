@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnzoo.core import Layout, Mask, Past, Site
-from attnzoo.hosts.demand import Demand
+from attnzoo.core import KVCache, Layout, Mask, Site
+from attnzoo.hosts.info import HostInfo, Put, plain_attention, undecayed, with_plain_model
 from attnzoo.hosts.layers import NORMS, Body, Layer, init_xavier
 from attnzoo.hosts.positions import check_length, positions
-from attnzoo.hosts.skip import Skip, Trail, install
-from attnzoo.hosts.survey import Put, Seen, plain_attention, put_on_meta, undecayed
+from attnzoo.hosts.requirements import Requirements
+from attnzoo.hosts.skip import Skip, SkipState, install
 
 PAD, BOS, EOS = range(3)
 """Ids of padding, beginning and end, in every vocabulary."""
@@ -40,12 +40,12 @@ class State:
 
     Args:
         memory: What the encoder made.
-        pasts: For each layer what self- and cross-attention kept.
+        caches: For each layer what self- and cross-attention kept.
         length: Tokens so far.
     """
 
     memory: Memory
-    pasts: list[tuple[Past, Past]]
+    caches: list[tuple[KVCache, KVCache]]
     length: int = 0
 
     def select(self, rows: Tensor, same_sources: bool = False) -> None:
@@ -57,7 +57,7 @@ class State:
         """
         if not same_sources:
             self.memory = Memory(*(t.index_select(0, rows) for t in self.memory))
-        for own, cross in self.pasts:
+        for own, cross in self.caches:
             own.select(rows)
             cross.select(rows, kept=not same_sources)
 
@@ -137,11 +137,11 @@ class Seq2Seq(nn.Module):
         self.head = nn.Linear(form.dim, form.target, bias=form.bias)
         if form.tie != "none":
             self.head.weight = self.embed_target.weight
-        self.trail = Trail()
+        self.state = SkipState()
         if skip:
-            parts = [self.get_submodule(module_path(name)) for name in skip.at]
+            components = [self.get_submodule(module_path(name)) for name in skip.at]
             layers: list[Any] = [self.get_submodule(".".join(name.split(".")[:2])) for name in skip.at]
-            self.trail = install(skip, parts, layers, form.dim, body.norm)  # type: ignore[arg-type]
+            self.state = install(skip, components, layers, form.dim, body.norm)  # type: ignore[arg-type]
         self.init_weights()
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class Seq2Seq(nn.Module):
         Args:
             source: Ids (b n), padded with 0.
         """
-        self.trail.clear()
+        self.state.clear()
         keys, x = source != PAD, self.embed(self.embed_source, source)
         layout = Layout((source.shape[1],))
         for layer in self.encoder:
@@ -189,7 +189,7 @@ class Seq2Seq(nn.Module):
             target: Ids (b m), padded with 0.
             memory: What the encoder made.
         """
-        self.trail.clear()
+        self.state.clear()
         x = self.embed(self.embed_target, target)
         mask, layout = Mask(keys=target != PAD, causal=True), Layout((target.shape[1],))
         context_mask, context_layout = Mask(keys=memory.keys), Layout((memory.tokens.shape[1],))
@@ -208,7 +208,7 @@ class Seq2Seq(nn.Module):
 
     def start(self, memory: Memory) -> State:
         """A decoding before its first token."""
-        return State(memory, [(Past(), Past()) for _ in self.decoder])
+        return State(memory, [(KVCache(), KVCache()) for _ in self.decoder])
 
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """Logits (b k v) of the token after each of the newest; the state goes on. None of them is padding.
@@ -217,14 +217,14 @@ class Seq2Seq(nn.Module):
             tokens: Ids of the newest (b k).
             state: Is changed.
         """
-        self.trail.clear()
+        self.state.clear()
         x = self.embed(self.embed_target, tokens, state.length)
         state.length += tokens.shape[1]
         mask, layout, memory = Mask(causal=True), Layout((state.length,)), state.memory
         context_mask = Mask() if bool(memory.keys.all()) else Mask(keys=memory.keys)
         context_layout = Layout((memory.tokens.shape[1],))
-        for layer, pasts in zip(self.decoder, state.pasts, strict=True):
-            x = layer(x, mask, layout, memory.tokens, context_mask, context_layout, pasts)
+        for layer, caches in zip(self.decoder, state.caches, strict=True):
+            x = layer(x, mask, layout, memory.tokens, context_mask, context_layout, caches)
         return self.head(self.decoder_norm(x))
 
 
@@ -234,7 +234,7 @@ def module_path(site: str) -> str:
 
 
 @dataclass(frozen=True)
-class Seq2SeqSeen(Seen):
+class Seq2SeqInfo(HostInfo):
     """What is known of an encoder and decoder before it is built.
 
     Args:
@@ -274,8 +274,8 @@ class Seq2SeqSeen(Seen):
             norm=NORMS[form.norm],
         )
 
-    def demand(self, site: str) -> Demand:
-        own = Demand(
+    def requirements(self, site: str) -> Requirements:
+        own = Requirements(
             masks=frozenset({"keys"}),
             varying_length="sentences differ in length",
             open_end="padding follows a sentence, and tokens to come the ones so far",
@@ -298,7 +298,7 @@ class Seq2SeqSeen(Seen):
         return "decoder.*.cross" if use == "cross" else "encoder.*"
 
 
-def survey(form: Form, encoder_heads: Sequence[int], decoder_heads: Sequence[int]) -> Seq2SeqSeen:
+def host_info(form: Form, encoder_heads: Sequence[int], decoder_heads: Sequence[int]) -> Seq2SeqInfo:
     """What a model of this form is, learnt without allocating it.
 
     Args:
@@ -308,7 +308,7 @@ def survey(form: Form, encoder_heads: Sequence[int], decoder_heads: Sequence[int
     Raises:
         RecipeError: AZ308, when heads do not divide the width.
     """
-    seen = Seq2SeqSeen(
+    info = Seq2SeqInfo(
         family="transformer",
         base=f"{form.encoder}+{form.decoder} layers",
         dim=form.dim,
@@ -317,15 +317,15 @@ def survey(form: Form, encoder_heads: Sequence[int], decoder_heads: Sequence[int
         encoder_heads=encoder_heads,
         decoder_heads=decoder_heads,
     )
-    return put_on_meta(seen, lambda: build(seen, plain_attention))
+    return with_plain_model(info, lambda: build(info, plain_attention))
 
 
-def build(seen: Seq2SeqSeen, put: Put, skip: Skip = Skip()) -> Seq2Seq:  # noqa: B008 - frozen
+def build(info: Seq2SeqInfo, put: Put, skip: Skip = Skip()) -> Seq2Seq:  # noqa: B008 - frozen
     """The model with mechanisms at its sites.
 
     Args:
-        seen: From `survey`.
+        info: From `host_info`.
         put: Builds what is put at a site.
         skip: What layers hand on.
     """
-    return Seq2Seq(seen.form, seen.sites(), put, skip)
+    return Seq2Seq(info.form, info.sites(), put, skip)

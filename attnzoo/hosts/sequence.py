@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.core import Layout, Mask, Site
-from attnzoo.hosts.demand import Demand
+from attnzoo.hosts.info import HostInfo, Put, plain_attention, undecayed, with_plain_model
 from attnzoo.hosts.layers import Body, Layer, init_xavier
 from attnzoo.hosts.positions import check_length, positions
-from attnzoo.hosts.skip import Skip, Trail, install
-from attnzoo.hosts.survey import Put, Seen, plain_attention, put_on_meta, undecayed
+from attnzoo.hosts.requirements import Requirements
+from attnzoo.hosts.skip import Skip, SkipState, install
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class SequenceModel(nn.Module):
         self.layers = nn.ModuleList(Layer(body, put(sites[f"layers.{i}"])) for i in range(form.layers))
         self.norm = body.norm(form.dim) if form.norm_first else nn.Identity()
         self.head = nn.Linear(form.dim, form.outputs, bias=form.bias)
-        self.trail = Trail()
+        self.state = SkipState()
         if skip:
             layers: list[Any] = [self.get_submodule(name) for name in skip.at]
-            self.trail = install(skip, [layer.attn for layer in layers], layers, form.dim, body.norm)
+            self.state = install(skip, [layer.attn for layer in layers], layers, form.dim, body.norm)
         init_xavier(self)
 
     def no_weight_decay(self) -> set[str]:
@@ -94,7 +94,7 @@ class SequenceModel(nn.Module):
         Raises:
             LayoutMismatch: AZ407, when the sequence is too long.
         """
-        self.trail.clear()
+        self.state.clear()
         n = x.shape[1]
         check_length(n, self.max_length)
         x = self.drop(self.positions(self.embed(x)))
@@ -104,7 +104,7 @@ class SequenceModel(nn.Module):
 
 
 @dataclass(frozen=True)
-class SequenceSeen(Seen):
+class SequenceInfo(HostInfo):
     """What is known of a stack before it is built.
 
     Args:
@@ -135,9 +135,9 @@ class SequenceSeen(Seen):
         )
         return {site.name: site for site in sites}
 
-    def demand(self, site: str) -> Demand:
+    def requirements(self, site: str) -> Requirements:
         causal = self.form.causal
-        return Demand(
+        return Requirements(
             masks=frozenset({"causal"} if causal else ()),
             token_local=causal,
             varying_length="sequences may differ in length" if causal else "",
@@ -157,7 +157,7 @@ class SequenceSeen(Seen):
         return "layers.*"
 
 
-def survey(form: Form, heads: Sequence[int]) -> SequenceSeen:
+def host_info(form: Form, heads: Sequence[int]) -> SequenceInfo:
     """What a model of this form is, learnt without allocating it.
 
     Args:
@@ -167,7 +167,7 @@ def survey(form: Form, heads: Sequence[int]) -> SequenceSeen:
     Raises:
         RecipeError: AZ308, when heads do not divide the width.
     """
-    seen = SequenceSeen(
+    info = SequenceInfo(
         family="transformer",
         base=f"{form.layers} layers",
         dim=form.dim,
@@ -175,15 +175,15 @@ def survey(form: Form, heads: Sequence[int]) -> SequenceSeen:
         form=form,
         heads=heads,
     )
-    return put_on_meta(seen, lambda: build(seen, plain_attention))
+    return with_plain_model(info, lambda: build(info, plain_attention))
 
 
-def build(seen: SequenceSeen, put: Put, skip: Skip = Skip()) -> SequenceModel:  # noqa: B008 - frozen
+def build(info: SequenceInfo, put: Put, skip: Skip = Skip()) -> SequenceModel:  # noqa: B008 - frozen
     """The model with mechanisms at its sites.
 
     Args:
-        seen: From `survey`.
+        info: From `host_info`.
         put: Builds what is put at a site.
         skip: What layers hand on.
     """
-    return SequenceModel(seen.form, seen.sites(), put, skip)
+    return SequenceModel(info.form, info.sites(), put, skip)

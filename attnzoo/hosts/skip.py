@@ -1,7 +1,7 @@
 """What a layer's attention hands on to the next layer's: the skip between layers of Deep Head.
 
 Cruz, Fernández de Castro and Duval, "Deep Head". Figure 2 hands on the merged heads, "added and normalised"; text and
-code say other things, so every reading has a name. M is what the heads give, merged, before the output projection.
+code say other things, so every variant has a name. M is what the heads give, merged, before the output projection.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnzoo.core import Mechanism, MultiHead, Site, Tap
 from attnzoo.errors import RecipeError
 
-READINGS = {
+VARIANTS = {
     "none": "nothing is handed on",
     "merged": "R_l = LN(M_l + R_{l-1}), R_1 = M_1, before the output projection",
     "merged_raw": "R_l = LN(M_l + M_{l-1}): what the layer before made, not what it received",
@@ -23,7 +23,7 @@ READINGS = {
     "cross": "as `merged`, in the attention of the decoder to the encoder",
     "encoder_stack": "the layers form several encoders, R_k = LN(E_k + R_{k-1})",
 }
-"""Every reading of the skip, with its equation."""
+"""Every variant of the skip, with its equation."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Skip:
     """What is handed on, and where.
 
     Args:
-        use: One of `READINGS`.
+        use: One of `VARIANTS`.
         at: Names of the sites that take part, in their order.
         encoders: For `encoder_stack`: how many.
     """
@@ -45,7 +45,7 @@ class Skip:
 
 
 @dataclass
-class Trail:
+class SkipState:
     """What was handed on last, in a forward that is under way. Nothing is left in it when the forward is over.
 
     Args:
@@ -58,8 +58,8 @@ class Trail:
         """Forget what a forward that was broken off left."""
         self.value = None
 
-    def __deepcopy__(self, memo: dict) -> "Trail":
-        memo[id(self)] = copy = Trail()
+    def __deepcopy__(self, memo: dict) -> "SkipState":
+        memo[id(self)] = copy = SkipState()
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,22 +70,22 @@ class AddNorm(nn.Module):
     """R_l = LN(M_l + R_{l-1}); the first layer has nothing to add and no norm.
 
     Args:
-        trail: Where the value is handed on.
+        state: Where the value is handed on.
         norm: LN; None for the first layer.
         last: Whether nobody takes it up.
         raw: Whether M_l is handed on in the place of R_l.
     """
 
-    def __init__(self, trail: Trail, norm: nn.Module | None, last: bool, raw: bool = False):
+    def __init__(self, state: SkipState, norm: nn.Module | None, last: bool, raw: bool = False):
         super().__init__()
-        self.trail, self.norm, self.last, self.raw = trail, norm, last, raw
+        self.state, self.norm, self.last, self.raw = state, norm, last, raw
 
     def forward(self, x: Tensor) -> Tensor:
-        before, made = self.trail.value, x
+        before, made = self.state.value, x
         if self.norm is not None:
             assert before is not None
             made = self.norm(x + before)
-        self.trail.value = None if self.last else x if self.raw else made
+        self.state.value = None if self.last else x if self.raw else made
         return made
 
     def extra_repr(self) -> str:
@@ -98,15 +98,15 @@ class PairMean(Tap):
     The layer before may have r times as many heads: each of ours gets the mean of r adjacent ones.
 
     Args:
-        trail: Where the value is handed on.
+        state: Where the value is handed on.
         first: Whether there is no layer before.
         last: Whether nobody takes it up.
         mean: Whether the mean of both is taken, which keeps the rows' sums; the sum otherwise.
     """
 
-    def __init__(self, trail: Trail, first: bool, last: bool, mean: bool):
+    def __init__(self, state: SkipState, first: bool, last: bool, mean: bool):
         super().__init__("b h n m")
-        self.trail, self.first, self.last, self.mean = trail, first, last, mean
+        self.state, self.first, self.last, self.mean = state, first, last, mean
 
     @property
     def watched(self) -> bool:
@@ -115,12 +115,12 @@ class PairMean(Tap):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.first:
-            before = self.trail.value
+            before = self.state.value
             assert before is not None
             h = x.shape[1]
             pooled = before.unflatten(1, (h, before.shape[1] // h)).mean(dim=2)
             x = (x + pooled) / 2 if self.mean else x + pooled
-        self.trail.value = None if self.last else x
+        self.state.value = None if self.last else x
         return x
 
 
@@ -130,7 +130,7 @@ def install(
     layers: Sequence[nn.Module],
     dim: int,
     norm: Callable[[int], nn.Module],
-) -> Trail:
+) -> SkipState:
     """Put the skip between layers.
 
     Args:
@@ -144,23 +144,23 @@ def install(
     Returns:
         What a forward must find empty.
     """
-    trail, count = Trail(), len(mechanisms)
+    state, count = SkipState(), len(mechanisms)
     if skip.use == "encoder_stack":
         ends = layers[count // skip.encoders - 1 :: count // skip.encoders]
         for i, layer in enumerate(ends):
-            layer.skip = AddNorm(trail, norm(dim) if i else None, last=i == len(ends) - 1)
-        return trail
-    for i, (part, layer) in enumerate(zip(mechanisms, layers, strict=True)):
+            layer.skip = AddNorm(state, norm(dim) if i else None, last=i == len(ends) - 1)
+        return state
+    for i, (component, layer) in enumerate(zip(mechanisms, layers, strict=True)):
         last = i == count - 1
         if skip.use == "merged_post":
-            place = "cross_skip" if getattr(layer, "cross", None) is part else "attn_skip"
-            setattr(layer, place, AddNorm(trail, norm(dim) if i else None, last))
+            place = "cross_skip" if getattr(layer, "cross", None) is component else "attn_skip"
+            setattr(layer, place, AddNorm(state, norm(dim) if i else None, last))
         elif skip.use in ("probs_pairmean", "logits_pairmean"):
-            owner, name = _tap(part, "weights" if skip.use == "probs_pairmean" else "scores")
-            setattr(owner, name, PairMean(trail, i == 0, last, mean=skip.use == "probs_pairmean"))
+            owner, name = _tap(component, "weights" if skip.use == "probs_pairmean" else "scores")
+            setattr(owner, name, PairMean(state, i == 0, last, mean=skip.use == "probs_pairmean"))
         else:
-            part.skip = AddNorm(trail, norm(dim) if i else None, last, raw=skip.use == "merged_raw")  # type: ignore[assignment]
-    return trail
+            component.skip = AddNorm(state, norm(dim) if i else None, last, raw=skip.use == "merged_raw")  # type: ignore[assignment]
+    return state
 
 
 def check(skip: Skip, mechanisms: Sequence[tuple[Site, Mechanism]]) -> None:
@@ -180,24 +180,24 @@ def check(skip: Skip, mechanisms: Sequence[tuple[Site, Mechanism]]) -> None:
             f"{len(mechanisms)} layers cannot form {skip.encoders} encoders of the same depth",
             help="choose a number of encoders that divides them",
         )
-    for site, part in mechanisms:
-        if skip.use in ("merged", "merged_raw", "cross") and not isinstance(part, MultiHead):
+    for site, component in mechanisms:
+        if skip.use in ("merged", "merged_raw", "cross") and not isinstance(component, MultiHead):
             raise RecipeError(
                 "AZ314",
-                f"`skip: {skip.use}` hands on merged heads; `{part.card.name}` at {site.name} has none",
+                f"`skip: {skip.use}` hands on merged heads; `{component.card.name}` at {site.name} has none",
                 help="use `merged_post`, which every mechanism can, or another mechanism there",
             )
         if skip.use in ("probs_pairmean", "logits_pairmean"):
             name = "weights" if skip.use == "probs_pairmean" else "scores"
-            owner, _ = _tap(part, name)
+            owner, _ = _tap(component, name)
             if owner is None:
                 raise RecipeError(
                     "AZ314",
                     f"`skip: {skip.use}` hands on the {name} of one map per head; "
-                    f"`{part.card.name}` at {site.name} forms none, or several",
+                    f"`{component.card.name}` at {site.name} forms none, or several",
                     help="use `merged`, or `softmax` there",
                 )
-            heads = getattr(part, "heads", 1)
+            heads = getattr(component, "heads", 1)
             if before is not None and before[1] % heads:
                 raise RecipeError(
                     "AZ314",
@@ -219,8 +219,8 @@ def check(skip: Skip, mechanisms: Sequence[tuple[Site, Mechanism]]) -> None:
         )
 
 
-def _tap(part: nn.Module, name: str) -> tuple[Any, str]:
+def _tap(component: nn.Module, name: str) -> tuple[Any, str]:
     """What holds the tap of a name, with the tap's attribute; (None, ...) where there is not one map per head."""
-    owner: Any = part.head if isinstance(part, MultiHead) else part
+    owner: Any = component.head if isinstance(component, MultiHead) else component
     tap = owner._modules.get(name)
     return (owner if type(tap) is Tap and tap.axes == "b h n m" else None), name

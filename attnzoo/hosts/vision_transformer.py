@@ -12,10 +12,10 @@ from timm.models import PretrainedCfg, VisionTransformer, get_pretrained_cfg, is
 from timm.models.vision_transformer import Block
 from torch import Tensor, fx, nn
 
-from attnzoo.core import FREE, Layout, Mask, Mechanism
+from attnzoo.core import NO_MASK, Layout, Mask, Mechanism
 from attnzoo.errors import RecipeError, UnsupportedMask, did_you_mean
-from attnzoo.hosts.skip import Skip, Trail, install
-from attnzoo.hosts.survey import Put, Survey, init_normal, on_meta, undecayed, without_weights
+from attnzoo.hosts.info import BackboneInfo, Put, init_normal, on_meta, undecayed, without_weights
+from attnzoo.hosts.skip import Skip, SkipState, install
 
 default_cfgs: dict[str, Any] = {}
 """timm looks here for the configurations of the models that are registered from this module."""
@@ -34,7 +34,7 @@ def timm_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def survey(base: str, arguments: Mapping[str, Any]) -> Survey:
+def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
     """Build the base on the meta device and look at it.
 
     Args:
@@ -57,7 +57,7 @@ def survey(base: str, arguments: Mapping[str, Any]) -> Survey:
     _check_host(base, model)
     first = model.blocks[0]
     grid = tuple(model.patch_embed.grid_size)
-    return Survey(
+    return BackboneInfo(
         family="ViT",
         base=base,
         arguments=arguments,
@@ -91,28 +91,28 @@ def _check_host(base: str, model: nn.Module) -> None:
         )
 
 
-class Cell:
+class ForwardContext:
     """What belongs to one forward: the layout of its tokens and what layers hand on; begun by the patch embedding."""
 
     def __init__(self, layout: Layout):
-        self.layout, self.trail = layout, Trail()
+        self.layout, self.state = layout, SkipState()
 
 
 class ZooPatchEmbed(PatchEmbed):
     """timm's patch embedding, which also tells the blocks how the patches are arranged."""
 
-    def __init__(self, *args, prefix: int, cell: Cell, **timm_options):
+    def __init__(self, *args, prefix: int, context: ForwardContext, **timm_options):
         super().__init__(*args, **timm_options)
-        self.prefix, self.cell = prefix, cell
+        self.prefix, self.context = prefix, context
 
     def set_input_size(self, img_size=None, patch_size=None) -> None:
         super().set_input_size(img_size=img_size, patch_size=patch_size)
-        self.cell.layout = Layout(tuple(self.grid_size), self.prefix)
+        self.context.layout = Layout(tuple(self.grid_size), self.prefix)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.cell.trail.clear()
+        self.context.state.clear()
         if not self.strict_img_size:  # a fixed size needs no writing, and symbolic tracing knows no sizes
-            self.cell.layout = Layout(self.dynamic_feat_size((x.shape[2], x.shape[3])), self.prefix)
+            self.context.layout = Layout(self.dynamic_feat_size((x.shape[2], x.shape[3])), self.prefix)
         return super().forward(x)
 
 
@@ -126,21 +126,21 @@ class ZooBlock(Block):
         num_heads: int,
         depth: int,
         put: Callable[..., Mechanism],
-        cell: Cell,
+        context: ForwardContext,
         **timm_options,
     ):
         super().__init__(dim, num_heads, depth=depth, **timm_options | {"attn_layer": nn.Identity})
         self.attn = put(dim, num_heads, depth, timm_options)
-        self.cell = cell
+        self.context = context
         self.attn_skip: nn.Module = nn.Identity()
         self.skip: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if isinstance(attn_mask, fx.Proxy) or isinstance(is_causal, fx.Proxy):
-            x, mask = unmasked(x, attn_mask, is_causal), FREE
+            x, mask = unmasked(x, attn_mask, is_causal), NO_MASK
         else:
             mask = from_timm(attn_mask, is_causal)
-        mixed = self.attn_skip(self.attn(self.norm1(x), mask=mask, layout=self.cell.layout))
+        mixed = self.attn_skip(self.attn(self.norm1(x), mask=mask, layout=self.context.layout))
         x = x + self.drop_path1(self.ls1(mixed))
         return self.skip(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
@@ -172,7 +172,7 @@ def from_timm(attn_mask: Tensor | None, is_causal: bool) -> Mask:
         UnsupportedMask: AZ405, when a float mask holds anything but 0 and -inf.
     """
     if attn_mask is None:
-        return Mask(causal=True) if is_causal else FREE
+        return Mask(causal=True) if is_causal else NO_MASK
     if attn_mask.dtype != torch.bool:
         allowed = attn_mask == 0
         if not attn_mask.is_floating_point() or not bool((allowed | (attn_mask == float("-inf"))).all()):
@@ -198,7 +198,7 @@ class NoWeightDecay:
 
 
 def build(
-    seen: Survey,
+    info: BackboneInfo,
     put: Put,
     *,
     pretrained: bool = False,
@@ -210,7 +210,7 @@ def build(
     """The base with mechanisms in its blocks.
 
     Args:
-        seen: The surveyed base.
+        info: The inspected base.
         put: Builds what is put at a site.
         pretrained: Whether timm shall load the weights that `pretrained_cfg` names.
         pretrained_cfg: timm's configuration of the model.
@@ -218,12 +218,12 @@ def build(
         skip: What blocks hand on.
         timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, `device`, ...
     """
-    cell = Cell(seen.layout)
+    context = ForwardContext(info.layout)
     norms: list[Callable[[int], nn.Module]] = []
 
     def put_at(dim: int, heads: int, layer: int, block: dict[str, Any]) -> Mechanism:
         norms.append(partial(block["norm_layer"], device=block["device"], dtype=block["dtype"]))
-        site = seen.site(
+        site = info.site(
             layer,
             attn_drop=block["attn_drop"],
             proj_drop=block["proj_drop"],
@@ -236,18 +236,18 @@ def build(
         with torch.device(block["device"]) if block["device"] is not None else nullcontext():
             return put(site).to(dtype=block["dtype"])
 
-    model = model_entrypoint(seen.base)(
+    model = model_entrypoint(info.base)(
         pretrained=pretrained,
         pretrained_cfg=dict(pretrained_cfg),
-        block_fn=partial(ZooBlock, put=put_at, cell=cell),
-        embed_layer=partial(ZooPatchEmbed, prefix=seen.layout.prefix, cell=cell),
-        **timm_arguments(seen.arguments),
+        block_fn=partial(ZooBlock, put=put_at, context=context),
+        embed_layer=partial(ZooPatchEmbed, prefix=info.layout.prefix, context=context),
+        **timm_arguments(info.arguments),
         **timm_options,
     )
     vit = model if isinstance(model, VisionTransformer) else model.model  # features_only wraps it
     if skip:
         blocks: list[Any] = [vit.get_submodule(name) for name in skip.at]
-        cell.trail = install(skip, [block.attn for block in blocks], blocks, seen.dim, norms[0])
+        context.state = install(skip, [block.attn for block in blocks], blocks, info.dim, norms[0])
         vit.set_grad_checkpointing = RefuseCheckpointing()  # type: ignore[method-assign]
     vit.no_weight_decay = NoWeightDecay(frozenset(vit.no_weight_decay() | undecayed(vit)))  # type: ignore[method-assign]
     if init == "normal" and not pretrained:
@@ -277,7 +277,7 @@ def model_cfg(
         name: The model's own name.
         base: The base's name.
         arguments: Constructor arguments that differ from the base's.
-        mean: Mean of the pictures by channel; the base's when None.
-        std: Standard deviation of the pictures by channel; the base's when None.
+        mean: Mean of the images by channel; the base's when None.
+        std: Standard deviation of the images by channel; the base's when None.
     """
     return without_weights(get_pretrained_cfg(base) or PretrainedCfg(), name, arguments, mean, std)

@@ -94,7 +94,7 @@ def committee(
         logits: Of each member, (b c) each.
         labels: True classes (b).
         vote: How the members decide.
-        standardise: Whether each member's logits are first brought to mean 0 per picture and variance 1 overall.
+        standardise: Whether each member's logits are first brought to mean 0 per image and variance 1 overall.
         names: Of the members.
 
     Raises:
@@ -106,7 +106,7 @@ def committee(
         raise ZooError(
             "AZ906",
             f"these cannot be a committee: answers {shown} for {len(labels)} labels",
-            why="every member answers for the same pictures and the same classes",
+            why="every member answers for the same images and the same classes",
             help="take runs that were trained on the same data",
         )
     z = torch.stack(list(logits)).double()  # (k b c)
@@ -147,14 +147,14 @@ def evaluate_committee(
     standardise: bool = False,
     batch: int = 256,
 ) -> CommitteeResult:
-    """A committee of trained runs on the test pictures of their data.
+    """A committee of trained runs on the test images of their data.
 
     Args:
         runs: From `open_run`; all on the same data.
         which: Weights of the best or of the last epoch.
         vote: How the members decide.
         standardise: Whether each member's logits are first brought to one scale.
-        batch: Pictures per forward.
+        batch: Images per forward.
 
     Raises:
         ZooError: AZ906, when there is no run or they were trained on different data.
@@ -166,8 +166,8 @@ def evaluate_committee(
         device = next(model.parameters()).device
         logits, labels = [], []
         for indices in torch.arange(len(data.test)).split(batch):
-            pictures, truth = data.test.batch(indices)
-            logits.append(model(prepare(pictures).to(device)).cpu())
+            images, truth = data.test.batch(indices)
+            logits.append(model(prepare(images).to(device)).cpu())
             labels.append(truth)
         answers.append(torch.cat(logits))
         truths.append(torch.cat(labels))
@@ -175,7 +175,7 @@ def evaluate_committee(
         raise ZooError(
             "AZ906",
             "these runs cannot be a committee" if runs else "a committee needs runs",
-            why="every member answers for the same pictures and the same classes",
+            why="every member answers for the same images and the same classes",
             help="take runs that were trained on the same data",
         )
     return committee(answers, truths[0], vote, standardise, [run.folder.name for run in runs])

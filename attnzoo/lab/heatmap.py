@@ -1,4 +1,4 @@
-"""Heat maps of what a model looks at: which maps are shown, over which pictures."""
+"""Heat maps of what a model looks at: which maps are shown, over which images."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", 
 
 @dataclass(frozen=True)
 class View:
-    """What is shown of each picture: a table of maps.
+    """What is shown of each image: a table of maps.
 
     Args:
         columns: Names of its columns.
@@ -117,7 +117,7 @@ def notes(maps: Maps, what: What = "model", layer: int | None = None) -> list[st
     lines = [
         f"What {reads} looks at: {over}. {len(maps.sites)} layers; heads: {count}.",
         f"Numbers: least and most of a map, in even shares (1/{tokens} of the attention).",
-        "Below a picture: what it is, then what the model says.",
+        "Below an image: what it is, then what the model says.",
     ]
     kinds = {
         "implied": "forms no weights; its map is what it does to values, exactly, for these queries and keys.",
@@ -134,11 +134,11 @@ def notes(maps: Maps, what: What = "model", layer: int | None = None) -> list[st
 def captions(
     maps: Maps, names: Sequence[str], truths: Sequence[int] | None, classes: Sequence[str] | None
 ) -> list[list[tuple[str, tuple[int, int, int] | None]]]:
-    """Lines below each picture: what it is and what the model says, green where that is right and red where not.
+    """Lines below each image: what it is and what the model says, green where that is right and red where not.
 
     Args:
         maps: From `collect`; the model's answers are in them.
-        names: What to call the pictures where the truth is not known.
+        names: What to call the images where the truth is not known.
         truths: True classes; None when not known.
         classes: Names of the classes; numbers when None.
     """
@@ -160,7 +160,7 @@ def captions(
 def heat_sheet(
     maps: Maps,
     shown: View,
-    pictures: UInt8[Tensor, "b c y x"],
+    images: UInt8[Tensor, "b c y x"],
     lines: Sequence[Sequence[tuple[str, tuple[int, int, int] | None]]],
     title: str,
     remarks: Sequence[str],
@@ -170,14 +170,14 @@ def heat_sheet(
     Args:
         maps: From `collect`.
         shown: From `view`.
-        pictures: 0 to 255, (b c y x).
+        images: 0 to 255, (b c y x).
         lines: From `captions`.
         title: First line.
         remarks: From `notes`.
     """
     blocks = [
-        Shown(picture, captions, values)
-        for picture, captions, values in zip(pictures, lines, shown.values, strict=True)
+        Shown(image, captions, values)
+        for image, captions, values in zip(images, lines, shown.values, strict=True)
     ]
     return draw(blocks, shown.columns, shown.rows, title, remarks, unit=1 / maps.layout.length)
 
@@ -217,11 +217,11 @@ def save_sheet(
     return written
 
 
-def picture_files(paths: Sequence[str | os.PathLike], count: int, seed: int) -> list[Path]:
-    """The pictures among files and folders, at most `count`, drawn at random and in the order of their names.
+def image_files(paths: Sequence[str | os.PathLike], count: int, seed: int) -> list[Path]:
+    """The images among files and folders, at most `count`, drawn at random and in the order of their names.
 
     Args:
-        paths: Files are taken as they are; of folders, the files that end as pictures do.
+        paths: Files are taken as they are; of folders, the files that end as images do.
         count: How many at most.
         seed: Of the draw.
 
@@ -237,9 +237,9 @@ def picture_files(paths: Sequence[str | os.PathLike], count: int, seed: int) -> 
     if not files:
         raise ZooError(
             "AZ901",
-            f"there is no picture in {', '.join(f'`{os.fspath(path)}`' for path in paths)}",
-            why=f"pictures end in {', '.join(sorted(SUFFIXES))}",
-            help="name a folder of pictures, or pictures",
+            f"there is no image in {', '.join(f'`{os.fspath(path)}`' for path in paths)}",
+            why=f"images end in {', '.join(sorted(SUFFIXES))}",
+            help="name a folder of images, or images",
         )
     return [files[i] for i in drawn(len(files), count, seed)]
 
@@ -249,24 +249,24 @@ def drawn(total: int, count: int, seed: int) -> list[int]:
     return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist())
 
 
-def read_picture(path: str | os.PathLike, size: tuple[int, int, int]) -> UInt8[Tensor, "c y x"]:
-    """A picture at a model's size, squashed rather than cropped, 0 to 255.
+def read_image(path: str | os.PathLike, size: tuple[int, int, int]) -> UInt8[Tensor, "c y x"]:
+    """An image at a model's size, squashed rather than cropped, 0 to 255.
 
     Args:
-        path: Any picture that Pillow reads.
+        path: Any image that Pillow reads.
         size: Channels (1 or 3), rows and columns.
 
     Raises:
-        ZooError: AZ902, when the file is no picture, or the model does not take pictures of 1 or 3 channels.
+        ZooError: AZ902, when the file is no image, or the model does not take images of 1 or 3 channels.
     """
     channels, rows, columns = size
     if channels not in (1, 3):
-        raise ZooError("AZ902", f"the model takes pictures of {channels} channels; a file has 1 or 3")
+        raise ZooError("AZ902", f"the model takes images of {channels} channels; a file has 1 or 3")
     try:
-        with Image.open(path) as picture:
-            plain = picture.convert("RGB" if channels == 3 else "L")
+        with Image.open(path) as image:
+            plain = image.convert("RGB" if channels == 3 else "L")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no picture that can be read"
+        reason = getattr(error, "strerror", None) or "it is no image that can be read"
         raise ZooError("AZ902", f"cannot open `{os.fspath(path)}`: {reason.lower()}",
                        help="name a PNG or JPEG file") from None  # fmt: skip
     small = plain.resize((columns, rows), Image.Resampling.BICUBIC)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.core import (
-    FREE,
+    NO_MASK,
     Family,
     Fused,
     FusedHeads,
@@ -114,7 +114,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class Maps:
-    """All maps of a model on some pictures.
+    """All maps of a model on some images.
 
     Args:
         maps: In the order of layers, then of branches.
@@ -161,16 +161,16 @@ class _Leaf:
     site: str
     layer: int
     branch: str
-    part: Any
+    component: Any
 
     def where(self) -> dict:
-        name = self.part.card.name
+        name = self.component.card.name
         return {"site": self.site, "layer": self.layer, "branch": self.branch, "mechanism": name}
 
 
-def _branches(part: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The mechanisms inside a part, by the names of the branches that lead there."""
-    inner: Any = part.head if isinstance(part, MultiHead) else part
+def _branches(component: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The mechanisms inside a component, by the names of the branches that lead there."""
+    inner: Any = component.head if isinstance(component, MultiHead) else component
     if isinstance(inner, Fused | FusedHeads):
         for name, branch in inner.branches.named_children():
             yield from _branches(branch, f"{path}.{name}" if path else name)
@@ -210,7 +210,7 @@ def implied_map(
     k: Float[Tensor, "b h m d"],
     v: Float[Tensor, "b h m d"],
     *,
-    mask: Mask = FREE,
+    mask: Mask = NO_MASK,
     layout: Layout,
 ) -> Float[Tensor, "b h n m"]:
     """The map of a head that is linear in its values for fixed q and k: what it makes of one-hot values.
@@ -245,19 +245,19 @@ def _read(
         context: `mask` and `layout`.
         out: What it gave.
     """
-    part, card = leaf.part, leaf.part.card
+    component, card = leaf.component, leaf.component.card
     stochastic = Law.STOCHASTIC in card.laws
-    taps = find_taps(part, "weights")
+    taps = find_taps(component, "weights")
     usable = [name for name, tap in taps.items() if tap.axes in (_PAIRS, _ONE)]
     if len(usable) == 1 and len(tapped[usable[0]]) == 1:
         weights = tapped[usable[0]][0]
         kind: Kind = "weights"
         if taps[usable[0]].axes == _ONE:
-            gates = isinstance(part, Head) and not _same(weights[:, :, None] @ args[2], out)
+            gates = isinstance(component, Head) and not _same(weights[:, :, None] @ args[2], out)
             kind = "gate" if gates else "pooled"
         return Map(**leaf.where(), kind=kind, weights=weights, stochastic=stochastic)
-    if isinstance(part, Head) and Law.LINEAR_IN_VALUES in card.laws:
-        weights = implied_map(part, *args, **context)
+    if isinstance(component, Head) and Law.LINEAR_IN_VALUES in card.laws:
+        weights = implied_map(component, *args, **context)
         if _same(weights @ args[2], out):
             return Map(**leaf.where(), kind="implied", weights=weights, stochastic=False)
         return Absent(**leaf.where(), reason="it mixes channels as well as tokens: no one map describes it")
@@ -307,9 +307,9 @@ def look(model: nn.Module, sites: Mapping[str, nn.Module], inputs: tuple[Tensor,
         inputs: What the model is called with.
     """
     leaves = [
-        _Leaf(site, layer, branch, part)
+        _Leaf(site, layer, branch, component)
         for layer, (site, module) in enumerate(sites.items())
-        for branch, part in _branches(module)
+        for branch, component in _branches(module)
     ]
     found: dict[_Leaf, tuple[Map | Absent, Layout]] = {}
 
@@ -325,8 +325,8 @@ def look(model: nn.Module, sites: Mapping[str, nn.Module], inputs: tuple[Tensor,
     tapped: dict[_Leaf, dict[str, list[Tensor]]] = {leaf: defaultdict(list) for leaf in leaves}
     with ExitStack() as stack:
         for leaf in leaves:
-            stack.enter_context(watch(leaf.part, "weights", note(leaf)))
-            stack.callback(leaf.part.register_forward_hook(reading(leaf), with_kwargs=True).remove)
+            stack.enter_context(watch(leaf.component, "weights", note(leaf)))
+            stack.callback(leaf.component.register_forward_hook(reading(leaf), with_kwargs=True).remove)
         stack.callback(model.train, model.training)
         output = model.eval()(*inputs)
     read, layouts = zip(*(found[leaf] for leaf in leaves), strict=True)
@@ -334,7 +334,7 @@ def look(model: nn.Module, sites: Mapping[str, nn.Module], inputs: tuple[Tensor,
 
 
 def collect(model: nn.Module, images: Float[Tensor, "b c y x"]) -> Maps:
-    """The maps of every layer, branch and head for some pictures, from one forward in eval mode.
+    """The maps of every layer, branch and head for some images, from one forward in eval mode.
 
     Args:
         model: A composed model; it is left as it was.

@@ -31,7 +31,7 @@ def fuse_heads(weights: Float[Tensor, "b h n m"], fusion: HeadFusion = "mean") -
 
 
 def discard(weights: Float[Tensor, "b n m"], ratio: float) -> Float[Tensor, "b n m"]:
-    """The smallest entries of each picture's map set to 0; that of token 0 about itself is always kept.
+    """The smallest entries of each image's map set to 0; that of token 0 about itself is always kept.
 
     Args:
         weights: (b n m).

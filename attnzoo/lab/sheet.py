@@ -1,4 +1,4 @@
-"""A sheet of pictures and heat maps, drawn with Pillow alone."""
+"""A sheet of images and heat maps, drawn with Pillow alone."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ LEAST, MOST = 160, 224
 MANY = 5
 """With more columns than these, panels are as small as they may be."""
 ALPHA = 0.5
-"""How much of a panel is heat; the rest is the picture, in pale grey."""
+"""How much of a panel is heat; the rest is the image, in pale grey."""
 
 _STOPS = ("000004", "210c4a", "56106e", "89226a", "bb3754", "e35932", "f98c0a", "f9c932", "fcffa4")
 _INK, _PALE, _EMPTY, _PAPER = (28, 28, 30), (118, 118, 124), (238, 238, 240), (255, 255, 255)
@@ -36,26 +36,24 @@ def colours() -> UInt8[Tensor, "256 3"]:
 
 @dataclass(frozen=True)
 class Shown:
-    """One picture and its maps, as a block of the sheet.
+    """One image and its maps, as a block of the sheet.
 
     Args:
-        picture: Three colours or one, 0 to 255, (c y x).
-        captions: Lines below the picture, each with its colour; None for the usual ink.
+        image: Three colours or one, 0 to 255, (c y x).
+        captions: Lines below the image, each with its colour; None for the usual ink.
         values: A map for each row and column of the block, (rows columns y x); NaN where there is none.
     """
 
-    picture: UInt8[Tensor, "c y x"]
+    image: UInt8[Tensor, "c y x"]
     captions: Sequence[Line]
     values: Float[Tensor, "r k y x"]
 
 
-def overlay(
-    picture: UInt8[Tensor, "c y x"], heat: Float[Tensor, "v u"], size: tuple[int, int]
-) -> Image.Image:
-    """A map in colours over its picture in grey; the least value gets the first colour, the most the last.
+def overlay(image: UInt8[Tensor, "c y x"], heat: Float[Tensor, "v u"], size: tuple[int, int]) -> Image.Image:
+    """A map in colours over its image in grey; the least value gets the first colour, the most the last.
 
     Args:
-        picture: 0 to 255, (c y x).
+        image: 0 to 255, (c y x).
         heat: Any numbers, (v u); enlarged bilinearly to the panel.
         size: Rows and columns of the panel, in pixels.
     """
@@ -64,32 +62,32 @@ def overlay(
     fine = F.interpolate(scaled[None, None].cpu().float(), size, mode="bilinear", align_corners=False)[0, 0]
     hot = Image.fromarray(colours()[(fine * 255).round().long()].numpy())
     pale = (
-        enlarge(picture, size).convert("L").point(lambda grey: 72 + 0.5 * grey)
+        enlarge(image, size).convert("L").point(lambda grey: 72 + 0.5 * grey)
     )  # white is not mistaken for heat
     return Image.blend(pale.convert("RGB"), hot, ALPHA)
 
 
-def enlarge(picture: UInt8[Tensor, "c y x"], size: tuple[int, int]) -> Image.Image:
-    """A picture at the size of a panel, smoothly.
+def enlarge(image: UInt8[Tensor, "c y x"], size: tuple[int, int]) -> Image.Image:
+    """An image at the size of a panel, smoothly.
 
     Args:
-        picture: 0 to 255, (c y x), c = 1 or 3.
+        image: 0 to 255, (c y x), c = 1 or 3.
         size: Rows and columns of the panel, in pixels.
     """
-    rgb = picture.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy()
+    rgb = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy()
     return Image.fromarray(rgb).resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def panel_size(rows: int, columns: int, panels: int = 1) -> tuple[int, int]:
-    """Rows and columns of a panel in pixels, in the shape of the picture.
+    """Rows and columns of a panel in pixels, in the shape of the image.
 
     Args:
-        rows: Rows of the picture, in pixels.
-        columns: Columns of the picture, in pixels.
+        rows: Rows of the image, in pixels.
+        columns: Columns of the image, in pixels.
         panels: How many panels stand side by side.
     """
     short, most = min(rows, columns), MOST if panels <= MANY else LEAST
-    side = min(-(-LEAST // short) * short, most)  # a small picture grows by a whole factor
+    side = min(-(-LEAST // short) * short, most)  # a small image grows by a whole factor
     return round(rows * side / short), round(columns * side / short)
 
 
@@ -101,7 +99,7 @@ def draw(
     notes: Sequence[str],
     unit: float,
 ) -> Image.Image:
-    """The sheet: a block for each picture, the picture first, then its maps.
+    """The sheet: a block for each image, the image first, then its maps.
 
     Below each map stand its least and most value. Each map has the whole colour scale to itself.
 
@@ -113,7 +111,7 @@ def draw(
         notes: Lines below the title, wrapped.
         unit: What the numbers below the maps are divided by.
     """
-    y, x = shown[0].picture.shape[1:]
+    y, x = shown[0].image.shape[1:]
     height, width = panel_size(y, x, len(columns))
     label = int(max(_TEXT.getlength(name) for name in rows)) + _GAP if len(rows) > 1 else 0
     first = _MARGIN + width + 2 * _GAP + label
@@ -132,7 +130,7 @@ def draw(
         pen.text((left + width / 2, head + 8), _cut(name, width), _INK, _TEXT, anchor="mm")
     for i, one in enumerate(shown):
         top = head + _LINE + i * block
-        canvas.paste(enlarge(one.picture, (height, width)), (_MARGIN, top))
+        canvas.paste(enlarge(one.image, (height, width)), (_MARGIN, top))
         for j, (text, colour) in enumerate(one.captions):
             line_top = top + height + 3 + j * _LINE
             pen.text((_MARGIN, line_top), _cut(text, width), colour or _INK, _TEXT)
@@ -141,12 +139,12 @@ def draw(
             if label:
                 pen.text((first - _GAP, row_top + height / 2), rows[r], _INK, _TEXT, anchor="rm")
             for left, heat in zip(lefts, maps, strict=True):
-                _panel(canvas, pen, (left, row_top), one.picture, heat, (height, width), unit)
+                _panel(canvas, pen, (left, row_top), one.image, heat, (height, width), unit)
     _scale(canvas, pen, canvas.height - 36)
     return canvas
 
 
-def _panel(canvas: Image.Image, pen: ImageDraw.ImageDraw, at: tuple[int, int], picture: Tensor, heat: Tensor,
+def _panel(canvas: Image.Image, pen: ImageDraw.ImageDraw, at: tuple[int, int], image: Tensor, heat: Tensor,
            size: tuple[int, int], unit: float) -> None:  # fmt: skip
     """One map and its least and most value; an empty box where there is none."""
     (left, top), (height, width) = at, size
@@ -154,7 +152,7 @@ def _panel(canvas: Image.Image, pen: ImageDraw.ImageDraw, at: tuple[int, int], p
         pen.rectangle((left, top, left + width - 1, top + height - 1), fill=_EMPTY)
         pen.text((left + width / 2, top + height / 2), "none here", _PALE, _SMALL, anchor="mm")
         return
-    canvas.paste(overlay(picture, heat, size), at)
+    canvas.paste(overlay(image, heat, size), at)
     low, high = float(heat.min()) / unit, float(heat.max()) / unit
     digits = 2 if high == low else min(max(1 - math.floor(math.log10(high - low)), 0), 5)
     text = f"{low:.{digits}f} to {high:.{digits}f}"

@@ -132,7 +132,7 @@ def collect_text(model: nn.Module, *inputs: Tensor) -> TextMaps:
         sides = {"layers": [f"layers.{i}" for i in range(len(model.layers))]}
     else:
         raise ZooError("AZ908", f"{type(model).__name__} is no model of sequences",
-                       help="`attnzoo.lab.maps.collect` is for pictures")  # fmt: skip
+                       help="`attnzoo.lab.maps.collect` is for images")  # fmt: skip
     sites = {name: model.get_submodule(module_path(name)) for names in sides.values() for name in names}
     looked = look(model, sites, inputs)
     stacks = []

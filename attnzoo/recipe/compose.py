@@ -31,7 +31,7 @@ def compose(recipe: str | os.PathLike, *, edits: Sequence[str] = (), **arguments
 
 
 def compose_file(recipe: str | os.PathLike, edits: Sequence[str] = ()) -> Composition:
-    """A recipe with every name known and every demand met, not yet built; for those who want to look first."""
+    """A recipe with every name known and every requirement met, not yet built; for those who want to look first."""
     return resolve(load(recipe, edits))
 
 
@@ -63,7 +63,7 @@ def build(
     if pretrained and not any(
         {**cfg, **overlay}.get(key) for key in ("url", "file", "state_dict", "hf_hub_id")
     ):
-        base = composition.seen.base
+        base = composition.info.base
         timm = f"model.load_state_dict(timm.create_model('{base}', pretrained=True).state_dict(), strict=False), or "
         raise RecipeError(
             "AZ306",
@@ -98,7 +98,7 @@ def check_expectations(loaded: Loaded, model: nn.Module) -> None:
 
 
 def _check_memory(composition: Composition) -> None:
-    need, there = composition.seen.bytes, available_memory()
+    need, there = composition.info.bytes, available_memory()
     if there and need > 0.8 * there and not os.environ.get("ATTNZOO_FORCE"):
         source = composition.loaded.source
         loc = ("host", "model") if ("host", "model") in source.values else ("host",)
@@ -106,7 +106,7 @@ def _check_memory(composition: Composition) -> None:
             "AZ311",
             f"one training step needs {need / 2**30:,.1f} GiB or more; {there / 2**30:,.1f} GiB are free",
             place=source.value_place(loc),
-            why=f"{composition.seen.params:,} parameters, {composition.seen.tokens:,} tokens",
+            why=f"{composition.info.params:,} parameters, {composition.info.tokens:,} tokens",
             help="make the model smaller; ATTNZOO_FORCE=1 tries all the same",
         )
 

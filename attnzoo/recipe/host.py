@@ -1,4 +1,4 @@
-"""From what a recipe says of its host to what is seen of it: sizes, sites, heads by layer, the skip."""
+"""From what a recipe says of its host to what is info of it: sizes, sites, heads by layer, the skip."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,15 @@ from pydantic import ValidationError
 from attnzoo.core import Layout, Site
 from attnzoo.errors import Place, RecipeError
 from attnzoo.hosts import seq2seq, sequence
+from attnzoo.hosts.info import BackboneInfo, HostInfo
 from attnzoo.hosts.kinds import HOSTS
-from attnzoo.hosts.seq2seq import Seq2SeqSeen
+from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.skip import Skip
-from attnzoo.hosts.survey import Seen, Survey
 from attnzoo.recipe.schema import HeadSchedule, Recipe, Seq2SeqHost, SequenceHost, SideHeads
 from attnzoo.recipe.source import Loc, Source
 
 
-def see(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> Seen:
+def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> HostInfo:
     """What a recipe's host looks like.
 
     Args:
@@ -32,11 +32,11 @@ def see(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> Seen:
     host = recipe.host
     if isinstance(host, Seq2SeqHost | SequenceHost):
         said = _told(host, arguments).model_dump(exclude={"kind"})
-        return see_sequences(host.kind, said, recipe.heads, source)
+        return sequence_info(host.kind, said, recipe.heads, source)
     wanted = {**host.model.model_dump(exclude_unset=True, exclude_none=True), **arguments}
-    seen = see_backbone(host.kind, host.base, wanted, source)
+    info = backbone_info(host.kind, host.base, wanted, source)
     if recipe.heads is None:
-        return seen
+        return info
     if isinstance(recipe.heads, SideHeads):
         raise RecipeError(
             "AZ313",
@@ -44,9 +44,9 @@ def see(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> Seen:
             place=source.value_place(("heads",)),
             help="write a number, a list or a schedule",
         )
-    heads = by_layer(recipe.heads, seen.depth, ("heads",), source)
-    _check_heads(heads, seen.dim, ("heads",), source)
-    return replace(seen, heads=heads)
+    heads = by_layer(recipe.heads, info.depth, ("heads",), source)
+    _check_heads(heads, info.dim, ("heads",), source)
+    return replace(info, heads=heads)
 
 
 def _told(host: Seq2SeqHost | SequenceHost, arguments: Mapping[str, Any]) -> Seq2SeqHost | SequenceHost:
@@ -71,7 +71,7 @@ def _told(host: Seq2SeqHost | SequenceHost, arguments: Mapping[str, Any]) -> Seq
         ) from None
 
 
-def see_sequences(kind: str, said: Mapping[str, Any], heads: Any, source: Source) -> Seen:
+def sequence_info(kind: str, said: Mapping[str, Any], heads: Any, source: Source) -> HostInfo:
     """What a model of sequences looks like.
 
     Args:
@@ -94,7 +94,7 @@ def see_sequences(kind: str, said: Mapping[str, Any], heads: Any, source: Source
                 help="write a number, a list or a schedule",
             )
         counts = _checked(4 if heads is None else heads, form.layers, ("heads",), form, source)
-        return sequence.survey(form, counts)
+        return sequencehost_info(form, counts)
     for key, sides in (("layers", ("encoder", "decoder")), ("vocab", ("source", "target"))):
         both = fields.pop(key)
         fields |= dict.fromkeys(sides, both) if isinstance(both, int) else dict(both)
@@ -113,7 +113,7 @@ def see_sequences(kind: str, said: Mapping[str, Any], heads: Any, source: Source
         both = 8 if heads is None else heads
         encoder = _checked(both, pair.encoder, ("heads",), pair, source)
         decoder = _checked(both, pair.decoder, ("heads",), pair, source)
-    return seq2seq.survey(pair, encoder, decoder)
+    return seq2seqhost_info(pair, encoder, decoder)
 
 
 def _checked(
@@ -192,8 +192,8 @@ def _place(loc: Loc, source: Source) -> Place:
     return source.value_place(loc) if loc else source.key_place(("host",))
 
 
-def see_backbone(kind: str, base: str, arguments: Mapping[str, Any], source: Source) -> Survey:
-    """What a backbone for pictures looks like.
+def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: Source) -> BackboneInfo:
+    """What a backbone for images looks like.
 
     Args:
         kind: Of host.
@@ -204,13 +204,13 @@ def see_backbone(kind: str, base: str, arguments: Mapping[str, Any], source: Sou
     Raises:
         RecipeError: AZ301, AZ308, AZ309, AZ310.
     """
-    survey = HOSTS[kind].survey
+    look = HOSTS[kind].host_info
     try:
         try:
-            return survey(base, arguments)
+            return look(base, arguments)
         except RecipeError as error:
             if error.code == "AZ309" and arguments:
-                plain = survey(
+                plain = look(
                     base, {}
                 )  # what is no host at all takes other arguments: say the first, not the second
                 dim, heads = arguments.get("embed_dim", plain.dim), arguments.get("num_heads", plain.heads[0])
@@ -226,12 +226,12 @@ def see_backbone(kind: str, base: str, arguments: Mapping[str, Any], source: Sou
         raise RecipeError.of([replace(d, place=place) for d in error.diagnostics]) from None
 
 
-def skip_of(recipe: Recipe, seen: Seen, source: Source) -> Skip:
+def skip_of(recipe: Recipe, info: HostInfo, source: Source) -> Skip:
     """The skip with the names of its sites.
 
     Args:
         recipe: What it says.
-        seen: Its host.
+        info: Its host.
         source: For places.
 
     Raises:
@@ -240,8 +240,8 @@ def skip_of(recipe: Recipe, seen: Seen, source: Source) -> Skip:
     said = recipe.skip
     if said is None or said.use == "none":
         return Skip()
-    names = list(seen.sites())
-    if recipe.host.kind == "cct" or (said.use == "cross" and not isinstance(seen, Seq2SeqSeen)):
+    names = list(info.sites())
+    if recipe.host.kind == "cct" or (said.use == "cross" and not isinstance(info, Seq2SeqInfo)):
         what = (
             "a CCT has no place for a skip"
             if recipe.host.kind == "cct"
@@ -249,7 +249,7 @@ def skip_of(recipe: Recipe, seen: Seen, source: Source) -> Skip:
         )
         raise RecipeError("AZ314", f"`skip: {said.use}` cannot be put here: {what}",
                           place=_place(("skip",), source), help="use `merged`, or another kind of host")  # fmt: skip
-    glob = said.at or seen.skip_default(said.use)
+    glob = said.at or info.skip_default(said.use)
     at = tuple(fnmatch.filter(names, glob))
     place = _place(("skip", "at"), source)
     if not at:

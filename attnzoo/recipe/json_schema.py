@@ -12,8 +12,8 @@ def recipe_schema() -> dict[str, Any]:
     zoo = load_zoo()
     schema = Recipe.model_json_schema(by_alias=True)
     definitions = schema.pop("$defs")
-    parts = {"Use": ("use", zoo.mechanisms), "Fuse": ("fuse", zoo.fusions)}
-    for model, (key, registry) in parts.items():
+    components = {"Use": ("use", zoo.mechanisms), "Fuse": ("fuse", zoo.fusions)}
+    for model, (key, registry) in components.items():
         definition = definitions[model]
         definition["properties"][key] = {
             "enum": list(registry),

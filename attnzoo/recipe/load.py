@@ -51,7 +51,7 @@ def load(recipe: str | os.PathLike, edits: Sequence[str] = ()) -> Loaded:
         edits: Changes such as `attention.with.start=identity`, validated like the file.
 
     Raises:
-        RecipeError: AZ1xx with all faults of the text, and what else can be said of the parts that are sound;
+        RecipeError: AZ1xx with all faults of the text, and what else can be said of what is sound;
             AZ204 when there is no recipe of that name.
     """
     text, path = os.fsdecode(recipe), None
@@ -84,11 +84,11 @@ def load(recipe: str | os.PathLike, edits: Sequence[str] = ()) -> Loaded:
 
 def _with_others(source: Source, loaded: Loaded | None) -> list[Diagnostic]:
     """The faults of the text, and those of its names and options, which they must not hide."""
-    from attnzoo.recipe.resolve import look_over, resolve
+    from attnzoo.recipe.resolve import other_faults, resolve
 
     others: Sequence[Diagnostic] = ()
     if loaded is None:
-        others = look_over(source)
+        others = other_faults(source)
     else:
         try:
             resolve(loaded)

@@ -1,4 +1,4 @@
-"""From a recipe to plans: names become entries of the zoo, options are checked, demands meet claims."""
+"""From a recipe to plans: names become entries of the zoo, options are checked, requirements meet claims."""
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
@@ -15,15 +15,15 @@ from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Law, Mechanism, 
 from attnzoo.core.mechanism import fused_card
 from attnzoo.errors import Diagnostic, Place, RecipeError, did_you_mean
 from attnzoo.hosts import seq2seq, sequence
-from attnzoo.hosts.demand import Demand, unmet
+from attnzoo.hosts.info import BackboneInfo, HostInfo
 from attnzoo.hosts.kinds import HOSTS
-from attnzoo.hosts.seq2seq import Seq2SeqSeen
-from attnzoo.hosts.sequence import SequenceSeen
+from attnzoo.hosts.requirements import Requirements, unmet
+from attnzoo.hosts.seq2seq import Seq2SeqInfo
+from attnzoo.hosts.sequence import SequenceInfo
 from attnzoo.hosts.skip import Skip
 from attnzoo.hosts.skip import check as check_skip
-from attnzoo.hosts.survey import Seen, Survey
 from attnzoo.recipe.faults import faults_of
-from attnzoo.recipe.host import see, see_backbone, see_sequences, skip_of
+from attnzoo.recipe.host import backbone_info, host_info, sequence_info, skip_of
 from attnzoo.recipe.load import Loaded
 from attnzoo.recipe.schema import FUSE, TAGGED, Fuse, ImageHost, Spec, Use, host_tag, spec_tag
 from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
@@ -53,7 +53,7 @@ class Plan:
     place: Place
 
     def __str__(self) -> str:
-        """As a formula: `hadamard(softmax, soft[reading=gated])`."""
+        """As a formula: `hadamard(softmax, soft[variant=gated])`."""
         options = ", ".join(f"{k}={v}" for k, v in self.options.items())
         inner = f"({', '.join(map(str, self.branches))})" if self.branches else ""
         return f"{self.entry.name}{f'[{options}]' if options else ''}{inner}"
@@ -80,7 +80,7 @@ class Plan:
         """The mechanism for a site.
 
         Raises:
-            RecipeError: what the parts' constructors raise, with the place of the part.
+            RecipeError: what the components' constructors raise, with the place of the component.
         """
         if self.heads is not None:
             site = replace(site, heads=self.heads)
@@ -114,7 +114,7 @@ def _fusion(plan: Plan, site: Site, arity: int) -> Fusion:
 
 @contextmanager
 def _blame(entry: Entry, place: Place) -> Iterator[None]:
-    """Faults of a part get the place of its name; what else a plugin raises becomes a fault of the plugin."""
+    """Faults of a component get the place of its name; what else a plugin raises becomes a fault of the plugin."""
     try:
         yield
     except RecipeError as error:
@@ -138,17 +138,17 @@ def anonymous(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Composition:
-    """A recipe whose every name is known and whose every demand is met.
+    """A recipe whose every name is known and whose every requirement is met.
 
     Args:
         loaded: The recipe.
-        seen: Its host.
+        info: Its host.
         plans: What is put where, by site name.
         skip: What layers hand on.
     """
 
     loaded: Loaded
-    seen: Seen
+    info: HostInfo
     plans: Mapping[str, Plan]
     skip: Skip = Skip()
 
@@ -157,18 +157,20 @@ class Composition:
         return self.plans[site.name].build(site)
 
     @property
-    def image(self) -> tuple[ImageHost, Survey] | None:
-        """What a recipe says of a backbone for pictures, and what is seen of it; None for a model of sequences."""
+    def image(self) -> tuple[ImageHost, BackboneInfo] | None:
+        """What a recipe says of a backbone for images, and what is info of it; None for a model of sequences."""
         host = self.loaded.recipe.host
-        return (host, self.seen) if isinstance(host, ImageHost) and isinstance(self.seen, Survey) else None
+        return (
+            (host, self.info) if isinstance(host, ImageHost) and isinstance(self.info, BackboneInfo) else None
+        )
 
     def model_cfg(self) -> dict[str, Any]:
         """timm's configuration of the model; empty for a model of sequences."""
         if self.image is None:
             return {}
-        host, seen = self.image
+        host, info = self.image
         name = host.registers or anonymous(host.kind)
-        return HOSTS[host.kind].model_cfg(name, host.base, seen.arguments, host.mean, host.std)
+        return HOSTS[host.kind].model_cfg(name, host.base, info.arguments, host.mean, host.std)
 
     def build(
         self, pretrained_cfg: Mapping[str, Any] | None = None, pretrained: bool = False, **timm_options
@@ -181,18 +183,18 @@ class Composition:
             timm_options: What goes to timm's builder and not to the model; a model of sequences takes `device` and
                 `dtype` only.
         """
-        if isinstance(self.seen, Seq2SeqSeen):
+        if isinstance(self.info, Seq2SeqInfo):
             return _placed(
-                lambda: seq2seq.build(cast(Seq2SeqSeen, self.seen), self.put, self.skip), **timm_options
+                lambda: seq2seq.build(cast(Seq2SeqInfo, self.info), self.put, self.skip), **timm_options
             )
-        if isinstance(self.seen, SequenceSeen):
+        if isinstance(self.info, SequenceInfo):
             return _placed(
-                lambda: sequence.build(cast(SequenceSeen, self.seen), self.put, self.skip), **timm_options
+                lambda: sequence.build(cast(SequenceInfo, self.info), self.put, self.skip), **timm_options
             )
         assert self.image is not None
-        host, seen = self.image
+        host, info = self.image
         return HOSTS[host.kind].build(
-            seen,
+            info,
             self.put,
             pretrained=pretrained,
             pretrained_cfg=pretrained_cfg or self.model_cfg(),
@@ -235,15 +237,15 @@ def resolve(
     ]
     faults = planner.faults
     try:
-        seen = see(recipe, arguments or {}, source)
+        info = host_info(recipe, arguments or {}, source)
     except RecipeError as error:
         raise RecipeError.of([*faults, *error.diagnostics]) from None
     try:
-        skip = skip_of(recipe, seen, source)
+        skip = skip_of(recipe, info, source)
     except RecipeError as error:
         faults += error.diagnostics
         skip = Skip()
-    plans = dict.fromkeys(seen.sites(), main)
+    plans = dict.fromkeys(info.sites(), main)
     for i, override in enumerate(recipe.overrides):
         names = fnmatch.filter(plans, override.at)
         if not names:
@@ -253,16 +255,16 @@ def resolve(
             help = f"the sites are {shown}; `{sites[0].partition('.')[0]}.*` means all"
             planner.fault("AZ304", f"`{override.at}` matches no site", place, help=help)
         plans |= dict.fromkeys(names, puts[i])
-    faults += _misfits(plans, seen, planner.zoo)
+    faults += _misfits(plans, info, planner.zoo)
     if skip and not faults:
-        faults += _skip_misfits(skip, cast(dict[str, Plan], plans), seen, source)
+        faults += _skip_misfits(skip, cast(dict[str, Plan], plans), info, source)
     if faults:
         unique = {(d.code, d.message, d.place): d for d in faults}
         raise RecipeError.of(list(unique.values())[:MAX_FAULTS])
-    return Composition(loaded, seen, cast(dict[str, Plan], plans), skip)
+    return Composition(loaded, info, cast(dict[str, Plan], plans), skip)
 
 
-def look_over(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
+def other_faults(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
     """What else is wrong in a tree that does not fit the schema: unknown names, bad options, no such base.
 
     Only what is sound on its own is judged, so that one mistake is not reported twice.
@@ -290,41 +292,41 @@ def look_over(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
     try:
         if not issubclass(kind, ImageHost):
             if "heads" not in tree:
-                see_sequences(host.kind, host.model_dump(exclude={"kind"}), None, source)
+                sequence_info(host.kind, host.model_dump(exclude={"kind"}), None, source)
         else:
             wanted = host.model.model_dump(exclude_unset=True, exclude_none=True) if host else {}
             base = said.get("base", kind.model_fields["base"].default)
-            see_backbone(host_tag(said).strip("()"), base, wanted, source)
+            backbone_info(host_tag(said).strip("()"), base, wanted, source)
     except RecipeError as error:
         planner.faults += error.diagnostics
     return planner.faults
 
 
-def _misfits(plans: Mapping[str, Plan | None], seen: Seen, zoo: Zoo) -> list[Diagnostic]:
-    """Demands that are not met, and parts that cannot be built where they are put; each plan once per kind of site."""
+def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> list[Diagnostic]:
+    """Requirements not met and components that cannot be built at their sites; each plan once per kind of site."""
     faults: list[Diagnostic] = []
-    sites = seen.sites()
-    first_sites: dict[tuple[int, Demand, int], tuple[str, Plan]] = {}
+    sites = info.sites()
+    first_sites: dict[tuple[int, Requirements, int], tuple[str, Plan]] = {}
     for name, plan in plans.items():
         if plan is not None:
-            first_sites.setdefault((id(plan), seen.demand(name), sites[name].heads), (name, plan))
-    told: set[tuple[Place, Demand]] = set()
-    for (_, demand, _), (name, plan) in first_sites.items():
+            first_sites.setdefault((id(plan), info.requirements(name), sites[name].heads), (name, plan))
+    told: set[tuple[Place, Requirements]] = set()
+    for (_, required, _), (name, plan) in first_sites.items():
         for leaf in plan.leaves():
-            whys = unmet(leaf.card, demand)
-            if demand.rotary and not leaf.inside_heads:
+            whys = unmet(leaf.card, required)
+            if required.rotary and not leaf.inside_heads:
                 whys.append(
                     f"rotary positions are turned inside the heads; `{leaf.entry.name}` has projections of its own"
                 )
-            if (leaf.place, demand) in told:
+            if (leaf.place, required) in told:
                 continue
             for why in whys:
                 message = f"`{leaf.entry.name}` cannot be put at {name}"
                 faults.append(
-                    Diagnostic("AZ302", message, leaf.place, why, _who_can(demand, zoo, leaf.entry.name))
+                    Diagnostic("AZ302", message, leaf.place, why, _who_can(required, zoo, leaf.entry.name))
                 )
-                told.add((leaf.place, demand))
-        for fusion in plan.fusions() if demand.token_local else ():
+                told.add((leaf.place, required))
+        for fusion in plan.fusions() if required.token_local else ():
             if Law.TOKEN_LOCAL not in fusion.entry.value.card.laws:
                 message = f"`{fusion.entry.name}` cannot fuse at {name}"
                 why = "later tokens are hidden there, and this fusion mixes tokens"
@@ -342,21 +344,21 @@ def _misfits(plans: Mapping[str, Plan | None], seen: Seen, zoo: Zoo) -> list[Dia
     return faults
 
 
-def _who_can(demand: Demand, zoo: Zoo, refused: str) -> str:
-    """The mechanisms that meet a demand with their defaults, in words."""
+def _who_can(required: Requirements, zoo: Zoo, refused: str) -> str:
+    """The mechanisms that meet requirements with their defaults, in words."""
     can = [
         name
         for name, entry in zoo.mechanisms.items()
         if name != refused
-        and not unmet(entry.value.card, demand)
-        and (issubclass(entry.value, Head) or not demand.rotary)
+        and not unmet(entry.value.card, required)
+        and (issubclass(entry.value, Head) or not required.rotary)
     ]
     return f"who can: {', '.join(f'`{name}`' for name in can)}" if can else "no mechanism of the zoo can"
 
 
-def _skip_misfits(skip: Skip, plans: Mapping[str, Plan], seen: Seen, source: Source) -> list[Diagnostic]:
+def _skip_misfits(skip: Skip, plans: Mapping[str, Plan], info: HostInfo, source: Source) -> list[Diagnostic]:
     """What stands against handing something on between these sites."""
-    sites = seen.sites()
+    sites = info.sites()
     try:
         with torch.device("meta"):
             check_skip(skip, [(sites[name], plans[name].build(sites[name])) for name in skip.at])
@@ -385,15 +387,15 @@ class _Planner:
         key: Literal["use", "fuse"] = "fuse" if spec_tag(spec) == FUSE else "use"
         name, given, branches = spec.get(key), spec.get("with", {}), spec.get("of")
         if isinstance(name, str) and name:
-            self.part(key, name, given if isinstance(given, dict) else {}, loc)
+            self.component(key, name, given if isinstance(given, dict) else {}, loc)
         for i, inner in enumerate(branches if isinstance(branches, list) else ()):
             self.look(inner, (*loc, "of", i))
 
     def use(self, spec: Use, loc: Loc) -> Plan | None:
-        part = self.part("use", spec.use, spec.with_, loc)
-        if part is None:
+        component = self.component("use", spec.use, spec.with_, loc)
+        if component is None:
             return None
-        entry, options, place = part
+        entry, options, place = component
         try:
             with _blame(entry, place):
                 card = entry.value.claims(**options)
@@ -403,11 +405,11 @@ class _Planner:
         return Plan(entry, options, card, issubclass(entry.value, Head), spec.heads, (), place)
 
     def fuse(self, spec: Fuse, loc: Loc) -> Plan | None:
-        part = self.part("fuse", spec.fuse, spec.with_, loc)
+        component = self.component("fuse", spec.fuse, spec.with_, loc)
         branches = [self.plan(inner, (*loc, "of", i)) for i, inner in enumerate(spec.of)]
-        if part is None or any(branch is None for branch in branches):
+        if component is None or any(branch is None for branch in branches):
             return None
-        entry, options, place = part
+        entry, options, place = component
         known = cast(list[Plan], branches)
         on_tokens = [branch for branch in known if not branch.inside_heads]
         inside = spec.level == "heads" or (spec.level is None and not on_tokens)
@@ -424,7 +426,7 @@ class _Planner:
         card = fused_card(entry.value.card, [branch.card for branch in known])
         return None if own else Plan(entry, options, card, inside, spec.heads, tuple(known), place)
 
-    def part(
+    def component(
         self, key: Literal["use", "fuse"], name: str, given: Mapping[str, Any], loc: Loc
     ) -> tuple[Entry, dict[str, Any], Place] | None:
         """A mechanism or fusion with its options and the place of its name, or a fault."""

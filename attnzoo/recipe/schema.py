@@ -17,7 +17,7 @@ LAYERS, SIDE_LAYERS, VOCAB, SIDE_VOCAB = "(layers)", "(layers by side)", "(vocab
 Name = Annotated[
     str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$"), "a name of a-z, 0-9 and _ that begins with a letter"
 ]  # fmt: skip
-Part = Annotated[str, Field(min_length=1, max_length=130), "the name of a part of the zoo"]
+ComponentName = Annotated[str, Field(min_length=1, max_length=130), "the name of a component of the zoo"]
 Base = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,100}$"), "the name of a timm model, without a tag"]
 Text = Annotated[str, Field(max_length=1000)]
 Line = Annotated[str, Field(pattern=r"^[^\n]{0,1000}\n?$"), "one line of at most 1000 characters"]
@@ -32,7 +32,7 @@ class _Strict(BaseModel):
 class Use(_Strict):
     """One mechanism, by name. A plain string is short for `{use: ...}`."""
 
-    use: Part = Field(description="Name of a mechanism, or plugin/name.")
+    use: ComponentName = Field(description="Name of a mechanism, or plugin/name.")
     with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Its options.")
     heads: Heads | None = Field(None, description="Heads, instead of the host's number.")
 
@@ -45,7 +45,7 @@ class Use(_Strict):
 class Fuse(_Strict):
     """Several mechanisms, merged."""
 
-    fuse: Part = Field(description="Name of a fusion, or plugin/name.")
+    fuse: ComponentName = Field(description="Name of a fusion, or plugin/name.")
     of: list["Spec"] = Field(min_length=1, max_length=MAX_BRANCHES, description="The branches.")
     with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Options of the fusion.")
     heads: Heads | None = Field(None, description="Heads, instead of the host's number.")
@@ -147,9 +147,9 @@ class _Host(_Strict):
         description="timm's initialisation, or N(0, 0.02²) for all weights and tokens and 0 for all biases.",
     )
     mean: Channels | None = Field(
-        None, description="Mean of the pictures by channel, of 1; the base's otherwise."
+        None, description="Mean of the images by channel, of 1; the base's otherwise."
     )
-    std: Channels | None = Field(None, description="Standard deviation of the pictures by channel, of 1.")
+    std: Channels | None = Field(None, description="Standard deviation of the images by channel, of 1.")
     registers: Name | None = Field(None, description="Name under which timm.create_model knows the model.")
 
 
@@ -348,7 +348,7 @@ class SkipSpec(_Strict):
         "logits_pairmean",
         "cross",
         "encoder_stack",
-    ] = Field(description="Which reading of Deep Head's skip.")
+    ] = Field(description="Which variant of Deep Head's skip.")
     at: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
         None, description="A glob over site names; the encoder's, or all blocks, when left out."
     )
@@ -370,9 +370,9 @@ TAGGED: dict[str, Any] = {USE: Use, FUSE: Fuse, VIT: VitHost, CCT: CctHost, SEQ2
 
 
 class Transform(_Strict):
-    """One step of the augmentation of training pictures, by name."""
+    """One step of the augmentation of training images, by name."""
 
-    use: Part = Field(description="Name of the step.")
+    use: ComponentName = Field(description="Name of the step.")
     with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Its options.")
 
     @model_validator(mode="before")
@@ -427,18 +427,18 @@ class Train(_Strict):
     """How the model is trained."""
 
     data: Annotated[str, Field(min_length=1, max_length=1000)] = Field(
-        default="cifar10", description="Pictures, sentence pairs or sequences, by name."
+        default="cifar10", description="Images, sentence pairs or sequences, by name."
     )
     tokens: Tokens = Field(default_factory=Tokens, description="How text becomes ids.")
-    size: Side | None = Field(default=None, description="Side of the pictures, in pixels; the data's own.")
+    size: Side | None = Field(default=None, description="Side of the images, in pixels; the data's own.")
     augment: list[Transform] = Field(
         default_factory=list, max_length=32, description="Augmentation, step by step."
     )
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
-        default=256, description="Pictures, pairs or sequences per optimiser step, over all processes."
+        default=256, description="Images, pairs or sequences per optimiser step, over all processes."
     )
     accumulate: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        default=1, description="Parts that a process computes its share of a batch in, to save memory."
+        default=1, description="Microbatches that a process computes its share of a batch in, to save memory."
     )
     epochs: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
         default=100, description="Passes over the training side; the schedule spans them."
@@ -481,7 +481,7 @@ class Recipe(_Strict):
     name: Name | None = Field(None, description="The file's stem.")
     summary: Line = Field("", description="One line.")
     source: Text = Field("", description="Paper, with sections.")
-    extends: Text | None = Field(None, description="A recipe whose parts hold where this one says nothing.")
+    extends: Text | None = Field(None, description="A recipe whose entries hold where this one says nothing.")
     host: Host = Field(description="The model that is composed.")
     heads: HeadCounts | None = Field(None, description="Heads by layer, in the place of the host's number.")
     skip: SkipSpec | None = Field(None, description="What the attention of a layer hands on to the next.")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from attnzoo.core import FREE, Card, Fusion, Head, Law, Layout, Mask, MultiHead, Past, options_of, watch
+from attnzoo.core import NO_MASK, Card, Fusion, Head, KVCache, Law, Layout, Mask, MultiHead, options_of, watch
 from attnzoo.core.mask import KINDS
 from attnzoo.core.options import option_texts
 from attnzoo.core.tap import NAMES, find_taps
 from attnzoo.errors import RecipeError, ZooError
-from attnzoo.testing.strategies import SMALL, Part, Scene, settings_of
+from attnzoo.testing.strategies import SMALL, Component, Scene, settings_of
 
 TOLERANCE = 1e-10
 """Of float64, relative to the largest number."""
@@ -34,7 +34,7 @@ class Inapplicable(Exception):
 
 @dataclass(frozen=True)
 class Requirement:
-    """To which parts, cards and option settings a check applies.
+    """To which components, cards and option settings a check applies.
 
     Args:
         kinds: Of `mechanism` (heads with their projections are mechanisms), `head`, `fusion`.
@@ -53,7 +53,7 @@ class Requirement:
         return self.card(card) and self.options(options)
 
 
-Check = Callable[[Part, Scene], None]
+Check = Callable[[Component, Scene], None]
 
 
 def requires(
@@ -169,26 +169,30 @@ def changed(x: Tensor, where: Tensor, scene: Scene) -> Tensor:
 
 
 @requires("mechanism", "fusion")
-def check_builds(cls: Part, scene: Scene) -> None:
+def check_builds(cls: Component, scene: Scene) -> None:
     """It builds at every site; only options other than the defaults may be refused, with a RecipeError."""
     try:
-        part = scene.build()
+        component = scene.build()
     except RecipeError as error:
         claim(bool(scene.options), "default options build everywhere", f"it was refused: {error.code}")
         raise
-    if isinstance(part, MultiHead):
-        part = part.head
+    if isinstance(component, MultiHead):
+        component = component.head
     if issubclass(cls, Head | Fusion):
-        claim(isinstance(part, cls), "the constructor builds a part", f"a {type(part).__name__} came out")
-    for name, parameter in part.named_parameters():
+        claim(
+            isinstance(component, cls),
+            "the constructor builds a component",
+            f"a {type(component).__name__} came out",
+        )
+    for name, parameter in component.named_parameters():
         claim(
             bool(parameter.isfinite().all()), "parameters are initialised", f"`{name}` holds NaN or infinity"
         )
-    claim(part.card == scene.card, "`card` of an instance is `claims` of its options", "they differ")
+    claim(component.card == scene.card, "`card` of an instance is `claims` of its options", "they differ")
 
 
 @requires("mechanism", "fusion", once=True)
-def check_options(cls: Part, scene: Scene) -> None:
+def check_options(cls: Component, scene: Scene) -> None:
     """Options are keyword-only, annotated, described under `Args:`, and validated."""
     given = [p for name, p in inspect.signature(cls.__init__).parameters.items() if name != "self"]
     place = [p.name for p in given if p.kind is not inspect.Parameter.KEYWORD_ONLY]
@@ -214,30 +218,30 @@ def check_options(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", "fusion")
-def check_pickles(cls: Part, scene: Scene) -> None:
+def check_pickles(cls: Component, scene: Scene) -> None:
     """A pickled, a deep-copied and a state-dict copy give the same output."""
-    part, inputs = scene.build(), scene.inputs()
-    expected = scene.run(part, inputs)
+    component, inputs = scene.build(), scene.inputs()
+    expected = scene.run(component, inputs)
     try:
-        pickled = pickle.loads(pickle.dumps(part))  # noqa: S301 - what was pickled on this very line
-        copied = copy.deepcopy(part)
+        pickled = pickle.loads(pickle.dumps(component))  # noqa: S301 - what was pickled on this very line
+        copied = copy.deepcopy(component)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise AssertionError(f"claimed: it pickles and deep-copies; but {error}") from error
     same(scene.run(pickled, inputs), expected, "a pickled copy gives the same output", 0)
     same(scene.run(copied, inputs), expected, "a deep copy gives the same output", 0)
     fresh = replace(scene, seed=scene.seed + 1).build()
     try:
-        fresh.load_state_dict(part.state_dict())
+        fresh.load_state_dict(component.state_dict())
     except RuntimeError as error:
         raise AssertionError(f"claimed: a state dict loads into another copy; but {error}") from error
     same(scene.run(fresh, inputs), expected, "the state dict holds everything that matters", 0)
 
 
 @requires("mechanism", "fusion")
-def check_no_weight_decay(cls: Part, scene: Scene) -> None:
-    """`no_weight_decay()` names parameters of the part."""
-    part = scene.construct()
-    unknown = set(part.no_weight_decay()) - set(dict(part.named_parameters()))
+def check_no_weight_decay(cls: Component, scene: Scene) -> None:
+    """`no_weight_decay()` names parameters of the component."""
+    component = scene.construct()
+    unknown = set(component.no_weight_decay()) - set(dict(component.named_parameters()))
     claim(not unknown, "`no_weight_decay` names own parameters", f"{sorted(unknown)} are none")
 
 
@@ -245,7 +249,7 @@ def check_no_weight_decay(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", "fusion")
-def check_output(cls: Part, scene: Scene) -> None:
+def check_output(cls: Component, scene: Scene) -> None:
     """The output has the shape and dtype of the tokens, in float32, float64 and bfloat16, and is finite."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         inputs = scene.inputs(dtype=dtype)
@@ -256,7 +260,7 @@ def check_output(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", "fusion")
-def check_large_inputs(cls: Part, scene: Scene) -> None:
+def check_large_inputs(cls: Component, scene: Scene) -> None:
     """The output is finite for |x| up to 1000, in float32."""
     inputs = [(1e3 * x.sign() if scene.seed % 2 else 1e3 * x.tanh()).float() for x in scene.inputs()]
     out = scene.run(scene.build(torch.float32), inputs)
@@ -267,15 +271,15 @@ def check_large_inputs(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", mask="not all")
-def check_unclaimed_masks_refused(cls: Part, scene: Scene) -> None:
+def check_unclaimed_masks_refused(cls: Component, scene: Scene) -> None:
     """A kind of mask that the card does not claim is refused with AZ402."""
-    part, inputs = scene.build(), scene.inputs()
+    component, inputs = scene.build(), scene.inputs()
     for kind in KINDS:
         if kind in scene.card.masks:
             continue
         claimed = f"a mask of kind `{kind}`, which the card does not claim, is refused with AZ402"
         try:
-            scene.run(part, inputs, random_mask(scene, frozenset({kind})))
+            scene.run(component, inputs, random_mask(scene, frozenset({kind})))
         except ZooError as error:
             claim(error.code == "AZ402", claimed, f"{error.code} was raised")
         else:
@@ -283,33 +287,33 @@ def check_unclaimed_masks_refused(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", mask="keys")
-def check_padding_invisible(cls: Part, scene: Scene) -> None:
+def check_padding_invisible(cls: Component, scene: Scene) -> None:
     """What masked keys hold changes no other token's output."""
-    part, (x,) = scene.build(), scene.inputs()
+    component, (x,) = scene.build(), scene.inputs()
     keys = torch.rand(x.shape[:2], generator=scene.generator(51)) < 0.6
     keys[:, scene.seed % x.shape[1]] = True
-    before = scene.run(part, [x], Mask(keys=keys))
-    after = scene.run(part, [changed(x, ~keys, scene)], Mask(keys=keys))
+    before = scene.run(component, [x], Mask(keys=keys))
+    after = scene.run(component, [changed(x, ~keys, scene)], Mask(keys=keys))
     same(after[keys], before[keys], "masks: keys, so padding is invisible to tokens that exist")
 
 
 @requires("mechanism", mask="keys")
-def check_full_keys_change_nothing(cls: Part, scene: Scene) -> None:
+def check_full_keys_change_nothing(cls: Component, scene: Scene) -> None:
     """A mask in which all keys exist equals no mask."""
-    part, (x,) = scene.build(), scene.inputs()
-    masked = scene.run(part, [x], Mask(keys=torch.ones(x.shape[:2], dtype=torch.bool)))
-    same(masked, scene.run(part, [x]), "a mask under which all keys exist equals no mask")
+    component, (x,) = scene.build(), scene.inputs()
+    masked = scene.run(component, [x], Mask(keys=torch.ones(x.shape[:2], dtype=torch.bool)))
+    same(masked, scene.run(component, [x]), "a mask under which all keys exist equals no mask")
 
 
 @requires("mechanism", mask="causal")
-def check_causality(cls: Part, scene: Scene) -> None:
+def check_causality(cls: Component, scene: Scene) -> None:
     """Under a causal mask, changing the tokens from j on changes no output before j."""
-    part, (x,) = scene.build(), scene.inputs()
+    component, (x,) = scene.build(), scene.inputs()
     j = scene.seed % x.shape[1]
     later = torch.arange(x.shape[1]).expand(x.shape[:2]) >= j
     for mask in (Mask(causal=True), random_mask(scene, scene.card.masks)):
-        before = scene.run(part, [x], mask)
-        after = scene.run(part, [changed(x, later, scene)], mask)
+        before = scene.run(component, [x], mask)
+        after = scene.run(component, [changed(x, later, scene)], mask)
         same(
             after[:, :j],
             before[:, :j],
@@ -318,9 +322,9 @@ def check_causality(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", mask="pairs")
-def check_forbidden_pairs(cls: Part, scene: Scene) -> None:
+def check_forbidden_pairs(cls: Component, scene: Scene) -> None:
     """A query does not depend on a token that it may not attend to."""
-    part, (x,) = scene.build(), scene.inputs()
+    component, (x,) = scene.build(), scene.inputs()
     n = x.shape[1]
     i, j = scene.seed % n, scene.seed // n % n
     if i == j:
@@ -328,8 +332,8 @@ def check_forbidden_pairs(cls: Part, scene: Scene) -> None:
     pairs = torch.ones(scene.batch if scene.seed % 2 else 1, 1, n, n, dtype=torch.bool)
     pairs[:, :, i, j] = i == j
     where = (torch.arange(n) == j).expand(x.shape[:2])
-    before = scene.run(part, [x], Mask(pairs=pairs))
-    after = scene.run(part, [changed(x, where, scene)], Mask(pairs=pairs))
+    before = scene.run(component, [x], Mask(pairs=pairs))
+    after = scene.run(component, [changed(x, where, scene)], Mask(pairs=pairs))
     if i != j:
         same(
             after[:, i],
@@ -353,7 +357,7 @@ def _empty(scene: Scene) -> list[Mask]:
 
 
 @requires("head", mask="some")
-def check_empty_rows_are_zero(cls: Part, scene: Scene) -> None:
+def check_empty_rows_are_zero(cls: Component, scene: Scene) -> None:
     """A query that may attend to nothing gets exactly zeros, whether taps are watched or not."""
     head, (q, k, v) = scene.build(bare=True), scene.heads()
     n = scene.layout.length
@@ -370,17 +374,17 @@ def check_empty_rows_are_zero(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", mask="some")
-def check_empty_rows_are_finite(cls: Part, scene: Scene) -> None:
+def check_empty_rows_are_finite(cls: Component, scene: Scene) -> None:
     """A query that may attend to nothing makes neither outputs nor gradients NaN or infinite."""
-    part, (x,) = scene.build(), scene.inputs()
+    component, (x,) = scene.build(), scene.inputs()
     for mask in _empty(scene):
         x.requires_grad_().grad = None
-        part.zero_grad()
-        out = scene.run(part, [x], mask)
+        component.zero_grad()
+        out = scene.run(component, [x], mask)
         claimed = f"queries that may attend to nothing (mask: {mask.kinds[0]}) leave everything finite"
         claim(bool(out.isfinite().all()), claimed, "the output holds NaN or infinity")
         (out * scene.random(*out.shape, stream=5)).sum().backward()
-        for name, tensor in chain([("x", x)], part.named_parameters()):
+        for name, tensor in chain([("x", x)], component.named_parameters()):
             finite = tensor.grad is None or bool(tensor.grad.isfinite().all())
             claim(finite, claimed, f"the gradient of `{name}` holds NaN or infinity")
 
@@ -389,19 +393,19 @@ def check_empty_rows_are_finite(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", "fusion", wide=True)
-def check_gradients(cls: Part, scene: Scene) -> None:
+def check_gradients(cls: Component, scene: Scene) -> None:
     """Every parameter, x and every branch receives a finite gradient, not always zero."""
     scene = scene.roomy()
-    part = scene.build()
-    fusion = isinstance(part, Fusion)
+    component = scene.build()
+    fusion = isinstance(component, Fusion)
     names = [f"branch {i + 1}" for i in range(scene.arity)] if fusion else ["x"]
-    waiting = {name for name, _ in part.named_parameters()} | set(names)
+    waiting = {name for name, _ in component.named_parameters()} | set(names)
     for stream in range(3):
         inputs = [x.requires_grad_() for x in scene.inputs(stream)]
-        part.zero_grad()
-        out = scene.run(part, inputs)
+        component.zero_grad()
+        out = scene.run(component, inputs)
         (out * scene.random(*out.shape, stream=5)).sum().backward()
-        for name, tensor in chain(zip(names, inputs, strict=False), part.named_parameters()):
+        for name, tensor in chain(zip(names, inputs, strict=False), component.named_parameters()):
             if tensor.grad is not None:
                 claim(bool(tensor.grad.isfinite().all()), "gradients are finite", f"that of `{name}` is not")
                 if tensor.grad.any():
@@ -418,11 +422,13 @@ def check_gradients(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", "fusion")
-def check_gradcheck(cls: Part, scene: Scene) -> None:
+def check_gradcheck(cls: Component, scene: Scene) -> None:
     """Gradients with respect to inputs and parameters equal finite differences, in float64."""
-    part, inputs = scene.build(), [x.requires_grad_() for x in scene.inputs()]
+    component, inputs = scene.build(), [x.requires_grad_() for x in scene.inputs()]
     names, values = (
-        zip(*part.named_parameters(), strict=True) if any(True for _ in part.parameters()) else ((), ())
+        zip(*component.named_parameters(), strict=True)
+        if any(True for _ in component.parameters())
+        else ((), ())
     )
 
     def run(*tensors: Tensor) -> Tensor:
@@ -430,9 +436,9 @@ def check_gradcheck(cls: Part, scene: Scene) -> None:
             list(tensors[: len(inputs)]),
             dict(zip(names, tensors[len(inputs) :], strict=True)),
         )
-        if isinstance(part, Fusion):
-            return functional_call(part, parameters, (inner[:-1], inner[-1]))
-        return functional_call(part, parameters, (inner[0],), {"layout": scene.layout})
+        if isinstance(component, Fusion):
+            return functional_call(component, parameters, (inner[:-1], inner[-1]))
+        return functional_call(component, parameters, (inner[0],), {"layout": scene.layout})
 
     try:
         torch.autograd.gradcheck(run, (*inputs, *values), fast_mode=True, atol=1e-4)
@@ -445,55 +451,55 @@ def check_gradcheck(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", "fusion")
-def check_eval_deterministic(cls: Part, scene: Scene) -> None:
+def check_eval_deterministic(cls: Component, scene: Scene) -> None:
     """In eval mode the same tokens give the same output, and are left as they were."""
-    part, inputs = scene.build(), scene.inputs()
+    component, inputs = scene.build(), scene.inputs()
     before = [x.clone() for x in inputs]
-    first = scene.run(part, inputs).clone()
+    first = scene.run(component, inputs).clone()
     for x, kept in zip(inputs, before, strict=True):
         same(x, kept, "inputs are left as they were", 0)
-    same(scene.run(part, inputs), first, "in eval mode the same tokens give the same output", 0)
+    same(scene.run(component, inputs), first, "in eval mode the same tokens give the same output", 0)
 
 
 @requires("mechanism", "fusion")
-def check_train_equals_eval(cls: Part, scene: Scene) -> None:
+def check_train_equals_eval(cls: Component, scene: Scene) -> None:
     """Without dropout, training mode gives what eval mode gives."""
-    part, inputs = scene.build(), scene.inputs()
-    trained = scene.run(part.train(), inputs)
-    same(trained, scene.run(part.eval(), inputs), "without dropout, training mode equals eval mode")
+    component, inputs = scene.build(), scene.inputs()
+    trained = scene.run(component.train(), inputs)
+    same(trained, scene.run(component.eval(), inputs), "without dropout, training mode equals eval mode")
 
 
 @requires("mechanism", "fusion")
-def check_no_global_randomness(cls: Part, scene: Scene) -> None:
+def check_no_global_randomness(cls: Component, scene: Scene) -> None:
     """In eval mode a forward neither reads nor moves PyTorch's global random numbers."""
-    part, inputs = scene.build(), scene.inputs()
+    component, inputs = scene.build(), scene.inputs()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         before = torch.get_rng_state()
-        first = scene.run(part, inputs)
+        first = scene.run(component, inputs)
         moved = not torch.equal(before, torch.get_rng_state())
         claim(not moved, "a forward in eval mode leaves the global random state alone", "it moved it")
         torch.default_generator.manual_seed(1)
-        same(scene.run(part, inputs), first, "in eval mode the global random state has no say", 0)
+        same(scene.run(component, inputs), first, "in eval mode the global random state has no say", 0)
 
 
 @requires("mechanism", "fusion")
-def check_init_survives_host(cls: Part, scene: Scene) -> None:
+def check_init_survives_host(cls: Component, scene: Scene) -> None:
     """What a constructor initialises specially outlives a host's own initialisation, by `init_weights`."""
     from timm.models.vision_transformer import init_weights_vit_timm, named_apply
 
-    part, other = scene.construct(), replace(scene, seed=scene.seed + 1).construct()
-    before = {name: parameter.detach().clone() for name, parameter in part.named_parameters()}
+    component, other = scene.construct(), replace(scene, seed=scene.seed + 1).construct()
+    before = {name: parameter.detach().clone() for name, parameter in component.named_parameters()}
     fixed = {name for name, parameter in other.named_parameters() if torch.equal(parameter, before[name])}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(scene.seed)
-        named_apply(init_weights_vit_timm, nn.Sequential(part))
-    after = dict(part.named_parameters())
+        named_apply(init_weights_vit_timm, nn.Sequential(component))
+    after = dict(component.named_parameters())
     claimed = "special initialisation survives the host's, because it lives in `init_weights`"
     for name in fixed:
         same(after[name].detach(), before[name], f"{claimed} (`{name}`)", 0)
     for name, parameter in before.items():
-        owner = part.get_submodule(name.rpartition(".")[0])
+        owner = component.get_submodule(name.rpartition(".")[0])
         if not isinstance(owner, nn.Linear) or not name.endswith("weight") or name in fixed:
             continue
         bound = (
@@ -513,9 +519,9 @@ def check_init_survives_host(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", grid=True)
-def check_wrong_layout_refused(cls: Part, scene: Scene) -> None:
+def check_wrong_layout_refused(cls: Component, scene: Scene) -> None:
     """A mechanism that needs geometry refuses tokens that do not fit the layout, with AZ401."""
-    part, (x,) = scene.build(), scene.inputs()
+    component, (x,) = scene.build(), scene.inputs()
     first, *rest = scene.layout.grid
     for wrong in (
         Layout((first + 1, *rest), scene.layout.prefix),
@@ -523,7 +529,7 @@ def check_wrong_layout_refused(cls: Part, scene: Scene) -> None:
     ):
         claimed = f"{x.shape[1]} tokens in a layout of {wrong} are refused with AZ401"
         try:
-            part(x, layout=wrong)
+            component(x, layout=wrong)
         except ZooError as error:
             claim(error.code == "AZ401", claimed, f"{error.code} was raised")
         except RuntimeError as error:
@@ -533,28 +539,28 @@ def check_wrong_layout_refused(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", grid=False)
-def check_geometry_ignored(cls: Part, scene: Scene) -> None:
+def check_geometry_ignored(cls: Component, scene: Scene) -> None:
     """A mechanism that needs no geometry gives the same output however the grid is arranged."""
-    part, (x,) = scene.build(), scene.inputs()
+    component, (x,) = scene.build(), scene.inputs()
     line = scene.line().layout
     for layout in (line, Layout((1, *line.grid), line.prefix), Layout((*line.grid, 1), line.prefix)):
         same(
-            part(x, layout=layout),
-            scene.run(part, [x]),
+            component(x, layout=layout),
+            scene.run(component, [x]),
             "grid: None, so the arrangement of the grid has no say",
         )
 
 
 @requires("mechanism", "fusion")
-def check_batch_independent(cls: Part, scene: Scene) -> None:
+def check_batch_independent(cls: Component, scene: Scene) -> None:
     """A sample alone gives what it gives in a batch, in eval and in training mode."""
     scene = replace(scene, batch=max(2, scene.batch))
-    part, inputs = scene.build(), scene.inputs()
+    component, inputs = scene.build(), scene.inputs()
     for training in (False, True):
-        part.train(training)
-        together = scene.run(part, inputs)
+        component.train(training)
+        together = scene.run(component, inputs)
         i = scene.seed % scene.batch
-        alone = scene.run(part, [x[i : i + 1] for x in inputs])
+        alone = scene.run(component, [x[i : i + 1] for x in inputs])
         mode = "training" if training else "eval"
         same(alone, together[i : i + 1], f"a sample alone gives what it gives in a batch, in {mode} mode")
 
@@ -563,7 +569,7 @@ def check_batch_independent(cls: Part, scene: Scene) -> None:
 
 
 def _across(scene: Scene) -> tuple[Any, Tensor, Tensor, Scene]:
-    """A part that reads from a context, x (b n c), a context (b m e), the scene; n is not m, c is not e."""
+    """A component that reads from a context, x (b n c), a context (b m e), the scene; n is not m, c is not e."""
     across = replace(scene, site=replace(scene.site, context_dim=scene.site.dim + 1))
     m = scene.layout.length
     n = m + 1 if scene.seed % 2 or m == 1 else m - 1
@@ -573,10 +579,10 @@ def _across(scene: Scene) -> tuple[Any, Tensor, Tensor, Scene]:
 
 
 @requires("mechanism", context=True)
-def check_context(cls: Part, scene: Scene) -> None:
+def check_context(cls: Component, scene: Scene) -> None:
     """It reads from a context of another length and width, and the context matters."""
-    part, x, context, scene = _across(scene)
-    out = part(x, context.requires_grad_(), layout=scene.layout)
+    component, x, context, scene = _across(scene)
+    out = component(x, context.requires_grad_(), layout=scene.layout)
     claim(
         out.shape == x.shape,
         f"with a context the output is {tuple(x.shape)}, as x",
@@ -586,29 +592,29 @@ def check_context(cls: Part, scene: Scene) -> None:
     (out * scene.random(*out.shape, stream=5)).sum().backward()
     read = context.grad is not None and bool(context.grad.any())
     claim(read, "context: True, so the context matters", "its gradient is zero")
-    for name, tensor in chain([("context", context)], part.named_parameters()):
+    for name, tensor in chain([("context", context)], component.named_parameters()):
         finite = tensor.grad is None or bool(tensor.grad.isfinite().all())
         claim(finite, "gradients are finite", f"that of `{name}` is not")
 
 
 @requires("mechanism", context=True, mask="keys")
-def check_context_padding_invisible(cls: Part, scene: Scene) -> None:
+def check_context_padding_invisible(cls: Component, scene: Scene) -> None:
     """What masked keys of a context hold changes nothing."""
-    part, x, context, scene = _across(scene)
+    component, x, context, scene = _across(scene)
     keys = torch.rand(context.shape[:2], generator=scene.generator(51)) < 0.6
     keys[:, scene.seed % context.shape[1]] = True
-    before = part(x, context, mask=Mask(keys=keys), layout=scene.layout)
-    after = part(x, changed(context, ~keys, scene), mask=Mask(keys=keys), layout=scene.layout)
+    before = component(x, context, mask=Mask(keys=keys), layout=scene.layout)
+    after = component(x, changed(context, ~keys, scene), mask=Mask(keys=keys), layout=scene.layout)
     same(after, before, "masks: keys, so padding of the context is invisible")
 
 
 @requires("mechanism", context=False)
-def check_context_refused(cls: Part, scene: Scene) -> None:
+def check_context_refused(cls: Component, scene: Scene) -> None:
     """A mechanism that does not claim cross-attention refuses a context with AZ404."""
-    part, (x,) = scene.build(), scene.inputs()
+    component, (x,) = scene.build(), scene.inputs()
     claimed = "context: False, so a context is refused with AZ404"
     try:
-        part(x, scene.random(*x.shape, stream=1), layout=scene.layout)
+        component(x, scene.random(*x.shape, stream=1), layout=scene.layout)
     except ZooError as error:
         claim(error.code == "AZ404", claimed, f"{error.code} was raised")
     else:
@@ -618,27 +624,29 @@ def check_context_refused(cls: Part, scene: Scene) -> None:
 # Taps
 
 
-def _seen(part: nn.Module, scene: Scene, inputs: list[Tensor], mask: Mask = FREE) -> dict[str, list[Tensor]]:
+def _seen(
+    component: nn.Module, scene: Scene, inputs: list[Tensor], mask: Mask = NO_MASK
+) -> dict[str, list[Tensor]]:
     """Everything that every tap sees in one forward."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in find_taps(part)}
-    with watch(part, None, lambda name, tensor: seen[name].append(tensor)):
-        scene.run(part, inputs, mask)
+    seen: dict[str, list[Tensor]] = {name: [] for name in find_taps(component)}
+    with watch(component, None, lambda name, tensor: seen[name].append(tensor)):
+        scene.run(component, inputs, mask)
     return seen
 
 
 @requires("mechanism", "fusion")
-def check_taps(cls: Part, scene: Scene) -> None:
+def check_taps(cls: Component, scene: Scene) -> None:
     """Taps have known names, fire exactly once, and show the axes that they and the card declare."""
     if scene.arity == 1 and scene.options.get("start") == "identity":
         return  # one branch from which to start is the result: nothing is merged
-    part, inputs = scene.build(), scene.inputs()
+    component, inputs = scene.build(), scene.inputs()
     sizes = {"b": scene.batch, "n": scene.layout.length, "m": scene.layout.length, "c": scene.site.dim}
-    for name, seen in _seen(part, scene, inputs).items():
-        last, tap = name.rpartition(".")[2], part.get_submodule(name)
+    for name, seen in _seen(component, scene, inputs).items():
+        last, tap = name.rpartition(".")[2], component.get_submodule(name)
         claim(last in NAMES, f"taps are called {', '.join(NAMES)}", f"one is called `{name}`")
         claim(len(seen) == 1, f"the tap `{name}` fires once in a forward", f"it fires {len(seen)} times")
         axes = tap.axes.split()
-        if isinstance(part, Fusion) and scene.inside and "n" in axes:
+        if isinstance(component, Fusion) and scene.inside and "n" in axes:
             axes = [axes[0], "h", *axes[1:]]  # a fusion is written for (... n c)
         shape = tuple(seen[0].shape)
         fits = len(axes) == len(shape)
@@ -653,41 +661,41 @@ def check_taps(cls: Part, scene: Scene) -> None:
             )
     if isinstance(scene.card, Card) and scene.card.weights is not None:
         claim(
-            bool(find_taps(part, "weights")),
+            bool(find_taps(component, "weights")),
             f"weights: `{scene.card.weights}`",
             "there is no tap called `weights`",
         )
 
 
 @requires("mechanism", "fusion", wide=True)
-def check_taps_live(cls: Part, scene: Scene) -> None:
+def check_taps_live(cls: Component, scene: Scene) -> None:
     """Replacing what a tap shows changes the output: it is what is used."""
     scene = scene.roomy()
-    part, inputs = scene.build(), scene.inputs()
-    expected = scene.run(part, inputs)
-    for name in find_taps(part):
+    component, inputs = scene.build(), scene.inputs()
+    expected = scene.run(component, inputs)
+    for name in find_taps(component):
 
         def replaced(full: str, seen: Tensor, name: str = name) -> Tensor | None:
             return seen + scene.random(*seen.shape, stream=7) if full == name else None
 
-        with watch(part, None, replaced):
-            out = scene.run(part, inputs)
+        with watch(component, None, replaced):
+            out = scene.run(component, inputs)
         changes = not torch.allclose(out, expected, rtol=0, atol=1e-9)
         claim(changes, f"the tap `{name}` shows what is used", "replacing what it shows changes nothing")
 
 
 @requires("mechanism", "fusion")
-def check_watching_changes_nothing(cls: Part, scene: Scene) -> None:
+def check_watching_changes_nothing(cls: Component, scene: Scene) -> None:
     """The output is the same whether taps are watched or not, without a mask and under all claimed kinds."""
-    part, inputs = scene.build(), scene.inputs()
-    if not find_taps(part):
+    component, inputs = scene.build(), scene.inputs()
+    if not find_taps(component):
         return
-    masks = [FREE] if isinstance(part, Fusion) else [FREE, random_mask(scene, scene.card.masks)]
+    masks = [NO_MASK] if isinstance(component, Fusion) else [NO_MASK, random_mask(scene, scene.card.masks)]
     for mask in masks:
-        idle = scene.run(part, inputs, mask)
-        with watch(part, None, lambda name, seen: None):
+        idle = scene.run(component, inputs, mask)
+        with watch(component, None, lambda name, seen: None):
             same(
-                scene.run(part, inputs, mask),
+                scene.run(component, inputs, mask),
                 idle,
                 f"watching changes nothing (mask: {', '.join(mask.kinds) or 'none'})",
             )
@@ -697,14 +705,14 @@ def check_watching_changes_nothing(cls: Part, scene: Scene) -> None:
 
 
 @requires("head", incremental=True)
-def check_incremental(cls: Part, scene: Scene) -> None:
+def check_incremental(cls: Component, scene: Scene) -> None:
     """Token by token, with cached keys and values, gives the rows of the full pass under a causal mask."""
     scene = scene.line().with_layout((scene.line().layout.grid[0],), prefix=0)
-    part, (x,) = scene.build(), scene.inputs()
-    full = scene.run(part, [x], Mask(causal=True))
-    past, rows = Past(), []
+    component, (x,) = scene.build(), scene.inputs()
+    full = scene.run(component, [x], Mask(causal=True))
+    cache, rows = KVCache(), []
     for i in range(x.shape[1]):
-        rows.append(part.step(x[:, i : i + 1], past, mask=Mask(causal=True), layout=Layout((i + 1,))))
+        rows.append(component.step(x[:, i : i + 1], cache, mask=Mask(causal=True), layout=Layout((i + 1,))))
     same(torch.cat(rows, dim=1), full, "incremental, so cached decoding equals the full pass")
 
 
@@ -712,7 +720,7 @@ def check_incremental(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", once=True)
-def check_cost(cls: Part, scene: Scene) -> None:
+def check_cost(cls: Component, scene: Scene) -> None:
     """From 512 to 1024 tokens, taps watched, the FLOP count grows no faster than `time` claims."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -727,10 +735,10 @@ def check_cost(cls: Part, scene: Scene) -> None:
             many = replace(
                 scene, options=options, batch=1, site=replace(scene.site, heads=2, dim=8)
             ).with_layout(grid, 0)
-            part, inputs = many.build(torch.float32), many.inputs(dtype=torch.float32)
+            component, inputs = many.build(torch.float32), many.inputs(dtype=torch.float32)
             counter = FlopCounterMode(display=False)
-            with torch.no_grad(), watch(part, None, lambda name, seen: None), counter:
-                many.run(part, inputs)
+            with torch.no_grad(), watch(component, None, lambda name, seen: None), counter:
+                many.run(component, inputs)
             flops.append(counter.get_total_flops())
         if not flops[0]:
             continue

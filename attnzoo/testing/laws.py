@@ -11,7 +11,7 @@ from torch import Tensor
 from attnzoo.core import Family, Law, Mask, options_of, watch
 from attnzoo.errors import RecipeError
 from attnzoo.testing.checks import TOLERANCE, changed, claim, random_mask, requires, same
-from attnzoo.testing.strategies import Part, Scene
+from attnzoo.testing.strategies import Component, Scene
 
 PARTIAL = (Family.LOCAL, Family.SPARSE)
 """Families whose queries see some keys only, as under the law `local`: a mask may leave them nothing."""
@@ -21,9 +21,9 @@ PARTIAL = (Family.LOCAL, Family.SPARSE)
 
 def _weights(scene: Scene, mask: Mask) -> list[Tensor]:
     """What the taps called `weights` show."""
-    part, seen = scene.build(), []
-    with watch(part, "weights", lambda name, tensor: seen.append(tensor)):
-        scene.run(part, scene.inputs(), mask)
+    component, seen = scene.build(), []
+    with watch(component, "weights", lambda name, tensor: seen.append(tensor)):
+        scene.run(component, scene.inputs(), mask)
     return seen
 
 
@@ -58,48 +58,48 @@ def _rows(scene: Scene, most: bool) -> None:
 
 
 @requires("mechanism", law=Law.STOCHASTIC)
-def check_stochastic(cls: Part, scene: Scene) -> None:
+def check_stochastic(cls: Component, scene: Scene) -> None:
     """Rows of the tapped weights are non-negative, sum to 1, and are zero where a key does not exist."""
     _rows(scene, most=False)
 
 
 @requires("mechanism", law=Law.SUBSTOCHASTIC)
-def check_substochastic(cls: Part, scene: Scene) -> None:
+def check_substochastic(cls: Component, scene: Scene) -> None:
     """Tapped weights are non-negative, sum to at most 1, and are zero for keys that do not exist."""
     _rows(scene, most=True)
 
 
 @requires("mechanism", law=Law.PERMUTATION_EQUIVARIANT)
-def check_permutation_equivariant(cls: Part, scene: Scene) -> None:
+def check_permutation_equivariant(cls: Component, scene: Scene) -> None:
     """Permuting the grid tokens permutes the output; special tokens keep their places and their outputs."""
-    part, (x,) = scene.build(), scene.inputs()
+    component, (x,) = scene.build(), scene.inputs()
     p, n = scene.layout.prefix, x.shape[1]
     order = torch.cat([torch.arange(p), p + torch.randperm(n - p, generator=scene.generator(3))])
-    permuted = scene.run(part, [x[:, order]])
+    permuted = scene.run(component, [x[:, order]])
     same(
         permuted,
-        scene.run(part, [x])[:, order],
+        scene.run(component, [x])[:, order],
         "permutation_equivariant, so permuted tokens give a permuted output",
     )
 
 
 @requires("mechanism", law=Law.SHIFT_EQUIVARIANT)
-def check_shift_equivariant(cls: Part, scene: Scene) -> None:
+def check_shift_equivariant(cls: Component, scene: Scene) -> None:
     """On a 1-D grid shifted tokens shift the output, beyond `reach()` of the ends; not `local`: on a ring."""
     scene, p = scene.line(), scene.layout.prefix
     local = Law.LOCAL in scene.card.laws
     reach = scene.construct().reach() if local else 0
     scene = scene.with_layout((scene.layout.grid[0] + 2 * reach + 1,))
-    part, (x,) = scene.build(), scene.inputs()
+    component, (x,) = scene.build(), scene.inputs()
     moved = torch.cat([x[:, :p], x[:, p:].roll(1, dims=1)], dim=1)
-    before, after = scene.run(part, [x])[:, p:], scene.run(part, [moved])[:, p:]
+    before, after = scene.run(component, [x])[:, p:], scene.run(component, [moved])[:, p:]
     before = before.roll(1, dims=1)
     inner = slice(reach + 1, before.shape[1] - reach) if local else slice(None)
     same(after[:, inner], before[:, inner], "shift_equivariant, so shifted tokens give a shifted output")
 
 
 @requires("head", law=Law.LINEAR_IN_VALUES)
-def check_linear_in_values(cls: Part, scene: Scene) -> None:
+def check_linear_in_values(cls: Component, scene: Scene) -> None:
     """For fixed queries and keys the head is linear in the values."""
     head, (q, k, v), other = scene.build(bare=True), scene.heads(), scene.heads(1)[2]
     both = head(q, k, 2 * v - 3 * other, layout=scene.layout)
@@ -108,19 +108,19 @@ def check_linear_in_values(cls: Part, scene: Scene) -> None:
 
 
 @requires("mechanism", law=Law.LOCAL)
-def check_local(cls: Part, scene: Scene) -> None:
+def check_local(cls: Component, scene: Scene) -> None:
     """A grid token has no influence beyond `reach()`; without geometry the grid is a sequence."""
     if scene.card.grid is None:
         scene = scene.line()
     reach = scene.construct().reach()
     first, *rest = scene.layout.grid
     scene = scene.with_layout((first + reach + 1, *rest))
-    part, (x,) = scene.build(), scene.inputs()
+    component, (x,) = scene.build(), scene.inputs()
     p, coords = scene.layout.prefix, scene.layout.coords()
     j = scene.seed % len(coords)
     far = (coords - coords[j]).abs().amax(dim=-1) > reach
     where = (torch.arange(x.shape[1]) == p + j).expand(x.shape[:2])
-    before, after = scene.run(part, [x])[:, p:], scene.run(part, [changed(x, where, scene)])[:, p:]
+    before, after = scene.run(component, [x])[:, p:], scene.run(component, [changed(x, where, scene)])[:, p:]
     same(
         after[:, far],
         before[:, far],
@@ -129,7 +129,7 @@ def check_local(cls: Part, scene: Scene) -> None:
 
 
 @requires("head", law=Law.BOUNDED)
-def check_bounded(cls: Part, scene: Scene) -> None:
+def check_bounded(cls: Component, scene: Scene) -> None:
     """Along every direction the output lies between the least and the greatest value."""
     head, (q, k, v) = scene.build(bare=True), scene.heads()
     out = head(q, k, v, layout=scene.layout)
@@ -149,7 +149,7 @@ def check_bounded(cls: Part, scene: Scene) -> None:
 
 
 @requires("fusion", law=Law.SINGLE, start="free")
-def check_single(cls: Part, scene: Scene) -> None:
+def check_single(cls: Component, scene: Scene) -> None:
     """One branch alone comes out as it is."""
     scene = replace(scene, arity=1)
     fusion, inputs = scene.build(), scene.inputs()
@@ -157,7 +157,7 @@ def check_single(cls: Part, scene: Scene) -> None:
 
 
 @requires("fusion", law=Law.AGREE, start="free")
-def check_agree(cls: Part, scene: Scene) -> None:
+def check_agree(cls: Component, scene: Scene) -> None:
     """Branches that agree come out as they are."""
     fusion, (branch, *rest) = scene.build(), scene.inputs()
     same(
@@ -168,7 +168,7 @@ def check_agree(cls: Part, scene: Scene) -> None:
 
 
 @requires("fusion", law=Law.CONVEX, start="free")
-def check_convex(cls: Part, scene: Scene) -> None:
+def check_convex(cls: Component, scene: Scene) -> None:
     """Every element lies between the branches' least and greatest."""
     fusion, inputs = scene.build(), scene.inputs()
     out, branches = scene.run(fusion, inputs), torch.stack(inputs[:-1])
@@ -178,7 +178,7 @@ def check_convex(cls: Part, scene: Scene) -> None:
 
 
 @requires("fusion", law=Law.SYMMETRIC, start="free")
-def check_symmetric(cls: Part, scene: Scene) -> None:
+def check_symmetric(cls: Component, scene: Scene) -> None:
     """The order of the branches has no say."""
     fusion, inputs = scene.build(), scene.inputs()
     same(
@@ -189,7 +189,7 @@ def check_symmetric(cls: Part, scene: Scene) -> None:
 
 
 @requires("fusion", law=Law.ADDITIVE, start="free")
-def check_additive(cls: Part, scene: Scene) -> None:
+def check_additive(cls: Component, scene: Scene) -> None:
     """For fixed x the fusion is linear in its branches."""
     fusion, (*s, x), (*t, _) = scene.build(), scene.inputs(), scene.inputs(1)
     both = scene.run(fusion, [*(2 * a - 3 * b for a, b in zip(s, t, strict=True)), x])
@@ -198,7 +198,7 @@ def check_additive(cls: Part, scene: Scene) -> None:
 
 
 @requires("fusion", law=Law.NEUTRAL_ZERO, start="free")
-def check_neutral_zero(cls: Part, scene: Scene) -> None:
+def check_neutral_zero(cls: Component, scene: Scene) -> None:
     """A further branch of zeros changes nothing."""
     more = replace(scene, arity=scene.arity + 1)
     fusion, wider, inputs = scene.build(), more.build(), scene.inputs()
@@ -215,7 +215,7 @@ def check_neutral_zero(cls: Part, scene: Scene) -> None:
 
 
 @requires("fusion", law=Law.FAIR_START, start="free")
-def check_fair_start(cls: Part, scene: Scene) -> None:
+def check_fair_start(cls: Component, scene: Scene) -> None:
     """As initialised it is the mean of its branches."""
     fusion, inputs = scene.build(jitter=0), scene.inputs()
     mean = torch.stack(inputs[:-1]).mean(dim=0)
@@ -223,7 +223,7 @@ def check_fair_start(cls: Part, scene: Scene) -> None:
 
 
 @requires("fusion", law=Law.IDENTITY_START)
-def check_identity_start(cls: Part, scene: Scene) -> None:
+def check_identity_start(cls: Component, scene: Scene) -> None:
     """With `start: identity` it is at first branch 1 bit for bit; after one step every branch learns."""
     claim("start" in options_of(cls).model_fields, "identity_start", "there is no option `start`")
     scene = replace(scene, options={**scene.options, "start": "identity"})
@@ -253,7 +253,7 @@ def check_identity_start(cls: Part, scene: Scene) -> None:
 
 
 @requires("fusion", law=Law.TOKEN_LOCAL)
-def check_token_local(cls: Part, scene: Scene) -> None:
+def check_token_local(cls: Component, scene: Scene) -> None:
     """A token of the output depends on that token of the inputs only."""
     fusion, inputs = scene.build(), scene.inputs()
     n = scene.layout.length
@@ -267,10 +267,10 @@ def check_token_local(cls: Part, scene: Scene) -> None:
 
 
 @requires("fusion")
-def check_scatter(cls: Part, scene: Scene) -> None:
+def check_split(cls: Component, scene: Scene) -> None:
     """What a fusion hands each branch has the shape that the branch's site asks for, at both levels."""
     fusion, (*branches, x) = scene.build(), scene.inputs()
-    for i, (seen, branch) in enumerate(zip(fusion.scatter(x, fusion.head_axis), branches, strict=True)):
+    for i, (seen, branch) in enumerate(zip(fusion.split(x, fusion.head_axis), branches, strict=True)):
         shapes = f"{tuple(branch.shape)}"
         claim(
             seen.shape == branch.shape,
@@ -280,7 +280,7 @@ def check_scatter(cls: Part, scene: Scene) -> None:
 
 
 @requires("fusion", once=True)
-def check_arity_refused(cls: Part, scene: Scene) -> None:
+def check_arity_refused(cls: Component, scene: Scene) -> None:
     """A number of branches that the card does not allow is refused with AZ312."""
     fewest, most = cls.card.arity  # type: ignore[union-attr]
     for arity in [fewest - 1] + ([] if most is None else [most + 1]):

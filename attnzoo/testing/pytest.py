@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 
 from attnzoo.testing.runner import EXAMPLES, Check, checks_for, held_to, known, run_check
-from attnzoo.testing.strategies import Part
+from attnzoo.testing.strategies import Component
 
 
 def parametrize_with_checks(
-    classes: Iterable[Part], examples: int = EXAMPLES, expected_failures: Mapping[str, str] | None = None
+    classes: Iterable[Component], examples: int = EXAMPLES, expected_failures: Mapping[str, str] | None = None
 ) -> Callable:
     """Gives a test function, as its argument `check`, one check of one class at a time; call it.
 
@@ -36,7 +36,7 @@ def parametrize_with_checks(
     return pytest.mark.parametrize("check", cases)
 
 
-def _case(cls: Part, check: Check, examples: int, expected: Mapping[str, str]) -> None:
+def _case(cls: Component, check: Check, examples: int, expected: Mapping[str, str]) -> None:
     """Pass, fail, skip or xfail as the result says."""
     result = held_to(run_check(cls, check, examples), expected)
     if result.status == "skipped":

@@ -10,7 +10,7 @@ Status = Literal["passed", "failed", "expected failure", "unexpected pass", "ski
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one check found of one part.
+    """What one check found of one component.
 
     Args:
         mechanism: Name on the card of the mechanism, head or fusion.
@@ -65,8 +65,8 @@ def summary(results: Sequence[CheckResult]) -> str:
     """
     told = [str(result) for result in results if result.status != "passed"]
     counts = Counter(result.status for result in results)
-    parts = len({result.mechanism for result in results})
+    components = len({result.mechanism for result in results})
     line = (
         ", ".join(f"{number} {status}" for status, number in sorted(counts.items())) or "nothing was checked"
     )
-    return "\n\n".join([*told, f"{line} ({parts} part{'' if parts == 1 else 's'})"])
+    return "\n\n".join([*told, f"{line} ({components} component{'' if components == 1 else 's'})"])

@@ -15,7 +15,7 @@ from attnzoo.errors import CheckError, RecipeError, did_you_mean
 from attnzoo.testing import checks, laws
 from attnzoo.testing.checks import Check, Inapplicable, Requirement
 from attnzoo.testing.report import CheckResult
-from attnzoo.testing.strategies import Part, Scene, card_of, scenes, settings_of
+from attnzoo.testing.strategies import Component, Scene, card_of, scenes, settings_of
 
 EXAMPLES = 25
 CHECKS: dict[str, Check] = {
@@ -32,14 +32,14 @@ def requirement(check: Check) -> Requirement:
     return check.requirement  # type: ignore[attr-defined]
 
 
-def kinds_of(cls: Part) -> tuple[str, ...]:
+def kinds_of(cls: Component) -> tuple[str, ...]:
     """What a class is to the checks: a head is a mechanism too, once it has projections around it."""
     if issubclass(cls, Fusion):
         return ("fusion",)
     return ("mechanism", "head") if issubclass(cls, Head) else ("mechanism",)
 
 
-def checks_for(cls: Part) -> list[Check]:
+def checks_for(cls: Component) -> list[Check]:
     """The checks that apply to a class under at least one setting of its options.
 
     Args:
@@ -54,7 +54,7 @@ def checks_for(cls: Part) -> list[Check]:
     ]
 
 
-def run_check(cls: Part, check: Check, examples: int = EXAMPLES, *, shrink: bool = True) -> CheckResult:
+def run_check(cls: Component, check: Check, examples: int = EXAMPLES, *, shrink: bool = True) -> CheckResult:
     """One check of one class.
 
     Args:
@@ -141,7 +141,7 @@ def known(names: Mapping[str, str]) -> None:
 
 
 def check(
-    cls: Part, examples: int = EXAMPLES, expected_failures: Mapping[str, str] | None = None
+    cls: Component, examples: int = EXAMPLES, expected_failures: Mapping[str, str] | None = None
 ) -> list[CheckResult]:
     """Hold a class to its card.
 
@@ -158,7 +158,7 @@ def check(
     return [held_to(run_check(cls, one, examples), expected) for one in checks_for(cls)]
 
 
-def load_file(path: str | Path) -> list[Part]:
+def load_file(path: str | Path) -> list[Component]:
     """The concrete mechanisms, heads and fusions that a Python file defines.
 
     Args:

@@ -1,4 +1,4 @@
-"""Scenes: small settings in which a part is built and run. They shrink to one head, one token, no prefix."""
+"""Scenes: small settings in which a component is built and run. They shrink to one head, one token, no prefix."""
 
 import inspect
 import itertools
@@ -14,10 +14,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from attnzoo.core import FREE, Card, Fusion, FusionCard, Head, Layout, Mask, Mechanism, MultiHead, Site
+from attnzoo.core import NO_MASK, Card, Fusion, FusionCard, Head, Layout, Mask, Mechanism, MultiHead, Site
 from attnzoo.core.fusion import inside_heads
 
-Part = type[Mechanism] | type[Head] | type[Fusion]
+Component = type[Mechanism] | type[Head] | type[Fusion]
 
 SMALL = (2, 3, 1)
 """What a whole-number option is tried with besides its default; 1 last: it often switches something off."""
@@ -38,19 +38,19 @@ PLACES = tuple(
 
 @dataclass(frozen=True)
 class Scene:
-    """Where and how a part is built and run. Printed, it is code that builds it again.
+    """Where and how a component is built and run. Printed, it is code that builds it again.
 
     Args:
-        part: The mechanism, head or fusion.
+        component: The mechanism, head or fusion.
         site: Where it is put; the layout of its tokens is `site.layout`.
-        options: Options of the part that differ from their defaults.
+        options: Options of the component that differ from their defaults.
         batch: Number of samples.
         seed: Seeds construction and inputs.
         arity: Of a fusion: number of branches.
         inside: Of a fusion: whether it merges inside the heads, (b h n d), rather than tokens, (b n c).
     """
 
-    part: Part
+    component: Component
     site: Site
     options: dict[str, Any] = field(default_factory=dict)
     batch: int = 1
@@ -65,8 +65,8 @@ class Scene:
 
     @property
     def card(self) -> Any:
-        """What the part claims under these options: a `Card` or a `FusionCard`."""
-        return card_of(self.part, self.options)
+        """What the component claims under these options: a `Card` or a `FusionCard`."""
+        return card_of(self.component, self.options)
 
     def with_layout(self, grid: Sequence[int], prefix: int | None = None) -> "Scene":
         """The same scene with other tokens.
@@ -85,7 +85,7 @@ class Scene:
     def roomy(self) -> "Scene":
         """Enough tokens and branches for every parameter to matter: 4 or more a side, 2 or more branches."""
         wide = self.with_layout([max(side, 4) for side in self.layout.grid])
-        if not issubclass(self.part, Fusion) or self.arity > 1 or self.part.card.arity[1] == 1:
+        if not issubclass(self.component, Fusion) or self.arity > 1 or self.component.card.arity[1] == 1:
             return wide
         site = replace(wide.site, dim=2 * wide.site.dim, heads=2 * wide.site.heads)
         return replace(wide, site=site, arity=2)
@@ -99,37 +99,37 @@ class Scene:
         return torch.Generator().manual_seed(self.seed * 1000 + stream)
 
     def construct(self) -> Any:
-        """The part as its constructor leaves it: a head bare, in float32, in training mode."""
+        """The component as its constructor leaves it: a head bare, in float32, in training mode."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            if not issubclass(self.part, Fusion):
-                return self.part(self.site, **self.options)
-            self.part.sites(self.site, self.arity)  # a fusion that divides its site may refuse this one
+            if not issubclass(self.component, Fusion):
+                return self.component(self.site, **self.options)
+            self.component.sites(self.site, self.arity)  # a fusion that divides its site may refuse this one
             site = inside_heads(self.site) if self.inside else self.site
-            fusion = self.part(site, self.arity, **self.options)
+            fusion = self.component(site, self.arity, **self.options)
             fusion.head_axis = 1 if self.inside else -1
             return fusion
 
     def build(self, dtype: torch.dtype = torch.float64, *, jitter: float = JITTER, bare: bool = False) -> Any:
-        """The part ready to run, in eval mode; a head has its projections around it.
+        """The component ready to run, in eval mode; a head has its projections around it.
 
         Args:
             dtype: Of its parameters.
             jitter: Standard deviation of what is added to its parameters; 0 leaves them as initialised.
             bare: Whether a head is left without projections.
         """
-        part = self.construct()
-        if isinstance(part, Head) and not bare:
+        component = self.construct()
+        if isinstance(component, Head) and not bare:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(self.seed + 1)
-                part = MultiHead(self.site, part)
-        part = part.to(dtype).eval()
+                component = MultiHead(self.site, component)
+        component = component.to(dtype).eval()
         if jitter:
             random = self.generator(99)
             with torch.no_grad():
-                for parameter in part.parameters():
+                for parameter in component.parameters():
                     parameter.add_(torch.randn(parameter.shape, generator=random, dtype=dtype), alpha=jitter)
-        return part
+        return component
 
     def random(self, *shape: int, stream: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
         """A tensor of standard normal numbers that depend on the seed and the stream only."""
@@ -143,9 +143,9 @@ class Scene:
             dtype: Of the inputs.
         """
         n, site = self.layout.length, self.site
-        if not issubclass(self.part, Fusion):
+        if not issubclass(self.component, Fusion):
             return [self.random(self.batch, n, site.dim, stream=stream, dtype=dtype)]
-        sites = [*self.part.sites(site, self.arity), site]
+        sites = [*self.component.sites(site, self.arity), site]
         shapes = [
             (self.batch, s.heads, n, s.head_dim) if self.inside else (self.batch, n, s.dim) for s in sites
         ]
@@ -157,17 +157,17 @@ class Scene:
         q, k, v = (self.random(*shape, stream=stream * 10 + i) for i in range(3))
         return q, k, v
 
-    def run(self, part: nn.Module, tensors: Sequence[Tensor], mask: Mask = FREE) -> Tensor:
-        """The part's output for the tensors of `inputs`.
+    def run(self, component: nn.Module, tensors: Sequence[Tensor], mask: Mask = NO_MASK) -> Tensor:
+        """The component's output for the tensors of `inputs`.
 
         Args:
-            part: What `build` returned.
+            component: What `build` returned.
             tensors: What `inputs` returned.
             mask: For a mechanism: who may attend to whom.
         """
-        if isinstance(part, Fusion):
-            return part(list(tensors[:-1]), tensors[-1])
-        return part(tensors[0], mask=mask, layout=self.layout)
+        if isinstance(component, Fusion):
+            return component(list(tensors[:-1]), tensors[-1])
+        return component(tensors[0], mask=mask, layout=self.layout)
 
     def __repr__(self) -> str:
         site, extra = self.site, ""
@@ -176,7 +176,7 @@ class Scene:
                 extra += f", {name}={getattr(site, name)!r}"
         layout = f"Layout({site.layout.grid}, prefix={site.layout.prefix})"
         place = f"Site({site.name!r}, dim={site.dim}, heads={site.heads}, layout={layout}{extra})"
-        text = f"Scene({self.part.__name__}, {place}"
+        text = f"Scene({self.component.__name__}, {place}"
         for name, usual in (("options", {}), ("batch", 1), ("seed", 0), ("arity", 1), ("inside", False)):
             if getattr(self, name) != usual:
                 text += f", {name}={getattr(self, name)!r}"
@@ -192,14 +192,14 @@ class Scene:
             [
                 "from attnzoo.core import Layout, Site",
                 f"from attnzoo.testing import Scene, checks, laws  # {check}",
-                f"from {self.part.__module__} import {self.part.__name__}",
+                f"from {self.component.__module__} import {self.component.__name__}",
                 f"scene = {self!r}",
-                f"(vars(checks) | vars(laws))[{check!r}]({self.part.__name__}, scene)",
+                f"(vars(checks) | vars(laws))[{check!r}]({self.component.__name__}, scene)",
             ]
         )
 
 
-def card_of(cls: Part, options: dict[str, Any]) -> Card | FusionCard:
+def card_of(cls: Component, options: dict[str, Any]) -> Card | FusionCard:
     """What a class claims under these options.
 
     Args:
@@ -217,7 +217,10 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
         return get_args(annotation)
     if origin in (Union, UnionType):
         return tuple(
-            value for part in get_args(annotation) if part is not NoneType for value in _choices(part)
+            value
+            for component in get_args(annotation)
+            if component is not NoneType
+            for value in _choices(component)
         )
     if origin is Annotated:
         return SMALL if get_args(annotation)[0] is int else ()
@@ -225,7 +228,7 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
 
 
 @cache
-def settings_of(cls: Part) -> tuple[dict[str, Any], ...]:
+def settings_of(cls: Component) -> tuple[dict[str, Any], ...]:
     """The settings a class is tried with, the default first: every `Literal`, both booleans, small numbers.
 
     Args:
@@ -244,8 +247,10 @@ def settings_of(cls: Part) -> tuple[dict[str, Any], ...]:
     return tuple(sorted(found, key=len)[:MOST_SETTINGS])
 
 
-def scenes(cls: Part, keep: Callable[[Any, dict[str, Any]], bool] | None = None) -> st.SearchStrategy[Scene]:
-    """Scenes in which a part is tried.
+def scenes(
+    cls: Component, keep: Callable[[Any, dict[str, Any]], bool] | None = None
+) -> st.SearchStrategy[Scene]:
+    """Scenes in which a component is tried.
 
     Args:
         cls: A mechanism, head or fusion.

@@ -159,7 +159,7 @@ def equal_flops(counts: Sequence[int], epochs: int) -> list[int]:
     """Epochs with which each recipe does the arithmetic of `epochs` epochs of the first; at least one.
 
     Args:
-        counts: FLOPs of a forward on one picture, by recipe.
+        counts: FLOPs of a forward on one image, by recipe.
         epochs: Of the first.
     """
     return [max(1, round(epochs * counts[0] / count)) for count in counts]

@@ -1,4 +1,4 @@
-"""Pictures and their classes."""
+"""Images and their classes."""
 
 from typing import Any, cast
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.data import Augment, ImageData, Step, evaluation, step_seeds
-from attnzoo.hosts.survey import Survey
+from attnzoo.hosts.info import BackboneInfo
 from attnzoo.recipe import Loaded, resolve
 from attnzoo.recipe.schema import ImageHost
 from attnzoo.train.metrics import Evaluation, tally
@@ -16,12 +16,12 @@ from attnzoo.train.task import Inputs, Task
 
 
 class ImageTask(Task):
-    """Classification of pictures: cross-entropy per picture, accuracy is the share that is recognised.
+    """Classification of images: cross-entropy per image, accuracy is the share that is recognised.
 
     Args:
         loaded: The recipe.
         settings: How to train.
-        data: The pictures.
+        data: The images.
 
     Raises:
         DataError: AZ705, AZ706, what is wrong with the augmentation.
@@ -39,7 +39,7 @@ class ImageTask(Task):
         self.evaluation = evaluation(data.image, mean, std)
 
     def fit(self, loaded: Loaded) -> Loaded:
-        """The recipe with picture size, classes and statistics of the data."""
+        """The recipe with image size, classes and statistics of the data."""
         return fit(loaded, self.settings, self.data)
 
     def facts(self) -> dict[str, Any]:
@@ -47,13 +47,13 @@ class ImageTask(Task):
         return {"classes": list(self.data.classes)}
 
     def prepare(self, epoch: int, indices: Tensor) -> tuple[Inputs, Tensor]:
-        """Augmented pictures (b c y x); labels (b,) or shares of the classes (b classes)."""
+        """Augmented images (b c y x); labels (b,) or shares of the classes (b classes)."""
         seeds = step_seeds(self.settings.seed, epoch, indices)
         images, targets = self.augment(*self.data.train.batch(indices), seeds)
         return (images,), targets
 
     def losses(self, model: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
-        """Cross-entropy of each picture, (b,), in nats."""
+        """Cross-entropy of each image, (b,), in nats."""
         logits = model(*inputs).float()
         return F.cross_entropy(
             logits, targets, reduction="none", label_smoothing=self.settings.label_smoothing
@@ -62,7 +62,7 @@ class ImageTask(Task):
     def tally(
         self, model: nn.Module, *, device: torch.device | str = "cpu", rank: int = 0, world: int = 1
     ) -> Tensor:
-        """Pictures, hits and summed loss of each class, (classes 3)."""
+        """Images, hits and summed loss of each class, (classes 3)."""
         return tally(model, self.data.test, self.evaluation, len(self.data.classes),
                      device=device, rank=rank, world=world)  # fmt: skip
 
@@ -73,7 +73,7 @@ class ImageTask(Task):
 
 
 def fit(loaded: Loaded, settings: Settings, images: ImageData) -> Loaded:
-    """The recipe with picture size, classes and statistics of the data; what agrees already is left as it is.
+    """The recipe with image size, classes and statistics of the data; what agrees already is left as it is.
 
     Args:
         loaded: The recipe.
@@ -83,15 +83,15 @@ def fit(loaded: Loaded, settings: Settings, images: ImageData) -> Loaded:
     Returns:
         A recipe whose `train:` names the data alone, since the settings say the rest.
     """
-    seen, host = cast(Survey, resolve(loaded).seen), cast(ImageHost, loaded.recipe.host)
+    info, host = cast(BackboneInfo, resolve(loaded).info), cast(ImageHost, loaded.recipe.host)
     channels, rows, columns = images.image
     same = settings.data == loaded.recipe.train.data
     edits = []
-    if seen.image[1:] != (rows, columns):
+    if info.image[1:] != (rows, columns):
         edits.append(f"host.model.img_size={rows if rows == columns else [rows, columns]}")
-    if seen.image[0] != channels:
+    if info.image[0] != channels:
         edits.append(f"host.model.in_chans={channels}")
-    if seen.classes != len(images.classes):
+    if info.classes != len(images.classes):
         edits.append(f"host.model.num_classes={len(images.classes)}")
     if host.mean is None or not same:
         edits.append(f"host.mean={list(images.mean)}")

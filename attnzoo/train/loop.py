@@ -78,9 +78,9 @@ class Progress:
     Args:
         epoch: Complete epochs.
         step: Steps taken in the one that is under way.
-        loss: Sum of the losses of its units so far: of pictures, tokens, or whatever the task counts.
+        loss: Sum of the losses of its units so far: of images, tokens, or whatever the task counts.
         units: How many units they are.
-        images: How many examples it has seen: pictures, pairs, sequences.
+        images: How many examples it has info: images, pairs, sequences.
         busy: Time spent on its steps, in seconds.
         seconds: Time spent on the run, in seconds.
         since: What `seconds` was when the epoch began.
@@ -98,7 +98,7 @@ class Progress:
     best: float | None = None
 
 
-class Part(NamedTuple):
+class Microbatch(NamedTuple):
     """What a process computes at once.
 
     Args:
@@ -120,14 +120,14 @@ class Batch(NamedTuple):
         step: Within the epoch, from 0.
         indices: Of all examples, of all processes.
         units: What the sum of their losses is divided by.
-        parts: What this process computes, one after the other.
+        microbatches: What this process computes, one after the other.
     """
 
     epoch: int
     step: int
     indices: Tensor
     units: int
-    parts: list[Part]
+    microbatches: list[Microbatch]
 
 
 def train(
@@ -169,7 +169,7 @@ class _Training:
         if settings.batch_size < self.world * settings.accumulate:
             examples = EXAMPLES[kind_of(loaded, settings)]
             raise RunError("AZ806", f"{settings.batch_size} {examples} cannot be shared by {self.world} processes "
-                           f"with {settings.accumulate} parts each", help="use larger batches")  # fmt: skip
+                           f"with {settings.accumulate} microbatches each", help="use larger batches")  # fmt: skip
         self.task = task_of(loaded, settings)
         self.loaded, self.steps = self.task.loaded, self.task.steps
         found = _existing(folder, self.loaded, settings, self.report)
@@ -263,9 +263,13 @@ class _Training:
 
     def _batch(self, epoch: int, step: int) -> Batch:
         indices = self.task.batch(epoch, step)
-        shares = sampler.share(indices, rank=self.rank, world=self.world, parts=self.settings.accumulate)
-        parts = [Part(*self.task.prepare(epoch, own if len(own) else indices[:1]), own) for own in shares]
-        return Batch(epoch, step, indices, self.task.units(indices), parts)
+        shares = sampler.share(
+            indices, rank=self.rank, world=self.world, microbatches=self.settings.accumulate
+        )
+        microbatches = [
+            Microbatch(*self.task.prepare(epoch, own if len(own) else indices[:1]), own) for own in shares
+        ]
+        return Batch(epoch, step, indices, self.task.units(indices), microbatches)
 
     def _step(self, batch: Batch, stopping: threading.Event) -> tuple[float, bool, bool]:
         """One optimiser step.
@@ -275,8 +279,8 @@ class _Training:
         """
         losses = torch.zeros(2, dtype=torch.float64)  # as logged; as minimised
         self.model.train()
-        for number in range(len(batch.parts)):
-            last = number == len(batch.parts) - 1
+        for number in range(len(batch.microbatches)):
+            last = number == len(batch.microbatches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss, objective = self._losses(self.model, batch, number)
                 self.accelerator.backward(objective * self.world / batch.units)
@@ -300,16 +304,16 @@ class _Training:
         return self.accelerator.scaler is not None or bool(get_total_norm(gradients).isfinite())
 
     def _losses(self, model: nn.Module, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
-        """Sums over the units of a part: the task's loss, and that with what mechanisms add as `aux_loss`."""
-        part = batch.parts[number]
+        """Sums over the units of a microbatch: the task's loss, and that with what mechanisms add as `aux_loss`."""
+        microbatch = batch.microbatches[number]
         sampler.reseed(self.settings.seed, batch.epoch, batch.step, number, self.rank)
-        inputs = tuple(tensor.to(self.device, non_blocking=True) for tensor in part.inputs)
-        losses = self.task.losses(model, inputs, part.targets.to(self.device, non_blocking=True))
-        loss = losses[: len(part.indices)].sum()
+        inputs = tuple(tensor.to(self.device, non_blocking=True) for tensor in microbatch.inputs)
+        losses = self.task.losses(model, inputs, microbatch.targets.to(self.device, non_blocking=True))
+        loss = losses[: len(microbatch.indices)].sum()
         extra: list[Any] = [
             m.aux_loss for m in self.net.modules() if getattr(m, "aux_loss", None) is not None
         ]
-        return loss, loss + self.task.units(part.indices) * sum(extra) if extra else loss
+        return loss, loss + self.task.units(microbatch.indices) * sum(extra) if extra else loss
 
     def _summed(self, values: Tensor) -> Tensor:
         """The sum over all processes, on the CPU."""
@@ -436,7 +440,7 @@ class _Training:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.best = found.tensors("best") if found.has("best") else None
-        progress = {"units": state["progress"]["images"]} | state["progress"]  # once every unit was a picture
+        progress = {"units": state["progress"]["images"]} | state["progress"]  # once every unit was an image
         self.progress, self.log, self.saved = Progress(**progress), state["log"], found.step
         before, now = state["environment"], self._environment()
         changed = [f"{key} {now[key]}, was {was}" for key, was in before.items() if now.get(key) != was]
@@ -479,7 +483,7 @@ class _Training:
         hooks = [module.register_forward_hook(lambda module, inputs, output, name=name: look(name, output))
                  for name, module in self.net.named_modules()]  # fmt: skip
         with torch.no_grad():
-            for number in range(len(batch.parts)):
+            for number in range(len(batch.microbatches)):
                 self._losses(self.net, batch, number)
         for hook in hooks:
             hook.remove()

@@ -37,7 +37,7 @@ class Evaluation:
     """A model on a split.
 
     Args:
-        images: How many pictures there are.
+        images: How many images there are.
         correct: How many were recognised.
         loss: Mean cross-entropy, in nats.
         classes: The same by class.
@@ -53,7 +53,7 @@ class Evaluation:
         """From the sums of `tally`.
 
         Args:
-            tally: Pictures, hits and summed loss of each class, (classes 3).
+            tally: Images, hits and summed loss of each class, (classes 3).
             names: Of the classes.
         """
         rows = [
@@ -67,7 +67,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of the pictures that were recognised."""
+        """Share of the images that were recognised."""
         return self.correct / max(1, self.images)
 
     @property
@@ -108,16 +108,16 @@ def tally(
     rank: int = 0,
     world: int = 1,
 ) -> Tensor:
-    """Pictures, hits and summed loss of each class, (classes 3), float64 on the CPU. The model keeps its mode.
+    """Images, hits and summed loss of each class, (classes 3), float64 on the CPU. The model keeps its mode.
 
     Args:
-        model: From pictures (b c y x) to logits (b classes).
-        split: Pictures with labels.
+        model: From images (b c y x) to logits (b classes).
+        split: Images with labels.
         transform: From bytes to what the model wants.
         classes: How many there are.
-        batch_size: Pictures at once.
+        batch_size: Images at once.
         device: Where the model is.
-        rank: Of this process; it looks at every `world`-th picture.
+        rank: Of this process; it looks at every `world`-th image.
         world: How many processes there are.
     """
     was_training = model.training
@@ -143,8 +143,8 @@ def evaluate(
     """A model on a split.
 
     Args:
-        model: From pictures (b c y x) to logits (b classes).
-        split: Pictures with labels.
+        model: From images (b c y x) to logits (b classes).
+        split: Images with labels.
         transform: From bytes to what the model wants: `attnzoo.data.evaluation(...)`.
         names: Of the classes.
         options: As for `tally`.

@@ -11,7 +11,7 @@ from attnzoo.data import evaluation
 from attnzoo.data.pairs import PairData, encoded
 from attnzoo.data.vocabulary import Vocabulary
 from attnzoo.errors import RunError
-from attnzoo.hosts.survey import Survey
+from attnzoo.hosts.info import BackboneInfo
 from attnzoo.recipe import Loaded, build, load, resolve
 from attnzoo.recipe.schema import ImageHost, Seq2SeqHost, SequenceHost
 from attnzoo.train import checkpoint
@@ -61,7 +61,7 @@ class Run:
     def data(self, name: str | None = None) -> Any:
         """What it is trained and tested on, as the model knows it: `ImageData`, `PairData` or `SequenceData`.
 
-        Pictures come with the statistics that the model was trained with, pairs in the vocabularies of the run.
+        Images come with the statistics that the model was trained with, pairs in the vocabularies of the run.
 
         Args:
             name: Of other data of the same kind.
@@ -72,7 +72,7 @@ class Run:
         """
         changed: dict[str, Any] = {"data": name} if name else {}
         if name and self.kind == "images":
-            changed["size"] = cast(Survey, resolve(self.loaded).seen).image[1]
+            changed["size"] = cast(BackboneInfo, resolve(self.loaded).info).image[1]
         data = load_data(self.settings.model_copy(update=changed), self.loaded)
         if self.kind == "images":
             host = cast(ImageHost, self.loaded.recipe.host)
@@ -131,7 +131,7 @@ class Run:
         return task.figures(task.tally(self.model(which).to(device), device=device))
 
     def evaluate(self, which: Which = "best", data: str | None = None) -> Evaluation:
-        """The model on the test side of its pictures, or of others with the same classes.
+        """The model on the test side of its images, or of others with the same classes.
 
         Args:
             which: Which weights.
@@ -140,7 +140,7 @@ class Run:
         Raises:
             DataError: AZ7xx, when the data cannot be had.
             RunError: AZ807, when they are not of the kind that the model was trained on; AZ814, when it or they are no
-                pictures.
+                images.
         """
         if self.kind != "images":
             raise RunError("AZ814", f"`{self.folder}` has no classes: it was trained on {EXAMPLES[self.kind]}",
@@ -148,20 +148,20 @@ class Run:
         known = self._newest().state()["classes"]
         model = self.model(which)
         channels, *_ = image = tuple(model.pretrained_cfg["input_size"])  # type: ignore[union-attr, arg-type, index]
-        pictures = self.data(data)
-        if list(pictures.classes) != known or pictures.image[0] != channels:
-            names = ", ".join(pictures.classes)[:60]
-            found = f"{len(pictures.classes)} classes ({names}) in {pictures.image[0]} channels"
-            raise RunError("AZ807", f"`{pictures.name}` has {found}",
+        images = self.data(data)
+        if list(images.classes) != known or images.image[0] != channels:
+            names = ", ".join(images.classes)[:60]
+            found = f"{len(images.classes)} classes ({names}) in {images.image[0]} channels"
+            raise RunError("AZ807", f"`{images.name}` has {found}",
                            why=f"the run has {len(known)} classes ({', '.join(known)[:60]}) in {channels} channels",
                            help="choose data of the same kind")  # fmt: skip
-        transform = evaluation(image, pictures.mean, pictures.std)
+        transform = evaluation(image, images.mean, images.std)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return evaluate(model.to(device), pictures.test, transform, pictures.classes, device=device)
+        return evaluate(model.to(device), images.test, transform, images.classes, device=device)
 
     def log(self) -> list[dict[str, Any]]:
         """A row per epoch: `epoch` from 1, `train_loss` and `test_loss` in nats, `test_accuracy`, what else the task
-        says, `images_per_second` in training (pictures, pairs or sequences), `lr` of the last step, `seconds` with
+        says, `images_per_second` in training (images, pairs or sequences), `lr` of the last step, `seconds` with
         evaluation."""
         return self._newest().state()["log"]
 

@@ -36,7 +36,7 @@ def reseed(*numbers: int) -> None:
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Steps in which every example is seen once; one of them may see fewer than the others."""
+    """Steps in which every example is info once; one of them may see fewer than the others."""
     return -(-images // batch_size)
 
 
@@ -80,13 +80,13 @@ def bucketed(lengths: Tensor, batch_size: int, *, seed: int, epoch: int) -> tupl
     return tuple(batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
 
 
-def share(batch: Tensor, *, rank: int, world: int, parts: int) -> list[Tensor]:
-    """What one process sees of a batch, in parts; some are empty when the batch is smaller than there are parts.
+def share(batch: Tensor, *, rank: int, world: int, microbatches: int) -> list[Tensor]:
+    """What one process sees of a batch, in microbatches; some are empty when a batch is smaller than their number.
 
     Args:
         batch: Indices, (b,).
         rank: The process, from 0.
         world: How many processes there are.
-        parts: How many parts each computes one after the other.
+        microbatches: How many microbatches each computes one after the other.
     """
-    return list(batch[rank::world].tensor_split(parts))
+    return list(batch[rank::world].tensor_split(microbatches))

@@ -58,7 +58,7 @@ NAMES: dict[Kind, tuple[str, ...]] = {"images": DATASETS, "pairs": PAIRS, "seque
 FILES = ("folder", "moses", "tsv", "aligned", "gettext")
 """Data sets whose names go on with a path."""
 SIDES = ("encoder", "decoder")
-EXAMPLES: dict[Kind, str] = {"images": "pictures", "pairs": "pairs", "sequences": "sequences"}
+EXAMPLES: dict[Kind, str] = {"images": "images", "pairs": "pairs", "sequences": "sequences"}
 """What a step sees, in words."""
 
 
@@ -114,7 +114,7 @@ def prepare(recipe: str | os.PathLike, edits: Sequence[str] = (), **others: Any)
 
 
 def _of_its_own_data(loaded: Loaded) -> tuple[str, ...]:
-    """What a recipe says of pictures that it is not trained on now, to be forgotten."""
+    """What a recipe says of images that it is not trained on now, to be forgotten."""
     return ("host.mean=null", "host.std=null") if HOSTS[loaded.recipe.host.kind] == "images" else ()
 
 
@@ -178,7 +178,7 @@ def kind_of(loaded: Loaded, settings: Settings) -> Kind:
     host, found = loaded.recipe.host.kind, data_kind(settings.data)
     wanted = HOSTS[host]
     if found is not None and found != wanted:
-        words = {"images": "pictures", "pairs": "pairs of sequences", "sequences": "single sequences"}
+        words = {"images": "images", "pairs": "pairs of sequences", "sequences": "single sequences"}
         others = " or ".join(f"`{kind}`" for kind, its in HOSTS.items() if its == found)
         raise RunError(
             "AZ814",

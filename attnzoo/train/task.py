@@ -1,6 +1,6 @@
 """The data side of a run: which examples a step sees, what is learnt from them, how good a model is on the others.
 
-The loop knows tasks alone: pictures (`image_task.py`), pairs of sequences (`pair_task.py`), single sequences
+The loop knows tasks alone: images (`image_task.py`), pairs of sequences (`pair_task.py`), single sequences
 (`sequence_task.py`).
 """
 

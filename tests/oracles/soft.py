@@ -1,4 +1,4 @@
-"""The four readings of HAM's soft attention: one head, one sample."""
+"""The four variants of HAM's soft attention: one head, one sample."""
 
 import math
 

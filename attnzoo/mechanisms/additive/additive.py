@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attnzoo.core import FREE, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site, Tap
+from attnzoo.core import NO_MASK, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site, Tap
 from attnzoo.functional import additive_scores, attention_from_scores
 
 
@@ -61,7 +61,7 @@ class Additive(Mechanism):
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m e"] | None = None,
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
         source = self.source(x, context)

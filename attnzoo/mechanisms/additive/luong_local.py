@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attnzoo.core import FREE, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site, Tap
+from attnzoo.core import NO_MASK, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site, Tap
 from attnzoo.errors import RecipeError
 from attnzoo.functional import masked_softmax
 
@@ -96,7 +96,7 @@ class LuongLocal(Mechanism):
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m e"] | None = None,
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
         mask.only(*self.card.masks)

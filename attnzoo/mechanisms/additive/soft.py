@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attnzoo.core import FREE, Card, Family, Head, Law, Layout, Mask, Paper, PositiveInt, Site, Tap
+from attnzoo.core import NO_MASK, Card, Family, Head, Law, Layout, Mask, Paper, PositiveInt, Site, Tap
 from attnzoo.errors import UnsupportedContext
 from attnzoo.functional import additive_scores, attention_from_scores, masked_softmax
 
-Reading = Literal["pooled", "gated", "bahdanau", "cls_query"]
+Variant = Literal["pooled", "gated", "bahdanau", "cls_query"]
 
 
 class Soft(Head):
@@ -28,7 +28,7 @@ class Soft(Head):
 
     Args:
         site: Where the head is put.
-        reading: Which of the four.
+        variant: Which of the four.
         hidden: Width of the small network per head, in channels; the head's own width when null.
         gate_scale: What `gated` multiplies α by: the number of `tokens`, so that a flat α changes nothing, or `one`.
     """
@@ -51,9 +51,9 @@ class Soft(Head):
     )  # fmt: skip
 
     @classmethod
-    def claims(cls, *, reading: Reading = "pooled", **options) -> Card:
+    def claims(cls, *, variant: Variant = "pooled", **options) -> Card:
         laws = {Law.STOCHASTIC}
-        if reading == "bahdanau":
+        if variant == "bahdanau":
             return replace(
                 cls.card,
                 time="n m c",
@@ -63,11 +63,11 @@ class Soft(Head):
                 weights="b h n m",
                 laws=frozenset(laws | {Law.LINEAR_IN_VALUES, Law.BOUNDED, Law.PERMUTATION_EQUIVARIANT}),
             )
-        if reading == "cls_query":  # the first token is special, and no key mask says whether it exists
+        if variant == "cls_query":  # the first token is special, and no key mask says whether it exists
             return replace(
                 cls.card, masks=frozenset(), laws=frozenset(laws | {Law.LINEAR_IN_VALUES, Law.BOUNDED})
             )
-        if reading == "gated":
+        if variant == "gated":
             return replace(cls.card, context=False, laws=frozenset(laws | {Law.PERMUTATION_EQUIVARIANT}))
         return replace(cls.card, laws=frozenset(laws | {Law.BOUNDED, Law.PERMUTATION_EQUIVARIANT}))
 
@@ -75,22 +75,22 @@ class Soft(Head):
         self,
         site: Site,
         *,
-        reading: Reading = "pooled",
+        variant: Variant = "pooled",
         hidden: PositiveInt | None = None,
         gate_scale: Literal["tokens", "one"] = "tokens",
     ):
         super().__init__()
-        self.card = self.claims(reading=reading)
-        self.reading, self.gate_scale, self.attn_drop = reading, gate_scale, site.attn_drop
+        self.card = self.claims(variant=variant)
+        self.variant, self.gate_scale, self.attn_drop = variant, gate_scale, site.attn_drop
         h, d, a = site.heads, site.head_dim, hidden or site.head_dim
-        if reading in ("pooled", "gated"):
+        if variant in ("pooled", "gated"):
             self.value_weight = nn.Parameter(torch.empty(h, d, a))
             self.value_bias = nn.Parameter(torch.empty(h, a))
         else:
             self.key_weight = nn.Parameter(torch.empty(h, d, a))
             self.query_weight = nn.Parameter(torch.empty(h, d, a))
         self.score_weight = nn.Parameter(torch.empty(h, a))
-        axes = "b h n m" if reading == "bahdanau" else "b h m"
+        axes = "b h n m" if variant == "bahdanau" else "b h m"
         self.scores, self.weights = Tap(axes), Tap(axes)
         self.init_weights()
 
@@ -103,7 +103,7 @@ class Soft(Head):
                 nn.init.normal_(parameter, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        return {"value_bias"} if self.reading in ("pooled", "gated") else set()
+        return {"value_bias"} if self.variant in ("pooled", "gated") else set()
 
     def attend(
         self,
@@ -111,16 +111,16 @@ class Soft(Head):
         k: Float[Tensor, "b h m d"],
         v: Float[Tensor, "b h m d"],
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b h n d"]:
         dropout = self.attn_drop if self.training else 0.0
-        if self.reading == "bahdanau":
+        if self.variant == "bahdanau":
             scores = additive_scores(q @ self.query_weight, k @ self.key_weight, self.score_weight)
             allowed = mask.dense(q.shape[2], k.shape[2], q.device)
             return attention_from_scores(scores, v, allowed, self.scores, self.weights, dropout)
         mask.only(*self.card.masks)
-        if self.reading == "cls_query":
+        if self.variant == "cls_query":
             hidden = torch.tanh(k @ self.key_weight + q[:, :, :1] @ self.query_weight)
             scores = torch.einsum("bhma,ha->bhm", hidden, self.score_weight)
         else:
@@ -128,10 +128,10 @@ class Soft(Head):
         allowed = None if mask.keys is None else mask.keys[:, None]
         weights = self.weights(masked_softmax(self.scores(scores), allowed))
         weights = nn.functional.dropout(weights, dropout)
-        if self.reading == "gated":
+        if self.variant == "gated":
             if q.shape[2] != v.shape[2]:
                 raise UnsupportedContext(
-                    "AZ404", "`soft` with `reading: gated` gates tokens by themselves; it has no context"
+                    "AZ404", "`soft` with `variant: gated` gates tokens by themselves; it has no context"
                 )
             tokens = v.shape[2] if allowed is None else allowed.sum(dim=-1)[..., None, None]
             return weights[..., None] * v * (tokens if self.gate_scale == "tokens" else 1)

@@ -6,7 +6,7 @@ Hu et al., "Squeeze-and-Excitation Networks", 2018, arXiv:1709.01507, §3, eq. 2
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attnzoo.core import FREE, Card, Family, Fraction, Law, Layout, Mask, Mechanism, Paper, Site, Tap
+from attnzoo.core import NO_MASK, Card, Family, Fraction, Law, Layout, Mask, Mechanism, Paper, Site, Tap
 from attnzoo.errors import UnsupportedContext
 
 
@@ -47,7 +47,7 @@ class SqueezeExcite(Mechanism):
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m e"] | None = None,
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
         mask.only("keys")

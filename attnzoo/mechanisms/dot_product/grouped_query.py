@@ -6,7 +6,7 @@ Ainslie et al., "GQA", 2023, arXiv:2305.13245, §2.2; one group is multi-query a
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attnzoo.core import FREE, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site, Tap
+from attnzoo.core import NO_MASK, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site, Tap
 from attnzoo.errors import RecipeError
 from attnzoo.functional import dot_product_attention, merge_heads, split_heads
 
@@ -59,7 +59,7 @@ class GroupedQuery(Mechanism):
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m e"] | None = None,
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
         k, v = self.kv(self.source(x, context)).chunk(2, dim=-1)

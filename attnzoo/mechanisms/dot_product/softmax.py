@@ -6,7 +6,7 @@ Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, §3.2.1, eq
 from jaxtyping import Float
 from torch import Tensor
 
-from attnzoo.core import FREE, Card, Family, Head, Law, Layout, Mask, Paper, Site, Tap
+from attnzoo.core import NO_MASK, Card, Family, Head, Law, Layout, Mask, Paper, Site, Tap
 from attnzoo.functional import dot_product_attention
 
 
@@ -45,7 +45,7 @@ class Softmax(Head):
         k: Float[Tensor, "b h m d"],
         v: Float[Tensor, "b h m d"],
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b h n d"]:
         dropout = self.attn_drop if self.training else 0.0

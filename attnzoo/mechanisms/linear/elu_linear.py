@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnzoo.core import FREE, Card, Family, Head, Law, Layout, Mask, Paper, PositiveFloat, Site
+from attnzoo.core import NO_MASK, Card, Family, Head, Law, Layout, Mask, Paper, PositiveFloat, Site
 
 
 class EluLinear(Head):
@@ -46,7 +46,7 @@ class EluLinear(Head):
         k: Float[Tensor, "b h m d"],
         v: Float[Tensor, "b h m d"],
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b h n d"]:
         mask.only("keys", "causal")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnzoo.core import FREE, Card, Family, Head, Law, Layout, Mask, Paper, PositiveInt, Site, Tap
+from attnzoo.core import NO_MASK, Card, Family, Head, Law, Layout, Mask, Paper, PositiveInt, Site, Tap
 from attnzoo.errors import RecipeError
 from attnzoo.functional import dot_product_attention
 
@@ -118,7 +118,7 @@ class Neighborhood(Head):
         k: Float[Tensor, "b h m d"],
         v: Float[Tensor, "b h m d"],
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b h n d"]:
         layout.check(k[:, 0])

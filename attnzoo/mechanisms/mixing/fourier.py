@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnzoo.core import FREE, Card, Family, Layout, Mask, Mechanism, Paper, Site
+from attnzoo.core import NO_MASK, Card, Family, Layout, Mask, Mechanism, Paper, Site
 from attnzoo.errors import UnsupportedContext
 
 
@@ -42,7 +42,7 @@ class Fourier(Mechanism):
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m e"] | None = None,
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
         mask.only()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from attnzoo import hookimpl
-from attnzoo.core import FREE, Card, Family, Head, Law, Layout, Mask, PositiveFloat, Site, Tap
+from attnzoo.core import NO_MASK, Card, Family, Head, Law, Layout, Mask, PositiveFloat, Site, Tap
 from attnzoo.functional import attention_from_scores
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Template(Head):
         k: Float[Tensor, "b h m d"],
         v: Float[Tensor, "b h m d"],
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b h n d"]:
         scale = self.temperature[:, None, None] * q.shape[-1] ** -0.5

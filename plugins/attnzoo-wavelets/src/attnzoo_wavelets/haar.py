@@ -1,7 +1,7 @@
 """Token mixing by a Haar wavelet transform along the grid."""
 
 import torch
-from attnzoo.core import FREE, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site
+from attnzoo.core import NO_MASK, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site
 from attnzoo.errors import UnsupportedContext
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class Haar(Mechanism):
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m e"] | None = None,
         *,
-        mask: Mask = FREE,
+        mask: Mask = NO_MASK,
         layout: Layout,
     ) -> Float[Tensor, "b n c"]:
         mask.only("keys")

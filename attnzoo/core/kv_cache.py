@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 
-class Past:
+class KVCache:
     """What one mechanism keeps between steps: tensors that grow along the tokens, tensors that stay, and its branches'.
 
     Buffers double when they are full, so a step copies what is new and not what is old. It is written in place: no
@@ -16,7 +16,7 @@ class Past:
         self.length = 0
         self._growing: list[Tensor] = []
         self._kept: tuple[Tensor, ...] | None = None
-        self._branches: dict[str, Past] = {}
+        self._branches: dict[str, KVCache] = {}
 
     def extend(self, *new: Tensor) -> list[Tensor]:
         """Append, and return all so far, (... n c) each.
@@ -41,9 +41,9 @@ class Past:
             self._kept = tuple(t.contiguous() for t in make())  # read in every step
         return self._kept
 
-    def branch(self, name: str) -> "Past":
+    def branch(self, name: str) -> "KVCache":
         """What a branch keeps for itself."""
-        return self._branches.setdefault(name, Past())
+        return self._branches.setdefault(name, KVCache())
 
     def select(self, rows: Tensor, kept: bool = True) -> None:
         """Go on with these rows of the batch, in this order; a row may be named again.

@@ -10,21 +10,21 @@ import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from attnzoo.core import FREE, Card, Family, Fusion, Head, Layout, Mask, Mechanism, MultiHead, Site
+from attnzoo.core import NO_MASK, Card, Family, Fusion, Head, Layout, Mask, Mechanism, MultiHead, Site
 from attnzoo.errors import RecipeError
-from attnzoo.hosts.demand import Demand
+from attnzoo.hosts.requirements import Requirements
 
 Put = Callable[[Site], Mechanism]
 """Builds what is put at a site."""
 
 
 class PlainHead(Head):
-    """Scaled dot-product attention, so that a model can be surveyed and counted before any mechanism is chosen."""
+    """Scaled dot-product attention, so that a model can be inspected and counted before any mechanism is chosen."""
 
     card = Card("plain", Family.DOT_PRODUCT, "Attention as it was before any zoo.",
                 masks={"keys", "pairs", "causal"}, context=True)  # fmt: skip
 
-    def attend(self, q, k, v, *, mask: Mask = FREE, layout: Layout) -> Tensor:
+    def attend(self, q, k, v, *, mask: Mask = NO_MASK, layout: Layout) -> Tensor:
         allowed = mask.dense(q.shape[2], k.shape[2], q.device)
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
@@ -35,7 +35,7 @@ def plain_attention(site: Site) -> Mechanism:
 
 
 @dataclass(frozen=True)
-class Seen(ABC):
+class HostInfo(ABC):
     """What a host looks like, learnt without allocating it.
 
     Args:
@@ -70,7 +70,7 @@ class Seen(ABC):
         """The places where mechanisms are put, by name."""
 
     @abstractmethod
-    def demand(self, site: str) -> Demand:
+    def requirements(self, site: str) -> Requirements:
         """What a place asks of whatever is put there."""
 
     @abstractmethod
@@ -86,29 +86,29 @@ class Seen(ABC):
         """A glob over the sites between which a skip is put when the recipe does not say."""
 
 
-_Seen = TypeVar("_Seen", bound=Seen)
+_Info = TypeVar("_Info", bound=HostInfo)
 
 
-def put_on_meta(seen: _Seen, build: Callable[[], nn.Module]) -> _Seen:
-    """What is seen with the plain model and its size."""
+def with_plain_model(info: _Info, build: Callable[[], nn.Module]) -> _Info:
+    """What is info with the plain model and its size."""
     with torch.device("meta"):
         model = build()
-    return replace(seen, model=model, params=sum(p.numel() for p in model.parameters()))
+    return replace(info, model=model, params=sum(p.numel() for p in model.parameters()))
 
 
 @dataclass(frozen=True)
-class Survey(Seen):
-    """What a backbone for pictures looks like.
+class BackboneInfo(HostInfo):
+    """What a backbone for images looks like.
 
     Args:
         arguments: The constructor arguments that differ from the base's.
         heads: Of each block.
         layout: Prefix tokens and grid.
-        image: Channels, rows and columns of the expected picture, in pixels.
+        image: Channels, rows and columns of the expected image, in pixels.
         classes: Number of classes.
         first: Index of the first block that has a site; the ones before have no attention.
-        resizes: Whether the model can be told another size of picture.
-        dynamic: Whether the picture's size may change from call to call.
+        resizes: Whether the model can be told another size of image.
+        dynamic: Whether the image's size may change from call to call.
         patch_drop: Share of patches dropped in training.
     """
 
@@ -138,8 +138,8 @@ class Survey(Seen):
             **options,
         )
 
-    def demand(self, site: str) -> Demand:
-        return Demand(
+    def requirements(self, site: str) -> Requirements:
+        return Requirements(
             grid=len(self.layout.grid),
             varying_length="`dynamic_img_size` lets it change" if self.dynamic else "",
             drops_tokens="`patch_drop_rate` drops some in training" if self.patch_drop else "",
@@ -190,8 +190,8 @@ def without_weights(
         cfg: The base's.
         name: The model's own name.
         arguments: Constructor arguments that differ from the base's.
-        mean: Mean of the pictures by channel; the base's when None.
-        std: Standard deviation of the pictures by channel; the base's when None.
+        mean: Mean of the images by channel; the base's when None.
+        std: Standard deviation of the images by channel; the base's when None.
     """
     size = arguments.get("img_size", cfg.input_size[-2:])
     rows, columns = (size, size) if isinstance(size, int) else size
@@ -211,7 +211,7 @@ def without_weights(
 
 
 def undecayed(model: nn.Module) -> set[str]:
-    """Names of the parameters that the parts inside a model do not want decayed."""
+    """Names of the parameters that the components inside a model do not want decayed."""
     names = set()
     for path, module in model.named_modules():
         own = getattr(module, "no_weight_decay", None)

@@ -1,4 +1,4 @@
-"""What a site demands of a card, and what a card does not meet."""
+"""What a site requires of a card, and what a card does not meet."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from attnzoo.core import Card
 
 
 @dataclass(frozen=True)
-class Demand:
+class Requirements:
     """What a place in a host asks of whatever is put there.
 
     Args:
@@ -30,25 +30,25 @@ class Demand:
     token_local: bool = False
 
 
-def unmet(card: Card, demand: Demand) -> list[str]:
+def unmet(card: Card, required: Requirements) -> list[str]:
     """The reasons why a card cannot go there; none when it can."""
     reasons = []
     missing = [
-        kind for kind in ("keys", "causal", "pairs") if kind in demand.masks and kind not in card.masks
+        kind for kind in ("keys", "causal", "pairs") if kind in required.masks and kind not in card.masks
     ]
     if missing:
         claims = ", ".join(sorted(card.masks)) or "none"
         reasons.append(
-            f"the site demands masks of kind {', '.join(missing)}; `{card.name}` claims masks: {claims}"
+            f"the site requires masks of kind {', '.join(missing)}; `{card.name}` claims masks: {claims}"
         )
-    if demand.context and not card.context:
+    if required.context and not card.context:
         reasons.append(f"the site reads from a context; `{card.name}` cannot")
-    if isinstance(card.grid, int) and card.grid != demand.grid:
-        reasons.append(f"`{card.name}` needs a {card.grid}-D grid; the site has a {demand.grid}-D grid")
-    if card.fixed_length and demand.varying_length:
-        reasons.append(f"`{card.name}` takes a fixed number of tokens; {demand.varying_length}")
-    if card.grid is not None and demand.open_end:
-        reasons.append(f"`{card.name}` needs to know where the grid ends; {demand.open_end}")
-    if (card.fixed_length or card.grid is not None) and demand.drops_tokens:
-        reasons.append(f"`{card.name}` needs every token in its place; {demand.drops_tokens}")
+    if isinstance(card.grid, int) and card.grid != required.grid:
+        reasons.append(f"`{card.name}` needs a {card.grid}-D grid; the site has a {required.grid}-D grid")
+    if card.fixed_length and required.varying_length:
+        reasons.append(f"`{card.name}` takes a fixed number of tokens; {required.varying_length}")
+    if card.grid is not None and required.open_end:
+        reasons.append(f"`{card.name}` needs to know where the grid ends; {required.open_end}")
+    if (card.fixed_length or card.grid is not None) and required.drops_tokens:
+        reasons.append(f"`{card.name}` needs every token in its place; {required.drops_tokens}")
     return reasons
