@@ -162,7 +162,7 @@ class RecipeError(ZooError):
 
 
 class LayoutMismatch(ZooError):
-    """The tokens do not fit the layout they came with (AZ401), or are more than were prepared for (AZ403)."""
+    """Tokens do not fit their layout (AZ401), or what was prepared for (AZ403 too many, AZ408 another number)."""
 
 
 class UnsupportedMask(ZooError):
@@ -171,6 +171,27 @@ class UnsupportedMask(ZooError):
 
 class UnsupportedContext(ZooError):
     """A mechanism without cross-attention was handed a context (AZ404)."""
+
+
+class MissingMap(ZooError):
+    """A mechanism was not handed the map on the grid that its card names, or one that does not fit (AZ409)."""
+
+
+class OptionError(RecipeError):
+    """Options of a component that contradict each other, or its site (AZ214). Raise it in a constructor.
+
+    Args:
+        message: One sentence that names both.
+        why: The broken rule.
+        help: What to write instead.
+    """
+
+    def __init__(self, message: str, *, why: str = "", help: str = ""):
+        super().__init__("AZ214", message, why=why, help=help)
+
+    @classmethod
+    def of(cls, diagnostics: Iterable[Diagnostic]) -> RecipeError:  # type: ignore[override]
+        return RecipeError.of(diagnostics)
 
 
 class CheckError(ZooError):

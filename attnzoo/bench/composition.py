@@ -253,8 +253,8 @@ def _lines(
     )
     if not plan.branches:
         return
-    inside = getattr(module, "head", module)  # MultiHead holds the fused heads
-    where = f"{path}.head" if inside is not module else path
+    inside = getattr(module, "inner", module)  # MultiHead holds the fused heads
+    where = f"{path}.inner" if inside is not module else path
     for branch, (name, child) in zip(plan.branches, inside.branches.named_children(), strict=True):
         own = (
             heads // len(plan.branches)

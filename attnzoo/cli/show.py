@@ -72,7 +72,7 @@ def _part(entry, kind: str) -> dict[str, Any]:
         "masks": ", ".join(sorted(card.masks)) or "none" if kind == "mechanism" else "",
         "context": "yes" if getattr(card, "context", False) else "",
         "grid": str(getattr(card, "grid", None) or ""),
-        "weights": getattr(card, "weights", None) or "",
+        "taps": ", ".join(f"{name} ({axes})" for name, axes in getattr(card, "taps", {}).items()),
         "laws": ", ".join(sorted(card.laws)),
         "notes": card.notes,
         "from": f"{entry.plugin} {entry.version}".strip(),

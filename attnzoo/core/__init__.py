@@ -1,11 +1,15 @@
 """The nouns: everything a mechanism's file needs to import, besides `attnzoo.functional`."""
 
 from attnzoo.core.card import Card, Family, FusionCard, Law, Paper
+from attnzoo.core.component import Component
+from attnzoo.core.fused import Fused, FusedHeads
 from attnzoo.core.fusion import Fusion, Start
+from attnzoo.core.head import Head
 from attnzoo.core.kv_cache import KVCache
 from attnzoo.core.layout import Layout
 from attnzoo.core.mask import NO_MASK, Mask
-from attnzoo.core.mechanism import Fused, FusedHeads, Head, Mechanism, MultiHead
+from attnzoo.core.mechanism import Mechanism
+from attnzoo.core.multi_head import MultiHead
 from attnzoo.core.options import (
     Fraction,
     NonNegativeInt,
@@ -14,12 +18,15 @@ from attnzoo.core.options import (
     option_texts,
     options_of,
 )
+from attnzoo.core.pool import Pool
 from attnzoo.core.rotary import rotate
 from attnzoo.core.site import Site
 from attnzoo.core.tap import Tap, find_taps, watch
+from attnzoo.errors import OptionError
 
 __all__ = [
-    "NO_MASK", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard", "Head", "Law", "Layout",
-    "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "KVCache", "PositiveFloat", "PositiveInt", "Site",
-    "Start", "Tap", "find_taps", "option_texts", "options_of", "rotate", "watch",
+    "NO_MASK", "Card", "Component", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard", "Head",
+    "KVCache", "Law", "Layout", "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "OptionError", "Paper", "Pool",
+    "PositiveFloat", "PositiveInt", "Site", "Start", "Tap", "find_taps", "option_texts", "options_of", "rotate",
+    "watch",
 ]  # fmt: skip

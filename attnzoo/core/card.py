@@ -1,10 +1,12 @@
 """Claims: what a mechanism or a fusion says about itself, and is held to."""
 
 import re
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
+
+from attnzoo.core.tap import KINDS, kind_of
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
@@ -13,6 +15,8 @@ class Family(StrEnum):
     """What a mechanism changes relative to softmax attention."""
 
     DOT_PRODUCT = "dot_product"
+    PROJECTION = "projection"
+    ROUTING = "routing"
     LOCAL = "local"
     SPARSE = "sparse"
     LINEAR = "linear"
@@ -21,6 +25,7 @@ class Family(StrEnum):
     CHANNEL = "channel"
     ADDITIVE = "additive"
     MIXING = "mixing"
+    CROSS = "cross"
 
     @property
     def question(self) -> str:
@@ -30,6 +35,8 @@ class Family(StrEnum):
 
 _QUESTIONS = {
     Family.DOT_PRODUCT: "how are queries and keys compared and normalised?",
+    Family.PROJECTION: "how are queries, keys and values made?",
+    Family.ROUTING: "which heads, for which token?",
     Family.LOCAL: "which neighbours on the grid?",
     Family.SPARSE: "which few pairs, by content or pattern?",
     Family.LINEAR: "how to avoid n × m?",
@@ -38,14 +45,17 @@ _QUESTIONS = {
     Family.CHANNEL: "which channels, rather than which tokens?",
     Family.ADDITIVE: "scores by a small network",
     Family.MIXING: "what if mixing ignores content?",
+    Family.CROSS: "what does another stream say?",
 }
 
 
 class Law(StrEnum):
     """An algebraic claim that a check can falsify. The first group is for mechanisms, the second for fusions."""
 
-    STOCHASTIC = "stochastic"  # rows of the tapped weights are non-negative and sum to 1
-    SUBSTOCHASTIC = "substochastic"  # rows of the tapped weights are non-negative and sum to at most 1
+    STOCHASTIC = (
+        "stochastic"  # tapped weights are non-negative and sum to 1 over the axis they are normalised over
+    )
+    SUBSTOCHASTIC = "substochastic"  # the same with a sum of at most 1
     PERMUTATION_EQUIVARIANT = "permutation_equivariant"  # permuting grid tokens permutes the output
     SHIFT_EQUIVARIANT = (
         "shift_equivariant"  # on a 1-D grid, away from the ends, shifting tokens shifts the output
@@ -70,7 +80,29 @@ class Law(StrEnum):
 MECHANISM_LAWS = frozenset(list(Law)[: list(Law).index(Law.SINGLE)])
 FUSION_LAWS = frozenset(Law) - MECHANISM_LAWS
 MASK_KINDS = frozenset({"keys", "pairs", "causal"})
+WISHES = frozenset({"qkv_bias", "proj_bias", "qk_norm", "scale_norm", "rotary"})
+"""What a site may ask of projections; `MultiHead` honours all, a mechanism with projections of its own says which."""
+AXES = frozenset("bnmchdkpryx")
+"""Shape letters: batch, queries, keys, channels, heads, channels per head, branches, prefix, slots, rows, columns."""
+Given = Literal["labels", "scores"]
+"""A map that the caller hands over: whole numbers that name a region, or real numbers."""
 Fidelity = Literal["exact", "adapted", "inspired"]
+
+
+class Frozen(dict):
+    """A mapping that stays as it is, so that a card can be compared, hashed and pickled."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a card does not change: use dataclasses.replace(card, ...)")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
+    update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple:
+        return type(self), (dict(self),)
 
 
 @dataclass(frozen=True)
@@ -135,13 +167,18 @@ class Card:
         paper: Source; None for what has none.
         time: Multiplications in the shape letters, as implemented: `n m c`.
         memory: Largest temporary in the shape letters, as implemented.
-        masks: Which kinds of `Mask` are honoured, of keys, pairs, causal; the others are refused.
+        masks: Which kinds of `Mask` are honoured, of keys, pairs, causal; the base class refuses the others.
+        one_head: Whether it is one head whatever the site says: pairs that differ by head are refused.
         context: Whether it can read from a context (cross-attention).
+        context_grid: Number of grid dimensions that its context must have; None when it needs no geometry of it.
         grid: Number of grid dimensions it needs, `any` when every number will do, None when it needs no geometry.
-        fixed_length: Whether it only takes as many tokens as it was built for.
+        fixed_length: Whether it only reads from as many tokens as it was built for.
         incremental: Of a head: whether the newest query alone, against all keys so far under a causal mask, gives the
             last row of the full pass.
-        weights: Axes of the tapped `weights`, or None when none are formed.
+        given: Maps on the grid that the caller hands over, by name: `labels` or `scores`.
+        honours: Of a mechanism with projections of its own: which of the site's wishes it follows.
+        taps: Axes of each tap in the shape letters, by name: `{"weights": "b h n m"}`. A name is a kind of tap, or
+            begins with one: `weights_agents`. The base class makes them.
         laws: Algebraic claims.
         fidelity: `exact`, or `adapted` or `inspired` with notes that say what differs from the paper.
         notes: What a user should know.
@@ -155,30 +192,61 @@ class Card:
     time: str = "n m c"
     memory: str = "h n m"
     masks: Set[str] = frozenset()
+    one_head: bool = False
     context: bool = False
+    context_grid: int | None = None
     grid: int | Literal["any"] | None = None
     fixed_length: bool = False
     incremental: bool = False
-    weights: str | None = None
+    given: Mapping[str, Given] = field(default_factory=dict)
+    honours: Set[str] = frozenset()
+    taps: Mapping[str, str] = field(default_factory=dict)
     laws: Set[Law] = frozenset()
     fidelity: Fidelity = "exact"
     notes: str = ""
     extra: Set[str] = frozenset()
 
     def __post_init__(self):
-        for name in ("masks", "laws", "extra"):  # a set literal may be written; it is kept frozen
+        for name in ("masks", "honours", "laws", "extra"):  # a set literal may be written; it is kept frozen
             object.__setattr__(self, name, frozenset(getattr(self, name)))
+        for name in ("given", "taps"):
+            object.__setattr__(self, name, Frozen(getattr(self, name)))
         _coherent(self, MECHANISM_LAWS)
-        if self.masks - MASK_KINDS:
-            raise ValueError(f"card {self.name!r}: {sorted(self.masks - MASK_KINDS)} is no kind of mask")
+        if not isinstance(self.family, Family):
+            families = ", ".join(Family)
+            raise ValueError(f"card {self.name!r}: {self.family!r} is no family; there are {families}")
+        for strange, what in (
+            (self.masks - MASK_KINDS, "kind of mask"),
+            (self.honours - WISHES, "wish of a site"),
+        ):
+            if strange:
+                raise ValueError(f"card {self.name!r}: {sorted(strange)} is no {what}")
         if self.grid not in (None, "any") and not isinstance(self.grid, int):
             raise ValueError(
                 f"card {self.name!r}: grid is a number of dimensions, 'any' or None, not {self.grid!r}"
             )
+        for name, axes in self.taps.items():
+            if kind_of(name) not in KINDS:
+                raise ValueError(f"card {self.name!r}: the tap {name!r} is none of {', '.join(KINDS)}")
+            if set(axes.split()) - AXES or len(set(axes.split())) != len(axes.split()):
+                raise ValueError(f"card {self.name!r}: the axes {axes!r} are not shape letters, each once")
+        for name, kind in self.given.items():
+            if kind not in get_args(Given) or not name.isidentifier():
+                raise ValueError(
+                    f"card {self.name!r}: given is a name with `labels` or `scores`, not {kind!r}"
+                )
+        if self.given and self.grid is None:
+            raise ValueError(f"card {self.name!r}: a given map lies on the grid, so `grid` must be claimed")
         if self.incremental and "causal" not in self.masks:
             raise ValueError(f"card {self.name!r}: incremental needs a causal mask")
-        if self.laws & {Law.STOCHASTIC, Law.SUBSTOCHASTIC} and self.weights is None:
-            raise ValueError(f"card {self.name!r}: a law about weights needs `weights`")
+        if self.context_grid is not None and not self.context:
+            raise ValueError(f"card {self.name!r}: context_grid needs `context`")
+        if self.laws & {Law.STOCHASTIC, Law.SUBSTOCHASTIC} and not self.tapped("weights"):
+            raise ValueError(f"card {self.name!r}: a law about weights needs a tap called `weights`")
+
+    def tapped(self, kind: str) -> dict[str, str]:
+        """Axes of the taps of a kind, by name; empty when there are none."""
+        return {name: axes for name, axes in self.taps.items() if kind_of(name) == kind}
 
     @property
     def growth(self) -> int:

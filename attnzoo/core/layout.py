@@ -43,10 +43,10 @@ class Layout:
         """
         if isinstance(x, fx.Proxy):  # symbolic tracing knows no lengths
             return
-        if x.shape[1] != self.length:
+        if x.shape[-2] != self.length:
             raise LayoutMismatch(
                 "AZ401",
-                f"{x.shape[1]} tokens do not fit {self}",
+                f"{x.shape[-2]} tokens do not fit {self}",
                 why="the layout says how many prefix and grid tokens there are",
                 help="hand the mechanism the layout of these very tokens: Layout(grid=..., prefix=...)",
             )

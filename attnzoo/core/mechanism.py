@@ -1,118 +1,64 @@
-"""Mechanisms: what mixes tokens. One method each.
+"""Mechanisms: what mixes tokens, with projections of its own or none."""
 
-`Head` works inside the heads, `Mechanism` on tokens. `MultiHead` makes a mechanism of a head; `FusedHeads` and `Fused`
-make one of several.
-"""
-
-from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import ClassVar, cast, final
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attnzoo.core.card import Card, FusionCard, Law
-from attnzoo.core.fusion import Fusion, inside_heads
+from attnzoo.core.component import NOTHING, Component
 from attnzoo.core.kv_cache import KVCache
 from attnzoo.core.layout import Layout
 from attnzoo.core.mask import NO_MASK, Mask
-from attnzoo.core.rotary import rotate
 from attnzoo.core.site import Site
-from attnzoo.errors import UnsupportedContext
+from attnzoo.errors import RecipeError, UnsupportedContext
 
 
-class Component(nn.Module):
-    """What heads and mechanisms have in common: a card, and a word in initialisation and weight decay."""
+class Mechanism(Component):
+    """Mixes n tokens, reading from a context of m tokens, or from themselves at a site without one.
 
-    card: ClassVar[Card]
+    Args:
+        site: Where it is put.
 
-    def __init__(self, site: Site | None = None):
-        super().__init__()
-
-    @classmethod
-    def claims(cls, **options) -> Card:
-        """The card under these options; override it where an option changes what can be claimed."""
-        return cls.card
-
-    def init_weights(self) -> None:
-        """Special initialisation. Call it in `__init__`; hosts call it again after their own initialisation."""
-
-    def reset_parameters(self) -> None:
-        """PyTorch's name for `init_weights`."""
-        self.init_weights()
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of own parameters, beyond 1-D ones, that an optimiser must not decay."""
-        return set()
-
-    def reach(self) -> int:
-        """For the law `LOCAL`: how far, in grid steps along any dimension, a token has influence."""
-        raise NotImplementedError(
-            f"{type(self).__name__} claims the law `local` but does not say how far it reaches"
-        )
-
-
-class Head(Component, ABC):
-    """What happens inside the heads, between shared projections. Built as `Cls(site, **options)`.
-
-    Parameters, if any, have a leading head axis. A concrete head is final: it is never subclassed.
+    Raises:
+        RecipeError: AZ317, when the site wishes for something that the card does not say it honours.
     """
 
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.context_dim = site.context_dim
+        self.proj_drop = nn.Dropout(site.proj_drop)
+        unheard = sorted(site.wishes - self.card.honours) if hasattr(type(self), "card") else []
+        if unheard:
+            raise RecipeError(
+                "AZ317",
+                f"`{self.card.name}` at `{site.name}` cannot honour {' and '.join(f'`{w}`' for w in unheard)}",
+                why="it has projections of its own, or none, and a wish that is ignored changes the model silently",
+                help="leave it out of the host, or put a mechanism there that works inside the heads",
+            )
+
     @abstractmethod
-    def attend(
+    def mix(
         self,
-        q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b h m d"],
-        v: Float[Tensor, "b h m d"],
+        x: Float[Tensor, "b n c"],
+        source: Float[Tensor, "b m e"],
         *,
-        mask: Mask = NO_MASK,
+        mask: Mask,
         layout: Layout,
-    ) -> Float[Tensor, "b h n d"]:
-        """What each query token receives.
+    ) -> Float[Tensor, "b n c"]:
+        """Mixed tokens. Write it with bare arguments: `def mix(self, x, source, *, mask, layout)`.
+
+        After `layout` come, each as a parameter of its own, the maps that the card names (b *grid) and, where the card
+        claims `context_grid`, `context_layout`.
 
         Args:
-            q: Queries (b h n d).
-            k: Keys (b h m d).
-            v: Values (b h m d).
-            mask: Who may attend to whom; refuse what cannot be honoured with `mask.only(...)`.
-            layout: How the key tokens are arranged.
+            x: Tokens (b n c).
+            source: What is read from: the context (b m e), of width `site.context_dim`, or x itself.
+            mask: Who may attend to whom; of the claimed kinds only, and it fits.
+            layout: How x is arranged.
         """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = NO_MASK, layout: Layout) -> Tensor:
-        """`attend`, so that hooks and tools of PyTorch see heads as modules."""
-        return self.attend(q, k, v, mask=mask, layout=layout)
-
-
-class Mechanism(Component, ABC):
-    """Mixes n tokens, reading from a context of m tokens (itself when none is given).
-
-    Built as `Cls(site, **options)`. A concrete mechanism is final: it is never subclassed. Hand the site to
-    `super().__init__` if it can read a context.
-    """
-
-    def __init__(self, site: Site | None = None):
-        super().__init__()
-        self.context_dim = site.context_dim if site is not None else None
-
-    def source(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """What is read from: the context at a site with one, x itself at a site without.
-
-        Raises:
-            UnsupportedContext: AZ404, when a context is given to a site without, or none to a site with one.
-        """
-        if (context is None) != (self.context_dim is None):
-            raise UnsupportedContext(
-                "AZ404",
-                "this mechanism reads from a context, and none was given"
-                if context is None
-                else "a context was given, but this site has none",
-                help="build it for a site with `context_dim` (cross-attention) or without (self-attention)",
-            )
-        return x if context is None else context
-
-    @abstractmethod
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -120,15 +66,53 @@ class Mechanism(Component, ABC):
         *,
         mask: Mask = NO_MASK,
         layout: Layout,
+        context_layout: Layout | None = None,
+        given: Mapping[str, Tensor] = NOTHING,
     ) -> Float[Tensor, "b n c"]:
-        """Mixed tokens.
+        """`mix`, once it is certain that nothing is asked of it that the card does not claim; then dropout.
 
         Args:
             x: Tokens (b n c).
-            context: Tokens to read from (b m e), of width `site.context_dim`; x itself when None.
-            mask: Who may attend to whom; refuse what cannot be honoured with `mask.only(...)`.
-            layout: How the tokens that are read from are arranged.
+            context: Tokens to read from (b m e), at a site with `context_dim`.
+            mask: Who may attend to whom.
+            layout: How x is arranged.
+            context_layout: How the context is arranged; a line when None.
+            given: Maps on the grid by name, (b *grid) each.
+
+        Raises:
+            ZooError: AZ404 for a context too many or too few; AZ401, AZ402, AZ405, AZ408, AZ409: see `admit` and
+                `given_maps`.
         """
+        source, more = self.source(x, context), dict[str, Any]()
+        read = layout
+        if context is not None:
+            read = context_layout or Layout((context.shape[1],))
+            if self.card.context_grid is not None:
+                more["context_layout"] = read
+        self.admit(x, source, mask, read)
+        if self.card.given:
+            more |= self.given_maps(given, x.shape[0], layout)
+        return self.proj_drop(self.mix(x, source, mask=mask, layout=layout, **more))
+
+    def source(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """What is read from: the context at a site with one, x itself at a site without.
+
+        Raises:
+            UnsupportedContext: AZ404, when a context is given to a site without, or none to a site with one.
+        """
+        if (context is None) == (self.context_dim is None) and (context is None or self.card.context):
+            return x if context is None else context
+        if context is None:
+            text = f"`{self.card.name}` reads from a context here, and none was given"
+        elif not self.card.context:
+            text = f"`{self.card.name}` mixes a sequence with itself; it cannot read a context"
+        else:
+            text = f"a context was given to `{self.card.name}`, but its site has none"
+        raise UnsupportedContext(
+            "AZ404",
+            text,
+            help="build it for a site with `context_dim` (cross-attention) or without (self-attention)",
+        )
 
     def step(
         self,
@@ -138,6 +122,7 @@ class Mechanism(Component, ABC):
         *,
         mask: Mask,
         layout: Layout,
+        context_layout: Layout | None = None,
     ) -> Float[Tensor, "b n c"]:
         """The newest tokens only: the last rows of what `forward` gives for all tokens so far.
 
@@ -148,206 +133,9 @@ class Mechanism(Component, ABC):
             cache: What was kept of the tokens before; is extended.
             context: As for `forward`; the same in every step.
             mask: As `forward` would get it for all tokens so far: causal without a context.
-            layout: All tokens so far, or the context's.
+            layout: All tokens so far.
+            context_layout: How the context is arranged; a line when None.
         """
         (tokens,) = cache.extend(x)
-        return self.forward(tokens, context, mask=mask, layout=layout)[:, -x.shape[1] :]
-
-
-@final
-class MultiHead(Mechanism):
-    """Projections around a head: qkv -> attend -> merge -> proj.
-
-    With a `softmax` head its state-dict keys are timm's (`qkv.*`, `proj.*`, ...) and so is its arithmetic, so that
-    timm's checkpoints load and give timm's numbers.
-
-    Args:
-        site: Where it is put.
-        head: What happens inside the heads, built for the same site.
-    """
-
-    def __init__(self, site: Site, head: Head):
-        super().__init__(site)
-        self.card = head.card
-        self.heads, self.head_dim, self.dim = site.heads, site.head_dim, site.dim
-        if site.context_dim is not None:
-            self.q = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
-            self.kv = nn.Linear(site.context_dim, 2 * site.dim, bias=site.qkv_bias)
-        else:
-            self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=site.qkv_bias)
-        self.q_norm = site.norm(site.head_dim) if site.qk_norm else nn.Identity()
-        self.k_norm = site.norm(site.head_dim) if site.qk_norm else nn.Identity()
-        self.head = head
-        self.norm = site.norm(site.dim) if site.scale_norm else nn.Identity()
-        self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
-        self.proj_drop = nn.Dropout(site.proj_drop)
-        self.rotary = site.rotary
-        self.skip: nn.Module = nn.Identity()  # hosts put here what joins the merged heads of two layers
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Queries for a context, (b h n d)."""
-        b, n, _ = x.shape
-        return self.q_norm(self.q(x).reshape(b, n, self.heads, self.head_dim).transpose(1, 2))
-
-    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a context, (b h m d) each."""
-        b, m, _ = context.shape
-        kv = self.kv(context).reshape(b, m, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        k, v = kv.unbind(0)
-        return self.k_norm(k), v
-
-    def project(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the tokens themselves, (b h n d) each.
-
-        Args:
-            x: (b n c).
-            first: Position of the first token.
-        """
-        b, n, _ = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        return (rotate(q, first), rotate(k, first), v) if self.rotary else (q, k, v)
-
-    def merge(self, heads: Tensor) -> Tensor:
-        """Heads (b h n d) as tokens (b n c), projected."""
-        b, _, n, _ = heads.shape
-        merged = self.skip(heads.transpose(1, 2).reshape(b, n, self.dim))
-        return self.proj_drop(self.proj(self.norm(merged)))
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m e"] | None = None,
-        *,
-        mask: Mask = NO_MASK,
-        layout: Layout,
-    ) -> Float[Tensor, "b n c"]:
-        source = self.source(x, context)
-        q, k, v = self.project(x) if context is None else (self.queries(x), *self.read(source))
-        return self.merge(self.head(q, k, v, mask=mask, layout=layout))
-
-    def step(
-        self,
-        x: Float[Tensor, "b n c"],
-        cache: KVCache,
-        context: Float[Tensor, "b m e"] | None = None,
-        *,
-        mask: Mask,
-        layout: Layout,
-    ) -> Float[Tensor, "b n c"]:
-        if not self.head.card.incremental:
-            return super().step(x, cache, context, mask=mask, layout=layout)
-        source = self.source(x, context)
-        if context is None:
-            q, k, v = self.project(x, cache.length)
-            k, v = cache.extend(k, v)
-        else:
-            q = self.queries(x)
-            k, v = cache.keep(lambda: self.read(source))
-        return self.merge(self.head(q, k, v, mask=mask, layout=layout))
-
-
-Build = Callable[[Site], Component]
-"""Builds a branch for the site that the fusion gives it."""
-
-
-def _branches(sites: Sequence[Site], builds: Sequence[Build]) -> nn.ModuleDict:
-    branches, seen = nn.ModuleDict(), Counter[str]()
-    for site, build in zip(sites, builds, strict=True):
-        component = build(site)
-        name = component.card.name
-        seen[name] += 1
-        branches[name if seen[name] == 1 else f"{name}_{seen[name]}"] = component
-    return branches
-
-
-def fused_card(fusion: FusionCard, branches: Sequence[Card]) -> Card:
-    """What a fusion of these branches can claim: what all can, and the needs of each."""
-    grids = [card.grid for card in branches if card.grid is not None]
-    return Card(
-        name=fusion.name,
-        family=branches[0].family,
-        summary=f"{fusion.name} of {', '.join(card.name for card in branches)}",
-        time=" + ".join(dict.fromkeys(card.time for card in branches)),
-        memory=" + ".join(dict.fromkeys(card.memory for card in branches)),
-        masks=frozenset.intersection(*(frozenset(card.masks) for card in branches)),
-        context=all(card.context for card in branches),
-        grid=max(grids, key=lambda grid: grid != "any", default=None),  # a number asks for more than `any`
-        fixed_length=any(card.fixed_length for card in branches),
-        incremental=all(card.incremental for card in branches) and Law.TOKEN_LOCAL in fusion.laws,
-        extra=frozenset().union(*(card.extra for card in branches)),
-    )
-
-
-def _masks(fusion: Fusion, mask: Mask) -> list[Mask]:
-    """The mask of each branch: the pairs of its own heads, where there are pairs for each head."""
-    if mask.pairs is None or mask.pairs.shape[1] == 1:
-        return [mask] * fusion.arity
-    return [replace(mask, pairs=pairs) for pairs in fusion.split(mask.pairs, 1)]
-
-
-@final
-class FusedHeads(Head):
-    """Several heads and a fusion, between the same projections: a head again, so fusions nest.
-
-    Args:
-        site: Where it is put.
-        fusion: Builds the fusion for a site and a number of branches.
-        branches: Build a head each.
-    """
-
-    def __init__(self, site: Site, fusion: Callable[[Site, int], Fusion], branches: Sequence[Build]):
-        super().__init__()
-        self.fusion = fusion(inside_heads(site), len(branches))
-        self.fusion.head_axis = 1
-        self.branches = _branches(type(self.fusion).sites(site, len(branches)), branches)
-        self.card = fused_card(self.fusion.card, [component.card for component in self.branches.values()])
-
-    def attend(self, q, k, v, *, mask: Mask = NO_MASK, layout: Layout) -> Float[Tensor, "b h n d"]:
-        components = zip(
-            *(self.fusion.split(t, 1) for t in (q, k, v)), _masks(self.fusion, mask), strict=True
-        )
-        outs = [
-            branch(q_i, k_i, v_i, mask=mask_i, layout=layout)
-            for branch, (q_i, k_i, v_i, mask_i) in zip(self.branches.values(), components, strict=True)
-        ]
-        return self.fusion(outs, q)
-
-
-@final
-class Fused(Mechanism):
-    """Several token-level branches and a fusion: a mechanism again, so fusions nest and hosts know nothing of them.
-
-    Args:
-        site: Where it is put.
-        fusion: Builds the fusion for a site and a number of branches.
-        branches: Build a mechanism each.
-    """
-
-    def __init__(self, site: Site, fusion: Callable[[Site, int], Fusion], branches: Sequence[Build]):
-        super().__init__(site)
-        self.fusion = fusion(site, len(branches))
-        self.branches = _branches(type(self.fusion).sites(site, len(branches)), branches)
-        self.card = fused_card(self.fusion.card, [component.card for component in self.branches.values()])
-
-    def forward(self, x, context=None, *, mask: Mask = NO_MASK, layout: Layout) -> Float[Tensor, "b n c"]:
-        outs = [
-            branch(x_i, context, mask=mask_i, layout=layout)
-            for branch, x_i, mask_i in zip(
-                self.branches.values(), self.fusion.split(x, -1), _masks(self.fusion, mask), strict=True
-            )
-        ]
-        return self.fusion(outs, x)
-
-    def step(self, x, cache: KVCache, context=None, *, mask: Mask, layout: Layout) -> Float[Tensor, "b n c"]:
-        if Law.TOKEN_LOCAL not in self.fusion.card.laws:
-            return super().step(x, cache, context, mask=mask, layout=layout)
-        components = zip(
-            self.branches.items(), self.fusion.split(x, -1), _masks(self.fusion, mask), strict=True
-        )
-        outs = [
-            cast(Mechanism, branch).step(x_i, cache.branch(name), context, mask=mask_i, layout=layout)
-            for (name, branch), x_i, mask_i in components
-        ]
-        return self.fusion(outs, x)
+        out = self.forward(tokens, context, mask=mask, layout=layout, context_layout=context_layout)
+        return out[:, -x.shape[1] :]

@@ -21,6 +21,7 @@ class Site:
         layer: Index of the layer, from 0.
         depth: Number of layers of the host.
         context_dim: Width of the context, where there is one.
+        context_layout: Expected arrangement of the context; None where it is not known to be a grid.
         attn_drop: Dropout of attention weights, a probability.
         proj_drop: Dropout after the output projection, a probability.
         qkv_bias: Whether input projections have a bias.
@@ -38,6 +39,7 @@ class Site:
     layer: int = 0
     depth: int = 1
     context_dim: int | None = None
+    context_layout: Layout | None = None
     attn_drop: float = 0.0
     proj_drop: float = 0.0
     qkv_bias: bool = True
@@ -46,6 +48,11 @@ class Site:
     scale_norm: bool = False
     rotary: bool = False
     norm: Callable[[int], nn.Module] = nn.LayerNorm
+
+    @property
+    def wishes(self) -> frozenset[str]:
+        """What is asked of projections beyond what all have: of `qk_norm`, `scale_norm`, `rotary`."""
+        return frozenset(wish for wish in ("qk_norm", "scale_norm", "rotary") if getattr(self, wish))
 
     @property
     def head_dim(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from attnzoo.core import NO_MASK, Card, Family, Fusion, Head, Layout, Mask, Mechanism, MultiHead, Site
+from attnzoo.core import Card, Family, Fusion, Head, Layout, Mechanism, MultiHead, Site
 from attnzoo.errors import RecipeError
 from attnzoo.hosts.requirements import Requirements
 
@@ -22,16 +22,16 @@ class PlainHead(Head):
     """Scaled dot-product attention, so that a model can be inspected and counted before any mechanism is chosen."""
 
     card = Card("plain", Family.DOT_PRODUCT, "Attention as it was before any zoo.",
-                masks={"keys", "pairs", "causal"}, context=True)  # fmt: skip
+                masks={"keys", "pairs", "causal"}, context=True, incremental=True)  # fmt: skip
 
-    def attend(self, q, k, v, *, mask: Mask = NO_MASK, layout: Layout) -> Tensor:
+    def attend(self, q, k, v, *, mask, layout):
         allowed = mask.dense(q.shape[2], k.shape[2], q.device)
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
 
 def plain_attention(site: Site) -> Mechanism:
     """Attention as it was before any zoo."""
-    return MultiHead(site, PlainHead())
+    return MultiHead(site, PlainHead(site))
 
 
 @dataclass(frozen=True)

@@ -129,10 +129,10 @@ class Layer(nn.Module):
             return self.attn_skip(self.attn.step(tokens, caches[0], mask=mask, layout=layout))
 
         def read(tokens: Tensor) -> Tensor:
-            given: dict[str, Any] = {"mask": context_mask, "layout": context_layout}
+            where: dict[str, Any] = {"mask": context_mask, "layout": layout, "context_layout": context_layout}
             if caches is None:
-                return self.cross_skip(self.cross(tokens, context, **given))
-            return self.cross_skip(self.cross.step(tokens, caches[1], context, **given))
+                return self.cross_skip(self.cross(tokens, context, **where))
+            return self.cross_skip(self.cross.step(tokens, caches[1], context, **where))
 
         x = self.around_attn(x, attend)
         if context is not None:

@@ -266,6 +266,7 @@ class Seq2SeqInfo(HostInfo):
             layer=layer,
             depth=form.encoder if name.startswith("encoder") else form.decoder,
             context_dim=form.dim if cross else None,
+            context_layout=Layout((form.max_length,)) if cross else None,
             attn_drop=form.dropout,
             proj_drop=form.dropout,
             qkv_bias=form.bias,

@@ -102,10 +102,11 @@ class PairMean(Tap):
         first: Whether there is no layer before.
         last: Whether nobody takes it up.
         mean: Whether the mean of both is taken, which keeps the rows' sums; the sum otherwise.
+        dropout: That of the tap.
     """
 
-    def __init__(self, state: SkipState, first: bool, last: bool, mean: bool):
-        super().__init__("b h n m")
+    def __init__(self, state: SkipState, first: bool, last: bool, mean: bool, dropout: float):
+        super().__init__("b h n m", dropout)
         self.state, self.first, self.last, self.mean = state, first, last, mean
 
     @property
@@ -157,7 +158,8 @@ def install(
             setattr(layer, place, AddNorm(state, norm(dim) if i else None, last))
         elif skip.use in ("probs_pairmean", "logits_pairmean"):
             owner, name = _tap(component, "weights" if skip.use == "probs_pairmean" else "scores")
-            setattr(owner, name, PairMean(state, i == 0, last, mean=skip.use == "probs_pairmean"))
+            tap, mean = getattr(owner, name), skip.use == "probs_pairmean"
+            setattr(owner, name, PairMean(state, i == 0, last, mean, tap.dropout))
         else:
             component.skip = AddNorm(state, norm(dim) if i else None, last, raw=skip.use == "merged_raw")  # type: ignore[assignment]
     return state
@@ -221,6 +223,6 @@ def check(skip: Skip, mechanisms: Sequence[tuple[Site, Mechanism]]) -> None:
 
 def _tap(component: nn.Module, name: str) -> tuple[Any, str]:
     """What holds the tap of a name, with the tap's attribute; (None, ...) where there is not one map per head."""
-    owner: Any = component.head if isinstance(component, MultiHead) else component
+    owner: Any = component.inner if isinstance(component, MultiHead) else component
     tap = owner._modules.get(name)
     return (owner if type(tap) is Tap and tap.axes == "b h n m" else None), name

@@ -170,7 +170,7 @@ class _Leaf:
 
 def _branches(component: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The mechanisms inside a component, by the names of the branches that lead there."""
-    inner: Any = component.head if isinstance(component, MultiHead) else component
+    inner: Any = component.inner if isinstance(component, MultiHead) else component
     if isinstance(inner, Fused | FusedHeads):
         for name, branch in inner.branches.named_children():
             yield from _branches(branch, f"{path}.{name}" if path else name)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Law, Mechanism, MultiHead, Site, options_of
-from attnzoo.core.mechanism import fused_card
+from attnzoo.core.fused import fused_card
 from attnzoo.errors import Diagnostic, Place, RecipeError, did_you_mean
 from attnzoo.hosts import seq2seq, sequence
 from attnzoo.hosts.info import BackboneInfo, HostInfo
@@ -398,7 +398,7 @@ class _Planner:
         entry, options, place = component
         try:
             with _blame(entry, place):
-                card = entry.value.claims(**options)
+                card = entry.value.card_for(**options)
         except RecipeError as error:
             self.faults += error.diagnostics
             return None

@@ -20,7 +20,8 @@ from torch.func import functional_call
 from attnzoo.core import NO_MASK, Card, Fusion, Head, KVCache, Law, Layout, Mask, MultiHead, options_of, watch
 from attnzoo.core.mask import KINDS
 from attnzoo.core.options import option_texts
-from attnzoo.core.tap import NAMES, find_taps
+from attnzoo.core.tap import KINDS as TAPS
+from attnzoo.core.tap import find_taps, kind_of
 from attnzoo.errors import RecipeError, ZooError
 from attnzoo.testing.strategies import SMALL, Component, Scene, settings_of
 
@@ -94,7 +95,7 @@ def requires(
         return (
             all(value is None or getattr(card, name) == value for name, value in wanted.items())
             and (grid is None or (card.grid is not None) == grid)
-            and (weights is None or (card.weights is not None) == weights)
+            and (weights is None or bool(card.tapped("weights")) == weights)
             and (law is None or law in card.laws)
         )
 
@@ -177,7 +178,7 @@ def check_builds(cls: Component, scene: Scene) -> None:
         claim(bool(scene.options), "default options build everywhere", f"it was refused: {error.code}")
         raise
     if isinstance(component, MultiHead):
-        component = component.head
+        component = component.inner
     if issubclass(cls, Head | Fusion):
         claim(
             isinstance(component, cls),
@@ -570,9 +571,12 @@ def check_batch_independent(cls: Component, scene: Scene) -> None:
 
 def _across(scene: Scene) -> tuple[Any, Tensor, Tensor, Scene]:
     """A component that reads from a context, x (b n c), a context (b m e), the scene; n is not m, c is not e."""
-    across = replace(scene, site=replace(scene.site, context_dim=scene.site.dim + 1))
     m = scene.layout.length
     n = m + 1 if scene.seed % 2 or m == 1 else m - 1
+    site = replace(
+        scene.site, layout=Layout((n,)), context_dim=scene.site.dim + 1, context_layout=scene.layout
+    )
+    across = replace(scene, site=site)
     x = scene.random(scene.batch, n, scene.site.dim, stream=1)
     context = scene.random(scene.batch, m, scene.site.dim + 1, stream=2)
     return across.build(), x, context, across
@@ -582,7 +586,9 @@ def _across(scene: Scene) -> tuple[Any, Tensor, Tensor, Scene]:
 def check_context(cls: Component, scene: Scene) -> None:
     """It reads from a context of another length and width, and the context matters."""
     component, x, context, scene = _across(scene)
-    out = component(x, context.requires_grad_(), layout=scene.layout)
+    out = component(
+        x, context.requires_grad_(), layout=scene.layout, context_layout=scene.site.context_layout
+    )
     claim(
         out.shape == x.shape,
         f"with a context the output is {tuple(x.shape)}, as x",
@@ -603,8 +609,9 @@ def check_context_padding_invisible(cls: Component, scene: Scene) -> None:
     component, x, context, scene = _across(scene)
     keys = torch.rand(context.shape[:2], generator=scene.generator(51)) < 0.6
     keys[:, scene.seed % context.shape[1]] = True
-    before = component(x, context, mask=Mask(keys=keys), layout=scene.layout)
-    after = component(x, changed(context, ~keys, scene), mask=Mask(keys=keys), layout=scene.layout)
+    where = {"mask": Mask(keys=keys), "layout": scene.layout, "context_layout": scene.site.context_layout}
+    before = component(x, context, **where)
+    after = component(x, changed(context, ~keys, scene), **where)
     same(after, before, "masks: keys, so padding of the context is invisible")
 
 
@@ -643,7 +650,7 @@ def check_taps(cls: Component, scene: Scene) -> None:
     sizes = {"b": scene.batch, "n": scene.layout.length, "m": scene.layout.length, "c": scene.site.dim}
     for name, seen in _seen(component, scene, inputs).items():
         last, tap = name.rpartition(".")[2], component.get_submodule(name)
-        claim(last in NAMES, f"taps are called {', '.join(NAMES)}", f"one is called `{name}`")
+        claim(kind_of(last) in TAPS, f"taps are called {', '.join(TAPS)}", f"one is called `{name}`")
         claim(len(seen) == 1, f"the tap `{name}` fires once in a forward", f"it fires {len(seen)} times")
         axes = tap.axes.split()
         if isinstance(component, Fusion) and scene.inside and "n" in axes:
@@ -653,18 +660,9 @@ def check_taps(cls: Component, scene: Scene) -> None:
         claim(fits, f"the tap `{name}` has axes `{tap.axes}`", f"it shows a tensor of shape {shape}")
         fits = all(size == sizes.get(axis, size) for axis, size in zip(axes, shape, strict=True))
         claim(fits, f"the tap `{name}` has axes `{tap.axes}`", f"it shows a tensor of shape {shape}")
-        if last == "weights" and isinstance(scene.card, Card):
-            claim(
-                tap.axes == scene.card.weights,
-                f"weights: `{scene.card.weights}`",
-                f"the tap says `{tap.axes}`",
-            )
-    if isinstance(scene.card, Card) and scene.card.weights is not None:
-        claim(
-            bool(find_taps(component, "weights")),
-            f"weights: `{scene.card.weights}`",
-            "there is no tap called `weights`",
-        )
+    if isinstance(scene.card, Card):
+        found = {name.rpartition(".")[2]: tap.axes for name, tap in find_taps(component).items()}
+        claim(found == dict(scene.card.taps), f"the taps are {dict(scene.card.taps)}", f"there are {found}")
 
 
 @requires("mechanism", "fusion", wide=True)

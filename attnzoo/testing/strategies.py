@@ -206,8 +206,7 @@ def card_of(cls: Component, options: dict[str, Any]) -> Card | FusionCard:
         cls: A mechanism, head or fusion.
         options: Its options.
     """
-    claims = getattr(cls, "claims", None)
-    return claims(**options) if claims else cls.card
+    return cls.card if issubclass(cls, Fusion) else cls.card_for(**options)
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ and its hooks are plain functions:
     def attnzoo_mechanisms():
         return [Haar]
 
-A module may say `ATTNZOO_API = 1`: the version of this page that it was written for.
+A module may say `ATTNZOO_API = 2`: the version of this page that it was written for.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from attnzoo.core import Fusion, Head, Mechanism
 
 PROJECT = "attnzoo"
-API = 1
+API = 2
 """Version of the hooks. It grows when a hook changes its meaning; plugins for another version are refused."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -5,10 +5,9 @@ arXiv:1409.0473, §3.1 and appendix A.1.2.
 """
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from attnzoo.core import NO_MASK, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site, Tap
+from attnzoo.core import Card, Family, Law, Mechanism, Paper, PositiveInt, Site
 from attnzoo.functional import additive_scores, attention_from_scores
 
 
@@ -32,8 +31,9 @@ class Additive(Mechanism):
         time="n m c",
         memory="m c",
         masks={"keys", "causal", "pairs"},
+        one_head=True,
         context=True,
-        weights="b h n m",
+        taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
         fidelity="adapted",
         notes="Weights start at N(0, 0.02²): the paper's v = 0 gives W and U no gradient at the first step.",
@@ -46,27 +46,14 @@ class Additive(Mechanism):
         self.query = nn.Linear(site.dim, hidden, bias=False)  # W
         self.key = nn.Linear(width, hidden, bias=False)  # U
         self.score_weight = nn.Parameter(torch.empty(hidden))  # v
-        self.scores, self.weights = Tap("b h n m"), Tap("b h n m")
-        self.attn_drop = site.attn_drop
         self.proj = nn.Linear(width, site.dim) if width != site.dim else nn.Identity()
-        self.proj_drop = nn.Dropout(site.proj_drop)
         self.init_weights()
 
     def init_weights(self) -> None:
         """v from N(0, 0.02²); the Linears are the host's to initialise."""
         nn.init.normal_(self.score_weight, std=0.02)
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m e"] | None = None,
-        *,
-        mask: Mask = NO_MASK,
-        layout: Layout,
-    ) -> Float[Tensor, "b n c"]:
-        source = self.source(x, context)
+    def mix(self, x, source, *, mask, layout):
         scores = additive_scores(self.query(x)[:, None], self.key(source)[:, None], self.score_weight[None])
-        allowed = mask.for_one_head().dense(x.shape[1], source.shape[1], x.device)
-        dropout = self.attn_drop if self.training else 0.0
-        out = attention_from_scores(scores, source[:, None], allowed, self.scores, self.weights, dropout)
-        return self.proj_drop(self.proj(out[:, 0]))
+        allowed = mask.dense(x.shape[1], source.shape[1], x.device)
+        return self.proj(attention_from_scores(self, scores, source[:, None], allowed)[:, 0])

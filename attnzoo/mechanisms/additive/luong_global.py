@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from attnzoo.core import NO_MASK, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site, Tap
-from attnzoo.errors import LayoutMismatch, RecipeError
+from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
+from attnzoo.errors import LayoutMismatch
 from attnzoo.functional import additive_scores, attention_from_scores
 
 Score = Literal["dot", "general", "concat", "location"]
@@ -30,7 +29,7 @@ class LuongGlobal(Mechanism):
         hidden: Width of the `concat` network, in channels; the width of the tokens when null.
 
     Raises:
-        RecipeError: AZ214, when `dot` is asked of a context of another width.
+        OptionError: AZ214, when `dot` is asked of a context of another width.
         LayoutMismatch: AZ403, when `location` meets more tokens than the site was built for.
     """
 
@@ -43,23 +42,22 @@ class LuongGlobal(Mechanism):
         time="n m c",
         memory="n m",
         masks={"keys", "causal", "pairs"},
+        one_head=True,
         context=True,
-        weights="b h n m",
+        taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
     )  # fmt: skip
 
     @classmethod
-    def claims(cls, *, score: Score = "general", **options) -> Card:
-        return replace(cls.card, laws=frozenset({Law.STOCHASTIC})) if score == "location" else cls.card
+    def claims(cls, *, score: Score, **options) -> Card:
+        return replace(cls.card, laws={Law.STOCHASTIC}) if score == "location" else cls.card
 
     def __init__(self, site: Site, *, score: Score = "general", hidden: PositiveInt | None = None):
         super().__init__(site)
-        self.card = self.claims(score=score)
-        self.score, self.attn_drop = score, site.attn_drop
+        self.score = score
         width, hidden = site.context_dim or site.dim, hidden or site.dim
         if score == "dot" and width != site.dim:
-            raise RecipeError(
-                "AZ214",
+            raise OptionError(
                 f"`luong_global` with `score: dot` compares tokens of width {site.dim} with a context of width {width}",
                 help="use `score: general`, which has a matrix between them",
             )
@@ -70,10 +68,8 @@ class LuongGlobal(Mechanism):
             self.key = nn.Linear(width, hidden, bias=False)
             self.score_weight = nn.Parameter(torch.empty(hidden))  # v
         elif score == "location":
-            self.location = nn.Linear(site.dim, site.layout.length, bias=False)
-        self.scores, self.weights = Tap("b h n m"), Tap("b h n m")
+            self.location = nn.Linear(site.dim, self.length, bias=False)
         self.proj = nn.Linear(width + site.dim, site.dim, bias=False)  # W_c, eq. 5: c first
-        self.proj_drop = nn.Dropout(site.proj_drop)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -81,22 +77,13 @@ class LuongGlobal(Mechanism):
         if self.score == "concat":
             nn.init.normal_(self.score_weight, std=0.02)
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m e"] | None = None,
-        *,
-        mask: Mask = NO_MASK,
-        layout: Layout,
-    ) -> Float[Tensor, "b n c"]:
-        source = self.source(x, context)
+    def mix(self, x, source, *, mask, layout):
         scores = self._scores(x, source)[:, None]  # one head
-        allowed = mask.for_one_head().dense(x.shape[1], source.shape[1], x.device)
-        dropout = self.attn_drop if self.training else 0.0
-        c = attention_from_scores(scores, source[:, None], allowed, self.scores, self.weights, dropout)[:, 0]
-        return self.proj_drop(torch.tanh(self.proj(torch.cat([c, x], dim=-1))))
+        allowed = mask.dense(x.shape[1], source.shape[1], x.device)
+        c = attention_from_scores(self, scores, source[:, None], allowed)[:, 0]
+        return torch.tanh(self.proj(torch.cat([c, x], dim=-1)))
 
-    def _scores(self, x: Tensor, source: Tensor) -> Tensor:
+    def _scores(self, x, source):
         """(b n m)."""
         if self.score == "dot":
             return x @ source.mT
@@ -105,11 +92,11 @@ class LuongGlobal(Mechanism):
         if self.score == "concat":
             query, key = self.query(x)[:, None], self.key(source)[:, None]
             return additive_scores(query, key, self.score_weight[None])[:, 0]
-        if source.shape[1] > self.location.out_features:
+        if source.shape[1] > self.length:
             raise LayoutMismatch(
                 "AZ403",
-                f"{source.shape[1]} tokens are more than the {self.location.out_features} that `luong_global` with "
-                "`score: location` was built for",
+                f"{source.shape[1]} tokens are more than the {self.length} that `luong_global` with `score: location` "
+                "was built for",
                 help="build it for the longest input, or use another score",
             )
         return self.location(x)[..., : source.shape[1]]

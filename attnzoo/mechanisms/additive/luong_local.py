@@ -8,11 +8,9 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from attnzoo.core import NO_MASK, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site, Tap
-from attnzoo.errors import RecipeError
+from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.functional import masked_softmax
 
 Alignment = Literal["monotonic", "predictive"]
@@ -32,7 +30,7 @@ class LuongLocal(Mechanism):
         score: `dot` h_tᵀ h̄_s or `general` h_tᵀ W h̄_s, unscaled.
 
     Raises:
-        RecipeError: AZ214, when `dot` is asked of a context of another width.
+        OptionError: AZ214, when `dot` is asked of a context of another width.
     """
 
     card = Card(
@@ -44,16 +42,17 @@ class LuongLocal(Mechanism):
         time="n m c",
         memory="n m",
         masks={"keys", "causal", "pairs"},
+        one_head=True,
         context=True,
-        weights="b h n m",
+        taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.LOCAL},
         notes="Computed as dense attention under a window mask. Special tokens count as positions.",
     )  # fmt: skip
 
     @classmethod
-    def claims(cls, *, alignment: Alignment = "monotonic", **options) -> Card:
+    def claims(cls, *, alignment: Alignment, **options) -> Card:
         if alignment == "predictive":  # p_t knows the whole length, and the Gaussian is not normalised
-            return replace(cls.card, masks=frozenset({"keys"}), laws=frozenset({Law.SUBSTOCHASTIC}))
+            return replace(cls.card, masks={"keys"}, laws={Law.SUBSTOCHASTIC})
         return cls.card
 
     def __init__(
@@ -65,12 +64,10 @@ class LuongLocal(Mechanism):
         score: Literal["dot", "general"] = "general",
     ):
         super().__init__(site)
-        self.card = self.claims(alignment=alignment)
-        self.alignment, self.window, self.attn_drop = alignment, window, site.attn_drop
+        self.alignment, self.window = alignment, window
         width = site.context_dim or site.dim
         if score == "dot" and width != site.dim:
-            raise RecipeError(
-                "AZ214",
+            raise OptionError(
                 f"`luong_local` with `score: dot` compares tokens of width {site.dim} with a context of width {width}",
                 help="use `score: general`, which has a matrix between them",
             )
@@ -78,9 +75,7 @@ class LuongLocal(Mechanism):
         if alignment == "predictive":
             self.position = nn.Linear(site.dim, site.dim, bias=False)  # W_p
             self.position_weight = nn.Parameter(torch.empty(site.dim))  # v_p
-        self.scores, self.weights = Tap("b h n m"), Tap("b h n m")
         self.proj = nn.Linear(width + site.dim, site.dim, bias=False)  # W_c: c first
-        self.proj_drop = nn.Dropout(site.proj_drop)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -91,30 +86,20 @@ class LuongLocal(Mechanism):
     def reach(self) -> int:
         return self.window
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m e"] | None = None,
-        *,
-        mask: Mask = NO_MASK,
-        layout: Layout,
-    ) -> Float[Tensor, "b n c"]:
-        mask.only(*self.card.masks)
-        source = self.source(x, context)
+    def mix(self, x, source, *, mask, layout):
         n, m = x.shape[1], source.shape[1]
         distance = torch.arange(m, device=x.device) - self._aligned(x, m, mask)  # (b n m)
         allowed = (distance.abs() <= self.window)[:, None]
-        outer = mask.for_one_head().dense(n, m, x.device)
+        outer = mask.dense(n, m, x.device)
         allowed = allowed if outer is None else allowed & outer
         weights = masked_softmax(self.scores((x @ self.general(source).mT)[:, None]), allowed)
         if self.alignment == "predictive":
             sigma = self.window / 2
             weights = weights * (-(distance**2) / (2 * sigma**2)).exp()[:, None]  # eq. 10
-        weights = nn.functional.dropout(self.weights(weights), self.attn_drop if self.training else 0.0)
-        c = (weights @ source[:, None])[:, 0]
-        return self.proj_drop(torch.tanh(self.proj(torch.cat([c, x], dim=-1))))
+        c = (self.weights(weights) @ source[:, None])[:, 0]
+        return torch.tanh(self.proj(torch.cat([c, x], dim=-1)))
 
-    def _aligned(self, x: Tensor, m: int, mask: Mask) -> Tensor:
+    def _aligned(self, x, m, mask):
         """p_t, in positions: (b n 1), or (1 n 1) where it is t."""
         if self.alignment == "monotonic":
             return torch.arange(x.shape[1], device=x.device)[None, :, None]

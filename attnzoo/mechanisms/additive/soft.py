@@ -8,11 +8,9 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from attnzoo.core import NO_MASK, Card, Family, Head, Law, Layout, Mask, Paper, PositiveInt, Site, Tap
-from attnzoo.errors import UnsupportedContext
+from attnzoo.core import Card, Family, Head, Law, Paper, PositiveInt, Site
 from attnzoo.functional import additive_scores, attention_from_scores, masked_softmax
 
 Variant = Literal["pooled", "gated", "bahdanau", "cls_query"]
@@ -43,33 +41,33 @@ class Soft(Head):
         memory="h n d",
         masks={"keys"},
         context=True,
-        weights="b h m",
-        laws={Law.STOCHASTIC, Law.LINEAR_IN_VALUES, Law.PERMUTATION_EQUIVARIANT},
+        taps={"scores": "b h m", "weights": "b h m"},
+        laws={Law.STOCHASTIC, Law.BOUNDED, Law.PERMUTATION_EQUIVARIANT},
         fidelity="adapted",
         notes="The paper does not say how the one map meets the tokens: `pooled` is our reading. It is linear in the "
         "values only where the map does not come from them (bahdanau, cls_query).",
     )  # fmt: skip
+    renamed = {"reading": "variant"}
 
     @classmethod
-    def claims(cls, *, variant: Variant = "pooled", **options) -> Card:
-        laws = {Law.STOCHASTIC}
+    def claims(cls, *, variant: Variant, **options) -> Card:
         if variant == "bahdanau":
             return replace(
                 cls.card,
                 time="n m c",
                 memory="h m d",
-                masks=frozenset({"keys", "causal", "pairs"}),
+                masks={"keys", "causal", "pairs"},
                 incremental=True,
-                weights="b h n m",
-                laws=frozenset(laws | {Law.LINEAR_IN_VALUES, Law.BOUNDED, Law.PERMUTATION_EQUIVARIANT}),
+                taps={"scores": "b h n m", "weights": "b h n m"},
+                laws=cls.card.laws | {Law.LINEAR_IN_VALUES},
             )
         if variant == "cls_query":  # the first token is special, and no key mask says whether it exists
             return replace(
-                cls.card, masks=frozenset(), laws=frozenset(laws | {Law.LINEAR_IN_VALUES, Law.BOUNDED})
+                cls.card, masks=frozenset(), laws={Law.STOCHASTIC, Law.LINEAR_IN_VALUES, Law.BOUNDED}
             )
         if variant == "gated":
-            return replace(cls.card, context=False, laws=frozenset(laws | {Law.PERMUTATION_EQUIVARIANT}))
-        return replace(cls.card, laws=frozenset(laws | {Law.BOUNDED, Law.PERMUTATION_EQUIVARIANT}))
+            return replace(cls.card, context=False, laws=cls.card.laws - {Law.BOUNDED})
+        return cls.card
 
     def __init__(
         self,
@@ -79,9 +77,8 @@ class Soft(Head):
         hidden: PositiveInt | None = None,
         gate_scale: Literal["tokens", "one"] = "tokens",
     ):
-        super().__init__()
-        self.card = self.claims(variant=variant)
-        self.variant, self.gate_scale, self.attn_drop = variant, gate_scale, site.attn_drop
+        super().__init__(site)
+        self.variant, self.gate_scale = variant, gate_scale
         h, d, a = site.heads, site.head_dim, hidden or site.head_dim
         if variant in ("pooled", "gated"):
             self.value_weight = nn.Parameter(torch.empty(h, d, a))
@@ -90,8 +87,6 @@ class Soft(Head):
             self.key_weight = nn.Parameter(torch.empty(h, d, a))
             self.query_weight = nn.Parameter(torch.empty(h, d, a))
         self.score_weight = nn.Parameter(torch.empty(h, a))
-        axes = "b h n m" if variant == "bahdanau" else "b h m"
-        self.scores, self.weights = Tap(axes), Tap(axes)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -105,21 +100,10 @@ class Soft(Head):
     def no_weight_decay(self) -> set[str]:
         return {"value_bias"} if self.variant in ("pooled", "gated") else set()
 
-    def attend(
-        self,
-        q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b h m d"],
-        v: Float[Tensor, "b h m d"],
-        *,
-        mask: Mask = NO_MASK,
-        layout: Layout,
-    ) -> Float[Tensor, "b h n d"]:
-        dropout = self.attn_drop if self.training else 0.0
+    def attend(self, q, k, v, *, mask, layout):
         if self.variant == "bahdanau":
             scores = additive_scores(q @ self.query_weight, k @ self.key_weight, self.score_weight)
-            allowed = mask.dense(q.shape[2], k.shape[2], q.device)
-            return attention_from_scores(scores, v, allowed, self.scores, self.weights, dropout)
-        mask.only(*self.card.masks)
+            return attention_from_scores(self, scores, v, mask.dense(q.shape[2], k.shape[2], q.device))
         if self.variant == "cls_query":
             hidden = torch.tanh(k @ self.key_weight + q[:, :, :1] @ self.query_weight)
             scores = torch.einsum("bhma,ha->bhm", hidden, self.score_weight)
@@ -127,18 +111,13 @@ class Soft(Head):
             scores = self._value_scores(v)
         allowed = None if mask.keys is None else mask.keys[:, None]
         weights = self.weights(masked_softmax(self.scores(scores), allowed))
-        weights = nn.functional.dropout(weights, dropout)
         if self.variant == "gated":
-            if q.shape[2] != v.shape[2]:
-                raise UnsupportedContext(
-                    "AZ404", "`soft` with `variant: gated` gates tokens by themselves; it has no context"
-                )
             tokens = v.shape[2] if allowed is None else allowed.sum(dim=-1)[..., None, None]
             return weights[..., None] * v * (tokens if self.gate_scale == "tokens" else 1)
         pooled = weights[:, :, None] @ v  # (b h 1 d)
         return pooled.expand(-1, -1, q.shape[2], -1)
 
-    def _value_scores(self, v: Tensor) -> Tensor:
+    def _value_scores(self, v):
         """tanh(V W + b) w, (b h m): one product per head over all samples, which takes v as it lies in memory."""
         b, h, m, _ = v.shape
         rows = v.transpose(0, 1).reshape(h, b * m, -1)

@@ -3,11 +3,7 @@
 Hu et al., "Squeeze-and-Excitation Networks", 2018, arXiv:1709.01507, §3, eq. 2-4. The layers are timm's `SEModule`.
 """
 
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from attnzoo.core import NO_MASK, Card, Family, Fraction, Law, Layout, Mask, Mechanism, Paper, Site, Tap
-from attnzoo.errors import UnsupportedContext
+from attnzoo.core import Card, Family, Fraction, Law, Mechanism, Paper, Site
 
 
 class SqueezeExcite(Mechanism):
@@ -28,6 +24,7 @@ class SqueezeExcite(Mechanism):
         time="n c",
         memory="n c",
         masks={"keys"},
+        taps={"gate": "b c"},
         laws={Law.PERMUTATION_EQUIVARIANT},
         fidelity="adapted",
         notes="timm's layers have biases and round the bottleneck to a multiple of 8. Special tokens do not enter the "
@@ -35,26 +32,12 @@ class SqueezeExcite(Mechanism):
     )
 
     def __init__(self, site: Site, *, ratio: Fraction = 1 / 16):
-        super().__init__()
+        super().__init__(site)
         from timm.layers import SEModule  # here, so that a list of mechanisms does not wait for timm
 
         self.se = SEModule(site.dim, rd_ratio=ratio)
-        self.gate = Tap("b c")
-        self.proj_drop = nn.Dropout(site.proj_drop)
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m e"] | None = None,
-        *,
-        mask: Mask = NO_MASK,
-        layout: Layout,
-    ) -> Float[Tensor, "b n c"]:
-        mask.only("keys")
-        if context is not None:
-            raise UnsupportedContext(
-                "AZ404", "`squeeze_excite` gates tokens by themselves; it cannot read a context"
-            )
+    def mix(self, x, source, *, mask, layout):
         _, grid = layout.split(x)
         if mask.keys is None:
             mean = grid.mean(dim=1)
@@ -63,4 +46,4 @@ class SqueezeExcite(Mechanism):
             mean = (grid * keys).sum(dim=1) / keys.sum(dim=1).clamp(min=1)  # of nothing: zero
         squeezed = self.se.act(self.se.bn(self.se.fc1(mean[..., None, None])))
         gate = self.gate(self.se.gate(self.se.fc2(squeezed))[..., 0, 0])  # (b c)
-        return self.proj_drop(x * gate[:, None])
+        return x * gate[:, None]

@@ -4,11 +4,9 @@ Katharopoulos et al., "Transformers are RNNs", 2020, arXiv:2006.16236, §3.2-3.3
 """
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from torch.nn import functional as F
 
-from attnzoo.core import NO_MASK, Card, Family, Head, Law, Layout, Mask, Paper, PositiveFloat, Site
+from attnzoo.core import Card, Family, Head, Law, Paper, PositiveFloat, Site
 
 
 class EluLinear(Head):
@@ -37,39 +35,26 @@ class EluLinear(Head):
     )  # fmt: skip
 
     def __init__(self, site: Site, *, eps: PositiveFloat = 1e-6):
-        super().__init__()
+        super().__init__(site)
         self.eps = eps
 
-    def attend(
-        self,
-        q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b h m d"],
-        v: Float[Tensor, "b h m d"],
-        *,
-        mask: Mask = NO_MASK,
-        layout: Layout,
-    ) -> Float[Tensor, "b h n d"]:
-        mask.only("keys", "causal")
+    def attend(self, q, k, v, *, mask, layout):
         dtype = v.dtype
-        if dtype in (
-            torch.float16,
-            torch.bfloat16,
-        ):  # sums over all keys overflow and lose digits in half precision
+        if dtype in (torch.float16, torch.bfloat16):
+            # sums over all keys overflow and lose digits in half precision
             q, k, v = q.float(), k.float(), v.float()
         q, k = F.elu(q) + 1, F.elu(k) + 1  # eq. 7
         if mask.keys is not None:
             k = k * mask.keys[:, None, :, None]
         if mask.causal:
             kv = torch.einsum("bhmd,bhme->bhmde", k, v).cumsum(dim=2)  # eq. 10
-            past = k.cumsum(dim=2)  # eq. 11
+            total = k.cumsum(dim=2)  # eq. 11
             n, m = q.shape[2], k.shape[2]
-            q, first = (
-                q[:, :, max(0, n - m) :],
-                q[:, :, : max(0, n - m)],
-            )  # queries before the first key see nothing
-            kv, past = kv[:, :, m - q.shape[2] :], past[:, :, m - q.shape[2] :]
+            # queries before the first key see nothing
+            q, first = q[:, :, max(0, n - m) :], q[:, :, : max(0, n - m)]
+            kv, total = kv[:, :, m - q.shape[2] :], total[:, :, m - q.shape[2] :]
             top = torch.einsum("bhnd,bhnde->bhne", q, kv)
-            norm = (q * past).sum(dim=-1, keepdim=True)
+            norm = (q * total).sum(dim=-1, keepdim=True)
             return torch.cat([torch.zeros_like(first), top / (norm + self.eps)], dim=2).to(dtype)
         top = q @ (k.mT @ v)  # eq. 5
         norm = q @ k.sum(dim=2)[..., None]

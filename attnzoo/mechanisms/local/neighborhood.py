@@ -8,11 +8,10 @@ from dataclasses import replace
 from functools import reduce
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from attnzoo.core import NO_MASK, Card, Family, Head, Law, Layout, Mask, Paper, PositiveInt, Site, Tap
-from attnzoo.errors import RecipeError
+from attnzoo.core import Card, Family, Head, Law, Layout, OptionError, Paper, PositiveInt, Site
 from attnzoo.functional import dot_product_attention
 
 
@@ -54,7 +53,7 @@ class Neighborhood(Head):
         causal: Whether windows end with their query, along every dimension.
 
     Raises:
-        RecipeError: AZ214, when the stride is longer than the window.
+        OptionError: AZ214, when the stride is longer than the window.
     """
 
     card = Card(
@@ -67,13 +66,13 @@ class Neighborhood(Head):
         memory="h n m",
         masks={"keys", "causal", "pairs"},
         grid="any",
-        weights="b h n m",
+        taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.LOCAL, Law.SHIFT_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED},
         notes="Computed as dense attention under a window mask: it saves nothing over softmax here.",
     )  # fmt: skip
 
     @classmethod
-    def claims(cls, *, stride: int = 1, **options) -> Card:
+    def claims(cls, *, stride: int, **options) -> Card:
         return cls.card if stride == 1 else replace(cls.card, laws=cls.card.laws - {Law.SHIFT_EQUIVARIANT})
 
     def __init__(
@@ -85,18 +84,14 @@ class Neighborhood(Head):
         dilation: PositiveInt = 1,
         causal: bool = False,
     ):
-        super().__init__()
+        super().__init__(site)
         if stride > window:
-            raise RecipeError(
-                "AZ214",
+            raise OptionError(
                 f"`neighborhood`: a stride of {stride} is longer than the window of {window}",
                 why="queries that share a window must lie inside it",
                 help=f"choose a stride from 1 to {window}",
             )
-        self.card = self.claims(stride=stride)
         self.window, self.stride, self.dilation, self.causal = window, stride, dilation, causal
-        self.attn_drop = site.attn_drop
-        self.scores, self.weights = Tap("b h n m"), Tap("b h n m")
 
     def reach(self) -> int:
         return (self.window - 1) * self.dilation  # at a border the window lies to one side
@@ -112,17 +107,7 @@ class Neighborhood(Head):
         seen[layout.prefix :, layout.prefix :] = grid
         return seen[None, None]
 
-    def attend(
-        self,
-        q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b h m d"],
-        v: Float[Tensor, "b h m d"],
-        *,
-        mask: Mask = NO_MASK,
-        layout: Layout,
-    ) -> Float[Tensor, "b h n d"]:
-        layout.check(k[:, 0])
+    def attend(self, q, k, v, *, mask, layout):
         pairs = self.neighbours(layout, q.device)
         mask = replace(mask, pairs=pairs if mask.pairs is None else pairs & mask.pairs)
-        dropout = self.attn_drop if self.training else 0.0
-        return dot_product_attention(q, k, v, mask, self.scores, self.weights, dropout)
+        return dot_product_attention(self, q, k, v, mask)

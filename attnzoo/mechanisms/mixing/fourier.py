@@ -6,11 +6,8 @@ Lee-Thorp et al., "FNet: Mixing Tokens with Fourier Transforms", 2021, arXiv:210
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from attnzoo.core import NO_MASK, Card, Family, Layout, Mask, Mechanism, Paper, Site
-from attnzoo.errors import UnsupportedContext
+from attnzoo.core import Card, Family, Mechanism, Paper, Site
 
 
 class Fourier(Mechanism):
@@ -34,21 +31,9 @@ class Fourier(Mechanism):
     )  # fmt: skip
 
     def __init__(self, site: Site, *, norm: Literal["none", "ortho"] = "none"):
-        super().__init__()
+        super().__init__(site)
         self.norm = {"none": "backward", "ortho": "ortho"}[norm]  # PyTorch's words
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m e"] | None = None,
-        *,
-        mask: Mask = NO_MASK,
-        layout: Layout,
-    ) -> Float[Tensor, "b n c"]:
-        mask.only()
-        if context is not None:
-            raise UnsupportedContext(
-                "AZ404", "`fourier` mixes a sequence with itself; it cannot read a context"
-            )
+    def mix(self, x, source, *, mask, layout):
         wide = x if x.dtype == torch.float64 else x.float()  # the transform takes no half precision
         return torch.fft.fft2(wide, norm=self.norm).real.to(x.dtype)

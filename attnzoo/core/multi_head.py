@@ -1,0 +1,105 @@
+"""Projections around a head."""
+
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attnzoo.core.head import Head
+from attnzoo.core.kv_cache import KVCache
+from attnzoo.core.layout import Layout
+from attnzoo.core.mask import Mask
+from attnzoo.core.mechanism import Mechanism
+from attnzoo.core.rotary import rotate
+from attnzoo.core.site import Site
+
+
+@final
+class MultiHead(Mechanism):
+    """Projections around a head: qkv -> attend -> merge -> proj.
+
+    With a `softmax` head its state-dict keys are timm's (`qkv.*`, `proj.*`, ...) and so is its arithmetic, so that
+    timm's checkpoints load and give timm's numbers.
+
+    Args:
+        site: Where it is put.
+        head: What happens inside the heads, built for the same site.
+    """
+
+    def __init__(self, site: Site, head: Head):
+        self.card = head.card
+        super().__init__(site)
+        self.head_dim, self.dim = site.head_dim, site.dim
+        if site.context_dim is not None:
+            self.q = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
+            self.kv = nn.Linear(site.context_dim, 2 * site.dim, bias=site.qkv_bias)
+        else:
+            self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=site.qkv_bias)
+        self.q_norm = site.norm(site.head_dim) if site.qk_norm else nn.Identity()
+        self.k_norm = site.norm(site.head_dim) if site.qk_norm else nn.Identity()
+        self.inner = head
+        self.norm = site.norm(site.dim) if site.scale_norm else nn.Identity()
+        self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
+        self.rotary = site.rotary
+        self.skip: nn.Module = nn.Identity()  # hosts put here what joins the merged heads of two layers
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries for a context, (b h n d)."""
+        b, n, _ = x.shape
+        return self.q_norm(self.q(x).reshape(b, n, self.heads, self.head_dim).transpose(1, 2))
+
+    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a context, (b h m d) each."""
+        b, m, _ = context.shape
+        kv = self.kv(context).reshape(b, m, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        k, v = kv.unbind(0)
+        return self.k_norm(k), v
+
+    def project(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens themselves, (b h n d) each.
+
+        Args:
+            x: (b n c).
+            first: Position of the first token.
+        """
+        b, n, _ = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (rotate(q, first), rotate(k, first), v) if self.rotary else (q, k, v)
+
+    def merge(self, heads: Tensor) -> Tensor:
+        """Heads (b h n d) as tokens (b n c), projected."""
+        b, _, n, _ = heads.shape
+        merged = self.skip(heads.transpose(1, 2).reshape(b, n, self.dim))
+        return self.proj(self.norm(merged))
+
+    def mix(self, x, source, *, mask: Mask, layout: Layout, context_layout: Layout | None = None, **given):
+        if self.context_dim is None:
+            q, k, v = self.project(x)
+        else:
+            q, (k, v) = self.queries(x), self.read(source)
+            layout = context_layout or Layout((source.shape[1],))
+        return self.merge(self.inner(q, k, v, mask=mask, layout=layout, given=given))
+
+    def step(
+        self,
+        x: Float[Tensor, "b n c"],
+        cache: KVCache,
+        context: Float[Tensor, "b m e"] | None = None,
+        *,
+        mask: Mask,
+        layout: Layout,
+        context_layout: Layout | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        if not self.inner.card.incremental:
+            return super().step(x, cache, context, mask=mask, layout=layout, context_layout=context_layout)
+        source = self.source(x, context)
+        if context is None:
+            q, k, v = self.project(x, cache.length)
+            k, v = cache.extend(k, v)
+        else:
+            q = self.queries(x)
+            k, v = cache.keep(lambda: self.read(source))
+            layout = context_layout or Layout((source.shape[1],))
+        return self.proj_drop(self.merge(self.inner(q, k, v, mask=mask, layout=layout)))
