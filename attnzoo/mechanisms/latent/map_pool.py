@@ -4,7 +4,7 @@ Zhai et al., "Scaling Vision Transformers", 2021, arXiv:2106.04560, §2.1 (MAP).
 """
 
 from attnzoo.core import Card, Family, Law, Paper, Pool, PositiveFloat, Site
-from attnzoo.functional import dot_product_attention, merge_heads, rearrange
+from attnzoo.functional import dot_product_attention, merge_heads, rearrange, repeat
 
 
 class MapPool(Pool):
@@ -51,9 +51,7 @@ class MapPool(Pool):
 
     def pool(self, x, *, mask, layout):
         layers = self.layers
-        q = rearrange(layers.q(layers.latent), "b r (h d) -> b h r d", h=self.heads).expand(
-            len(x), -1, -1, -1
-        )
+        q = repeat(layers.q(layers.latent), "1 r (h d) -> b h r d", b=x.shape[0], h=self.heads)
         k, v = rearrange(layers.kv(x), "b m (two h d) -> two b h m d", two=2, h=self.heads)
         read = dot_product_attention(self, layers.q_norm(q), layers.k_norm(k), v, mask)
         y = layers.proj(merge_heads(read))
