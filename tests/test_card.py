@@ -37,8 +37,8 @@ BAD_MECHANISM = [
     ({"masks": {"keys", "Causal"}}, "is no kind of mask"),
     ({"incremental": True}, "needs a causal mask"),
     ({"incremental": True, "masks": {"keys"}}, "needs a causal mask"),
-    ({"laws": {Law.STOCHASTIC}}, "needs `weights`"),
-    ({"laws": {Law.SUBSTOCHASTIC}}, "needs `weights`"),
+    ({"laws": {Law.STOCHASTIC}}, "needs a tap called `weights`"),
+    ({"laws": {Law.SUBSTOCHASTIC}}, "needs a tap called `weights`"),
 ]
 
 
@@ -61,7 +61,7 @@ def test_incoherent_claims_of_a_fusion_are_refused(fields, match):
         {"name": "x2_y"},
         {"fidelity": "adapted", "notes": "It differs."},
         {"incremental": True, "masks": {"causal"}},
-        {"laws": {Law.STOCHASTIC}, "weights": "b h n m"},
+        {"laws": {Law.STOCHASTIC}, "taps": {"weights": "b h n m"}},
         {"masks": set(MASK_KINDS)},
         {"grid": "any"},
     ],

@@ -9,7 +9,7 @@ from timm.layers import Attention
 from torch import nn
 
 from attnzoo.core import NO_MASK, Fused, FusedHeads, KVCache, Layout, Mask, MultiHead, Site, watch
-from attnzoo.core.mechanism import fused_card
+from attnzoo.core.fused import fused_card
 from attnzoo.errors import RecipeError, UnsupportedContext, UnsupportedMask
 from attnzoo.fusions.add import Add
 from attnzoo.fusions.concat import Concat
@@ -21,11 +21,11 @@ from attnzoo.fusions.mean import Mean
 from attnzoo.mechanisms.additive.additive import Additive
 from attnzoo.mechanisms.additive.soft import Soft
 from attnzoo.mechanisms.channel.squeeze_excite import SqueezeExcite
-from attnzoo.mechanisms.dot_product.grouped_query import GroupedQuery
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 from attnzoo.mechanisms.linear.elu_linear import EluLinear
 from attnzoo.mechanisms.local.neighborhood import Neighborhood
 from attnzoo.mechanisms.mixing.fourier import Fourier
+from attnzoo.mechanisms.projection.grouped_query import GroupedQuery
 
 LAYOUT = Layout((2, 3), prefix=1)
 N, C, H, D = 7, 24, 4, 6
@@ -100,7 +100,7 @@ def test_multi_head_is_timms_attention_bit_for_bit(ours, timms, masked):
 def test_state_dict_keys_are_timms():
     assert list(multi(Softmax).state_dict()) == ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
     assert set(multi(Softmax, site(qk_norm=True, scale_norm=True)).state_dict()) >= {"q_norm.weight", "k_norm.bias", "norm.weight"}  # fmt: skip
-    assert "head.branches.soft.score_weight" in multi(inside(Softmax, Soft)).state_dict()
+    assert "inner.branches.soft.score_weight" in multi(inside(Softmax, Soft)).state_dict()
 
 
 def test_dropout_is_timms_too():
@@ -138,7 +138,7 @@ def test_cross_attention_reads_from_the_context():
 
 @pytest.mark.parametrize(
     "place,context,text",
-    [(site(), torch.zeros(2, 5, C), "this site has none"), (site(context_dim=C), None, "none was given")],
+    [(site(), torch.zeros(2, 5, C), "its site has none"), (site(context_dim=C), None, "none was given")],
 )
 def test_a_context_where_there_is_none(place, context, text):
     with pytest.raises(UnsupportedContext, match=f"AZ404.*{text}"):
@@ -171,14 +171,14 @@ def test_inside_the_heads_branches_share_projections():
 
 def test_fusions_nest_inside_the_heads():
     part = jitter(multi(inside(Softmax, inside(EluLinear, Soft, fusion=Hadamard), fusion=Mean)))
-    assert list(part.head.branches) == ["softmax", "hadamard"]
+    assert list(part.inner.branches) == ["softmax", "hadamard"]
     q, k, v = (torch.randn(2, H, N, D, dtype=torch.float64) for _ in range(3))
-    inner = part.head.branches["hadamard"]
+    inner = part.inner.branches["hadamard"]
     one, two, three = (
         branch(q, k, v, mask=NO_MASK, layout=LAYOUT)
-        for branch in (part.head.branches["softmax"], inner.branches["elu_linear"], inner.branches["soft"])
+        for branch in (part.inner.branches["softmax"], inner.branches["elu_linear"], inner.branches["soft"])
     )
-    close(part.head(q, k, v, layout=LAYOUT), (one + two * three) / 2)
+    close(part.inner(q, k, v, layout=LAYOUT), (one + two * three) / 2)
 
 
 def test_fusions_nest_on_tokens():
@@ -225,7 +225,7 @@ def test_identity_start_is_the_first_branch_and_still_learns(fusion, heads):
     out = part(x, layout=LAYOUT)
     assert torch.equal(out, plain(x, layout=LAYOUT))
     out.square().sum().backward()
-    gamma = (part.head if heads else part).fusion.gamma
+    gamma = (part.inner if heads else part).fusion.gamma
     assert gamma.grad.abs().max() > 0
 
 
@@ -246,7 +246,7 @@ def test_the_mask_reaches_every_branch():
 def test_head_split_gives_each_branch_its_own_heads():
     part = jitter(multi(inside(Softmax, EluLinear, fusion=HeadSplit)))
     q, k, v = (torch.randn(2, H, N, D, dtype=torch.float64) for _ in range(3))
-    found = part.head(q, k, v, layout=LAYOUT)
+    found = part.inner(q, k, v, layout=LAYOUT)
     close(found[:, :2], Softmax(site())(q[:, :2], k[:, :2], v[:, :2], layout=LAYOUT))
     close(found[:, 2:], EluLinear(site())(q[:, 2:], k[:, 2:], v[:, 2:], layout=LAYOUT))
 
@@ -292,7 +292,7 @@ def test_a_difference_needs_two_branches(count):
 def test_a_fused_card_claims_what_all_can():
     card = FusedHeads(site(), Add, [Softmax, Soft]).card
     assert card.name == "add" and card.masks == {"keys"} and card.context and not card.incremental
-    assert card.time == "n m c + n c d" and card.growth == 2 and card.weights is None and not card.laws
+    assert card.time == "n m c + n c d" and card.growth == 2 and not card.taps and not card.laws
     assert FusedHeads(site(), Add, [Softmax, Softmax]).card.time == "n m c"
     both = FusedHeads(site(), Add, [Softmax, EluLinear]).card
     assert both.incremental and both.masks == {"keys", "causal"}
@@ -352,4 +352,4 @@ def test_taps_inside_fused_heads_have_full_names():
     part, names = multi(inside(Softmax, Soft)), []
     with watch(part, "weights", lambda name, _: names.append(name)):
         part(tokens(), layout=LAYOUT)
-    assert names == ["head.branches.softmax.weights", "head.branches.soft.weights"]
+    assert names == ["inner.branches.softmax.weights", "inner.branches.soft.weights"]

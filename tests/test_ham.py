@@ -177,7 +177,7 @@ def layer(fusion) -> tuple[MultiHead, Site]:
     with torch.no_grad():
         for parameter in part.parameters():
             parameter.normal_()
-    nn.init.zeros_(part.head.branches["soft"].score_weight)
+    nn.init.zeros_(part.inner.branches["soft"].score_weight)
     return part, site
 
 
@@ -210,7 +210,7 @@ def test_a_pooled_channel_of_zero_silences_that_channel_of_ham_a():
 def test_the_pooled_branch_has_rank_one_over_tokens():
     part, site = layer(Add)
     out = []
-    part.head.branches["soft"].register_forward_hook(lambda _module, _args, found: out.append(found))
+    part.inner.branches["soft"].register_forward_hook(lambda _module, _args, found: out.append(found))
     part(torch.randn(2, 7, 12, dtype=torch.float64), layout=site.layout)
     assert out[0].shape == (2, 3, 7, 4)
     assert torch.linalg.matrix_rank(out[0]).max() == 1
@@ -382,7 +382,7 @@ def take_over(plain: PlainHam, composed: nn.Module) -> None:
                 layer.weight.copy_(weight[rows])
                 layer.bias.copy_(bias[rows])
             if head.kind != "classic":
-                soft = f"{at}.attn.head.branches.soft"
+                soft = f"{at}.attn.inner.branches.soft"
                 head.hidden.weight.copy_(take(f"{soft}.value_weight")[h].T)
                 head.hidden.bias.copy_(take(f"{soft}.value_bias")[h])
                 head.score.weight.copy_(take(f"{soft}.score_weight")[h : h + 1])

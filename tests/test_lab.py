@@ -1,10 +1,12 @@
 """Attention maps of every mechanism, and rollout through the model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from attnzoo.core import Card, Family, Head, Law, Layout, Mask, MultiHead, Site, Tap, find_taps
+from attnzoo.core import Card, Family, Head, Law, Layout, Mask, MultiHead, Site, find_taps
 from attnzoo.errors import RecipeError, ZooError
 from attnzoo.lab.maps import Maps, collect, implied_map
 from attnzoo.lab.rollout import discard, fuse_heads, layer_maps, mean_map, roll, rollout
@@ -123,7 +125,8 @@ def test_every_mechanism_has_a_map_or_a_reason():
             seen[one.kind] += 1
             figures = one.statistics()
             assert one.weights.shape[-1] == 65 and figures["least"] < figures["most"]
-            assert one.stochastic == (Law.STOCHASTIC in part.blocks[0].attn.card.laws)
+            claimed = Law.STOCHASTIC in part.blocks[0].attn.card.laws and one.kind != "implied"
+            assert one.stochastic == claimed
             if one.stochastic:
                 assert figures["least"] >= 0 and 0 < figures["entropy"] <= 1 + 1e-6
                 assert figures["least_sum"] == pytest.approx(1, abs=1e-5) == figures["most_sum"]
@@ -148,7 +151,7 @@ def test_variants_of_soft(variant, kind, axes):
 
 def test_a_flat_soft_map():
     part = model("soft", depth=1)
-    nn.init.zeros_(part.blocks[0].attn.head.score_weight)
+    nn.init.zeros_(part.blocks[0].attn.inner.score_weight)
     (one,) = collect(part, images()).maps
     torch.testing.assert_close(one.weights, torch.full((2, 4, 65), 1 / 65))
     assert one.statistics()["entropy"] == pytest.approx(1)
@@ -183,10 +186,7 @@ class Swapping(Head):
 
     card = card(laws={Law.LINEAR_IN_VALUES})
 
-    def __init__(self, site):
-        super().__init__()
-
-    def attend(self, q, k, v, *, mask=None, layout):
+    def attend(self, q, k, v, *, mask, layout):
         return v.mean(dim=2, keepdim=True).flip(-1).expand_as(q)
 
 
@@ -199,15 +199,41 @@ class Cubing(Swapping):
 class Slotted(Head):
     """Weights over slots, not tokens; `twice` looks through its tap again."""
 
-    card = card(weights="b h n s")
+    card = card(taps={"weights": "b h n r"})
 
-    def __init__(self, site, *, axes="b h n s", twice=False):
-        super().__init__()
-        self.weights, self.twice = Tap(axes), twice
+    @classmethod
+    def claims(cls, *, axes, **options):
+        return replace(cls.card, taps={"weights": axes})
 
-    def attend(self, q, k, v, *, mask=None, layout):
+    def __init__(self, site, *, axes="b h n r", twice=False):
+        super().__init__(site)
+        self.twice = twice
+
+    def attend(self, q, k, v, *, mask, layout):
         weights = self.weights((q @ k.mT).softmax(dim=-1))
         return (self.weights(weights) if self.twice else weights) @ v
+
+
+class Collected(Head):
+    """Two slots collect from the tokens, and tokens from the slots; axes in an order of their own."""
+
+    card = card(taps={"weights_in": "b h m r", "weights": "h b n r"}, laws={Law.STOCHASTIC})
+
+    def attend(self, q, k, v, *, mask, layout):
+        inward = self.weights_in((q[:, :, :2] @ k.mT).softmax(dim=-1).mT).mT
+        outward = self.weights((q @ q[:, :, :2].mT).softmax(dim=-1).transpose(0, 1)).transpose(0, 1)
+        return outward @ (inward @ v)
+
+
+def test_slots_are_multiplied_away():
+    part = One(Collected)
+    images = torch.randn(2, 1, 5, 6)
+    (found,) = collect(part, images).maps
+    assert found.kind == "weights" and found.weights.shape == (2, 2, 5, 5)
+    torch.testing.assert_close(found.weights.sum(-1), torch.ones(2, 2, 5))
+    v = part.mix.project(images[:, 0])[2]
+    expected = part.mix.merge(found.weights @ v)
+    torch.testing.assert_close(expected, part(images))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +241,7 @@ class Slotted(Head):
     [
         (Swapping, {}, "mixes channels as well"),
         (Cubing, {}, "not linear in the values"),
-        (Slotted, {}, "axes b h n s"),
+        (Slotted, {}, "axes b h n r"),
         (Slotted, {"axes": "b h n m", "twice": True}, "2 times"),
     ],
 )
@@ -237,7 +263,7 @@ def test_hooks_go_when_the_model_fails():
     part = One(Softmax).train()
     with pytest.raises(Exception):  # noqa: B017 - whatever it is, nothing is left behind
         collect(part, torch.randn(1, 1, 5, 7))
-    assert part.training and not part.mix.head._forward_hooks and not part.mix.head.weights.watched
+    assert part.training and not part.mix.inner._forward_hooks and not part.mix.inner.weights.watched
 
 
 def test_head_split_gives_each_branch_its_own_heads():

@@ -82,15 +82,43 @@ def test_only_refuses_what_is_beyond(kinds, can):
     text = str(caught.value)
     assert caught.value.code == "AZ402" and all(f"`{kind}`" in text for kind in beyond)
     assert f"attnzoo list mechanisms --mask {beyond[0]}" in text
-    assert ("no mask can be honoured" in text) == (not can)
+    assert ("honours no mask" in text) == (not can)
 
 
-def test_for_one_head():
-    assert NO_MASK.for_one_head() is NO_MASK
-    same = mask_of(KINDS, one_head=True)
-    assert same.for_one_head() is same
+@pytest.mark.parametrize(
+    ("mask", "code"),
+    [
+        (Mask(keys=torch.ones(2, 5, dtype=torch.bool)), None),
+        (Mask(keys=torch.ones(2, 4, dtype=torch.bool)), "AZ405"),
+        (Mask(keys=torch.ones(1, 5, dtype=torch.bool)), "AZ405"),
+        (Mask(keys=torch.ones(2, 1, dtype=torch.bool)), "AZ405"),
+        (Mask(pairs=torch.ones(2, 3, 4, 5, dtype=torch.bool)), None),
+        (Mask(pairs=torch.ones(1, 1, 4, 5, dtype=torch.bool)), None),
+        (Mask(pairs=torch.ones(1, 2, 4, 5, dtype=torch.bool)), "AZ405"),
+        (Mask(pairs=torch.ones(3, 1, 4, 5, dtype=torch.bool)), "AZ405"),
+        (Mask(pairs=torch.ones(2, 1, 1, 5, dtype=torch.bool)), "AZ405"),
+        (Mask(pairs=torch.ones(2, 1, 4, 1, dtype=torch.bool)), "AZ405"),
+        (Mask(causal=True), None),
+    ],
+)
+def test_a_mask_must_fit(mask, code):
+    if code is None:
+        mask.fit(2, 3, 4, 5)
+    else:
+        with pytest.raises(UnsupportedMask, match=code):
+            mask.fit(2, 3, 4, 5)
+
+
+def test_pairs_by_head_for_one_head():
     with pytest.raises(UnsupportedMask, match="AZ402.*3 heads"):
-        mask_of(["pairs"]).for_one_head()
+        Mask(pairs=torch.ones(2, 3, 4, 5, dtype=torch.bool)).fit(2, 1, 4, 5)
+    Mask(pairs=torch.ones(2, 1, 4, 5, dtype=torch.bool)).fit(2, 1, 4, 5)
+
+
+@pytest.mark.parametrize("causal", ["no", 1, None, torch.tensor(True)])
+def test_causal_is_true_or_false(causal):
+    with pytest.raises(UnsupportedMask, match="AZ405.*True or False"):
+        Mask(causal=causal)
 
 
 def test_masks_are_compared_by_identity():

@@ -35,11 +35,11 @@ from attnzoo.mechanisms.additive.luong_global import LuongGlobal
 from attnzoo.mechanisms.additive.luong_local import LuongLocal
 from attnzoo.mechanisms.additive.soft import Soft
 from attnzoo.mechanisms.channel.squeeze_excite import SqueezeExcite
-from attnzoo.mechanisms.dot_product.grouped_query import GroupedQuery
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 from attnzoo.mechanisms.linear.elu_linear import EluLinear
 from attnzoo.mechanisms.local.neighborhood import Neighborhood
 from attnzoo.mechanisms.mixing.fourier import Fourier
+from attnzoo.mechanisms.projection.grouped_query import GroupedQuery
 
 SEEDS = range(10)
 ALL = ("keys", "pairs", "causal")

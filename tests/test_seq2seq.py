@@ -669,14 +669,14 @@ def test_parts_are_initialised_after_the_host():
     gated = compose(
         text("", "attention: {fuse: add, with: {start: identity}, of: [softmax, elu_linear]}\nheads: 4\n")
     )
-    assert not gated.encoder[0].attn.head.fusion.gamma.any()
+    assert not gated.encoder[0].attn.inner.fusion.gamma.any()
 
 
 def test_dropout_is_where_it_should_be():
     model = compose(text("dropout: 0.25"))
     rates = {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout)}
     assert rates["drop"] == 0.25 and set(rates.values()) == {0.25}
-    assert {layer.attn.head.attn_drop for layer in (*model.encoder, *model.decoder)} == {0.25}
+    assert {layer.attn.inner.attn_drop for layer in (*model.encoder, *model.decoder)} == {0.25}
     source, target = padded()
     assert not torch.equal(model(source, target), model(source, target))
 

@@ -1,13 +1,15 @@
 """Tap and watch: looking into mechanisms, and reaching in."""
 
 import copy
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from attnzoo.core import Layout, MultiHead, Site, Tap, find_taps, watch
-from attnzoo.core.tap import NAMES
+from attnzoo.core.tap import KINDS, kind_of
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 from attnzoo.zoo import load_zoo
 
@@ -37,7 +39,7 @@ def test_watching_sees_and_changes_nothing():
     plain = part(x, layout=LAYOUT)
     with watch(part, None, lambda name, t: seen.update({name: t.shape})):
         watched = part(x, layout=LAYOUT)
-    assert seen == {"head.scores": (1, 2, 4, 4), "head.weights": (1, 2, 4, 4)}
+    assert seen == {"inner.scores": (1, 2, 4, 4), "inner.weights": (1, 2, 4, 4)}
     torch.testing.assert_close(watched, plain, rtol=0, atol=1e-12)
 
 
@@ -52,10 +54,10 @@ def test_watching_replaces():
 def test_only_the_named_taps_are_watched():
     part, names = attention(), []
     with watch(part, "scores", lambda name, _: names.append(name)) as taps:
-        assert list(taps) == ["head.scores"]
-        assert part.head.scores.watched and not part.head.weights.watched
+        assert list(taps) == ["inner.scores"]
+        assert part.inner.scores.watched and not part.inner.weights.watched
         part(tokens(), layout=LAYOUT)
-    assert names == ["head.scores"]
+    assert names == ["inner.scores"]
 
 
 def test_hooks_are_removed_even_when_the_block_fails():
@@ -83,7 +85,7 @@ def test_watching_nests():
     with watch(part, "weights", lambda *_: order.append("outer")):
         with watch(part, "weights", lambda *_: order.append("inner")):
             part(tokens(), layout=LAYOUT)
-        assert part.head.weights.watched  # the outer one still looks
+        assert part.inner.weights.watched  # the outer one still looks
         part(tokens(), layout=LAYOUT)
     assert order == ["outer", "inner", "outer"]
 
@@ -91,9 +93,9 @@ def test_watching_nests():
 def test_taps_are_found_by_their_last_name():
     model = nn.ModuleDict({"one": attention(), "weights": attention()})
     assert set(find_taps(model)) == {
-        f"{k}.head.{t}" for k in ("one", "weights") for t in ("scores", "weights")
+        f"{k}.inner.{t}" for k in ("one", "weights") for t in ("scores", "weights")
     }
-    assert set(find_taps(model, "scores")) == {"one.head.scores", "weights.head.scores"}
+    assert set(find_taps(model, "scores")) == {"one.inner.scores", "weights.inner.scores"}
     assert find_taps(model, "gate") == {} and find_taps(nn.Linear(2, 2)) == {}
     assert set(find_taps(Tap("b"), None)) == {""}
 
@@ -103,7 +105,54 @@ def test_a_copy_has_taps_of_its_own():
     other = copy.deepcopy(part)
     with watch(part, None, lambda *_: None):
         assert not any(tap.watched for tap in find_taps(other).values())
-        assert part.head.weights is not other.head.weights and part.head.weights.watched
+        assert part.inner.weights is not other.inner.weights and part.inner.weights.watched
+
+
+def test_a_copy_made_while_watching_is_watched_by_nobody():
+    part, names = attention(), []
+    with watch(part, None, lambda name, _: names.append(name)):
+        copies = copy.deepcopy(part), pickle.loads(pickle.dumps(part))  # noqa: S301 - what was pickled on this line
+        for other in copies:
+            assert not any(tap.watched for tap in find_taps(other).values())
+            other(tokens(), layout=LAYOUT)
+        assert names == []
+        part(tokens(), layout=LAYOUT)
+    assert names == ["inner.scores", "inner.weights"]
+
+
+def test_a_copy_keeps_hooks_that_others_registered():
+    part, seen = attention(), []
+    part.inner.weights.register_forward_hook(_note(seen))
+    copy.deepcopy(part)(tokens(), layout=LAYOUT)
+    assert len(seen) == 1
+
+
+def _note(seen):
+    return lambda *_: seen.append(1)
+
+
+def test_weights_are_dropped_after_they_are_seen():
+    tap, seen = Tap("b n m", dropout=0.5), []
+    weights = torch.ones(1, 50, 50)
+    with watch(tap, None, lambda _, t: seen.append(t)):
+        dropped = tap(weights)
+    assert torch.equal(seen[0], weights)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0} and abs(dropped.mean() - 1) < 0.1
+    assert tap.eval()(weights) is weights
+
+
+@pytest.mark.parametrize(
+    ("axes", "over"), [("b h n m", 3), ("b h m", 2), ("b n m h", 2), ("b h n r", 3), ("b c", -1)]
+)
+def test_weights_are_normalised_over_the_last_axis_that_counts_positions(axes, over):
+    assert Tap(axes).over == over
+
+
+def test_a_kind_of_tap_may_have_several():
+    part = nn.Module()
+    for name in ("weights", "weights_agents", "scores"):
+        part.add_module(name, Tap("b h n m"))
+    assert list(find_taps(part, "weights")) == ["weights", "weights_agents"]
 
 
 def test_the_fused_kernel_is_used_only_while_nobody_watches(monkeypatch):
@@ -120,14 +169,15 @@ def test_the_fused_kernel_is_used_only_while_nobody_watches(monkeypatch):
 
 
 def test_the_names_are_a_closed_list():
-    assert NAMES == ("scores", "weights", "gate", "shares", "state")
+    assert KINDS == ("scores", "weights", "gate", "shares", "state")
     zoo, checked = load_zoo(), 0
     site = Site("tap", 8, 2, LAYOUT)
+    site = replace(site, layout=Layout((2, 2)))
     for entry in (*zoo.mechanisms.values(), *zoo.fusions.values()):
-        if entry.plugin == "attnzoo":
+        if entry.plugin == "attnzoo" and getattr(entry.value.card, "context_grid", None) is None:
             part = entry.value(site) if entry in zoo.mechanisms.values() else entry.value(site, 2)
             for name, tap in find_taps(part).items():
-                assert name.rpartition(".")[2] in NAMES, (entry.name, name)
+                assert kind_of(name.rpartition(".")[2]) in KINDS, (entry.name, name)
                 assert tap.axes
                 checked += 1
     assert checked > 10

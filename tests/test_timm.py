@@ -114,7 +114,7 @@ def test_full_size_models_start_equal_to_their_base(version, scale):
     plain = timm.create_model(f"vit_{scale}_patch16_224").eval()
     result = model.load_state_dict(plain.state_dict(), strict=False)
     assert not result.unexpected_keys
-    assert result.missing_keys and all(".attn.head." in key for key in result.missing_keys)
+    assert result.missing_keys and all(".attn.inner." in key for key in result.missing_keys)
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         assert torch.equal(model(x), plain(x))
@@ -364,7 +364,7 @@ def test_special_initialisation_survives_timm(mode, edit):
     model = attnzoo.compose("ham_b", edits=[edit, "host.init=timm"], **options)
     if mode == "reset":
         model.init_weights("reset")
-    fusion = model.blocks[1].attn.head.fusion
+    fusion = model.blocks[1].attn.inner.fusion
     if "gated" in edit:
         assert not fusion.gate.weight.any() and not fusion.gate.bias.any()
     elif "weighted" in edit:

@@ -26,11 +26,11 @@ from attnzoo.core import (
     find_taps,
     watch,
 )
+from attnzoo.core.component import NOTHING
 from attnzoo.errors import ZooError
 
 Kind = Literal["weights", "pooled", "gate", "implied"]
 
-_PAIRS, _ONE = "b h n m", "b h m"
 _WITHOUT = {
     Family.CHANNEL: "it gates channels: no token looks at another",
     Family.MIXING: "it mixes tokens without weights",
@@ -46,8 +46,8 @@ class Map:
         layer: Which site of the model it is, from 0.
         branch: Name of the branch: `softmax`; `gated.softmax` for a fusion inside a fusion.
         mechanism: Name of the mechanism.
-        kind: `weights`, seen by a tap, (b h n m). `pooled`, seen by a tap, (b h m): every token receives the same
-            weighted sum. `gate`, seen by a tap, (b h m): token j receives its own value times its weight. `implied`,
+        kind: `weights`, seen by a tap or the product of two, (b h n m). `pooled`, seen by a tap, (b h m): every token
+            receives the same weighted sum. `gate`, seen by a tap, (b h m): token j receives its own value times its weight. `implied`,
             (b h n m), of a head without weights that is linear in its values.
         weights: (b h n m) or (b h m).
         stochastic: Whether the card claims that rows are non-negative and sum to 1.
@@ -212,6 +212,7 @@ def implied_map(
     *,
     mask: Mask = NO_MASK,
     layout: Layout,
+    given: Mapping[str, Tensor] = NOTHING,
 ) -> Float[Tensor, "b h n m"]:
     """The map of a head that is linear in its values for fixed q and k: what it makes of one-hot values.
 
@@ -224,11 +225,14 @@ def implied_map(
         v: Values (b h m d); only their shape matters.
         mask: Who may attend to whom.
         layout: How the key tokens are arranged.
+        given: Maps on the grid by name.
     """
     m, d = v.shape[2:]
+    maps = head.given_maps(given, q.shape[0], layout)
     one_hot = F.pad(torch.eye(m, dtype=v.dtype, device=v.device), (0, -m % d))  # as many columns as d divides
     columns = [
-        head.attend(q, k, values.expand_as(v), mask=mask, layout=layout) for values in one_hot.split(d, 1)
+        head.attend(q, k, values.expand_as(v), mask=mask, layout=layout, **maps)  # not seen by hooks
+        for values in one_hot.split(d, 1)
     ]
     return torch.cat(columns, dim=-1)[..., :m]
 
@@ -242,34 +246,56 @@ def _read(
         leaf: What was called.
         tapped: What its taps called `weights` let through, by name.
         args: What it was called with.
-        context: `mask` and `layout`.
+        context: `mask`, `layout` and `given`.
         out: What it gave.
     """
     component, card = leaf.component, leaf.component.card
-    stochastic = Law.STOCHASTIC in card.laws
     taps = find_taps(component, "weights")
-    usable = [name for name, tap in taps.items() if tap.axes in (_PAIRS, _ONE)]
-    if len(usable) == 1 and len(tapped[usable[0]]) == 1:
-        weights = tapped[usable[0]][0]
+    times = sum(len(tapped[name]) for name in taps)
+    if taps and times > len(taps):
+        return Absent(**leaf.where(), reason=f"it forms weights {times} times: no one map describes it")
+    weights = map_of_tokens({name: (tap.axes, tapped[name][0]) for name, tap in taps.items() if tapped[name]})
+    if weights is not None:
         kind: Kind = "weights"
-        if taps[usable[0]].axes == _ONE:
+        if weights.ndim == 3:
             gates = isinstance(component, Head) and not _same(weights[:, :, None] @ args[2], out)
             kind = "gate" if gates else "pooled"
-        return Map(**leaf.where(), kind=kind, weights=weights, stochastic=stochastic)
+        return Map(**leaf.where(), kind=kind, weights=weights, stochastic=Law.STOCHASTIC in card.laws)
     if isinstance(component, Head) and Law.LINEAR_IN_VALUES in card.laws:
         weights = implied_map(component, *args, **context)
         if _same(weights @ args[2], out):
             return Map(**leaf.where(), kind="implied", weights=weights, stochastic=False)
         return Absent(**leaf.where(), reason="it mixes channels as well as tokens: no one map describes it")
-    if usable:
-        times = sum(len(tapped[name]) for name in usable)
-        reason = f"it forms weights {times} times: no one map describes it"
-    elif taps:
-        reason = f"its weights have the axes {', '.join(sorted({tap.axes for tap in taps.values()}))}: no map of tokens"
-    else:
-        why = "it forms no weights, and is not linear in the values of its heads"
-        reason = _WITHOUT.get(card.family, why)
-    return Absent(**leaf.where(), reason=reason)
+    if taps:
+        axes = " and ".join(sorted(tap.axes for tap in taps.values()))
+        return Absent(**leaf.where(), reason=f"its weights have the axes {axes}: no map of tokens")
+    why = "it forms no weights, and is not linear in the values of its heads"
+    return Absent(**leaf.where(), reason=_WITHOUT.get(card.family, why))
+
+
+def map_of_tokens(tapped: Mapping[str, tuple[str, Tensor]]) -> Tensor | None:
+    """What token i receives of token j, (b h n m), or of which every token receives the same, (b h m).
+
+    Where tokens hand over to slots and slots to tokens, `b h r m` and `b h n r`, the map is the product of both.
+
+    Args:
+        tapped: Axes of each tap, and what it let through, by name.
+
+    Returns:
+        None when the axes do not add up to one map of tokens.
+    """
+    found: dict[str, Tensor] = {}
+    for axes, weights in tapped.values():
+        letters = axes.split()
+        positions = [axis for axis in "nrm" if axis in letters]
+        if set(letters) - {"b", "h", *positions} or "b" not in letters or "".join(positions) in found:
+            return None
+        if "h" not in letters:
+            letters, weights = ["h", *letters], weights[None]
+        found["".join(positions)] = weights.permute([letters.index(axis) for axis in ("b", "h", *positions)])
+    if found.keys() == {"nr", "rm"}:
+        return found["nr"] @ found["rm"]
+    return next(iter(found.values())) if found.keys() in ({"nm"}, {"m"}) else None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from attnzoo.errors import ZooError, did_you_mean
 
 FAMILIES = (
     "dot_product",
+    "projection",
+    "routing",
     "local",
     "sparse",
     "linear",
@@ -20,9 +22,10 @@ FAMILIES = (
     "channel",
     "additive",
     "mixing",
+    "cross",
 )
 """The values of `Family`, here without torch."""
-IMPORTED = {*attnzoo.__all__, "Float", "Path", "Tensor"}
+IMPORTED = {*attnzoo.__all__, "Path"}
 """What the written files import; a class may not be called so."""
 PLUGIN = {
     "pyproject.toml": "plugin/pyproject.toml",

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import torch
 from attnzoo import hookimpl
-from attnzoo.core import NO_MASK, Card, Family, Head, Law, Layout, Mask, PositiveFloat, Site, Tap
+from attnzoo.core import Card, Family, Head, Law, PositiveFloat, Site
 from attnzoo.functional import attention_from_scores
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-ATTNZOO_API = 1
+ATTNZOO_API = 2
 
 
 class Template(Head):
@@ -29,15 +28,14 @@ class Template(Head):
         masks={"keys", "causal", "pairs"},
         context=True,
         incremental=True,
-        weights="b h n m",
+        taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED},
     )
 
     def __init__(self, site: Site, *, temperature: PositiveFloat = 1.0):
-        super().__init__()
-        self.start, self.attn_drop = temperature, site.attn_drop
+        super().__init__(site)
+        self.start = temperature
         self.temperature = nn.Parameter(torch.empty(site.heads))
-        self.scores, self.weights = Tap("b h n m"), Tap("b h n m")
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -47,20 +45,10 @@ class Template(Head):
     def no_weight_decay(self) -> set[str]:
         return {"temperature"}
 
-    def attend(
-        self,
-        q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b h m d"],
-        v: Float[Tensor, "b h m d"],
-        *,
-        mask: Mask = NO_MASK,
-        layout: Layout,
-    ) -> Float[Tensor, "b h n d"]:
+    def attend(self, q, k, v, *, mask, layout):
         scale = self.temperature[:, None, None] * q.shape[-1] ** -0.5
-        scores = scale * q @ k.mT
         allowed = mask.dense(q.shape[2], k.shape[2], q.device)
-        dropout = self.attn_drop if self.training else 0.0
-        return attention_from_scores(scores, v, allowed, self.scores, self.weights, dropout)
+        return attention_from_scores(self, scale * q @ k.mT, v, allowed)
 
 
 @hookimpl

@@ -8,7 +8,7 @@ from attnzoo_wavelets.haar import Haar
 from attnzoo_wavelets.subband import Subband
 
 __all__ = ["Haar", "Subband"]
-ATTNZOO_API = 1
+ATTNZOO_API = 2
 
 
 @hookimpl

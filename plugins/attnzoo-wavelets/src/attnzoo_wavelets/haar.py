@@ -1,10 +1,8 @@
 """Token mixing by a Haar wavelet transform along the grid."""
 
 import torch
-from attnzoo.core import NO_MASK, Card, Family, Law, Layout, Mask, Mechanism, Paper, PositiveInt, Site
-from attnzoo.errors import UnsupportedContext
-from jaxtyping import Float
-from torch import Tensor, nn
+from attnzoo.core import Card, Family, Law, Mechanism, Paper, PositiveInt, Site
+from torch import nn
 
 from attnzoo_wavelets.transform import analyse, synthesise
 
@@ -31,6 +29,7 @@ class Haar(Mechanism):
         memory="n c",
         masks={"keys"},
         grid="any",
+        honours={"proj_bias"},
         laws={Law.LOCAL},
         fidelity="inspired",
         notes="The last token of an odd side joins the next coarser level as it is. Special tokens receive the mean "
@@ -39,16 +38,13 @@ class Haar(Mechanism):
     )  # fmt: skip
 
     def __init__(self, site: Site, *, levels: PositiveInt = 3):
-        super().__init__()
+        super().__init__(site)
         self.levels = levels
-        useful = min(
-            levels, (max(site.layout.grid) - 1).bit_length()
-        )  # a side s is one token after ⌈log₂ s⌉ levels
-        self.gain = nn.Parameter(
-            torch.empty(1 + useful, site.dim)
-        )  # the approximation, then details, finest first
+        # a side s is one token after ⌈log₂ s⌉ levels
+        useful = min(levels, (max(site.layout.grid) - 1).bit_length())
+        # the approximation, then details, finest first
+        self.gain = nn.Parameter(torch.empty(1 + useful, site.dim))
         self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
-        self.proj_drop = nn.Dropout(site.proj_drop)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -63,17 +59,7 @@ class Haar(Mechanism):
     def reach(self) -> int:
         return 2**self.levels - 1  # blocks do not overlap
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m e"] | None = None,
-        *,
-        mask: Mask = NO_MASK,
-        layout: Layout,
-    ) -> Float[Tensor, "b n c"]:
-        mask.only("keys")
-        if context is not None:
-            raise UnsupportedContext("AZ404", "`haar` mixes a grid with itself; it cannot read a context")
+    def mix(self, x, source, *, mask, layout):
         prefix, grid = layout.split(x)
         if mask.keys is None:
             mean = grid.mean(dim=1, keepdim=True)
@@ -82,15 +68,11 @@ class Haar(Mechanism):
             grid = grid * there
             count = there.sum(dim=1, keepdim=True).clamp(min=1)  # of nothing: zero
             mean = grid.sum(dim=1, keepdim=True) / count
-        mixed = layout.from_grid(prefix + self.gain[0] * mean, self.mix(layout.to_grid(grid)))
-        return self.proj_drop(self.proj(mixed))
+        smoothed = self._weigh(layout.to_grid(grid))
+        return self.proj(layout.from_grid(prefix + self.gain[0] * mean, smoothed))
 
-    def mix(self, grid: Tensor) -> Tensor:
-        """Hᵀ (g ⊙ H x) for a grid, channels first.
-
-        Args:
-            grid: (b c *grid).
-        """
+    def _weigh(self, grid):
+        """Hᵀ (g ⊙ H x) for a grid, channels first, (b c *grid)."""
         dims = range(2, grid.ndim)
         coarse_gain, *gains = self.gain.unflatten(1, (-1, *[1] * len(dims)))  # (c 1 ... 1) each
         coarse, details = analyse(grid, dims, len(gains))

@@ -1,0 +1,1 @@
+"""How queries, keys and values are made."""
