@@ -21,7 +21,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Hold mechanisms and fusions to their cards. Ends with 1 when a claim fails."""
-    from attnzoo.cli.render import console, say, say_json, say_next, table
+    from attnzoo.cli.render import Column, console, say, say_json, say_next, table
 
     classes = _classes(names or [], plugin, everything)
     from hypothesis.configuration import set_hypothesis_home_dir
@@ -48,7 +48,15 @@ def check(
             rows.append(
                 [cls.card.name, str(sum(r.status == "passed" for r in own)), str(len(bad)), ", ".join(bad)]
             )
-        table(["name", "passed", "failed", "which"], rows, right=["passed", "failed"])
+        table(
+            [
+                Column("name"),
+                Column("passed", rank=1, right=True),
+                Column("failed", right=True),
+                Column("which", wrap=24),
+            ],
+            rows,
+        )
         for result in failed:
             say(f"{result.mechanism}: {result.check}", style="bold red")
             say(f"{result.reason}")

@@ -168,10 +168,8 @@ def _progress(lines: int, hidden: bool) -> Iterator[Callable[[int], None]]:
 def _warn(which: Sequence[int], of: int, what: str) -> None:
     if not which:
         return
-    from attnzoo.cli.render import console
+    from attnzoo.cli.render import warn
 
     named = ", ".join(str(i + 1) for i in which[:NAMED]) + (" ..." if len(which) > NAMED else "")
     verb = "is" if len(which) == 1 else "are"
-    console(err=True).print(
-        f"{len(which)} of {of} lines {verb} {what}: {named}", style="yellow", markup=False
-    )
+    warn(f"{len(which)} of {of} lines {verb} {what}: {named}")
