@@ -5,15 +5,23 @@ from typing import Annotated, Any
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def bench(
     model: Annotated[
-        str, typer.Argument(help="A timm model's name or a recipe; or `train`, `augment`, `decode`.")
+        str,
+        typer.Argument(
+            help="A timm model's name or a recipe; or `train`, `augment`, `decode`.",
+            autocompletion=completion.benchmarks,
+        ),
     ],
     against: Annotated[
-        str | None, typer.Option(help="The baseline: a timm model's name, or a recipe.")
+        str | None,
+        typer.Option(
+            help="The baseline: a timm model's name, or a recipe.", autocompletion=completion.recipes
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per forward in eval mode.")] = 8,
     train_batch: Annotated[int, typer.Option(min=1, help="Images per training step.")] = 4,

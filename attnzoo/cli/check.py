@@ -6,15 +6,22 @@ from typing import Annotated, Any
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def check(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Mechanisms, fusions, or Python files that hold some.")
+        list[str] | None,
+        typer.Argument(
+            help="Mechanisms, fusions, or Python files that hold some.", autocompletion=completion.checkable
+        ),
     ] = None,
     plugin: Annotated[
-        str | None, typer.Option(help="All that this plugin (or distribution) provides.")
+        str | None,
+        typer.Option(
+            help="All that this plugin (or distribution) provides.", autocompletion=completion.plugins
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that there is.")] = False,
     examples: Annotated[int, typer.Option(min=1, max=100_000, help="Examples for each property.")] = 25,

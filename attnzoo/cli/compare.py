@@ -6,12 +6,16 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def compare(
     recipes: Annotated[
-        list[str], typer.Argument(help="Recipes; the first is what the others are held against.")
+        list[str],
+        typer.Argument(
+            help="Recipes; the first is what the others are held against.", autocompletion=completion.recipes
+        ),
     ],
     data: Annotated[
         str | None, typer.Option(help="digits, cifar10, folder:PATH, reverse, tsv:FILE, recall, ...")

@@ -5,11 +5,17 @@ from typing import Annotated
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def compose(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name (ham_a) or file (recipes/ham_a.yaml).")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe's name (ham_a) or file (recipes/ham_a.yaml).", autocompletion=completion.recipes
+        ),
+    ],
     edits: Annotated[
         list[str], typer.Option("--set", help="Change a value: attention.with.start=identity")
     ] = [],  # noqa: B006

@@ -5,11 +5,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def eval_(
-    runs: Annotated[list[Path], typer.Argument(help="Folder of the run; of several with --committee.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folder of the run; of several with --committee.", autocompletion=completion.runs
+        ),
+    ],
     which: Annotated[
         Literal["best", "last"], typer.Option(help="Weights of the best or the last epoch.")
     ] = "best",

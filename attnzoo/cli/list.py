@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from attnzoo.cli import completion
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print data instead of a table.")]
 
 
@@ -32,7 +34,9 @@ def list_(
         MaskKind | None, typer.Option(help="Only mechanisms that honour masks of this kind.")
     ] = None,
     law: Annotated[str | None, typer.Option(help="Only those that claim this law.")] = None,
-    plugin: Annotated[str | None, typer.Option(help="Only what this plugin provides.")] = None,
+    plugin: Annotated[
+        str | None, typer.Option(help="Only what this plugin provides.", autocompletion=completion.plugins)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show mechanisms, fusions, recipes and models, with who provides them."""

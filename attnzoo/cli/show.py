@@ -4,11 +4,17 @@ from typing import Annotated, Any
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A mechanism, fusion or recipe; or plugin/name.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A mechanism, fusion or recipe; or plugin/name.", autocompletion=completion.everything
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Show what a component is, what it claims, its options and where it comes from."""

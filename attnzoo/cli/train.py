@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 Minutes = Annotated[
@@ -22,7 +23,12 @@ Device = Annotated[Literal["auto", "cpu"], typer.Option(help="The GPU if there i
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name (ham_b) or file (recipes/ham_b.yaml).")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe's name (ham_b) or file (recipes/ham_b.yaml).", autocompletion=completion.recipes
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Option(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 WINDOW = 64
@@ -18,7 +19,7 @@ NAMED = 5
 
 
 def translate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run on pairs.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run on pairs.", autocompletion=completion.runs)],
     text: Annotated[
         list[str] | None,
         typer.Argument(
