@@ -22,6 +22,8 @@ from attnzoo.errors import Diagnostic, ZooError
 
 GLUE = "\N{NO-BREAK SPACE}"
 """A space at which no line is broken, as in `121 786` and `2.1 M`; written as a plain one."""
+JOINER = "\N{WORD JOINER}"
+"""Between two letters of a name in a script without spaces: no line is broken there; not written."""
 GAP = 2
 """Cells between two columns."""
 ENDLESS = 1_000_000
@@ -58,13 +60,12 @@ def say_text(text: str) -> None:
 def say_next(*commands: str) -> None:
     """The line with which every command ends; a command to a line where they do not fit beside each other."""
     out, label = console(), "next: "
-    together = [" · ".join(commands)]
-    fits = cell_len(label + together[0]) <= out.width
-    lines = [
-        line for one in (together if fits else commands) for line in wrap(one, out.width - len(label), hang=2)
-    ]
-    for number, line in enumerate(lines):
-        _put(out, (label if number == 0 else " " * len(label), "dim"), (line, "bold"))
+    if cell_len(label + " · ".join(commands)) <= out.width:
+        commands = (" · ".join(commands),)
+    lines = [line for one in commands for line in wrap(" " * len(label) + one, out.width, hang=2)]
+    _put(out, (label, "dim"), (lines[0].lstrip(" "), "bold"))
+    for line in lines[1:]:
+        _put(out, (line, "bold"))
 
 
 def say_json(data: Any) -> None:
@@ -126,20 +127,30 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str =
     else:
         for row in rows:
             (_, first), *others = [
-                (column.name, cell) for column, cell in zip(columns, row, strict=True) if cell
+                (column.name, cell if column.wrap else _whole(cell))
+                for column, cell in zip(columns, row, strict=True)
+                if cell
             ]
-            say(first, "bold")
-            facts(others, indent=2)
+            for line in wrap(first, out.width):
+                _put(out, (line, "bold"))
+            _facts(out, others, indent=2)
     _put(out)
 
 
 def facts(pairs: Sequence[tuple[str, str]], indent: int = 0) -> None:
-    """What is known of one thing: a name and a text to a line, the text below where it finds no room beside."""
-    out = console()
+    """What is known of one thing: a name and a text to a line, the text below where it finds no room beside.
+
+    Args:
+        pairs: Names and texts.
+        indent: Of all lines, in cells.
+    """
+    _facts(console(), [(name, _clean(text)) for name, text in pairs], indent)
+
+
+def _facts(out: Console, pairs: Sequence[tuple[str, str]], indent: int) -> None:
     label = max((cell_len(name) for name, _ in pairs), default=0)
     beside = out.width - indent - label - GAP
     for name, text in pairs:
-        text = _clean(text)
         below = _longest(text) > beside
         lines = wrap(text, out.width - indent - GAP if below else beside)
         margin = " " * (indent + (GAP if below else label + GAP))
@@ -239,10 +250,16 @@ def _clean(text: str) -> str:
     return shown.rstrip(" ")
 
 
+def _whole(cell: str) -> str:
+    """A cell whose words hold together in any script."""
+    return cell if cell.isascii() else JOINER.join(cell)
+
+
 def _put(out: Console, *pieces: str | tuple[str, str]) -> None:
     """One line as it is: text, or texts with a style."""
     styled = [(piece, "") if isinstance(piece, str) else piece for piece in pieces]
-    out.print(Text.assemble(*((text.replace(GLUE, " "), style) for text, style in styled)), soft_wrap=True)
+    plain = [(text.replace(GLUE, " ").replace(JOINER, ""), style) for text, style in styled]
+    out.print(Text.assemble(*plain), soft_wrap=True)
 
 
 def show_error(error: ZooError, as_json: bool = False) -> None:
