@@ -126,13 +126,13 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str =
             )
     else:
         for row in rows:
-            (_, first), *others = [
+            for line in wrap(_whole(row[0]), out.width) if row[0] else []:
+                _put(out, (line, "bold"))
+            others = [
                 (column.name, cell if column.wrap else _whole(cell))
-                for column, cell in zip(columns, row, strict=True)
+                for column, cell in list(zip(columns, row, strict=True))[1:]
                 if cell
             ]
-            for line in wrap(first, out.width):
-                _put(out, (line, "bold"))
             _facts(out, others, indent=2)
     _put(out)
 
