@@ -49,7 +49,6 @@ class Verbs(TyperGroup):
 
 app = typer.Typer(
     cls=Verbs,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -73,15 +72,17 @@ app.command("eval")(eval.eval_)
 app.command("translate")(translate.translate)
 app.command("run", context_settings=run.CONTEXT)(run.run)
 
-FIRST_STEPS = """\
-attnzoo: a zoo of attention mechanisms that compose into timm backbones.
-
-  attnzoo list                     what there is
-  attnzoo show softmax             one of them: equations, options, masks, paper
-  attnzoo compose ham_a            a recipe as a model: what is put where, what it costs, one forward and backward
-  attnzoo check softmax            the conformance suite
-  attnzoo new plugin mine          your own mechanism, in one file
-  attnzoo --help                   all verbs"""
+FIRST_STEPS = [
+    ("attnzoo list", "what there is"),
+    ("attnzoo show softmax", "one of them: equations, options, masks, paper"),
+    (
+        "attnzoo compose ham_a",
+        "a recipe as a model: what is put where, what it costs, one forward and backward",
+    ),
+    ("attnzoo check softmax", "the conformance suite"),
+    ("attnzoo new plugin mine", "your own mechanism, in one file"),
+    ("attnzoo --help", "all verbs"),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -94,7 +95,10 @@ def root(
         typer.echo(f"attnzoo {attnzoo.__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        typer.echo(FIRST_STEPS)
+        from attnzoo.cli.render import facts, say
+
+        say("attnzoo: a zoo of attention mechanisms that compose into timm backbones.\n")
+        facts(FIRST_STEPS, indent=2)
 
 
 def main() -> None:

@@ -5,15 +5,23 @@ from typing import Annotated, Any
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def bench(
     model: Annotated[
-        str, typer.Argument(help="A timm model's name or a recipe; or `train`, `augment`, `decode`.")
+        str,
+        typer.Argument(
+            help="A timm model's name or a recipe; or `train`, `augment`, `decode`.",
+            autocompletion=completion.benchmarks,
+        ),
     ],
     against: Annotated[
-        str | None, typer.Option(help="The baseline: a timm model's name, or a recipe.")
+        str | None,
+        typer.Option(
+            help="The baseline: a timm model's name, or a recipe.", autocompletion=completion.recipes
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per forward in eval mode.")] = 8,
     train_batch: Annotated[int, typer.Option(min=1, help="Images per training step.")] = 4,
@@ -32,7 +40,7 @@ def bench(
     import torch
 
     from attnzoo.bench.speed import compare, machine
-    from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.cli.render import Column, say, say_json, say_next, table
     from attnzoo.errors import ZooError
 
     if model == "decode":
@@ -81,12 +89,17 @@ def bench(
     )
     say(_machine(vars(here)))
     table(
-        ["", model, against, "ratio", "wanted"],
+        [
+            Column("measured"),
+            Column(model, rank=1, right=True),
+            Column(against, rank=1, right=True),
+            Column("ratio", right=True),
+            Column("wanted", rank=2),
+        ],
         [
             [f"{f.what} [{f.unit}]", _spread(f.candidate), _spread(f.baseline), f"{f.ratio:.3f}", f.better]
             for f in figures
         ],
-        right=[model, against, "ratio"],
     )
     say(
         "median (25th to 75th percentile); memory counts weights, gradients and everything in between",
@@ -156,7 +169,7 @@ def _pipeline(what: str, threads: int, as_json: bool) -> None:
 def _decoding(threads: int, as_json: bool) -> None:
     """`bench decode`."""
     from attnzoo.bench import decoding
-    from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.cli.render import Column, say, say_json, say_next, table
 
     figures = decoding.measure(threads=threads)
     if as_json:
@@ -170,6 +183,8 @@ def _decoding(threads: int, as_json: bool) -> None:
         over = figures["over"].get(name)
         rates = _spread(rates) if rates else f"not installed: {decoding.INSTALL}"
         rows.append([name, rates, f"{over:.2f}" if over else ""])
-    table(["", "tokens/s", "ours over it"], rows, right=["tokens/s", "ours over it"])
+    table(
+        [Column("decoder"), Column("tokens/s", right=True, wrap=24), Column("ours over it", right=True)], rows
+    )
     say("median (25th to 75th percentile), encoder included; nobody ends a sequence early", style="dim")
     say_next("attnzoo train transformer --data reverse")

@@ -6,22 +6,29 @@ from typing import Annotated, Any
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def check(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Mechanisms, fusions, or Python files that hold some.")
+        list[str] | None,
+        typer.Argument(
+            help="Mechanisms, fusions, or Python files that hold some.", autocompletion=completion.checkable
+        ),
     ] = None,
     plugin: Annotated[
-        str | None, typer.Option(help="All that this plugin (or distribution) provides.")
+        str | None,
+        typer.Option(
+            help="All that this plugin (or distribution) provides.", autocompletion=completion.plugins
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that there is.")] = False,
     examples: Annotated[int, typer.Option(min=1, max=100_000, help="Examples for each property.")] = 25,
     as_json: AsJson = False,
 ) -> None:
     """Hold mechanisms and fusions to their cards. Ends with 1 when a claim fails."""
-    from attnzoo.cli.render import console, say, say_json, say_next, table
+    from attnzoo.cli.render import Column, console, say, say_json, say_next, table
 
     classes = _classes(names or [], plugin, everything)
     from hypothesis.configuration import set_hypothesis_home_dir
@@ -48,7 +55,15 @@ def check(
             rows.append(
                 [cls.card.name, str(sum(r.status == "passed" for r in own)), str(len(bad)), ", ".join(bad)]
             )
-        table(["name", "passed", "failed", "which"], rows, right=["passed", "failed"])
+        table(
+            [
+                Column("name"),
+                Column("passed", rank=1, right=True),
+                Column("failed", right=True),
+                Column("which", wrap=24),
+            ],
+            rows,
+        )
         for result in failed:
             say(f"{result.mechanism}: {result.check}", style="bold red")
             say(f"{result.reason}")

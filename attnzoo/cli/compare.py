@@ -6,12 +6,16 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def compare(
     recipes: Annotated[
-        list[str], typer.Argument(help="Recipes; the first is what the others are held against.")
+        list[str],
+        typer.Argument(
+            help="Recipes; the first is what the others are held against.", autocompletion=completion.recipes
+        ),
     ],
     data: Annotated[
         str | None, typer.Option(help="digits, cifar10, folder:PATH, reverse, tsv:FILE, recall, ...")
@@ -34,7 +38,7 @@ def compare(
 ) -> None:
     """Train several recipes under one budget with several seeds, and weigh the outcome."""
     from attnzoo.bench.cost import flops
-    from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.cli.render import Column, say, say_json, say_next, table
     from attnzoo.errors import RunError, did_you_mean
     from attnzoo.recipe import build, resolve
     from attnzoo.train.compare import compare as run_all
@@ -95,14 +99,21 @@ def compare(
         return
     speed = f"{EXAMPLES[kinds[0]]}/s"
     table(
-        ["recipe", "best accuracy", "at epoch", "last accuracy", "epochs", "parameters", speed],
+        [
+            Column("recipe"),
+            Column("best accuracy", right=True),
+            Column("at epoch", rank=4, right=True),
+            Column("last accuracy", rank=1, right=True),
+            Column("epochs", rank=5, right=True),
+            Column("parameters", rank=2, right=True),
+            Column(speed, rank=3, right=True),
+        ],
         [
             [r.recipe, f"{r.best:.2%} ± {r.best_spread:.2%}", f"{r.best_epoch:.1f}",
              f"{r.last:.2%} ± {r.last_spread:.2%}",
              f"{r.epochs:.0f}", f"{r.params:,}", f"{r.images_per_second:,.0f}"]
             for r in result.rows
         ],
-        right=["best accuracy", "at epoch", "last accuracy", "epochs", "parameters", speed],
     )  # fmt: skip
     for difference, text in zip(result.differences, result.sentences(), strict=True):
         say(text, style={"better": "green", "worse": "red", "noise": ""}[difference.verdict])

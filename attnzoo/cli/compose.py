@@ -5,11 +5,17 @@ from typing import Annotated
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def compose(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name (ham_a) or file (recipes/ham_a.yaml).")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe's name (ham_a) or file (recipes/ham_a.yaml).", autocompletion=completion.recipes
+        ),
+    ],
     edits: Annotated[
         list[str], typer.Option("--set", help="Change a value: attention.with.start=identity")
     ] = [],  # noqa: B006
@@ -74,7 +80,7 @@ def compose(
 
 
 def _describe(report) -> None:
-    from attnzoo.cli.render import count, say, share, spaced, table
+    from attnzoo.cli.render import GLUE, Column, count, say, share, spaced, table
 
     say(f"{report.name}   {report.file}   sha256 {report.sha256[:12]}", style="bold")
     if report.summary:
@@ -87,20 +93,21 @@ def _describe(report) -> None:
         if "." not in group
     )
     say()
-    say(f"{report.takes} → {conv}{layers} → {report.gives}")
+    say(f"{report.takes} → {conv}{layers} → {report.gives}".replace(" × ", f"{GLUE}×{GLUE}"))
     if any(len(set(counts)) > 1 for counts in report.heads.values()):
         for group, counts in report.heads.items():
             say(f"heads of {group}: {', '.join(map(str, counts))}")
     if report.skip:
         say(f"skip {report.skip}")
+    say()
     lines = []
     for row in report.rows:
         sites = row.sites
         where = "" if not sites else sites[0] if len(sites) == 1 else f"{sites[0]} … {sites[-1]}"
-        number = f" ({len(sites)})" if len(sites) > 1 else ""
+        number = f"{GLUE}({len(sites)})" if len(sites) > 1 else ""
         what = (
-            "   " * row.depth
-            + ("└ " if row.depth else "")
+            "  " * (row.depth - 1)
+            + (f"└{GLUE}" if row.depth else "")
             + row.what
             + (f"  [{row.level}]" if row.level else "")
         )
@@ -118,9 +125,17 @@ def _describe(report) -> None:
             ]
         )
     table(
-        ["site", "what is put there", "heads", "parameters", "FLOPs", "grows", "masks", "provider"],
+        [
+            Column("site", wrap=24),
+            Column("what is put there", wrap=24),
+            Column("heads", rank=2, right=True),
+            Column("parameters", rank=1, right=True),
+            Column("FLOPs", rank=1, right=True),
+            Column("grows", rank=3),
+            Column("masks", rank=4),
+            Column("provider", rank=5),
+        ],
         lines,
-        right=["heads", "parameters", "FLOPs"],
     )
     plain = f"plain {report.family} {spaced(report.base_params)}"
     say(
@@ -171,9 +186,9 @@ def _formulas(report) -> list[tuple[str, str]]:
 
 
 def _ran(run) -> None:
-    from attnzoo.cli.render import say, seconds
+    from attnzoo.cli.render import GLUE, say, seconds
 
-    shape = " × ".join(map(str, run.shape))
+    shape = f"{GLUE}×{GLUE}".join(map(str, run.shape))
     say(f"forward: {Path(run.image).name} → {shape} in {seconds(run.forward)}")
     say(f"forward and backward, two samples, training mode: {seconds(run.backward)}")
     if run.without_gradient:

@@ -21,7 +21,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Look at versions, devices, extras and plugins. Ends with 3 when a plugin is broken, 2 when something else is."""
-    from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.cli.render import Column, facts, say, say_json, say_next, seconds, table
 
     ills = _torch_pair()
     data: dict[str, Any] = {"python": platform.python_version(), "versions": {name: _version(name) for name in CORE},
@@ -52,18 +52,22 @@ def doctor(
     if as_json:
         say_json(data)
     else:
-        table(
-            ["package", "version"],
-            [["python", data["python"]]] + [[n, v or "missing"] for n, v in data["versions"].items()],
-        )
+        facts([("python", data["python"])] + [(n, v or "missing") for n, v in data["versions"].items()])
         for extra, state in data["extras"].items():
             say(f"extra {extra}: {state}")
         for name, value in (data.get("devices", {}) | data.get("switches", {})).items():
             say(f"{name}: {value}")
+        say()
         table(
-            ["plugin", "distribution", "version", "status", "import"],
             [
-                [p["name"], p["dist"], p["version"], p["status"], f"{p['seconds'] * 1000:.0f} ms"]
+                Column("plugin"),
+                Column("distribution", rank=3),
+                Column("version", rank=2),
+                Column("status"),
+                Column("import", rank=1, right=True),
+            ],
+            [
+                [p["name"], p["dist"], p["version"], p["status"], seconds(p["seconds"])]
                 for p in data.get("plugins", [])
             ],
         )

@@ -5,11 +5,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def eval_(
-    runs: Annotated[list[Path], typer.Argument(help="Folder of the run; of several with --committee.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folder of the run; of several with --committee.", autocompletion=completion.runs
+        ),
+    ],
     which: Annotated[
         Literal["best", "last"], typer.Option(help="Weights of the best or the last epoch.")
     ] = "best",
@@ -27,7 +33,7 @@ def eval_(
     as_json: AsJson = False,
 ) -> None:
     """Test a trained model: accuracy and loss; images by class, translations by BLEU, chrF and error rates."""
-    from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.cli.render import Column, percent, say, say_json, say_next, table
     from attnzoo.errors import RunError
     from attnzoo.train import open_run
 
@@ -52,13 +58,15 @@ def eval_(
         say_json(what | result.as_dict())
         return
     low, high = result.interval
-    say(f"{run}: {100 * result.accuracy:.2f} % ({100 * low:.2f} to {100 * high:.2f} %) "
+    say(f"{run}: {percent(result.accuracy)} ({100 * low:.2f} to {percent(high)}) "
         f"of {result.images} images, loss {result.loss:.4f}", style="bold")  # fmt: skip
     table(
-        ["class", "images", "correct", "accuracy", "loss"],
-        [[c.name, str(c.images), str(c.correct), f"{100 * c.correct / max(1, c.images):.2f} %", f"{c.loss:.4f}"]
+        [
+            Column("class", wrap=20),
+            *(Column(name, right=True) for name in ("images", "correct", "accuracy", "loss")),
+        ],
+        [[c.name, str(c.images), str(c.correct), percent(c.correct / max(1, c.images)), f"{c.loss:.4f}"]
          for c in result.classes],
-        right=["images", "correct", "accuracy", "loss"],
     )  # fmt: skip
     say("95 % interval by Wilson's score; it knows of the test images only, not of other seeds", style="dim")
     say_next(f"attnzoo heatmap {run}")
@@ -66,7 +74,7 @@ def eval_(
 
 def _figures(run: Any, which: Any, data: str | None, beams: int, what: dict[str, str], as_json: bool) -> None:
     """What the log says of the test side, for pairs and sequences; of pairs also how good the translations are."""
-    from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.cli.render import Column, percent, say, say_json, say_next, table
     from attnzoo.lab.translation import evaluate_translations
 
     figures = {name.removeprefix("test_"): value for name, value in run.figures(which, data).items()}
@@ -75,7 +83,7 @@ def _figures(run: Any, which: Any, data: str | None, beams: int, what: dict[str,
         say_json(what | figures | ({"beams": beams, "translations": scores.as_dict()} if scores else {}))
         return
     loss = figures.pop("loss")
-    shares = ", ".join(f"{name} {100 * share:.2f} %" for name, share in figures.items())
+    shares = ", ".join(f"{name} {percent(share)}" for name, share in figures.items())
     say(f"{run.folder}: {shares}, loss {loss:.4f}", style="bold")
     asked = {
         "pairs": "accuracy: share of target tokens that are right given the right ones before; exact: of whole targets",
@@ -83,8 +91,14 @@ def _figures(run: Any, which: Any, data: str | None, beams: int, what: dict[str,
     }
     say(asked[run.kind], style="dim")
     if scores:
-        table([f"{scores.sentences} translations, {beams} beams", "", "95 % interval", "signature"], scores.rows(),
-              right=[""])  # fmt: skip
+        say(f"{scores.sentences} translations, {beams} beams")
+        columns = [
+            Column("score"),
+            Column("value", right=True),
+            Column("95 % interval", rank=1),
+            Column("signature", rank=2),
+        ]
+        table(columns, scores.rows())
         say("intervals by resampling the test sentences; they do not know of other seeds", style="dim")
         say_next(f'attnzoo translate {run.folder} "..."', f"attnzoo heatmap {run.folder}")
     else:
@@ -92,7 +106,7 @@ def _figures(run: Any, which: Any, data: str | None, beams: int, what: dict[str,
 
 
 def _committee(runs: list[Path], which: Any, vote: Any, standardise: bool, as_json: bool) -> None:
-    from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.cli.render import Column, say, say_json, say_next, table
     from attnzoo.errors import RunError
     from attnzoo.lab.committee import evaluate_committee
     from attnzoo.train import open_run
@@ -105,6 +119,11 @@ def _committee(runs: list[Path], which: Any, vote: Any, standardise: bool, as_js
     if as_json:
         say_json(result.as_dict() | {"which": which})
         return
-    table(["member", "accuracy", "its errors go with the others'"], result.rows(), right=["accuracy"])
+    columns = [
+        Column("member"),
+        Column("accuracy", right=True),
+        Column("its errors go with the others'", rank=1),
+    ]
+    table(columns, result.rows())
     say("in brackets: the gain over the mean member; correlation 1 means the same errors", style="dim")
     say_next(f"attnzoo heatmap {runs[0]}")

@@ -8,12 +8,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def heatmap(
     model: Annotated[
-        str, typer.Argument(help="A run's folder, or a recipe's name or file.", metavar="RUN_OR_RECIPE")
+        str,
+        typer.Argument(
+            help="A run's folder, or a recipe's name or file.",
+            metavar="RUN_OR_RECIPE",
+            autocompletion=completion.runs_and_recipes,
+        ),
     ],
     images: Annotated[
         list[Path], typer.Option("--images", help="An image or a folder of images; again for more.")

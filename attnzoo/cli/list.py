@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from attnzoo.cli import completion
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print data instead of a table.")]
 
 
@@ -32,11 +34,13 @@ def list_(
         MaskKind | None, typer.Option(help="Only mechanisms that honour masks of this kind.")
     ] = None,
     law: Annotated[str | None, typer.Option(help="Only those that claim this law.")] = None,
-    plugin: Annotated[str | None, typer.Option(help="Only what this plugin provides.")] = None,
+    plugin: Annotated[
+        str | None, typer.Option(help="Only what this plugin provides.", autocompletion=completion.plugins)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show mechanisms, fusions, recipes and models, with who provides them."""
-    from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.cli.render import Column, say, say_json, say_next, table
     from attnzoo.core import Family, Law
     from attnzoo.errors import ZooError, did_you_mean
     from attnzoo.zoo import load_zoo
@@ -68,16 +72,23 @@ def list_(
     if as_json:
         say_json(listing | {"problems": problems})
         return
+    columns = [
+        Column("name"),
+        Column("family", rank=1),
+        Column("form", rank=5),
+        Column("masks", rank=3),
+        Column("grows", rank=2),
+        Column("base", rank=1),
+        Column("registers", rank=2),
+        Column("summary", wrap=30),
+        Column("provider", rank=4),
+    ]
     for name, rows in listing.items():
         if not rows:
             say(f"no {name} match")
             continue
-        columns = [
-            c
-            for c in ("name", "family", "form", "masks", "grows", "base", "registers", "summary", "provider")
-            if c in rows[0]
-        ]
-        table(columns, [[_cell(row[c]) for c in columns] for row in rows], title=f"{len(rows)} {name}")
+        shown = [column for column in columns if column.name in rows[0]]
+        table(shown, [[_cell(row[c.name]) for c in shown] for row in rows], title=f"{len(rows)} {name}")
     broken = sorted({problem["plugin"] for problem in problems})
     if broken:
         say(f"something is wrong with {', '.join(broken)}: `attnzoo doctor` says what", style="yellow")

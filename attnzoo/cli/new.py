@@ -22,7 +22,7 @@ def plugin(name: Name, into: Into = None) -> None:
 
     root = new_plugin(name, into or Path())
     module = root / "src" / module_name(name) / "__init__.py"
-    _tell(root, f"edit {module} · pip install -e {root} · attnzoo check --plugin {root.name}")
+    _tell(root, f"edit {module}", f"pip install -e {root}", f"attnzoo check --plugin {root.name}")
 
 
 @app.command("mechanism")
@@ -37,7 +37,7 @@ def mechanism(
     from attnzoo.scaffold import new_mechanism
 
     file = new_mechanism(name, into or _place(f"attnzoo/mechanisms/{family}"), family)
-    _tell(file, f"edit it · attnzoo check {file}")
+    _tell(file, "edit it", f"attnzoo check {file}")
 
 
 @app.command("fusion")
@@ -46,7 +46,7 @@ def fusion(name: Name, into: Into = None) -> None:
     from attnzoo.scaffold import new_fusion
 
     file = new_fusion(name, into or _place("attnzoo/fusions"))
-    _tell(file, f"edit it · attnzoo check {file}")
+    _tell(file, "edit it", f"attnzoo check {file}")
 
 
 @app.command("recipe")
@@ -55,7 +55,7 @@ def recipe(name: Name, into: Into = None) -> None:
     from attnzoo.scaffold import new_recipe
 
     file = new_recipe(name, into or _place("recipes"))
-    _tell(file, f"edit it · attnzoo compose {file}")
+    _tell(file, "edit it", f"attnzoo compose {file}")
 
 
 def _place(folder: str) -> Path:
@@ -63,8 +63,10 @@ def _place(folder: str) -> Path:
     return Path(folder) if Path("attnzoo/mechanisms").is_dir() and Path(folder).is_dir() else Path()
 
 
-def _tell(written: Path, following: str) -> None:
+def _tell(written: Path, *following: str) -> None:
+    from attnzoo.cli.render import say, say_next
+
     files = sorted(path for path in written.rglob("*") if path.is_file()) if written.is_dir() else [written]
     for file in files:
-        typer.echo(f"wrote {file}")
-    typer.echo(f"next: {following}")
+        say(f"wrote {file}")
+    say_next(*following)

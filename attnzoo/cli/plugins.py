@@ -5,7 +5,7 @@ from attnzoo.cli.list import AsJson
 
 def plugins(as_json: AsJson = False) -> None:
     """Show the installed plugins, what they offer and whether they work."""
-    from attnzoo.cli.render import say_json, say_next, table
+    from attnzoo.cli.render import Column, say_json, say_next, table
     from attnzoo.zoo import load_zoo
 
     zoo = load_zoo()
@@ -21,7 +21,13 @@ def plugins(as_json: AsJson = False) -> None:
         say_json(rows)
         return
     table(
-        ["plugin", "distribution", "version", "status", "mechanisms", "fusions", "recipes"],
+        [
+            Column("plugin"),
+            Column("distribution", rank=3),
+            Column("version", rank=2),
+            Column("status"),
+            *(Column(kind, rank=1, wrap=12) for kind in ("mechanisms", "fusions", "recipes")),
+        ],
         [
             [r["name"], r["dist"], r["version"], r["status"]]
             + [_few(r[kind]) for kind in ("mechanisms", "fusions", "recipes")]
@@ -33,4 +39,5 @@ def plugins(as_json: AsJson = False) -> None:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 4 else f"{len(names)}: {', '.join(names[:3])} …"
+    """The names, or their number where there are many: `attnzoo list --plugin NAME` has them."""
+    return ", ".join(names) if len(names) <= 3 else str(len(names))

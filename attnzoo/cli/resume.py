@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 from attnzoo.cli.train import CheckpointEvery, Device, Minutes, Workers
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run.", autocompletion=completion.runs)],
     minutes: Minutes = None,
     checkpoint_every: CheckpointEvery = None,
     workers: Workers = 0,

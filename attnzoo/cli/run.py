@@ -7,13 +7,20 @@ from typing import Annotated
 
 import typer
 
+from attnzoo.cli import completion
+
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
 """All that follows the script is the script's."""
 
 
 def run(
     context: typer.Context,
-    script: Annotated[str, typer.Argument(help="A Python file, or a module with -m style dots.")],
+    script: Annotated[
+        str,
+        typer.Argument(
+            help="A Python file, or a module with -m style dots.", autocompletion=completion.scripts
+        ),
+    ],
 ) -> None:
     """Run a script that uses timm, such as timm's train.py: `attnzoo run train.py --model ham_vit_b ...`."""
     from attnzoo.errors import ZooError

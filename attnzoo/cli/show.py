@@ -4,15 +4,21 @@ from typing import Annotated, Any
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A mechanism, fusion or recipe; or plugin/name.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A mechanism, fusion or recipe; or plugin/name.", autocompletion=completion.everything
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Show what a component is, what it claims, its options and where it comes from."""
-    from attnzoo.cli.render import say, say_json, say_next, table
+    from attnzoo.cli.render import Column, facts, say, say_json, say_next, say_text, table
     from attnzoo.errors import RecipeError, did_you_mean
     from attnzoo.zoo import load_zoo
 
@@ -31,7 +37,7 @@ def show(
             say_json({"name": entry.name, "kind": "recipe", "file": entry.file, "text": text})
             return
         say(f"# {entry.file}", style="dim")
-        say(text.rstrip())
+        say_text(text.rstrip())
         say_next(f"attnzoo compose {name}")
         return
     data = _part(entry, registry.kind)
@@ -43,12 +49,15 @@ def show(
     if data["doc"]:
         say(f"\n{data['doc']}")
     say()
-    table(["", " "], [[key, value] for key, value in data["claims"].items() if value])
+    facts([(key, value) for key, value in data["claims"].items() if value])
+    say()
     if data["options"]:
         rows = [[o["name"], o["type"], o["default"], o["text"]] for o in data["options"]]
-        table(["option", "type", "default", "meaning"], rows)
+        table(
+            [Column("option"), Column("type", wrap=12), Column("default"), Column("meaning", wrap=24)], rows
+        )
     say("in a recipe:", style="dim")
-    say(data["example"])
+    say_text(data["example"])
     say_next(f"attnzoo check {name}", "attnzoo compose RECIPE")
 
 

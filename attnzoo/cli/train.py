@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 Minutes = Annotated[
@@ -22,7 +23,12 @@ Device = Annotated[Literal["auto", "cpu"], typer.Option(help="The GPU if there i
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name (ham_b) or file (recipes/ham_b.yaml).")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe's name (ham_b) or file (recipes/ham_b.yaml).", autocompletion=completion.recipes
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Option(
@@ -116,14 +122,14 @@ def carry_out(loaded: Any, settings: Any, folder: Path, as_json: bool) -> None:
 
 
 def _show(figures: dict[str, Any]) -> None:
-    from attnzoo.cli.render import duration, say, spaced
+    from attnzoo.cli.render import duration, percent, say, spaced
     from attnzoo.train.settings import EXAMPLES
 
     kind = figures["data_kind"]
     examples = EXAMPLES[kind]
     for name in ("best", "last"):
-        exact = f", {100 * figures[f'{name}_exact']:.2f} % exact" if kind == "pairs" else ""
-        say(f"{name}: {100 * figures[f'{name}_accuracy']:.2f} % test accuracy{exact}, "
+        exact = f", {percent(figures[f'{name}_exact'])} exact" if kind == "pairs" else ""
+        say(f"{name}: {percent(figures[f'{name}_accuracy'])} test accuracy{exact}, "
             f"loss {figures[f'{name}_loss']:.4f}, epoch {figures[f'{name}_epoch']}", style="bold")  # fmt: skip
     say(f"{spaced(figures['params'])} parameters, {duration(figures['seconds'])}, "
         f"{figures['images_per_second']:,.0f} {examples}/s in training")  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
 
 WINDOW = 64
@@ -18,7 +19,7 @@ NAMED = 5
 
 
 def translate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run on pairs.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run on pairs.", autocompletion=completion.runs)],
     text: Annotated[
         list[str] | None,
         typer.Argument(
@@ -168,10 +169,8 @@ def _progress(lines: int, hidden: bool) -> Iterator[Callable[[int], None]]:
 def _warn(which: Sequence[int], of: int, what: str) -> None:
     if not which:
         return
-    from attnzoo.cli.render import console
+    from attnzoo.cli.render import warn
 
     named = ", ".join(str(i + 1) for i in which[:NAMED]) + (" ..." if len(which) > NAMED else "")
     verb = "is" if len(which) == 1 else "are"
-    console(err=True).print(
-        f"{len(which)} of {of} lines {verb} {what}: {named}", style="yellow", markup=False
-    )
+    warn(f"{len(which)} of {of} lines {verb} {what}: {named}")
