@@ -40,6 +40,8 @@ class Progress:
     since: Seconds = 0.0
     best: FiniteFloat | None = None
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
 
 class Row(BaseModel):
     """An epoch in the log; what tasks add are numbers too."""
