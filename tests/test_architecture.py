@@ -17,7 +17,8 @@ ROOT = Path(attnzoo.__file__).parent
 NOUNS = {"errors", "core"}
 MAY_IMPORT = {
     "errors": set(),
-    "files": {"errors"},
+    "files": set(),
+    "workers": {"errors"},
     "__init__": {"timm_hook", "zoo"},  # the rest by name, when asked for
     "__main__": {"cli"},
     "timm_hook": {"recipe", "zoo"},  # inside a function: only once timm is imported
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "bench": {*NOUNS, "hosts", "recipe", "data", "train", "bench"},
     "testing": {*NOUNS, "testing"},
     "data": {*NOUNS, "files", "data"},
-    "train": {*NOUNS, "files", "zoo", "hosts", "recipe", "data", "train"},
+    "train": {*NOUNS, "files", "workers", "zoo", "hosts", "recipe", "data", "train"},
     "lab": {*NOUNS, "hosts", "recipe", "data", "train", "bench", "lab"},
     "scaffold": {"errors", "attnzoo"},
     "cli": {
@@ -55,6 +56,7 @@ HEAVY = {"timm", "torchvision", "yaml", "pydantic", "pydantic_core", "typer", "r
 MAY_NEED = {
     "errors": set(),
     "files": set(),
+    "workers": set(),
     "__init__": set(),
     "__main__": set(),
     "timm_hook": set(),
@@ -223,7 +225,8 @@ MUTANTS = [
     ("core/layout.py", "from attnzoo import recipe", "`core` may not import"),
     ("core/layout.py", "def _f():\n    from attnzoo.hosts import requirements", "`core` may not import"),
     ("errors.py", "from attnzoo.core import Card", "`errors` may not import"),
-    ("files.py", "from attnzoo.core import Card", "`files` may not import"),
+    ("files.py", "from attnzoo.errors import ZooError", "`files` may not import"),
+    ("workers.py", "from attnzoo.train import train", "`workers` may not import"),
     ("core/layout.py", "from attnzoo.files import read_file", "`core` may not import"),
     ("functional/heads.py", "from attnzoo.mechanisms.linear import elu_linear", "`functional` may not import"),
     ("mechanisms/linear/x.py", "from attnzoo.mechanisms.linear.elu_linear import EluLinear", "`mechanisms` may not import"),

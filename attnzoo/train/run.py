@@ -285,6 +285,7 @@ def open_run(folder: str | Path) -> Run:
     except RecipeError as error:
         if not error.code.startswith("AZ1"):  # a mechanism or plugin that is not here is no fault of the run
             raise
-        raise RunError("AZ802", f"`{saved.folder}` holds no sound recipe", why="; ".join(each.message for each in error.diagnostics)[:300],
+        why = "; ".join(each.message for each in error.diagnostics)[:300]
+        raise RunError("AZ802", f"`{saved.folder}` holds no sound recipe", why=why,
                        help="move that folder elsewhere: the one before it is used then") from None  # fmt: skip
     return Run(folder, loaded, Settings.model_validate(state["settings"]))
