@@ -17,6 +17,8 @@ ROOT = Path(attnzoo.__file__).parent
 NOUNS = {"errors", "core"}
 MAY_IMPORT = {
     "errors": set(),
+    "files": set(),
+    "workers": {"errors"},
     "__init__": {"timm_hook", "zoo"},  # the rest by name, when asked for
     "__main__": {"cli"},
     "timm_hook": {"recipe", "zoo"},  # inside a function: only once timm is imported
@@ -26,11 +28,11 @@ MAY_IMPORT = {
     "fusions": {*NOUNS, "functional"},
     "zoo": {*NOUNS, "zoo", "attnzoo"},
     "hosts": {*NOUNS, "hosts"},
-    "recipe": {*NOUNS, "zoo", "hosts", "recipe"},
+    "recipe": {*NOUNS, "files", "zoo", "hosts", "recipe"},
     "bench": {*NOUNS, "hosts", "recipe", "data", "train", "bench"},
     "testing": {*NOUNS, "testing"},
-    "data": {*NOUNS, "data"},
-    "train": {*NOUNS, "zoo", "hosts", "recipe", "data", "train"},
+    "data": {*NOUNS, "files", "data"},
+    "train": {*NOUNS, "files", "workers", "zoo", "hosts", "recipe", "data", "train"},
     "lab": {*NOUNS, "hosts", "recipe", "data", "train", "bench", "lab"},
     "scaffold": {"errors", "attnzoo"},
     "cli": {
@@ -53,6 +55,8 @@ MAY_IMPORT = {
 HEAVY = {"timm", "torchvision", "yaml", "pydantic", "pydantic_core", "typer", "rich", "hypothesis", "pluggy"}
 MAY_NEED = {
     "errors": set(),
+    "files": set(),
+    "workers": set(),
     "__init__": set(),
     "__main__": set(),
     "timm_hook": set(),
@@ -221,6 +225,9 @@ MUTANTS = [
     ("core/layout.py", "from attnzoo import recipe", "`core` may not import"),
     ("core/layout.py", "def _f():\n    from attnzoo.hosts import requirements", "`core` may not import"),
     ("errors.py", "from attnzoo.core import Card", "`errors` may not import"),
+    ("files.py", "from attnzoo.errors import ZooError", "`files` may not import"),
+    ("workers.py", "from attnzoo.train import train", "`workers` may not import"),
+    ("core/layout.py", "from attnzoo.files import read_file", "`core` may not import"),
     ("functional/heads.py", "from attnzoo.mechanisms.linear import elu_linear", "`functional` may not import"),
     ("mechanisms/linear/x.py", "from attnzoo.mechanisms.linear.elu_linear import EluLinear", "`mechanisms` may not import"),
     ("mechanisms/linear/x.py", "from attnzoo.fusions.add import Add", "`mechanisms` may not import"),

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from attnzoo.bench.cost import flops
+from attnzoo.data.image_file import read_image_file
 from attnzoo.errors import RecipeError
 from attnzoo.hosts.info import BackboneInfo, HostInfo
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
@@ -305,11 +305,9 @@ def open_image(path: str | os.PathLike, model: nn.Module) -> Tensor:
         RecipeError: AZ604, when the file is no image, or the model does not take colour images.
     """
     try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no image that can be read"
-        raise RecipeError("AZ604", f"cannot open `{os.fspath(path)}`: {reason.lower()}",
+        rgb = read_image_file(path)
+    except OSError as error:
+        raise RecipeError("AZ604", f"cannot open `{os.fspath(path)}`: {(error.strerror or str(error)).lower()}",
                           help="name a PNG or JPEG file") from None  # fmt: skip
     config = resolve_data_config({}, model=model)
     channels, rows, columns = config["input_size"]

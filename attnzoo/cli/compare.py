@@ -41,6 +41,7 @@ def compare(
     from attnzoo.cli.render import Column, say, say_json, say_next, table
     from attnzoo.errors import RunError, did_you_mean
     from attnzoo.recipe import build, resolve
+    from attnzoo.train.checkpoint import replace
     from attnzoo.train.compare import compare as run_all
     from attnzoo.train.compare import equal_flops, trials
     from attnzoo.train.page import page
@@ -93,7 +94,7 @@ def compare(
     side_by_side = workers or os.cpu_count() or 1
     result = run_all(todo, budget=cast(Any, budget), workers=side_by_side, ray=ray, report=told)
     target = folder / "index.html"
-    target.write_text(page(result, f"{', '.join(names)} on {result.data}"), encoding="utf-8")
+    replace(target, page(result, f"{', '.join(names)} on {result.data}"))
     if as_json:
         say_json(result.as_dict() | {"page": str(target)})
         return

@@ -20,6 +20,7 @@ def show(
     """Show what a component is, what it claims, its options and where it comes from."""
     from attnzoo.cli.render import Column, facts, say, say_json, say_next, say_text, table
     from attnzoo.errors import RecipeError, did_you_mean
+    from attnzoo.recipe.source import read_text
     from attnzoo.zoo import load_zoo
 
     zoo = load_zoo()
@@ -32,7 +33,7 @@ def show(
         raise RecipeError("AZ201", f"there is nothing called `{name}`",
                           help=f"{did_you_mean(name, everything)} `attnzoo list` shows all".strip())  # fmt: skip
     if registry is zoo.recipes:
-        text = entry.value.read_text(encoding="utf-8")
+        text = read_text(entry.value, str(entry.file))
         if as_json:
             say_json({"name": entry.name, "kind": "recipe", "file": entry.file, "text": text})
             return

@@ -116,7 +116,7 @@ def carry_out(loaded: Any, settings: Any, folder: Path, as_json: bool) -> None:
         say_json({"run": str(folder), **figures, "curve": images})
         return
     _show(figures)
-    say(f"run: {folder}   curve: {', '.join(images)}")
+    say(f"run: {folder}" + (f"   curve: {', '.join(images)}" if images else ""))
     further = {"images": [f"attnzoo heatmap {folder}"], "pairs": [f"attnzoo translate {folder} TEXT"]}
     say_next(*further.get(figures["data_kind"], []), f"attnzoo eval {folder}")
 
@@ -125,20 +125,26 @@ def _show(figures: dict[str, Any]) -> None:
     from attnzoo.cli.render import duration, percent, say, spaced
     from attnzoo.train.settings import EXAMPLES
 
-    kind = figures["data_kind"]
-    examples = EXAMPLES[kind]
+    examples = EXAMPLES[figures["data_kind"]]
+    time = f"{spaced(figures['params'])} parameters, {duration(figures['seconds'])}"
+    if figures["last_epoch"] is None:  # the minutes were over before
+        say("no epoch is complete yet", style="bold")
+        say(time)
+        return
     for name in ("best", "last"):
-        exact = f", {percent(figures[f'{name}_exact'])} exact" if kind == "pairs" else ""
-        say(f"{name}: {percent(figures[f'{name}_accuracy'])} test accuracy{exact}, "
+        exact = figures.get(f"{name}_exact")
+        strings = "" if exact is None else f", {percent(exact)} exact"
+        say(f"{name}: {percent(figures[f'{name}_accuracy'])} test accuracy{strings}, "
             f"loss {figures[f'{name}_loss']:.4f}, epoch {figures[f'{name}_epoch']}", style="bold")  # fmt: skip
-    say(f"{spaced(figures['params'])} parameters, {duration(figures['seconds'])}, "
-        f"{figures['images_per_second']:,.0f} {examples}/s in training")  # fmt: skip
+    say(f"{time}, {figures['images_per_second']:,.0f} {examples}/s in training")
 
 
 def _images(run: Any) -> list[str]:
-    """Files with the learning curve."""
+    """Files with the learning curve; none before the first epoch."""
     from attnzoo.train.curve import curve_png
 
-    png = run.folder / "curve.png"
-    drawn = curve_png(run.log(), run.folder.name, png)
+    log, png = run.log(), run.folder / "curve.png"
+    if not log:
+        return []
+    drawn = curve_png(log, run.folder.name, png)
     return [str(run.folder / "curve.svg"), *([str(png)] if drawn else [])]

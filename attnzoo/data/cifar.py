@@ -14,6 +14,7 @@ from torch import Tensor
 from attnzoo.data.download import Archive, unpacked
 from attnzoo.data.images import ImageData, Images
 from attnzoo.errors import DataError
+from attnzoo.files import read_file
 
 PIXELS = 3 * 32 * 32
 
@@ -57,7 +58,7 @@ class Cifar:
             DataError: AZ702 when it cannot be downloaded, AZ703 when a file is not as published.
         """
         folder = unpacked(self.archive, root, download=download)
-        classes = tuple((folder / self.names).read_text(encoding="utf-8", errors="replace").split())
+        classes = tuple(_content(folder / self.names).decode(errors="replace").split())
         if len(classes) != self.classes:
             raise _wrong(folder / self.names, f"names {len(classes)} classes, not {self.classes}")
         parts = [self._read(folder / file, self.records[0]) for file in self.train]
@@ -77,7 +78,7 @@ class Cifar:
 
     def _read(self, file: Path, records: int) -> tuple[Tensor, Tensor]:
         """Labels int64 (n,) and images uint8 (n 3 32 32) of a file."""
-        raw = np.frombuffer(file.read_bytes(), dtype=np.uint8)
+        raw = np.frombuffer(_content(file), dtype=np.uint8)
         length = self.label_bytes + PIXELS
         if len(raw) != records * length:
             raise _wrong(file, f"has {len(raw)} bytes, not {records * length}")
@@ -86,6 +87,13 @@ class Cifar:
         if int(labels.max()) >= self.classes:
             raise _wrong(file, f"has a label {int(labels.max())}, but there are {self.classes} classes")
         return labels, rows[:, self.label_bytes :].reshape(records, 3, 32, 32).contiguous()
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return read_file(file)
+    except OSError as error:
+        raise _wrong(file, f"cannot be read: {error.strerror}") from error
 
 
 def _wrong(file: Path, text: str) -> DataError:

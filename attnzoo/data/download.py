@@ -1,6 +1,5 @@
 """Archives of data sets: fetched once, checked before they are opened, unpacked without trust."""
 
-import hashlib
 import os
 import tarfile
 import tempfile
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnzoo.errors import DataError
+from attnzoo.files import sha256
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def unpacked(archive: Archive, root: Path, *, download: bool) -> Path:
     folder, file = root / archive.folder, root / archive.file
     if all((folder / member).is_file() for member in archive.members):
         return folder
-    if not file.is_file():
+    if not file.exists():
         _fetch(archive, root, download)
     _verify(archive, file)
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root) as scratch:
@@ -79,8 +79,12 @@ def _fetch(archive: Archive, root: Path, download: bool) -> None:
 
 
 def _verify(archive: Archive, file: Path) -> None:
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        found = sha256(file)
+    except OSError as error:
+        raise DataError(
+            "AZ703", f"cannot read `{file}`: {error.strerror}", help="delete it and load again"
+        ) from error
     if found != archive.sha256:
         raise DataError(
             "AZ703",

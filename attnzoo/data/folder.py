@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from attnzoo.data.image_file import read_image_file
 from attnzoo.data.images import ImageData, Split, held_out, statistics
 from attnzoo.errors import DataError
 
@@ -87,9 +88,12 @@ def load_folder(path: Path, *, size: int | None = None, seed: int = 0) -> ImageD
 def _listed(folder: Path, least: int = 1) -> tuple[tuple[str, ...], tuple[Path, ...], Tensor]:
     """Classes, images and labels below a folder, in the order of their names."""
     found = {}
-    for child in sorted(folder.iterdir()):
-        if child.is_dir() and not child.name.startswith("."):
-            found[child.name] = [p for p in sorted(child.iterdir()) if p.suffix.lower() in SUFFIXES]
+    try:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                found[child.name] = [p for p in sorted(child.iterdir()) if p.suffix.lower() in SUFFIXES]
+    except OSError as error:
+        raise DataError("AZ704", f"cannot read `{error.filename}`: {error.strerror}") from error
     if not found:
         raise DataError(
             "AZ704", f"`{folder}` has no folders", help="make a folder per class, with its images"
@@ -110,16 +114,10 @@ def _statistics(paths: tuple[Path, ...], size: int) -> tuple[tuple[float, ...], 
 def _open(path: Path) -> Image.Image:
     """The image in RGB, upright."""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # SyntaxError: a broken PNG
+        return read_image_file(path)
+    except OSError as error:
         raise DataError(
-            "AZ704", f"cannot read the image `{path}`: {error}", help="mend or remove it"
+            "AZ704", f"cannot read the image `{path}`: {error.strerror}", help="mend or remove it"
         ) from error
 
 

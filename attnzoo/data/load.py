@@ -37,7 +37,7 @@ def load_images(
     """
     kind, colon, path = name.partition(":")
     if kind == "folder" and path:
-        return load_folder(Path(path).expanduser(), size=size, seed=seed)
+        return load_folder(Path(os.path.expanduser(path)), size=size, seed=seed)
     if name == "digits":
         return load_digits(size)
     if name == "synthetic":

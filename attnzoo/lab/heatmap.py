@@ -9,9 +9,10 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from attnzoo.data.image_file import read_image_file
 from attnzoo.errors import ZooError
 from attnzoo.lab.maps import Maps
 from attnzoo.lab.rollout import HeadFusion, check_layer, check_some, layer_maps, mean_map, roll, rollout
@@ -263,11 +264,9 @@ def read_image(path: str | os.PathLike, size: tuple[int, int, int]) -> UInt8[Ten
     if channels not in (1, 3):
         raise ZooError("AZ902", f"the model takes images of {channels} channels; a file has 1 or 3")
     try:
-        with Image.open(path) as image:
-            plain = image.convert("RGB" if channels == 3 else "L")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no image that can be read"
-        raise ZooError("AZ902", f"cannot open `{os.fspath(path)}`: {reason.lower()}",
+        plain = read_image_file(path, "RGB" if channels == 3 else "L")
+    except OSError as error:
+        raise ZooError("AZ902", f"cannot open `{os.fspath(path)}`: {(error.strerror or str(error)).lower()}",
                        help="name a PNG or JPEG file") from None  # fmt: skip
     small = plain.resize((columns, rows), Image.Resampling.BICUBIC)
     values = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)

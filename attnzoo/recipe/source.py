@@ -9,7 +9,6 @@ not end the reading.
 import math
 import os
 import re
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 
 from attnzoo.errors import Diagnostic, Place, RecipeError
+from attnzoo.files import open_file
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 32
@@ -118,26 +118,18 @@ def read_text(path: Path, shown: str) -> str:
         RecipeError: AZ101 not a readable file, AZ102 too large, AZ103 not UTF-8.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not make us wait
-    except (OSError, ValueError) as error:
-        reason = (getattr(error, "strerror", None) or "this cannot be the name of a file").lower()
+        with open_file(path, most=None) as file:  # too large is a fault of its own
+            data, size = file.read(MAX_BYTES + 1) or b"", os.fstat(file.fileno()).st_size
+    except OSError as error:
         raise RecipeError(
             "AZ101",
-            f"cannot read `{shown[:200]}`: {reason}",
-            help="`attnzoo list recipes` shows the recipes that can be called by name",
+            f"cannot read `{shown[:200]}`: {(error.strerror or str(error)).lower()}",
+            help="name a YAML file; `attnzoo list recipes` shows the recipes that can be called by name",
         ) from None
-    try:
-        info = os.fstat(handle)
-        if not stat.S_ISREG(info.st_mode):
-            what = "a folder" if stat.S_ISDIR(info.st_mode) else "not a regular file"
-            raise RecipeError("AZ101", f"cannot read `{shown}`: it is {what}", help="name a YAML file")
-        data = os.read(handle, MAX_BYTES + 1)
-    finally:
-        os.close(handle)
     if len(data) > MAX_BYTES:
         raise RecipeError(
             "AZ102",
-            f"`{shown}` has {max(info.st_size, len(data)):,} bytes; a recipe has at most {MAX_BYTES:,}",
+            f"`{shown}` has {max(size, len(data)):,} bytes; a recipe has at most {MAX_BYTES:,}",
             place=Place(shown),
             help="a recipe is a page of YAML; is this the right file?",
         )

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,12 @@ import safetensors.torch
 from torch import Tensor
 
 from attnzoo.errors import RunError
+from attnzoo.files import open_file, read_file
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+MOST_STATE = 2**28
+"""Bytes of a state; vocabularies and the log of a long run are far below."""
 _STEP = re.compile(r"step_(\d{8,})")
 _STALE = re.compile(r"\.tmp-[0-9a-f]{32}")
 _REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file is too large",
@@ -44,7 +47,7 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """All that is no tensor."""
-        return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        return json.loads(read_file(self.folder / STATE, most=MOST_STATE))
 
     def has(self, name: str) -> bool:
         """Whether there are tensors of that name."""
@@ -100,18 +103,24 @@ def unwritable(path: Path, error: OSError) -> RunError:
                     help=f"mend that, then `attnzoo resume {path.parent}`")  # fmt: skip
 
 
-def sound(run: Path) -> tuple[Checkpoint | None, list[str]]:
+def sound(
+    run: Path, fault: Callable[[Checkpoint], str] = lambda saved: ""
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is sound, and a line for each newer one that is not.
 
     Args:
         run: Folder of the run.
+        fault: What is wrong with what a checkpoint says, whose bytes are as they were written; empty when nothing is.
     """
     notes: list[str] = []
     for step, folder in sorted(steps(run), reverse=True):
-        fault = damage(folder)
-        if not fault:
-            return Checkpoint(folder, step), notes
-        notes.append(f"{folder.name} is damaged ({fault}); the one before it is used")
+        saved = Checkpoint(folder, step)
+        if damaged := damage(folder):
+            notes.append(f"{folder.name} is damaged ({damaged}); the one before it is used")
+        elif wrong := fault(saved):
+            notes.append(f"{folder.name} cannot be used ({wrong}); the one before it is used")
+        else:
+            return saved, notes
     return None, notes
 
 
@@ -128,17 +137,16 @@ def damage(folder: Path) -> str:
     The manifest is made again from what is there and compared byte by byte, so nothing in it can change unseen.
     """
     try:
-        there = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
-        manifest = (folder / MANIFEST).read_bytes()
+        manifest = read_file(folder / MANIFEST, most=2**20)
+        written = {name: (entry["bytes"], entry["sha256"]) for name, entry in json.loads(manifest).items()}
+        found = {path.name: _size_and_sha256(path, written.get(path.name)) for path in folder.iterdir()
+                 if path.name != MANIFEST}  # fmt: skip
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {(error.strerror or str(error)).lower()}"
-    found = {name: (len(data), _sha256(data)) for name, data in there.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} cannot be read"
     if _manifest(found) == manifest:
         return ""
-    try:
-        written = {name: (entry["bytes"], entry["sha256"]) for name, entry in json.loads(manifest).items()}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
     differing = sorted(name for name in {*written, *found} if written.get(name) != found.get(name))
     return f"{', '.join(differing)[:80] or MANIFEST} changed"
 
@@ -150,7 +158,7 @@ def sweep(run: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, content: str | bytes) -> None:
     """Write a file as a whole or not at all.
 
     Raises:
@@ -158,7 +166,7 @@ def replace(path: Path, text: str) -> None:
     """
     beside = path.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
@@ -210,6 +218,14 @@ def _packed(tensors: Mapping[str, Tensor]) -> bytes:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _size_and_sha256(path: Path, written: tuple[int, str] | None) -> tuple[int, str]:
+    """Of a file; a file of another size is not read."""
+    with open_file(path, most=None) as file:
+        size = os.fstat(file.fileno()).st_size
+        same = written is not None and written[0] == size
+        return size, hashlib.file_digest(file, "sha256").hexdigest() if same else ""
 
 
 def _manifest(files: Mapping[str, tuple[int, str]]) -> bytes:

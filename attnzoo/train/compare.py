@@ -1,11 +1,9 @@
 """Several recipes under one budget and several seeds: who is better, by how much, and whether that is noise."""
 
 import math
-import multiprocessing
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +15,7 @@ from attnzoo.recipe import Loaded
 from attnzoo.train.loop import train
 from attnzoo.train.run import Run, open_run
 from attnzoo.train.settings import Settings
+from attnzoo.workers import in_processes
 
 Budget = Literal["epochs", "flops", "seconds"]
 """What every run gets the same of: passes over the data, arithmetic of the first recipe's run, or time."""
@@ -188,10 +187,20 @@ def compare(
         workers: Processes side by side, one thread each.
         ray: Address of a Ray cluster (`local` for this machine) that runs them instead.
         report: Told recipe, seed, number of runs done and of all runs.
+
+    Raises:
+        RunError: AZ809 a worker ended before its run was done, AZ810 there is no Ray, AZ811 no cluster answers; what
+            `train` raises.
     """
     waiting = [trial for trial in all_trials if not _finished(trial)]
     done = len(all_trials) - len(waiting)
-    engine = _on_ray(waiting, ray) if ray else _in_processes(waiting, workers)
+    engine: Iterator[tuple[str, int]]
+    if ray:
+        engine = _on_ray(waiting, ray)
+    elif workers > 1 and waiting:
+        engine = in_processes(_run, waiting, workers=workers)
+    else:
+        engine = map(_run, waiting)
     for recipe, seed in engine:
         done += 1
         if report:
@@ -208,21 +217,6 @@ def _finished(trial: Trial) -> bool:
         return False
     same = run.settings.decisive() == trial.settings.decisive()
     return same and bool(run.summary()["finished"])
-
-
-def _in_processes(waiting: Sequence[Trial], workers: int) -> Iterator[tuple[str, int]]:
-    if workers < 2:
-        yield from map(_run, waiting)
-        return
-    context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    with ProcessPoolExecutor(min(workers, max(1, len(waiting))), mp_context=context) as pool:
-        futures = [pool.submit(_run, trial) for trial in waiting]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _on_ray(waiting: Sequence[Trial], address: str) -> Iterator[tuple[str, int]]:

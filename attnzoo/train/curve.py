@@ -1,9 +1,12 @@
 """The learning curve: losses and test accuracy by epoch, as SVG without any library and as PNG with matplotlib."""
 
+import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from attnzoo.train.checkpoint import replace
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 260, 56, 40, 44
 """Of a panel and its margins, in pixels."""
@@ -90,5 +93,7 @@ def curve_png(log: Sequence[dict[str, Any]], title: str, file: Path) -> bool:
         axes.set(xlabel="epoch", ylabel=name)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(file, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    replace(file, drawn.getvalue())
     return True

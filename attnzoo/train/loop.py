@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice, starmap
 from pathlib import Path
@@ -42,8 +42,10 @@ from attnzoo.recipe import Loaded, build, load
 from attnzoo.train import checkpoint, sampler
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.curve import curve_svg
-from attnzoo.train.run import Run, newest
+from attnzoo.train.lock import held
+from attnzoo.train.run import Run, newest, reading, usable
 from attnzoo.train.settings import EXAMPLES, Settings, kind_of
+from attnzoo.train.state import Progress
 from attnzoo.train.task import Inputs, task_of
 
 Report = Callable[[dict[str, Any]], None]
@@ -69,33 +71,6 @@ class NotFinite(RunError):
     """A loss or gradient is not finite (AZ803). The weights before the step are saved if they are finite."""
 
     exit_code = 1
-
-
-@dataclass
-class Progress:
-    """Where a run is.
-
-    Args:
-        epoch: Complete epochs.
-        step: Steps taken in the one that is under way.
-        loss: Sum of the losses of its units so far: of images, tokens, or whatever the task counts.
-        units: How many units they are.
-        images: How many examples it has info: images, pairs, sequences.
-        busy: Time spent on its steps, in seconds.
-        seconds: Time spent on the run, in seconds.
-        since: What `seconds` was when the epoch began.
-        best: Highest test accuracy so far; null before there is one.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    loss: float = 0.0
-    units: int = 0
-    images: int = 0
-    busy: float = 0.0
-    seconds: float = 0.0
-    since: float = 0.0
-    best: float | None = None
 
 
 class Microbatch(NamedTuple):
@@ -147,22 +122,29 @@ def train(
         RecipeError: what is wrong with the recipe.
         DataError: AZ7xx, what is wrong with the data.
         RunError: AZ802 the folder holds something else, AZ803 a loss is not finite, AZ804 the disk refuses, AZ805 no
-            checkpoint is sound, AZ806 settings that cannot be met here, AZ814 the recipe is for other data.
+            checkpoint is sound, AZ806 settings that cannot be met here, AZ808 another process trains there, AZ814 the
+            recipe is for other data.
         Stopped: after Ctrl-C or SIGTERM, when the step is done and saved.
     """
     loaded = recipe if isinstance(recipe, Loaded) else load(recipe)
-    training = _Training(loaded, settings, Path(folder), report or (lambda event: None))
-    with _deterministic(settings, training.device), _stop_signals() as stopping:
-        training.run(stopping)
+    folder = Path(folder)
+    if folder.exists() and not any(checkpoint.steps(folder)):
+        _refuse_what_is_no_run(folder)
+    accelerator = _accelerator(settings)
+    with held(folder) if accelerator.process_index == 0 else nullcontext():
+        training = _Training(loaded, settings, folder, report or (lambda event: None), accelerator)
+        with _deterministic(settings, training.device), _stop_signals() as stopping:
+            training.run(stopping)
     return training.as_run()
 
 
 class _Training:
     """Everything a run has in memory."""
 
-    def __init__(self, loaded: Loaded, settings: Settings, folder: Path, report: Report):
-        self.settings, self.folder = settings, folder
-        self.accelerator = _accelerator(settings)
+    def __init__(
+        self, loaded: Loaded, settings: Settings, folder: Path, report: Report, accelerator: Accelerator
+    ):
+        self.settings, self.folder, self.accelerator = settings, folder, accelerator
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.rank = self.accelerator.process_index
         self.report: Report = report if self.rank == 0 else lambda event: None
@@ -398,6 +380,7 @@ class _Training:
         state = self.raw_optimizer.state_dict()["state"]
         scaler = self.accelerator.scaler
         return {
+            "step": self.taken,
             "recipe": self.loaded.text,
             "recipe_sha256": hashlib.sha256(self.loaded.text.encode()).hexdigest(),
             "settings": self.settings.model_dump(mode="json", by_alias=True),
@@ -425,23 +408,28 @@ class _Training:
 
     def _restore(self, found: Checkpoint) -> None:
         state = found.state()
-        if others := [key for key, fact in self.task.facts().items() if state[key] != fact]:
+        if others := [key for key, fact in self.task.facts().items() if state.get(key) != fact]:
             raise RunError("AZ802", f"`{self.folder}` holds a run on other data",
                            why=f"their {', '.join(others)} differ",
                            help="bring the data back as they were, or name another folder with --out")  # fmt: skip
-        self.net.load_state_dict(found.tensors("model"))
-        moments: dict[int, dict[str, Any]] = {int(i): dict(own) for i, own in state["optimizer"].items()}
-        for path, tensor in found.tensors("optimizer").items():
-            index, _, name = path.partition("/")
-            moments[int(index)][name] = tensor
-        self.raw_optimizer.load_state_dict(self.raw_optimizer.state_dict() | {"state": moments})
-        if self.ema:
-            self.ema.module.load_state_dict(found.tensors("ema"))
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.best = found.tensors("best") if found.has("best") else None
-        progress = {"units": state["progress"]["images"]} | state["progress"]  # once every unit was an image
-        self.progress, self.log, self.saved = Progress(**progress), state["log"], found.step
+        with reading(found):
+            self.net.load_state_dict(found.tensors("model"))
+            moments: dict[int, dict[str, Any]] = {int(i): dict(own) for i, own in state["optimizer"].items()}
+            for path, tensor in found.tensors("optimizer").items():
+                index, _, name = path.partition("/")
+                moments[int(index)][name] = tensor
+            self.raw_optimizer.load_state_dict(self.raw_optimizer.state_dict() | {"state": moments})
+            if self.ema:
+                self.ema.module.load_state_dict(found.tensors("ema"))
+            if self.accelerator.scaler and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.best = found.tensors("best") if found.has("best") else None
+            progress = {"units": state["progress"].get("images", 0)} | state[
+                "progress"
+            ]  # once all were images
+            self.progress, self.log, self.saved = Progress(**progress), state["log"], found.step
+            if self.taken != found.step:
+                raise ValueError(f"its progress says step {self.taken}")
         before, now = state["environment"], self._environment()
         changed = [f"{key} {now[key]}, was {was}" for key, was in before.items() if now.get(key) != was]
         if changed:
@@ -542,24 +530,30 @@ class InverseSquareRoot(Scheduler):
         return [peak * math.sqrt(w / max(t, w)) for peak in self.base_values]
 
 
+def _refuse_what_is_no_run(folder: Path) -> None:
+    """A folder without checkpoints must be empty, but for hidden files.
+
+    Raises:
+        RunError: AZ802.
+    """
+    if not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise RunError(
+            "AZ802", f"`{folder}` is not empty and holds no run", help="name another folder with --out"
+        )
+
+
 def _existing(folder: Path, loaded: Loaded, settings: Settings, report: Report) -> Checkpoint | None:
     """The checkpoint to go on from; None for a new run.
 
     Raises:
-        RunError: AZ802 when the folder holds anything else, AZ805 when no checkpoint is sound.
+        RunError: AZ802 when the folder holds another run, AZ805 when no checkpoint is sound.
     """
-    found, notes = checkpoint.sound(folder)
+    found, notes = usable(folder)
     for note in notes if found else ():
         report({"event": "note", "text": note})
     if found is None:
         if notes:
             newest(folder)
-        if folder.exists() and (
-            not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())
-        ):
-            raise RunError(
-                "AZ802", f"`{folder}` is not empty and holds no run", help="name another folder with --out"
-            )
         return None
     state = found.state()
     before = Settings.model_validate(state["settings"]).decisive()

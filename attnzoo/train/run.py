@@ -1,5 +1,7 @@
 """A run that was started: its model, data, log and figures, read from its newest sound checkpoint."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -10,7 +12,7 @@ from torch import nn
 from attnzoo.data import evaluation
 from attnzoo.data.pairs import PairData, encoded
 from attnzoo.data.vocabulary import Vocabulary
-from attnzoo.errors import RunError
+from attnzoo.errors import RecipeError, RunError, ZooError
 from attnzoo.hosts.info import BackboneInfo
 from attnzoo.recipe import Loaded, build, load, resolve
 from attnzoo.recipe.schema import ImageHost, Seq2SeqHost, SequenceHost
@@ -18,6 +20,7 @@ from attnzoo.train import checkpoint
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.metrics import Evaluation, evaluate
 from attnzoo.train.settings import EXAMPLES, Kind, Settings, kind_of
+from attnzoo.train.state import fault
 from attnzoo.train.task import load_data, task_of
 
 Which = Literal["best", "last"]
@@ -45,12 +48,13 @@ class Run:
             which: `best` is the last as long as no epoch is complete.
 
         Raises:
-            RunError: AZ805, when no checkpoint is sound.
+            RunError: AZ802, when its weights do not fit; AZ805, when no checkpoint is sound.
         """
         saved = self._newest()
         model = build(self.loaded, {})
         names = {"best": ("best", "ema", "model"), "last": ("ema", "model")}[which]
-        model.load_state_dict(saved.tensors(next(name for name in names if saved.has(name))))
+        with reading(saved):
+            model.load_state_dict(saved.tensors(next((name for name in names if saved.has(name)), "model")))
         return model.eval()
 
     @property
@@ -99,7 +103,11 @@ class Run:
         if self.kind != "pairs":
             raise RunError("AZ814", f"`{self.folder}` does not translate: it was trained on {EXAMPLES[self.kind]}",
                            help="take a run whose recipe has a host of kind `seq2seq`")  # fmt: skip
-        made = [Vocabulary.of(data) for data in self._newest().state()["vocabularies"]]
+        saved = self._newest()
+        with reading(saved):
+            made = [Vocabulary.of(data) for data in saved.state()["vocabularies"]]
+            if not all(one.size for one in made):
+                raise ValueError("a vocabulary is empty")
         return made[0], made[-1]
 
     def _in_its_vocabularies(self, data: PairData) -> PairData:
@@ -145,7 +153,7 @@ class Run:
         if self.kind != "images":
             raise RunError("AZ814", f"`{self.folder}` has no classes: it was trained on {EXAMPLES[self.kind]}",
                            help="`figures` has its loss and accuracy")  # fmt: skip
-        known = self._newest().state()["classes"]
+        known = self._newest().state().get("classes") or []
         model = self.model(which)
         channels, *_ = image = tuple(model.pretrained_cfg["input_size"])  # type: ignore[union-attr, arg-type, index]
         images = self.data(data)
@@ -187,25 +195,75 @@ class Run:
         }
 
     def notes(self) -> list[str]:
-        """A line for each checkpoint that is damaged and newer than the one that is used."""
-        return checkpoint.sound(self.folder)[1]
+        """A line for each checkpoint that cannot be used and is newer than the one that is."""
+        return usable(self.folder)[1]
 
     def _newest(self) -> Checkpoint:
         return newest(self.folder)
 
 
-def newest(folder: Path) -> Checkpoint:
-    """The newest sound checkpoint.
+def usable(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that a run can go on from, and a line for each newer one that it cannot.
 
     Raises:
-        RunError: AZ801 when the folder holds none, AZ805 when none is sound.
+        RunError: AZ802, when checkpoints of another run lie beside it.
     """
-    found, notes = checkpoint.sound(folder)
+    found, notes = checkpoint.sound(folder, fault)
+    if found is None:
+        return None, notes
+    for step, other in sorted(checkpoint.steps(folder)):
+        beside = Checkpoint(other, step)
+        if (
+            beside == found
+            or fault(beside)
+            or _identity(beside) == _identity(found)
+            or checkpoint.damage(other)
+        ):
+            continue
+        raise RunError("AZ802", f"`{folder}` holds checkpoints of two runs: {other.name} and {found.folder.name}",
+                       why="their recipes or settings differ",
+                       help="move the one that is not of this run elsewhere")  # fmt: skip
+    return found, notes
+
+
+def _identity(saved: Checkpoint) -> tuple[str, dict[str, Any]]:
+    """What is the same in all checkpoints of a run."""
+    state = saved.state()
+    return state["recipe"], Settings.model_validate(state["settings"]).decisive()
+
+
+@contextmanager
+def reading(saved: Checkpoint) -> Iterator[None]:
+    """What does not fit in a checkpoint, whose bytes are as they were written, is one error.
+
+    Raises:
+        RunError: AZ802.
+    """
+    try:
+        yield
+    except ZooError:
+        raise
+    except Exception as error:  # of torch, safetensors and tokenizers: whatever they stumble over
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise RunError("AZ802", f"`{saved.folder}` is none of this run", why=reason,
+                       help="move that folder elsewhere: the one before it is used then") from None  # fmt: skip
+
+
+def newest(folder: Path) -> Checkpoint:
+    """The newest checkpoint that can be used.
+
+    Raises:
+        RunError: AZ801 when the folder holds none, AZ802 when what is there is of no run, AZ805 when all are damaged.
+    """
+    found, notes = usable(folder)
     if found:
         return found
-    if notes:
+    if notes and all(checkpoint.damage(path) for _, path in checkpoint.steps(folder)):
         raise RunError("AZ805", f"no checkpoint of `{folder}` is sound", why=notes[0].partition(";")[0],
                        help="train again into another folder with --out")  # fmt: skip
+    if notes:
+        raise RunError("AZ802", f"no checkpoint in `{folder}` is of a run", why=notes[0].rpartition(";")[0],
+                       help="bring the folder back as it was, or train again into another one with --out")  # fmt: skip
     there = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
     hint = f"`{folder.parent}` holds {', '.join(sorted(there)[:5])}" if there and not folder.exists() else ""
     raise RunError(
@@ -217,8 +275,17 @@ def open_run(folder: str | Path) -> Run:
     """A run by its folder.
 
     Raises:
-        RunError: AZ801 when it is no run, AZ805 when no checkpoint is sound.
+        RunError: AZ801 when it is no run, AZ802 when what is there is none of a run, AZ805 when no checkpoint is sound.
     """
     folder = Path(folder)
-    state = newest(folder).state()
-    return Run(folder, load(state["recipe"]), Settings.model_validate(state["settings"]))
+    saved = newest(folder)
+    state = saved.state()
+    try:
+        loaded = load(state["recipe"])
+    except RecipeError as error:
+        if not error.code.startswith("AZ1"):  # a mechanism or plugin that is not here is no fault of the run
+            raise
+        why = "; ".join(each.message for each in error.diagnostics)[:300]
+        raise RunError("AZ802", f"`{saved.folder}` holds no sound recipe", why=why,
+                       help="move that folder elsewhere: the one before it is used then") from None  # fmt: skip
+    return Run(folder, loaded, Settings.model_validate(state["settings"]))

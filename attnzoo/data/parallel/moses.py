@@ -10,6 +10,7 @@ from attnzoo.data.parallel.aligned import side_by_side
 from attnzoo.data.parallel.corpus import Corpus
 from attnzoo.data.parallel.text import LANGUAGE, decoded, language_pair, path_of, unreadable
 from attnzoo.errors import DataError, did_you_mean
+from attnzoo.files import open_file
 
 LIMIT = 2**30
 """Most bytes of both members, unpacked. A zip of kilobytes may unpack to more than there is memory."""
@@ -47,7 +48,7 @@ def read_zip(name: str, path: Path, pair: tuple[str, str] | None) -> Corpus:
             not UTF-8, AZ712 when the zip has other languages, AZ714 when it is damaged, has no pair or is too large.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path, most=LIMIT) as stored, zipfile.ZipFile(stored) as archive:
             pair, members = _members(archive, path, pair)
             if sum(member.file_size for member in members) > LIMIT:
                 raise DataError(
@@ -65,7 +66,7 @@ def read_zip(name: str, path: Path, pair: tuple[str, str] | None) -> Corpus:
         raise DataError(
             "AZ714", f"`{path}` is not a sound zip file: {error}", help="fetch it once more"
         ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise unreadable(path, error) from error
     return Corpus(name, pair, side_by_side(sides[0], sides[1], files[0], files[1]))
 

@@ -3,7 +3,6 @@
 Its archives are fetched once into the folder of the data sets, beside a note of their SHA-256.
 """
 
-import hashlib
 import http.client
 import os
 import re
@@ -18,6 +17,7 @@ from attnzoo.data.parallel.corpus import Corpus
 from attnzoo.data.parallel.moses import LIMIT, read_zip
 from attnzoo.data.parallel.text import language_pair, unreadable
 from attnzoo.errors import DataError, did_you_mean
+from attnzoo.files import read_file, sha256
 
 ADDRESS = "https://object.pouta.csc.fi/OPUS-{corpus}/{version}/moses/{pair}.txt.zip"
 BOOKS = ("Books", "v1")
@@ -67,10 +67,10 @@ def read_opus(name: str, root: Path, *, download: bool) -> Corpus:
     """
     pair, release = _release(name)
     file, record = root / release.file, root / f"{release.file}.sha256"
-    if not file.is_file():
+    if not file.exists():
         _fetch(release, name, root, download)
     found = _sha256(file)
-    recorded = record.read_text(encoding="utf-8", errors="replace").split()[:1] if record.is_file() else []
+    recorded = _recorded(record)
     if release.sha256:
         _verify(release, found, release.sha256, "published")
         note = f"the SHA-256 of {release.file} is the published one"
@@ -146,10 +146,17 @@ def _fetch(release: Release, name: str, root: Path, download: bool) -> None:
         raise DataError("AZ702", f"cannot download {release.url}: {error}", help=place) from error
 
 
+def _recorded(record: Path) -> list[str]:
+    """The SHA-256 that was recorded, if any."""
+    try:
+        return read_file(record, most=1000).decode(errors="replace").split()[:1] if record.exists() else []
+    except OSError as error:
+        raise unreadable(record, error) from error
+
+
 def _sha256(file: Path) -> str:
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(file, most=LIMIT)
     except OSError as error:
         raise unreadable(file, error) from error
 

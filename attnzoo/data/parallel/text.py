@@ -1,11 +1,13 @@
 """Files and languages: what every format of parallel text needs."""
 
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from attnzoo.errors import DataError, Place
+from attnzoo.files import read_file
 
 LANGUAGE = r"[A-Za-z]{2,3}(?:[_@][A-Za-z0-9]+)*"
 """A language as OPUS writes it: `en`, `pt_BR`, `sr@latin`."""
@@ -31,17 +33,16 @@ def content(path: Path) -> bytes:
         DataError: AZ709 when it cannot be read.
     """
     try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        return read_file(path)
+    except OSError as error:
         raise unreadable(path, error) from error
 
 
-def unreadable(path: Path, error: OSError | ValueError) -> DataError:
+def unreadable(path: Path, error: OSError) -> DataError:
     """What is said of a file that cannot be read."""
     if isinstance(error, FileNotFoundError):
         return DataError("AZ709", f"there is no file `{path}`", help="a path counts from the current folder")
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return DataError("AZ709", f"cannot read `{path}`: {reason}")
+    return DataError("AZ709", f"cannot read `{path}`: {error.strerror or error}")
 
 
 def lines_of(path: Path) -> list[str]:
@@ -50,11 +51,7 @@ def lines_of(path: Path) -> list[str]:
     Raises:
         DataError: AZ709 when it cannot be read, AZ711 when it is not UTF-8.
     """
-    try:
-        with path.open("rb") as stream:
-            return list(decoded(stream, str(path)))
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from error
+    return list(decoded(io.BytesIO(content(path)), str(path)))
 
 
 def decoded(lines: Iterable[bytes], file: str, charset: str = "UTF-8") -> Iterator[str]:
@@ -69,19 +66,19 @@ def decoded(lines: Iterable[bytes], file: str, charset: str = "UTF-8") -> Iterat
         DataError: AZ711 at the first byte that is not of the charset, or zero, as UTF-16 has them.
     """
     for number, line in enumerate(lines, start=1):
+        if (zero := line.find(b"\0")) >= 0:
+            raise _undecodable(line, zero, file, number, charset)
         try:
             text = line.decode(charset)
         except UnicodeDecodeError as error:
             raise _undecodable(line, error.start, file, number, charset) from error
-        if "\0" in text:
-            raise _undecodable(line, line.index(b"\0"), file, number, charset)
         text = text.rstrip("\r\n")
         yield text.removeprefix("\ufeff") if number == 1 else text
 
 
 def _undecodable(line: bytes, at: int, file: str, number: int, charset: str) -> DataError:
     before = line[:at].decode(charset, errors="replace")
-    shown = line.decode(charset, errors="replace").rstrip("\r\n")
+    shown = line[: at + 200].decode(charset, errors="replace").rstrip("\r\n")  # a line may be a gigabyte
     return DataError(
         "AZ711",
         f"byte {at + 1} of line {number} is 0x{line[at]:02X}: this is not {charset}",
