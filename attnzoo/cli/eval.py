@@ -67,7 +67,7 @@ def eval_(
 def _figures(run: Any, which: Any, data: str | None, beams: int, what: dict[str, str], as_json: bool) -> None:
     """What the log says of the test side, for pairs and sequences; of pairs also how good the translations are."""
     from attnzoo.cli.render import say, say_json, say_next, table
-    from attnzoo.lab.translation import evaluate_translations
+    from attnzoo.eval.translation import evaluate_translations
 
     figures = {name.removeprefix("test_"): value for name, value in run.figures(which, data).items()}
     scores = evaluate_translations(run, which, data, beams) if run.kind == "pairs" else None
@@ -94,7 +94,7 @@ def _figures(run: Any, which: Any, data: str | None, beams: int, what: dict[str,
 def _committee(runs: list[Path], which: Any, vote: Any, standardise: bool, as_json: bool) -> None:
     from attnzoo.cli.render import say, say_json, say_next, table
     from attnzoo.errors import RunError
-    from attnzoo.lab.committee import evaluate_committee
+    from attnzoo.eval.committee import evaluate_committee
     from attnzoo.train import open_run
 
     members = [open_run(run) for run in runs]

@@ -52,7 +52,7 @@ def translate(
     import torch
 
     from attnzoo.cli.render import say_json
-    from attnzoo.lab.translation import translate as translate_lines
+    from attnzoo.eval.translation import translate as translate_lines
     from attnzoo.train import open_run
 
     found = open_run(run)

@@ -16,9 +16,9 @@ from attnzoo.recipe import Loaded, build, load, resolve
 from attnzoo.recipe.schema import ImageHost, Seq2SeqHost, SequenceHost
 from attnzoo.train import checkpoint
 from attnzoo.train.checkpoint import Checkpoint
+from attnzoo.train.kinds import load_data, task_of
 from attnzoo.train.metrics import Evaluation, evaluate
 from attnzoo.train.settings import EXAMPLES, Kind, Settings, kind_of
-from attnzoo.train.task import load_data, task_of
 
 Which = Literal["best", "last"]
 """The weights of the epoch with the highest test accuracy, or of the last step."""
