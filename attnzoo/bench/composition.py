@@ -309,8 +309,9 @@ def open_image(path: str | os.PathLike, model: nn.Module) -> Tensor:
             rgb = image.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no image that can be read"
-        raise RecipeError("AZ604", f"cannot open `{os.fspath(path)}`: {reason.lower()}",
-                          help="name a PNG or JPEG file") from None  # fmt: skip
+        raise RecipeError(
+            "AZ604", f"cannot open `{os.fspath(path)}`: {reason.lower()}", help="name a PNG or JPEG file"
+        ) from None
     config = resolve_data_config({}, model=model)
     channels, rows, columns = config["input_size"]
     if channels not in (1, 3):

@@ -65,13 +65,19 @@ def compare(
         raise RunError("AZ812", f"two recipes are called {names[0]}", help="give each a `name:` of its own")
     kinds = [kind_of(loaded, settings) for _, loaded, settings in prepared]
     if len(set(kinds)) > 1:
-        raise RunError("AZ812", f"these recipes learn from different things: {', '.join(dict.fromkeys(kinds))}",
-                       help="name data that suit them all with --data")  # fmt: skip
+        raise RunError(
+            "AZ812",
+            f"these recipes learn from different things: {', '.join(dict.fromkeys(kinds))}",
+            help="name data that suit them all with --data",
+        )
     shares = None
     if budget == "flops" and kinds[0] != "images":
-        raise RunError("AZ812", f"there are no equal FLOPs for {kinds[0]}",
-                       why="their length differs, and so does the work from step to step",
-                       help="use --budget epochs, or --budget seconds --minutes M")  # fmt: skip
+        raise RunError(
+            "AZ812",
+            f"there are no equal FLOPs for {kinds[0]}",
+            why="their length differs, and so does the work from step to step",
+            help="use --budget epochs, or --budget seconds --minutes M",
+        )
     if budget == "flops":
         samples = [resolve(loaded).info.sample() for _, loaded, _ in prepared]
         counts = [
@@ -97,13 +103,19 @@ def compare(
     table(
         ["recipe", "best accuracy", "at epoch", "last accuracy", "epochs", "parameters", speed],
         [
-            [r.recipe, f"{r.best:.2%} ± {r.best_spread:.2%}", f"{r.best_epoch:.1f}",
-             f"{r.last:.2%} ± {r.last_spread:.2%}",
-             f"{r.epochs:.0f}", f"{r.params:,}", f"{r.images_per_second:,.0f}"]
+            [
+                r.recipe,
+                f"{r.best:.2%} ± {r.best_spread:.2%}",
+                f"{r.best_epoch:.1f}",
+                f"{r.last:.2%} ± {r.last_spread:.2%}",
+                f"{r.epochs:.0f}",
+                f"{r.params:,}",
+                f"{r.images_per_second:,.0f}",
+            ]
             for r in result.rows
         ],
         right=["best accuracy", "at epoch", "last accuracy", "epochs", "parameters", speed],
-    )  # fmt: skip
+    )
     for difference, text in zip(result.differences, result.sentences(), strict=True):
         say(text, style={"better": "green", "worse": "red", "noise": ""}[difference.verdict])
     say(f"page: {target}")

@@ -52,14 +52,25 @@ def eval_(
         say_json(what | result.as_dict())
         return
     low, high = result.interval
-    say(f"{run}: {100 * result.accuracy:.2f} % ({100 * low:.2f} to {100 * high:.2f} %) "
-        f"of {result.images} images, loss {result.loss:.4f}", style="bold")  # fmt: skip
+    say(
+        f"{run}: {100 * result.accuracy:.2f} % ({100 * low:.2f} to {100 * high:.2f} %) "
+        f"of {result.images} images, loss {result.loss:.4f}",
+        style="bold",
+    )
     table(
         ["class", "images", "correct", "accuracy", "loss"],
-        [[c.name, str(c.images), str(c.correct), f"{100 * c.correct / max(1, c.images):.2f} %", f"{c.loss:.4f}"]
-         for c in result.classes],
+        [
+            [
+                c.name,
+                str(c.images),
+                str(c.correct),
+                f"{100 * c.correct / max(1, c.images):.2f} %",
+                f"{c.loss:.4f}",
+            ]
+            for c in result.classes
+        ],
         right=["images", "correct", "accuracy", "loss"],
-    )  # fmt: skip
+    )
     say("95 % interval by Wilson's score; it knows of the test images only, not of other seeds", style="dim")
     say_next(f"attnzoo heatmap {run}")
 
@@ -83,8 +94,11 @@ def _figures(run: Any, which: Any, data: str | None, beams: int, what: dict[str,
     }
     say(asked[run.kind], style="dim")
     if scores:
-        table([f"{scores.sentences} translations, {beams} beams", "", "95 % interval", "signature"], scores.rows(),
-              right=[""])  # fmt: skip
+        table(
+            [f"{scores.sentences} translations, {beams} beams", "", "95 % interval", "signature"],
+            scores.rows(),
+            right=[""],
+        )
         say("intervals by resampling the test sentences; they do not know of other seeds", style="dim")
         say_next(f'attnzoo translate {run.folder} "..."', f"attnzoo heatmap {run.folder}")
     else:
@@ -99,8 +113,12 @@ def _committee(runs: list[Path], which: Any, vote: Any, standardise: bool, as_js
 
     members = [open_run(run) for run in runs]
     if other := next((run for run in members if run.kind != "images"), None):
-        raise RunError("AZ814", f"`{other.folder}` cannot vote: it was trained on {other.kind}",
-                       why="a committee decides about classes of images", help="take runs on images")  # fmt: skip
+        raise RunError(
+            "AZ814",
+            f"`{other.folder}` cannot vote: it was trained on {other.kind}",
+            why="a committee decides about classes of images",
+            help="take runs on images",
+        )
     result = evaluate_committee(members, which, vote, standardise)
     if as_json:
         say_json(result.as_dict() | {"which": which})

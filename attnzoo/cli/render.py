@@ -103,8 +103,13 @@ def progress(quiet: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
                     bar.console.print(Text(event["text"], style="dim"))
                 elif event["event"] == "step":
                     text = f"epoch {event['epoch']}"
-                    bar.update(task, description=text, completed=event["step"], total=event["steps"],
-                               figures=escape(_figures(event)))  # fmt: skip
+                    bar.update(
+                        task,
+                        description=text,
+                        completed=event["step"],
+                        total=event["steps"],
+                        figures=escape(_figures(event)),
+                    )
 
             yield draw
     else:

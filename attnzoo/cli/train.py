@@ -123,10 +123,15 @@ def _show(figures: dict[str, Any]) -> None:
     examples = EXAMPLES[kind]
     for name in ("best", "last"):
         exact = f", {100 * figures[f'{name}_exact']:.2f} % exact" if kind == "pairs" else ""
-        say(f"{name}: {100 * figures[f'{name}_accuracy']:.2f} % test accuracy{exact}, "
-            f"loss {figures[f'{name}_loss']:.4f}, epoch {figures[f'{name}_epoch']}", style="bold")  # fmt: skip
-    say(f"{spaced(figures['params'])} parameters, {duration(figures['seconds'])}, "
-        f"{figures['images_per_second']:,.0f} {examples}/s in training")  # fmt: skip
+        say(
+            f"{name}: {100 * figures[f'{name}_accuracy']:.2f} % test accuracy{exact}, "
+            f"loss {figures[f'{name}_loss']:.4f}, epoch {figures[f'{name}_epoch']}",
+            style="bold",
+        )
+    say(
+        f"{spaced(figures['params'])} parameters, {duration(figures['seconds'])}, "
+        f"{figures['images_per_second']:,.0f} {examples}/s in training"
+    )
 
 
 def _images(run: Any) -> list[str]:

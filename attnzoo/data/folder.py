@@ -112,12 +112,8 @@ def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # SyntaxError: a broken PNG
+    # SyntaxError: a broken PNG
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(
             "AZ704", f"cannot read the image `{path}`: {error}", help="mend or remove it"
         ) from error

@@ -152,9 +152,8 @@ def beam(
         room = torch.full_like(of, beams)  # places that are not taken by those that ended
         tokens = source.new_empty(len(source), 1, 0)  # (b k t)
         newest = source.new_full((len(source), 1), model.bos)
-        scores = torch.zeros(
-            len(source), 1, dtype=decoder.exact, device=source.device
-        )  # (b k); -∞ for no hypothesis
+        # (b k); -∞ for no hypothesis
+        scores = torch.zeros(len(source), 1, dtype=decoder.exact, device=source.device)
         for step in range(1, steps + 1 if len(source) else 1):
             gained = decoder.next(newest.flatten())
             vocabulary, width = gained.shape[-1], scores.shape[1]

@@ -235,8 +235,11 @@ def _on_ray(waiting: Sequence[Trial], address: str) -> Iterator[tuple[str, int]]
             address=None if address == "local" else address, include_dashboard=False, log_to_driver=False
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RunError("AZ811", f"no Ray cluster answers at `{address}`: {str(error).splitlines()[0]}",
-                       help="`ray start --head` starts one; --ray local uses this machine") from None  # fmt: skip
+        raise RunError(
+            "AZ811",
+            f"no Ray cluster answers at `{address}`: {str(error).splitlines()[0]}",
+            help="`ray start --head` starts one; --ray local uses this machine",
+        ) from None
     remote = ray.remote(num_cpus=1)(_run)
     left = [remote.remote(trial) for trial in waiting]
     try:
@@ -262,13 +265,18 @@ def weigh(runs: Sequence[tuple[Trial, Run]], budget: str) -> Comparison:
         logs[trial.recipe].append(run.log())
     rows = tuple(_row(name, list(found[name].values())) for name in names)
     differences = tuple(
-        difference(name, names[0], what, [
-            found[name][seed][f"{what}_accuracy"] - found[names[0]][seed][f"{what}_accuracy"]
-            for seed in found[name]
-        ])
+        difference(
+            name,
+            names[0],
+            what,
+            [
+                found[name][seed][f"{what}_accuracy"] - found[names[0]][seed][f"{what}_accuracy"]
+                for seed in found[name]
+            ],
+        )
         for name in names[1:]
         for what in ("best", "last")
-    )  # fmt: skip
+    )
     return Comparison(runs[0][0].settings.data, budget, rows, differences, logs)
 
 

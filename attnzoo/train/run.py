@@ -86,8 +86,12 @@ class Run:
         )
         if there != known:
             said = "{} tokens, vectors of {} numbers and {} outputs"
-            raise RunError("AZ807", f"`{data.name}` has {said.format(*there)}",
-                           why=f"the run has {said.format(*known)}", help="choose data of the same kind")  # fmt: skip
+            raise RunError(
+                "AZ807",
+                f"`{data.name}` has {said.format(*there)}",
+                why=f"the run has {said.format(*known)}",
+                help="choose data of the same kind",
+            )
         return data
 
     def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
@@ -97,8 +101,11 @@ class Run:
             RunError: AZ805, when no checkpoint is sound; AZ814, when it is no run on pairs.
         """
         if self.kind != "pairs":
-            raise RunError("AZ814", f"`{self.folder}` does not translate: it was trained on {EXAMPLES[self.kind]}",
-                           help="take a run whose recipe has a host of kind `seq2seq`")  # fmt: skip
+            raise RunError(
+                "AZ814",
+                f"`{self.folder}` does not translate: it was trained on {EXAMPLES[self.kind]}",
+                help="take a run whose recipe has a host of kind `seq2seq`",
+            )
         made = [Vocabulary.of(data) for data in self._newest().state()["vocabularies"]]
         return made[0], made[-1]
 
@@ -143,8 +150,11 @@ class Run:
                 images.
         """
         if self.kind != "images":
-            raise RunError("AZ814", f"`{self.folder}` has no classes: it was trained on {EXAMPLES[self.kind]}",
-                           help="`figures` has its loss and accuracy")  # fmt: skip
+            raise RunError(
+                "AZ814",
+                f"`{self.folder}` has no classes: it was trained on {EXAMPLES[self.kind]}",
+                help="`figures` has its loss and accuracy",
+            )
         known = self._newest().state()["classes"]
         model = self.model(which)
         channels, *_ = image = tuple(model.pretrained_cfg["input_size"])  # type: ignore[union-attr, arg-type, index]
@@ -152,9 +162,12 @@ class Run:
         if list(images.classes) != known or images.image[0] != channels:
             names = ", ".join(images.classes)[:60]
             found = f"{len(images.classes)} classes ({names}) in {images.image[0]} channels"
-            raise RunError("AZ807", f"`{images.name}` has {found}",
-                           why=f"the run has {len(known)} classes ({', '.join(known)[:60]}) in {channels} channels",
-                           help="choose data of the same kind")  # fmt: skip
+            raise RunError(
+                "AZ807",
+                f"`{images.name}` has {found}",
+                why=f"the run has {len(known)} classes ({', '.join(known)[:60]}) in {channels} channels",
+                help="choose data of the same kind",
+            )
         transform = evaluation(image, images.mean, images.std)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return evaluate(model.to(device), images.test, transform, images.classes, device=device)
@@ -204,8 +217,12 @@ def newest(folder: Path) -> Checkpoint:
     if found:
         return found
     if notes:
-        raise RunError("AZ805", f"no checkpoint of `{folder}` is sound", why=notes[0].partition(";")[0],
-                       help="train again into another folder with --out")  # fmt: skip
+        raise RunError(
+            "AZ805",
+            f"no checkpoint of `{folder}` is sound",
+            why=notes[0].partition(";")[0],
+            help="train again into another folder with --out",
+        )
     there = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
     hint = f"`{folder.parent}` holds {', '.join(sorted(there)[:5])}" if there and not folder.exists() else ""
     raise RunError(
