@@ -24,6 +24,12 @@ def compare(
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="Of each run, with --budget seconds.")
     ] = None,
+    reach: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=100, help="A test accuracy in percent: tell the epochs that each takes to it."
+        ),
+    ] = None,
     edits: Annotated[list[str], typer.Option("--set", help="Change a value in every recipe.")] = [],  # noqa: B006
     workers: Annotated[int | None, typer.Option(min=1, help="Runs side by side; as many as cores.")] = None,
     ray: Annotated[
@@ -93,7 +99,8 @@ def compare(
             say(f"{done} of {total}: {recipe}, seed {seed}")
 
     side_by_side = workers or os.cpu_count() or 1
-    result = run_all(todo, budget=cast(Any, budget), workers=side_by_side, ray=ray, report=told)
+    share = None if reach is None else reach / 100
+    result = run_all(todo, budget=cast(Any, budget), workers=side_by_side, ray=ray, reach=share, report=told)
     target = folder / "index.html"
     target.write_text(page(result, f"{', '.join(names)} on {result.data}"), encoding="utf-8")
     if as_json:
@@ -118,5 +125,7 @@ def compare(
     )
     for difference, text in zip(result.differences, result.sentences(), strict=True):
         say(text, style={"better": "green", "worse": "red", "noise": ""}[difference.verdict])
+    if text := result.speed():
+        say(text)
     say(f"page: {target}")
     say_next(f"open {target}", f"attnzoo heatmap {todo[0].folder}")

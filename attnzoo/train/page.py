@@ -60,6 +60,7 @@ def page(comparison: Comparison, title: str) -> str:
 <h2>Figures</h2>{_table(comparison, colours, EXAMPLES[kind])}
 <p class="small">Mean ± standard deviation over seeds. “Best” is the best epoch on the test side, which flatters every
 recipe; “last” is the end of training. {ACCURACY[kind]}</p>
+{f"<p>{escape(speed)}</p>" if (speed := comparison.speed()) else ""}
 {_differences(comparison)}
 {charts}
 <p class="small">Lines are means over seeds, bands run from the worst seed to the best.</p>
