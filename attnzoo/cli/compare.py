@@ -46,7 +46,7 @@ def compare(
     from attnzoo.train.compare import compare as run_all
     from attnzoo.train.compare import equal_flops, trials
     from attnzoo.train.page import page
-    from attnzoo.train.settings import EXAMPLES, kind_of, prepare
+    from attnzoo.train.settings import kind_of, prepare
 
     known = ("epochs", "flops", "seconds")
     if budget not in known:
@@ -106,7 +106,7 @@ def compare(
     if as_json:
         say_json(result.as_dict() | {"page": str(target)})
         return
-    speed = f"{EXAMPLES[kinds[0]]}/s"
+    speed = f"{kinds[0]}/s"
     table(
         ["recipe", "best accuracy", "at epoch", "last accuracy", "epochs", "parameters", speed],
         [
@@ -125,7 +125,7 @@ def compare(
     )
     for difference, text in zip(result.differences, result.sentences(), strict=True):
         say(text, style={"better": "green", "worse": "red", "noise": ""}[difference.verdict])
-    if text := result.speed():
-        say(text)
+    if (epochs_to := result.speed()) is not None:
+        say(epochs_to)
     say(f"page: {target}")
     say_next(f"open {target}", f"attnzoo heatmap {todo[0].folder}")

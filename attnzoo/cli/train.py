@@ -117,10 +117,8 @@ def carry_out(loaded: Any, settings: Any, folder: Path, as_json: bool) -> None:
 
 def _show(figures: dict[str, Any]) -> None:
     from attnzoo.cli.render import duration, say, spaced
-    from attnzoo.train.settings import EXAMPLES
 
     kind = figures["data_kind"]
-    examples = EXAMPLES[kind]
     for name in ("best", "last"):
         exact = f", {100 * figures[f'{name}_exact']:.2f} % exact" if kind == "pairs" else ""
         say(
@@ -130,7 +128,7 @@ def _show(figures: dict[str, Any]) -> None:
         )
     say(
         f"{spaced(figures['params'])} parameters, {duration(figures['seconds'])}, "
-        f"{figures['images_per_second']:,.0f} {examples}/s in training"
+        f"{figures['images_per_second']:,.0f} {kind}/s in training"
     )
 
 

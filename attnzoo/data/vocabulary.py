@@ -31,7 +31,7 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def words(self, ids: Sequence[int]) -> list[str]:
-        """A piece of text for each id, the special ones as `<s>`; for images."""
+        """A piece of text for each id, the special ones as `<s>`; to be shown."""
 
     @abstractmethod
     def as_data(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ _Info = TypeVar("_Info", bound=HostInfo)
 
 
 def with_plain_model(info: _Info, build: Callable[[], nn.Module]) -> _Info:
-    """What is info with the plain model and its size."""
+    """Host info with the plain model and its size."""
     with torch.device("meta"):
         model = build()
     return replace(info, model=model, params=sum(p.numel() for p in model.parameters()))

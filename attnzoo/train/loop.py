@@ -44,7 +44,7 @@ from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.curve import curve_svg
 from attnzoo.train.kinds import task_of
 from attnzoo.train.run import Run, newest
-from attnzoo.train.settings import EXAMPLES, Settings, kind_of
+from attnzoo.train.settings import Settings, kind_of
 from attnzoo.train.task import Inputs
 
 Report = Callable[[dict[str, Any]], None]
@@ -81,7 +81,7 @@ class Progress:
         step: Steps taken in the one that is under way.
         loss: Sum of the losses of its units so far: of images, tokens, or whatever the task counts.
         units: How many units they are.
-        images: How many examples it has info: images, pairs, sequences.
+        images: How many examples it has seen: images, pairs, sequences.
         busy: Time spent on its steps, in seconds.
         seconds: Time spent on the run, in seconds.
         since: What `seconds` was when the epoch began.
@@ -168,7 +168,7 @@ class _Training:
         self.rank = self.accelerator.process_index
         self.report: Report = report if self.rank == 0 else lambda event: None
         if settings.batch_size < self.world * settings.accumulate:
-            examples = EXAMPLES[kind_of(loaded, settings)]
+            examples = kind_of(loaded, settings)
             raise RunError(
                 "AZ806",
                 f"{settings.batch_size} {examples} cannot be shared by {self.world} processes "
@@ -355,7 +355,7 @@ class _Training:
                 "steps": total,
                 "train_loss": at.loss / at.units,
                 "images_per_second": at.images / at.busy,
-                "examples": EXAMPLES[self.task.kind],
+                "examples": self.task.kind,
                 "test_accuracy": self.log[-1]["test_accuracy"] if self.log else None,
                 "seconds": at.seconds,
                 "left": left,
@@ -489,7 +489,7 @@ class _Training:
             "AZ803",
             f"step {self.taken + 1}, in epoch {batch.epoch + 1}, is not finite",
             why=f"it begins with {culprit}",
-            help=f"{kept}, its {len(batch.indices)} {EXAMPLES[self.task.kind]} are named in {file}; "
+            help=f"{kept}, its {len(batch.indices)} {self.task.kind} are named in {file}; "
             "try a lower --lr or --set train.clip_grad=1",
         )
 

@@ -18,7 +18,7 @@ from attnzoo.train import checkpoint
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.kinds import load_data, task_of
 from attnzoo.train.metrics import Evaluation, evaluate
-from attnzoo.train.settings import EXAMPLES, Kind, Settings, kind_of
+from attnzoo.train.settings import Kind, Settings, kind_of
 
 Which = Literal["best", "last"]
 """The weights of the epoch with the highest test accuracy, or of the last step."""
@@ -103,7 +103,7 @@ class Run:
         if self.kind != "pairs":
             raise RunError(
                 "AZ814",
-                f"`{self.folder}` does not translate: it was trained on {EXAMPLES[self.kind]}",
+                f"`{self.folder}` does not translate: it was trained on {self.kind}",
                 help="take a run whose recipe has a host of kind `seq2seq`",
             )
         made = [Vocabulary.of(data) for data in self._newest().state()["vocabularies"]]
@@ -152,7 +152,7 @@ class Run:
         if self.kind != "images":
             raise RunError(
                 "AZ814",
-                f"`{self.folder}` has no classes: it was trained on {EXAMPLES[self.kind]}",
+                f"`{self.folder}` has no classes: it was trained on {self.kind}",
                 help="`figures` has its loss and accuracy",
             )
         known = self._newest().state()["classes"]
