@@ -1,7 +1,7 @@
 """What a layer's attention hands on to the next layer's: the skip between layers of Deep Head.
 
-Cruz, Fernandez Decastro and Duval, "Deep Head". In figure 2 the merged heads are handed on, added and normalised; text and code say
-other things, so every variant has a name. M is what the heads give, merged, before the output projection.
+Cruz, Fernandez Decastro and Duval, "Deep Head". In figure 2 the merged heads are handed on, added and normalised; text
+and code say other things, so every variant has a name. M is what the heads give, merged, before the output projection.
 """
 
 from collections.abc import Callable, Sequence
