@@ -245,11 +245,11 @@ class _Decoder:
 
 @contextmanager
 def _evaluating(model: Seq2Seq) -> Iterator[None]:
-    """Eval mode; afterwards every part is in the mode it was in."""
-    modes = [(part, part.training) for part in model.modules()]
+    """Eval mode; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for module, training in modes:
+            module.training = training
