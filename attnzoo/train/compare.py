@@ -76,9 +76,9 @@ class Row:
         there = [epoch for epoch in self.reached if epoch is not None]
         if not there:
             return "never"
-        spread = statistics.stdev(there) if len(there) > 1 else 0.0
+        spread = f" ± {statistics.stdev(there):.1f}" if len(there) > 1 else ""
         runs = "" if len(there) == self.seeds else f" ({len(there)} of {self.seeds} runs)"
-        return f"{statistics.fmean(there):.1f} ± {spread:.1f}{runs}"
+        return f"{statistics.fmean(there):.1f}{spread}{runs}"
 
 
 @dataclass(frozen=True)
