@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from attnzoo.errors import ZooError
-from attnzoo.lab.committee import committee, evaluate_committee
+from attnzoo.eval.committee import committee, evaluate_committee
 
 VOTES = ("probability", "logit", "majority")
 

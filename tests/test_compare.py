@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -94,6 +95,34 @@ def test_the_page_opens_from_the_disk(made):
         assert ET.fromstring(svg).tag == "svg"
     assert text.count("<svg") == 2 and text.count("<polyline") == 4
     assert f"{data['rows'][0]['best']:.2%}" in text and "noise" in text
+
+
+def test_epochs_to_an_accuracy(made):
+    """The first epoch of each run that has it; how many runs, where not all got there; asked of runs that are there."""
+    folder, data = made
+    logs = {
+        name: [[line["test_accuracy"] for line in log] for log in runs] for name, runs in data["logs"].items()
+    }
+    base = ["ham_classic", "ham_b", "--seeds", "2", "--out", str(folder), *sets(*TINY)]
+    assert data["reach"] is None and all(row["reached"] == [] for row in data["rows"])
+    asked = max(log[1] for log in logs["ham_b"])
+    found = json.loads(run(*base, "--json", "--reach", str(100 * asked)).stdout)
+    wanted = [next((i for i, value in enumerate(log, 1) if value >= asked), None) for log in logs["ham_b"]]
+    assert found["rows"][1]["reached"] == wanted and found["reach"] == pytest.approx(asked)
+    at_once = run(*base, "--reach", "0").output
+    assert "epochs to 0 % test accuracy: ham_classic 1.0 ± 0.0, ham_b 1.0 ± 0.0" in at_once
+    assert "epochs to 100 % test accuracy: ham_classic never" in run(*base, "--reach", "100").output
+    assert "epochs to 100 %" in (folder / "index.html").read_text(encoding="utf-8")
+    assert "100" in run(*base, "--reach", "101", code=2).output
+
+
+def test_epochs_are_averaged_over_the_runs_that_got_there():
+    row = Row("a", 3, 0.5, 0, 1, 0.5, 0, 10, 1.0, 9, reached=(2, None, 5))
+    assert row.epochs_to_reach() == "3.5 ± 2.1 (2 of 3 runs)"
+    assert replace(row, reached=(None, None, None)).epochs_to_reach() == "never"
+    assert replace(row, reached=(2, 4, 6)).epochs_to_reach() == "4.0 ± 2.0"
+    assert replace(row, reached=(None, 4, None)).epochs_to_reach() == "4.0 (1 of 3 runs)"
+    assert replace(row, reached=(2,), seeds=1).epochs_to_reach() == "2.0"
 
 
 def difference_of(*values: float) -> Difference:

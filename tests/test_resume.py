@@ -24,7 +24,7 @@ VARYING = ("images_per_second", "seconds")
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr("attnzoo.train.task.load_images", images)
+    monkeypatch.setattr("attnzoo.train.kinds.load_images", images)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -200,9 +200,9 @@ def test_two_hundred_damaged_bytes(tmp_path):
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
-import attnzoo.train.loop as loop, attnzoo.train.task as task
+import attnzoo.train.loop as loop, attnzoo.train.kinds as kinds
 from training import images, settings
-task.load_images = images
+kinds.load_images = images
 def report(event):
     if event.get("step") == {stop}:
         import os, signal

@@ -24,10 +24,10 @@ from attnzoo.data.vocabulary import EOS, PAD, Symbols
 from attnzoo.errors import DataError, RunError
 from attnzoo.recipe import load
 from attnzoo.train import open_run, prepare, sampler, train
+from attnzoo.train.kinds import task_of
 from attnzoo.train.pair_task import PairTask, token_losses
 from attnzoo.train.sequence_task import SequenceTask, asked, squared_errors
 from attnzoo.train.settings import FOR_DATA, Settings, data_kind, default_folder, kind_of
-from attnzoo.train.task import task_of
 
 PAIRS = """
 recipe: 1
@@ -326,7 +326,7 @@ def train_images(folder: Path, **changes) -> Path:
     from training import RECIPE, images
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnzoo.train.task.load_images", images)
+        patch.setattr("attnzoo.train.kinds.load_images", images)
         return train(RECIPE, tiny_settings(**changes), folder).folder
 
 
@@ -334,7 +334,7 @@ def test_other_data_under_the_same_name_are_refused(tmp_path, monkeypatch):
     def fixed(*names: str):
         texts = [(a + b, b + a) for a in "abcdef" for b in "abcdef"]
         monkeypatch.setattr(
-            "attnzoo.train.task.load_pairs", lambda *_, **__: pairs(*texts, symbols="".join(names))
+            "attnzoo.train.kinds.load_pairs", lambda *_, **__: pairs(*texts, symbols="".join(names))
         )
 
     fixed(*"abcdef")
@@ -480,7 +480,7 @@ def test_kinds_of_data(name, kind):
 ])  # fmt: skip
 def test_a_recipe_of_another_kind_is_refused_before_anything_is_read(tmp_path, monkeypatch, recipe, data):
     for loader in ("load_images", "load_pairs", "load_sequences"):
-        monkeypatch.setattr(f"attnzoo.train.task.{loader}", lambda *_, **__: pytest.fail("data were read"))
+        monkeypatch.setattr(f"attnzoo.train.kinds.{loader}", lambda *_, **__: pytest.fail("data were read"))
     with pytest.raises(RunError, match="AZ814") as caught:
         train(recipe, Settings.model_validate(PLAIN | {"data": data}), tmp_path / "run")
     assert "these are" in str(caught.value) and not (tmp_path / "run").exists()

@@ -14,8 +14,8 @@ from rapidfuzz.distance import Levenshtein
 from sacrebleu import BLEU, CHRF
 
 from attnzoo.errors import DataError
+from attnzoo.eval.text_metrics import score
 from attnzoo.train.metrics import wilson
-from attnzoo.train.text_metrics import score
 
 WORDS = (
     "el",

@@ -31,7 +31,7 @@ RUNNER = CliRunner()
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr("attnzoo.train.task.load_images", images)
+    monkeypatch.setattr("attnzoo.train.kinds.load_images", images)
 
 
 def built_with(monkeypatch, change) -> None:
@@ -105,8 +105,8 @@ def test_same_seed_same_bits(tmp_path):
 
 def test_another_process_with_other_hashes_finds_the_same_bits(tmp_path):
     tiny(tmp_path / "here")
-    code = (f"import torch; torch.set_num_threads(1)\nimport attnzoo.train.task as task, training\n"
-            f"task.load_images = training.images\ntraining.tiny(training.Path({str(tmp_path / 'there')!r}))")  # fmt: skip
+    code = (f"import torch; torch.set_num_threads(1)\nimport attnzoo.train.kinds as kinds, training\n"
+            f"kinds.load_images = training.images\ntraining.tiny(training.Path({str(tmp_path / 'there')!r}))")  # fmt: skip
     environment = os.environ | {
         "PYTHONHASHSEED": "77",
         "PYTHONPATH": str(Path(__file__).parent),
@@ -459,7 +459,7 @@ def test_train_eval_resume(tmp_path, monkeypatch):
 def test_eval_refuses_other_classes(tmp_path, monkeypatch):
     run = tiny(tmp_path, epochs=1)
     other = images("other")
-    monkeypatch.setattr("attnzoo.train.task.load_images",
+    monkeypatch.setattr("attnzoo.train.kinds.load_images",
                         lambda *_, **__: type(other)(**vars(other) | {"classes": ("a", "b", "c", "z")}))  # fmt: skip
     assert "AZ807" in cli("eval", str(run.folder), "--data", "other", code=2)
 

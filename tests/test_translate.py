@@ -12,8 +12,8 @@ import attnzoo
 from attnzoo.cli import translate as verb
 from attnzoo.cli.app import app
 from attnzoo.data.vocabulary import Symbols
+from attnzoo.eval.translation import translate
 from attnzoo.hosts.decode import beam
-from attnzoo.lab.translation import translate
 from attnzoo.train import open_run, prepare, train
 
 RUNNER = CliRunner()
@@ -183,7 +183,7 @@ def test_what_is_said_twice_or_not_at_all(stand, tmp_path, monkeypatch):
 
 
 def test_runs_that_do_not_translate(tmp_path, monkeypatch):
-    monkeypatch.setattr("attnzoo.train.task.load_images", images)
+    monkeypatch.setattr("attnzoo.train.kinds.load_images", images)
     tiny(tmp_path / "run", epochs=1)
     said = wrong(str(tmp_path / "run"), "a")
     assert "AZ814" in said and "does not translate" in said

@@ -7,7 +7,7 @@ from parallel_corpus import as_aligned, as_moses, as_po, as_tsv, sentences
 from typer.testing import CliRunner
 
 from attnzoo.cli.app import app
-from attnzoo.lab.translation import evaluate_translations
+from attnzoo.eval.translation import evaluate_translations
 from attnzoo.train import open_run
 
 SMALL = ["host.dim=64", "host.mlp_dim=128", "host.layers=2", "host.max_length=40", "heads=4", "host.dropout=0.0",

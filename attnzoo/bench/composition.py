@@ -32,7 +32,7 @@ class Row:
     Args:
         sites: Names of the sites; empty for a branch.
         depth: How deep the branch is nested.
-        what: The part with its options.
+        what: The component with its options.
         level: Where a fusion's branches meet: `heads` or `tokens`; empty for a mechanism.
         provider: `plugin version`.
         heads: Number of heads.

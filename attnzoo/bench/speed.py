@@ -187,10 +187,10 @@ def _peak(work: Callable[[], Any], model: nn.Module, device: torch.device) -> fl
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as info:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
-    assert info.profiler is not None and info.profiler.kineto_results is not None
-    events = [e for e in info.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         alive += event.nbytes()

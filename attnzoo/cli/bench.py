@@ -55,15 +55,21 @@ def bench(
         where = torch.device(device)
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise ZooError("AZ609", f"there is no device `{device}` here: {str(error).splitlines()[0]}",
-                       help="use --device cpu") from None  # fmt: skip
+        raise ZooError(
+            "AZ609",
+            f"there is no device `{device}` here: {str(error).splitlines()[0]}",
+            help="use --device cpu",
+        ) from None
     if threads:
         torch.set_num_threads(threads)
     candidate, baseline = _model(model), _model(against)
     sizes = [m.pretrained_cfg["input_size"] for m in (candidate, baseline)]
     if sizes[0] != sizes[1]:
-        raise ZooError("AZ610", f"`{model}` takes images of {sizes[0]}, `{against}` of {sizes[1]}",
-                       help="compare models that see the same")  # fmt: skip
+        raise ZooError(
+            "AZ610",
+            f"`{model}` takes images of {sizes[0]}, `{against}` of {sizes[1]}",
+            help="compare models that see the same",
+        )
     here = machine(where)
     figures = compare(
         candidate,
@@ -109,8 +115,10 @@ def bench(
 
 
 def _machine(here: dict[str, Any]) -> str:
-    return ("{device}, {threads} threads, torch {torch}, timm {timm}; "
-            "float32 matrix product {gemm:.0f} GFLOP/s, tanh {tanh:.2f} Gelem/s").format_map(here)  # fmt: skip
+    return (
+        "{device}, {threads} threads, torch {torch}, timm {timm}; "
+        "float32 matrix product {gemm:.0f} GFLOP/s, tanh {tanh:.2f} Gelem/s"
+    ).format_map(here)
 
 
 def _spread(values: tuple[float, float, float]) -> str:
@@ -175,8 +183,10 @@ def _decoding(threads: int, as_json: bool) -> None:
     if as_json:
         say_json(figures)
         return
-    say("greedy, {0}+{1} layers of {dim} channels, batch {batch}, {tokens} to {tokens} tokens, "
-        "vocabulary {vocabulary}; {rounds} alternating rounds".format(*figures["layers"], **figures))  # fmt: skip
+    say(
+        "greedy, {0}+{1} layers of {dim} channels, batch {batch}, {tokens} to {tokens} tokens, "
+        "vocabulary {vocabulary}; {rounds} alternating rounds".format(*figures["layers"], **figures)
+    )
     say(_machine(figures["machine"]))
     rows = []
     for name, rates in figures["tokens_per_second"].items():

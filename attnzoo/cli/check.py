@@ -35,9 +35,8 @@ def check(
 
     from attnzoo.testing import check as run_checks
 
-    set_hypothesis_home_dir(
-        Path(tempfile.gettempdir()) / "attnzoo-check"
-    )  # nothing is left where the user works
+    # nothing is left where the user works
+    set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "attnzoo-check")
 
     results = []
     for cls in classes:
@@ -107,8 +106,11 @@ def _classes(names: list[str], plugin: str | None, everything: bool) -> list[Any
             classes.append(zoo.fusions.find(name).value)
         else:
             hint = did_you_mean(name, [*zoo.mechanisms, *zoo.fusions])
-            raise RecipeError("AZ201", f"there is no mechanism or fusion called `{name}`",
-                              help=f"{hint} `attnzoo list` shows all".strip())  # fmt: skip
+            raise RecipeError(
+                "AZ201",
+                f"there is no mechanism or fusion called `{name}`",
+                help=f"{hint} `attnzoo list` shows all".strip(),
+            )
     if not classes:
         raise CheckError(
             "AZ502", "nothing to check", help="name a mechanism or a file, or say --plugin NAME or --all"

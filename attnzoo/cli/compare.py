@@ -28,6 +28,12 @@ def compare(
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="Of each run, with --budget seconds.")
     ] = None,
+    reach: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=100, help="A test accuracy in percent: tell the epochs that each takes to it."
+        ),
+    ] = None,
     edits: Annotated[list[str], typer.Option("--set", help="Change a value in every recipe.")] = [],  # noqa: B006
     workers: Annotated[int | None, typer.Option(min=1, help="Runs side by side; as many as cores.")] = None,
     ray: Annotated[
@@ -45,7 +51,7 @@ def compare(
     from attnzoo.train.compare import compare as run_all
     from attnzoo.train.compare import equal_flops, trials
     from attnzoo.train.page import page
-    from attnzoo.train.settings import EXAMPLES, kind_of, prepare
+    from attnzoo.train.settings import kind_of, prepare
 
     known = ("epochs", "flops", "seconds")
     if budget not in known:
@@ -70,13 +76,19 @@ def compare(
         raise RunError("AZ812", f"two recipes are called {names[0]}", help="give each a `name:` of its own")
     kinds = [kind_of(loaded, settings) for _, loaded, settings in prepared]
     if len(set(kinds)) > 1:
-        raise RunError("AZ812", f"these recipes learn from different things: {', '.join(dict.fromkeys(kinds))}",
-                       help="name data that suit them all with --data")  # fmt: skip
+        raise RunError(
+            "AZ812",
+            f"these recipes learn from different things: {', '.join(dict.fromkeys(kinds))}",
+            help="name data that suit them all with --data",
+        )
     shares = None
     if budget == "flops" and kinds[0] != "images":
-        raise RunError("AZ812", f"there are no equal FLOPs for {kinds[0]}",
-                       why="their length differs, and so does the work from step to step",
-                       help="use --budget epochs, or --budget seconds --minutes M")  # fmt: skip
+        raise RunError(
+            "AZ812",
+            f"there are no equal FLOPs for {kinds[0]}",
+            why="their length differs, and so does the work from step to step",
+            help="use --budget epochs, or --budget seconds --minutes M",
+        )
     if budget == "flops":
         samples = [resolve(loaded).info.sample() for _, loaded, _ in prepared]
         counts = [
@@ -92,13 +104,14 @@ def compare(
             say(f"{done} of {total}: {recipe}, seed {seed}")
 
     side_by_side = workers or os.cpu_count() or 1
-    result = run_all(todo, budget=cast(Any, budget), workers=side_by_side, ray=ray, report=told)
+    share = None if reach is None else reach / 100
+    result = run_all(todo, budget=cast(Any, budget), workers=side_by_side, ray=ray, reach=share, report=told)
     target = folder / "index.html"
     replace(target, page(result, f"{', '.join(names)} on {result.data}"))
     if as_json:
         say_json(result.as_dict() | {"page": str(target)})
         return
-    speed = f"{EXAMPLES[kinds[0]]}/s"
+    speed = f"{kinds[0]}/s"
     table(
         [
             Column("recipe"),
@@ -110,13 +123,21 @@ def compare(
             Column(speed, rank=3, right=True),
         ],
         [
-            [r.recipe, f"{r.best:.2%} ± {r.best_spread:.2%}", f"{r.best_epoch:.1f}",
-             f"{r.last:.2%} ± {r.last_spread:.2%}",
-             f"{r.epochs:.0f}", f"{r.params:,}", f"{r.images_per_second:,.0f}"]
+            [
+                r.recipe,
+                f"{r.best:.2%} ± {r.best_spread:.2%}",
+                f"{r.best_epoch:.1f}",
+                f"{r.last:.2%} ± {r.last_spread:.2%}",
+                f"{r.epochs:.0f}",
+                f"{r.params:,}",
+                f"{r.images_per_second:,.0f}",
+            ]
             for r in result.rows
         ],
     )  # fmt: skip
     for difference, text in zip(result.differences, result.sentences(), strict=True):
         say(text, style={"better": "green", "worse": "red", "noise": ""}[difference.verdict])
+    if (epochs_to := result.speed()) is not None:
+        say(epochs_to)
     say(f"page: {target}")
     say_next(f"open {target}", f"attnzoo heatmap {todo[0].folder}")

@@ -41,8 +41,11 @@ def compose(
     composition = compose_file(recipe, edits)
     if composition.image is None and (image or out or init_from):
         name = "image" if image else "out" if out else "init-from"
-        raise RecipeError("AZ611", f"--{name} belongs to backbones of timm; `{recipe}` is a model of sequences",
-                          help=f"leave it out; `attnzoo train {recipe}` trains it")  # fmt: skip
+        raise RecipeError(
+            "AZ611",
+            f"--{name} belongs to backbones of timm; `{recipe}` is a model of sequences",
+            help=f"leave it out; `attnzoo train {recipe}` trains it",
+        )
     report = describe(composition)
     if not as_json:
         _describe(report)

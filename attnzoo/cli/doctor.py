@@ -24,8 +24,12 @@ def doctor(
     from attnzoo.cli.render import Column, facts, say, say_json, say_next, seconds, table
 
     ills = _torch_pair()
-    data: dict[str, Any] = {"python": platform.python_version(), "versions": {name: _version(name) for name in CORE},
-                            "extras": {}, "ills": ills}  # fmt: skip
+    data: dict[str, Any] = {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in CORE},
+        "extras": {},
+        "ills": ills,
+    }
     for extra, names in EXTRAS.items():
         missing = [name for name in names if not _version(name)]
         data["extras"][extra] = (
@@ -103,7 +107,9 @@ def _torch_pair() -> list[str]:
         first = str(error).splitlines()[0]
         pair = "torch==2.14.1 torchvision==0.29.1"
         if "torchvision::nms" in str(error) or "torchvision" in str(error):
-            return [f"torch {_version('torch')} and torchvision {_version('torchvision')} are no pair ({first}); "
-                    f"install both together: pip install {pair}"]  # fmt: skip
+            return [
+                f"torch {_version('torch')} and torchvision {_version('torchvision')} are no pair ({first}); "
+                f"install both together: pip install {pair}"
+            ]
         return [f"timm does not import: {first}"]
     return []

@@ -108,13 +108,17 @@ def _figures(run: Any, which: Any, data: str | None, beams: int, what: dict[str,
 def _committee(runs: list[Path], which: Any, vote: Any, standardise: bool, as_json: bool) -> None:
     from attnzoo.cli.render import Column, say, say_json, say_next, table
     from attnzoo.errors import RunError
-    from attnzoo.lab.committee import evaluate_committee
+    from attnzoo.eval.committee import evaluate_committee
     from attnzoo.train import open_run
 
     members = [open_run(run) for run in runs]
     if other := next((run for run in members if run.kind != "images"), None):
-        raise RunError("AZ814", f"`{other.folder}` cannot vote: it was trained on {other.kind}",
-                       why="a committee decides about classes of images", help="take runs on images")  # fmt: skip
+        raise RunError(
+            "AZ814",
+            f"`{other.folder}` cannot vote: it was trained on {other.kind}",
+            why="a committee decides about classes of images",
+            help="take runs on images",
+        )
     result = evaluate_committee(members, which, vote, standardise)
     if as_json:
         say_json(result.as_dict() | {"which": which})

@@ -112,8 +112,11 @@ def _opened(name: str, init_from: Path | None) -> tuple[Any, Any]:
     if not _is_run(name):
         return None, load(name)
     if init_from is not None:
-        raise ZooError("AZ907", f"`{name}` is a run, which has weights of its own",
-                       help="leave --init-from out, or name the recipe")  # fmt: skip
+        raise ZooError(
+            "AZ907",
+            f"`{name}` is a run, which has weights of its own",
+            help="leave --init-from out, or name the recipe",
+        )
     run = open_run(name)
     return run, run.loaded
 
@@ -329,8 +332,11 @@ class _TextSubject:
             "runs", untrained, ("--text", texts and self.run is None, "leave it out: random ids are shown")
         )
         if targets and len(targets) != len(texts):
-            raise ZooError("AZ908", f"{len(targets)} targets were given for {len(texts)} texts",
-                           help="write one --target for each --text, or none")  # fmt: skip
+            raise ZooError(
+                "AZ908",
+                f"{len(targets)} targets were given for {len(texts)} texts",
+                help="write one --target for each --text, or none",
+            )
         if self.run is None:
             return [random_example(self.model, seed + i) for i in range(count or 1)]
         if texts and self.pairs:

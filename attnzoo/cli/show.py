@@ -30,8 +30,11 @@ def show(
             break
     else:
         everything = [*zoo.mechanisms, *zoo.fusions, *zoo.recipes]
-        raise RecipeError("AZ201", f"there is nothing called `{name}`",
-                          help=f"{did_you_mean(name, everything)} `attnzoo list` shows all".strip())  # fmt: skip
+        raise RecipeError(
+            "AZ201",
+            f"there is nothing called `{name}`",
+            help=f"{did_you_mean(name, everything)} `attnzoo list` shows all".strip(),
+        )
     if registry is zoo.recipes:
         text = read_text(entry.value, str(entry.file))
         if as_json:
@@ -105,8 +108,15 @@ def _part(entry, kind: str) -> dict[str, Any]:
         if kind == "mechanism"
         else f"attention: {{fuse: {entry.name}, of: [softmax, soft]}}"
     )
-    return {"name": entry.name, "kind": kind, "summary": card.summary, "doc": doc, "claims": claims,
-            "options": options, "example": example}  # fmt: skip
+    return {
+        "name": entry.name,
+        "kind": kind,
+        "summary": card.summary,
+        "doc": doc,
+        "claims": claims,
+        "options": options,
+        "example": example,
+    }
 
 
 def _yaml(value: Any) -> str:

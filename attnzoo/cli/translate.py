@@ -53,7 +53,7 @@ def translate(
     import torch
 
     from attnzoo.cli.render import say_json
-    from attnzoo.lab.translation import translate as translate_lines
+    from attnzoo.eval.translation import translate as translate_lines
     from attnzoo.train import open_run
 
     found = open_run(run)
@@ -121,8 +121,11 @@ def _lines(texts: Sequence[str], file: Path | None) -> list[str]:
     if texts:
         return [line for one in texts for line in decoded([os.fsencode(one)], "TEXT")]
     if sys.stdin.isatty():
-        raise ZooError("AZ612", "there is nothing to translate",
-                       help='write a text, as in `attnzoo translate RUN "A house."`, or name a --file')  # fmt: skip
+        raise ZooError(
+            "AZ612",
+            "there is nothing to translate",
+            help='write a text, as in `attnzoo translate RUN "A house."`, or name a --file',
+        )
     return list(decoded(sys.stdin.buffer, "standard input"))
 
 
@@ -152,8 +155,11 @@ def _writer(out: Path | None) -> Iterator[Callable[[str], None]]:
         with out.open("w", encoding="utf-8", newline="\n") as stream:
             yield lambda line: print(line, file=stream)
     except OSError as error:
-        raise ZooError("AZ602", f"cannot write `{out}`: {(error.strerror or str(error)).lower()}",
-                       help="name another file with --out") from None  # fmt: skip
+        raise ZooError(
+            "AZ602",
+            f"cannot write `{out}`: {(error.strerror or str(error)).lower()}",
+            help="name another file with --out",
+        ) from None
 
 
 @contextmanager

@@ -134,9 +134,8 @@ class RandomErasing(Effect):
         b, c, y, x = images.shape
         draw = chance.uniform(2 * ATTEMPTS + 3)
         area = (self.area[0] + draw[:, :ATTEMPTS] * (self.area[1] - self.area[0])) * (y * x)
-        half = (
-            (2 * draw[:, ATTEMPTS:-3] - 1) * self.log_aspect / 2
-        ).exp()  # square root of height over width
+        # square root of height over width
+        half = ((2 * draw[:, ATTEMPTS:-3] - 1) * self.log_aspect / 2).exp()
         height, width = (area.sqrt() * half).round().long(), (area.sqrt() / half).round().long()
         fits = (height < y) & (width < x)
         first = fits.long().argmax(dim=1, keepdim=True)

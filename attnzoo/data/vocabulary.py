@@ -31,7 +31,7 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def words(self, ids: Sequence[int]) -> list[str]:
-        """A piece of text for each id, the special ones as `<s>`; for images."""
+        """A piece of text for each id, the special ones as `<s>`; to be shown."""
 
     @abstractmethod
     def as_data(self) -> dict[str, Any]:
@@ -104,9 +104,12 @@ class Subwords(Vocabulary):
             made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
             made.decoder = library.decoders.ByteLevel()
             trainer = library.trainers.BpeTrainer(
-                vocab_size=size, min_frequency=min_frequency, special_tokens=list(SPECIALS), show_progress=False,
+                vocab_size=size,
+                min_frequency=min_frequency,
+                special_tokens=list(SPECIALS),
+                show_progress=False,
                 initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-            )  # fmt: skip
+            )
         else:
             made = library.Tokenizer(library.models.WordLevel(unk_token=SPECIALS[UNK]))
             made.pre_tokenizer = library.pre_tokenizers.Whitespace()

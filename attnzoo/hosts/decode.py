@@ -152,9 +152,8 @@ def beam(
         room = torch.full_like(of, beams)  # places that are not taken by those that ended
         tokens = source.new_empty(len(source), 1, 0)  # (b k t)
         newest = source.new_full((len(source), 1), model.bos)
-        scores = torch.zeros(
-            len(source), 1, dtype=decoder.exact, device=source.device
-        )  # (b k); -∞ for no hypothesis
+        # (b k); -∞ for no hypothesis
+        scores = torch.zeros(len(source), 1, dtype=decoder.exact, device=source.device)
         for step in range(1, steps + 1 if len(source) else 1):
             gained = decoder.next(newest.flatten())
             vocabulary, width = gained.shape[-1], scores.shape[1]
@@ -246,11 +245,11 @@ class _Decoder:
 
 @contextmanager
 def _evaluating(model: Seq2Seq) -> Iterator[None]:
-    """Eval mode; afterwards every part is in the mode it was in."""
-    modes = [(part, part.training) for part in model.modules()]
+    """Eval mode; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for module, training in modes:
+            module.training = training

@@ -90,7 +90,7 @@ _Info = TypeVar("_Info", bound=HostInfo)
 
 
 def with_plain_model(info: _Info, build: Callable[[], nn.Module]) -> _Info:
-    """What is info with the plain model and its size."""
+    """Host info with the plain model and its size."""
     with torch.device("meta"):
         model = build()
     return replace(info, model=model, params=sum(p.numel() for p in model.parameters()))
@@ -173,8 +173,11 @@ def on_meta(base: str, builder: str) -> Iterator[None]:
         raise
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError("AZ309", f"{builder} cannot build `{base}` with these arguments: {text}",
-                          help="look at `host.model`") from None  # fmt: skip
+        raise RecipeError(
+            "AZ309",
+            f"{builder} cannot build `{base}` with these arguments: {text}",
+            help="look at `host.model`",
+        ) from None
 
 
 def without_weights(
@@ -198,15 +201,22 @@ def without_weights(
     channels = arguments.get("in_chans", cfg.input_size[0])
     cfg = replace(
         cfg,
-        url=None, file=None, hf_hub_id=None, hf_hub_filename=None, custom_load=False, tag=None,
-        test_input_size=None, min_input_size=None, pool_size=None,
+        url=None,
+        file=None,
+        hf_hub_id=None,
+        hf_hub_filename=None,
+        custom_load=False,
+        tag=None,
+        test_input_size=None,
+        min_input_size=None,
+        pool_size=None,
         architecture=name,
         input_size=(channels, rows, columns),
         fixed_input_size=True,
         num_classes=arguments.get("num_classes", cfg.num_classes),
         mean=tuple(mean or cfg.mean),
         std=tuple(std or cfg.std),
-    )  # fmt: skip
+    )
     return {key: value for key, value in vars(cfg).items() if value is not None}
 
 

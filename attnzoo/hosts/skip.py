@@ -1,7 +1,7 @@
 """What a layer's attention hands on to the next layer's: the skip between layers of Deep Head.
 
-Cruz, Fernández de Castro and Duval, "Deep Head". Figure 2 hands on the merged heads, "added and normalised"; text and
-code say other things, so every variant has a name. M is what the heads give, merged, before the output projection.
+Cruz, Fernandez Decastro and Duval, "Deep Head". In figure 2 the merged heads are handed on, added and normalised; text
+and code say other things, so every variant has a name. M is what the heads give, merged, before the output projection.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ class Skip:
 
 @dataclass
 class SkipState:
-    """What was handed on last, in a forward that is under way. Nothing is left in it when the forward is over.
+    """What was handed on last, in a forward that is under way. Empty when the forward is over.
 
     Args:
         value: Made by the layer before; None before the first.
@@ -55,7 +55,7 @@ class SkipState:
     value: Tensor | None = field(default=None, repr=False)
 
     def clear(self) -> None:
-        """Forget what a forward that was broken off left."""
+        """Forget what an aborted forward left."""
         self.value = None
 
     def __deepcopy__(self, memo: dict) -> "SkipState":
@@ -70,7 +70,7 @@ class AddNorm(nn.Module):
     """R_l = LN(M_l + R_{l-1}); the first layer has nothing to add and no norm.
 
     Args:
-        state: Where the value is handed on.
+        state: What the layers share: the value that is handed on.
         norm: LN; None for the first layer.
         last: Whether nobody takes it up.
         raw: Whether M_l is handed on in the place of R_l.
@@ -98,7 +98,7 @@ class PairMean(Tap):
     The layer before may have r times as many heads: each of ours gets the mean of r adjacent ones.
 
     Args:
-        state: Where the value is handed on.
+        state: What the layers share: the value that is handed on.
         first: Whether there is no layer before.
         last: Whether nobody takes it up.
         mean: Whether the mean of both is taken, which keeps the rows' sums; the sum otherwise.
@@ -143,7 +143,7 @@ def install(
         norm: Builds a normalisation layer for a width.
 
     Returns:
-        What a forward must find empty.
+        The skip state, which a forward must find empty.
     """
     state, count = SkipState(), len(mechanisms)
     if skip.use == "encoder_stack":

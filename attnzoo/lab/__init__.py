@@ -1,1 +1,1 @@
-"""Looking into trained models: attention maps, rollout, heat maps, committees."""
+"""Looking into models: attention maps on images and text, rollout, heat maps."""

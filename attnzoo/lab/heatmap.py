@@ -111,8 +111,12 @@ def notes(maps: Maps, what: What = "model", layer: int | None = None) -> list[st
     reads = "the class token" if maps.class_token else "the mean of the grid tokens"
     heads = {found.branch: found.heads for found in maps.maps}
     count = ", ".join(f"{branch} {n}" for branch, n in heads.items())
-    over = {"model": "mean over layers and heads", "mechanism": "mean over heads", "heads": "each head by itself",
-            "rollout": "heads fused, branches averaged, residuals added"}[what]  # fmt: skip
+    over = {
+        "model": "mean over layers and heads",
+        "mechanism": "mean over heads",
+        "heads": "each head by itself",
+        "rollout": "heads fused, branches averaged, residuals added",
+    }[what]
     if layer is not None:
         over += f"; {'up to' if what == 'rollout' else 'only'} {maps.sites[layer]}"
     lines = [
@@ -213,8 +217,11 @@ def save_sheet(
                 written.append(path.with_name(f"{path.stem}{f'-{name}' if name else ''}.npy"))
                 np.save(written[-1], tensor.cpu().numpy())
     except OSError as error:
-        raise ZooError("AZ905", f"cannot write `{path}`: {(error.strerror or str(error)).lower()}",
-                       help="name another file with --out") from None  # fmt: skip
+        raise ZooError(
+            "AZ905",
+            f"cannot write `{path}`: {(error.strerror or str(error)).lower()}",
+            help="name another file with --out",
+        ) from None
     return written
 
 

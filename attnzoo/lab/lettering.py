@@ -8,8 +8,14 @@ from functools import cache
 from PIL import ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-OTHERS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf",
-          "Arial Unicode.ttf")  # fmt: skip
+OTHERS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "LiberationSans-Regular.ttf",
+    "Arial.ttf",
+    "arial.ttf",
+    "Arial Unicode.ttf",
+)
 """Files that Pillow looks for where the machine keeps its fonts."""
 
 _PLAIN = str.maketrans({"¿": "?", "¡": "!", "–": "-", "—": "-", "‘": "'", "ß": "ss", "ø": "o", "æ": "ae"})

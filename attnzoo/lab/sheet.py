@@ -61,9 +61,8 @@ def overlay(image: UInt8[Tensor, "c y x"], heat: Float[Tensor, "v u"], size: tup
     scaled = (heat - heat.min()) / span if span > 0 else torch.full_like(heat, 0.5)
     fine = F.interpolate(scaled[None, None].cpu().float(), size, mode="bilinear", align_corners=False)[0, 0]
     hot = Image.fromarray(colours()[(fine * 255).round().long()].numpy())
-    pale = (
-        enlarge(image, size).convert("L").point(lambda grey: 72 + 0.5 * grey)
-    )  # white is not mistaken for heat
+    # white is not mistaken for heat
+    pale = enlarge(image, size).convert("L").point(lambda grey: 72 + 0.5 * grey)
     return Image.blend(pale.convert("RGB"), hot, ALPHA)
 
 
@@ -144,8 +143,15 @@ def draw(
     return canvas
 
 
-def _panel(canvas: Image.Image, pen: ImageDraw.ImageDraw, at: tuple[int, int], image: Tensor, heat: Tensor,
-           size: tuple[int, int], unit: float) -> None:  # fmt: skip
+def _panel(
+    canvas: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    at: tuple[int, int],
+    image: Tensor,
+    heat: Tensor,
+    size: tuple[int, int],
+    unit: float,
+) -> None:
     """One map and its least and most value; an empty box where there is none."""
     (left, top), (height, width) = at, size
     if heat.isnan().any():

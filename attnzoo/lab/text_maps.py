@@ -89,8 +89,11 @@ class TextMaps:
         """
         chosen = [stack for stack in self.stacks if side in (None, stack.side)]
         if not chosen:
-            raise ZooError("AZ908", f"`--site {side}` belongs to an encoder and decoder; this model is one stack",
-                           help="leave it out, or choose a layer with --layer")  # fmt: skip
+            raise ZooError(
+                "AZ908",
+                f"`--site {side}` belongs to an encoder and decoder; this model is one stack",
+                help="leave it out, or choose a layer with --layer",
+            )
         check_layer(1 + max(i for stack in chosen for i in stack.layers), layer)
         left = tuple(
             replace(
@@ -131,8 +134,11 @@ def collect_text(model: nn.Module, *inputs: Tensor) -> TextMaps:
     elif isinstance(model, SequenceModel):
         sides = {"layers": [f"layers.{i}" for i in range(len(model.layers))]}
     else:
-        raise ZooError("AZ908", f"{type(model).__name__} is no model of sequences",
-                       help="`attnzoo.lab.maps.collect` is for images")  # fmt: skip
+        raise ZooError(
+            "AZ908",
+            f"{type(model).__name__} is no model of sequences",
+            help="`attnzoo.lab.maps.collect` is for images",
+        )
     sites = {name: model.get_submodule(module_path(name)) for names in sides.values() for name in names}
     looked = look(model, sites, inputs)
     stacks = []
@@ -168,8 +174,12 @@ class Example:
 
 
 def _pair(
-    name: str, source: Tensor, target: Sequence[int], words: tuple[Sequence[str], Sequence[str]], lines: Sequence[Line]
-) -> Example:  # fmt: skip
+    name: str,
+    source: Tensor,
+    target: Sequence[int],
+    words: tuple[Sequence[str], Sequence[str]],
+    lines: Sequence[Line],
+) -> Example:
     """A pair as the decoder is given it: all tokens of the target but the last, each asked for the next one."""
     first, second = words
     arrows = [
@@ -228,12 +238,16 @@ def _ids(text: Sequence[int] | str, vocabulary: Vocabulary, side: str, model: Se
         raise ZooError("AZ908", f"the {side} `{text}` is empty", help="write at least one word")
     if UNK in ids and isinstance(vocabulary, Symbols):  # in running text an unknown word is nothing unusual
         strange = next(word for word in text.split() if word not in vocabulary.symbols)
-        raise ZooError("AZ908", f"`{strange}` is no symbol of the {side}s",
-                       why=f"they are made of {' '.join(vocabulary.symbols[:40])}",
-                       help="write symbols with spaces between")  # fmt: skip
+        raise ZooError(
+            "AZ908",
+            f"`{strange}` is no symbol of the {side}s",
+            why=f"they are made of {' '.join(vocabulary.symbols[:40])}",
+            help="write symbols with spaces between",
+        )
     if len(ids) > most:
-        raise ZooError("AZ908", f"the {side} has {len(ids)} tokens; the model reads {most}",
-                       help="choose a shorter one")  # fmt: skip
+        raise ZooError(
+            "AZ908", f"the {side} has {len(ids)} tokens; the model reads {most}", help="choose a shorter one"
+        )
     return ids
 
 
@@ -277,8 +291,11 @@ def sequence_example(model: SequenceModel, data: SequenceData, chosen: int | str
 
 def _typed(model: SequenceModel, data: SequenceData, text: str) -> Tensor:
     if not data.vocab:
-        raise ZooError("AZ908", f"`{data.name}` has vectors, which cannot be typed",
-                       help="leave --text out: a sequence of the test side is drawn")  # fmt: skip
+        raise ZooError(
+            "AZ908",
+            f"`{data.name}` has vectors, which cannot be typed",
+            help="leave --text out: a sequence of the test side is drawn",
+        )
     known = {word: i for i, word in enumerate(data.words or map(str, range(data.vocab)))}
     tokens = text.split()
     strange = [word for word in tokens if word not in known]
@@ -286,11 +303,18 @@ def _typed(model: SequenceModel, data: SequenceData, text: str) -> Tensor:
         said = (
             f"`{strange[0]}` is no token of `{data.name}`" if strange else f"the sequence `{text}` is empty"
         )
-        raise ZooError("AZ908", said, why=f"its tokens are {' '.join(list(known)[:40])}",
-                       help="tokens stand between spaces")  # fmt: skip
+        raise ZooError(
+            "AZ908",
+            said,
+            why=f"its tokens are {' '.join(list(known)[:40])}",
+            help="tokens stand between spaces",
+        )
     if len(tokens) > model.max_length:
-        raise ZooError("AZ908", f"the sequence has {len(tokens)} tokens; the model reads {model.max_length}",
-                       help="choose a shorter one")  # fmt: skip
+        raise ZooError(
+            "AZ908",
+            f"the sequence has {len(tokens)} tokens; the model reads {model.max_length}",
+            help="choose a shorter one",
+        )
     return torch.tensor([[known[word] for word in tokens]])
 
 

@@ -163,8 +163,10 @@ def _counted(count: int, word: str) -> str:
 
 def text_notes(maps: TextMaps, blocks: Sequence[Block], what: TextWhat = "heads") -> list[str]:
     """What must be said about the maps: how to read them, what is implied, what is missing."""
-    lines = ["A row is a token that looks, a column one that is looked at. Below a map stands its most, which has the"
-             " brightest colour; the darkest is 0, or the least where that is below."]  # fmt: skip
+    lines = [
+        "A row is a token that looks, a column one that is looked at. Below a map stands its most, which has the"
+        " brightest colour; the darkest is 0, or the least where that is below."
+    ]
     if any(block.causal for block in blocks):
         lines.append(
             "Grey: tokens to come. The first token sees itself alone, so it does not count for the most."

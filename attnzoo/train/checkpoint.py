@@ -28,9 +28,14 @@ MOST_STATE = 2**28
 """Bytes of a state; vocabularies and the log of a long run are far below."""
 _STEP = re.compile(r"step_(\d{8,})")
 _STALE = re.compile(r"\.tmp-[0-9a-f]{32}")
-_REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file is too large",
-            errno.EROFS: "the place is read-only", errno.EACCES: "the place may not be written to",
-            errno.EPERM: "the place may not be written to"}  # fmt: skip
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "a file is too large",
+    errno.EROFS: "the place is read-only",
+    errno.EACCES: "the place may not be written to",
+    errno.EPERM: "the place may not be written to",
+}
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,12 @@ def unwritable(path: Path, error: OSError) -> RunError:
         error: What the system said.
     """
     reason = _REASONS.get(error.errno or 0, (error.strerror or str(error)).lower())
-    return RunError("AZ804", f"cannot write `{path}`: {reason}", why="what was written before it is as it was",
-                    help=f"mend that, then `attnzoo resume {path.parent}`")  # fmt: skip
+    return RunError(
+        "AZ804",
+        f"cannot write `{path}`: {reason}",
+        why="what was written before it is as it was",
+        help=f"mend that, then `attnzoo resume {path.parent}`",
+    )
 
 
 def sound(

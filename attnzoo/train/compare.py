@@ -54,6 +54,8 @@ class Row:
         params: Parameters.
         images_per_second: Training throughput, mean over runs; side by side with other runs.
         epochs: Passes over the data, mean over runs.
+        reached: Of each run, in the order of the seeds, the first epoch with the accuracy `Comparison.reach`; None for
+            a run that never had it. Empty when none was asked for.
     """
 
     recipe: str
@@ -66,6 +68,16 @@ class Row:
     params: int
     images_per_second: float
     epochs: float
+    reached: tuple[int | None, ...] = ()
+
+    def epochs_to_reach(self) -> str:
+        """Mean and sample standard deviation of the epochs in `reached`; how many runs, where not all got there."""
+        there = [epoch for epoch in self.reached if epoch is not None]
+        if not there:
+            return "never"
+        spread = f" ± {statistics.stdev(there):.1f}" if len(there) > 1 else ""
+        runs = "" if len(there) == self.seeds else f" ({len(there)} of {self.seeds} runs)"
+        return f"{statistics.fmean(there):.1f}{spread}{runs}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,7 @@ class Comparison:
         rows: A row per recipe, in the order that was asked for.
         differences: Against the first recipe.
         logs: Per recipe the epoch logs of its runs, in the order of the seeds.
+        reach: A test accuracy, a share of 1, whose first epoch is told; None when none was asked for.
     """
 
     data: str
@@ -110,6 +123,7 @@ class Comparison:
     rows: tuple[Row, ...]
     differences: tuple[Difference, ...]
     logs: dict[str, list[list[dict[str, Any]]]]
+    reach: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As data, for `--json`."""
@@ -128,6 +142,13 @@ class Comparison:
             }[d.verdict]
             out.append(f"{judged}: {by} ({interval})")
         return out
+
+    def speed(self) -> str | None:
+        """How many epochs each recipe took to `reach`, in words; None when that was not asked for."""
+        if self.reach is None:
+            return None
+        each = ", ".join(f"{row.recipe} {row.epochs_to_reach()}" for row in self.rows)
+        return f"epochs to {100 * self.reach:g} % test accuracy: {each}"
 
 
 def trials(
@@ -177,6 +198,7 @@ def compare(
     budget: Budget = "epochs",
     workers: int = 1,
     ray: str | None = None,
+    reach: float | None = None,
     report: Callable[[str, int, int, int], None] | None = None,
 ) -> Comparison:
     """Run what has not run yet, and weigh the outcome. Finished runs are read, interrupted ones go on.
@@ -186,6 +208,7 @@ def compare(
         budget: For the record; the settings hold it.
         workers: Processes side by side, one thread each.
         ray: Address of a Ray cluster (`local` for this machine) that runs them instead.
+        reach: A test accuracy, a share of 1: in which epoch does each run first have it?
         report: Told recipe, seed, number of runs done and of all runs.
 
     Raises:
@@ -205,7 +228,7 @@ def compare(
         done += 1
         if report:
             report(recipe, seed, done, len(all_trials))
-    return weigh([(trial, open_run(trial.folder)) for trial in all_trials], budget)
+    return weigh([(trial, open_run(trial.folder)) for trial in all_trials], budget, reach)
 
 
 def _finished(trial: Trial) -> bool:
@@ -229,8 +252,11 @@ def _on_ray(waiting: Sequence[Trial], address: str) -> Iterator[tuple[str, int]]
             address=None if address == "local" else address, include_dashboard=False, log_to_driver=False
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RunError("AZ811", f"no Ray cluster answers at `{address}`: {str(error).splitlines()[0]}",
-                       help="`ray start --head` starts one; --ray local uses this machine") from None  # fmt: skip
+        raise RunError(
+            "AZ811",
+            f"no Ray cluster answers at `{address}`: {str(error).splitlines()[0]}",
+            help="`ray start --head` starts one; --ray local uses this machine",
+        ) from None
     remote = ray.remote(num_cpus=1)(_run)
     left = [remote.remote(trial) for trial in waiting]
     try:
@@ -241,12 +267,13 @@ def _on_ray(waiting: Sequence[Trial], address: str) -> Iterator[tuple[str, int]]
         ray.shutdown()
 
 
-def weigh(runs: Sequence[tuple[Trial, Run]], budget: str) -> Comparison:
+def weigh(runs: Sequence[tuple[Trial, Run]], budget: str, reach: float | None = None) -> Comparison:
     """Rows and differences of finished runs.
 
     Args:
         runs: Trials and their runs.
         budget: What was the same for all.
+        reach: A test accuracy whose first epoch is told, a share of 1.
     """
     names = list(dict.fromkeys(trial.recipe for trial, _ in runs))
     found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
@@ -254,19 +281,30 @@ def weigh(runs: Sequence[tuple[Trial, Run]], budget: str) -> Comparison:
     for trial, run in runs:
         found[trial.recipe][trial.seed] = run.summary()
         logs[trial.recipe].append(run.log())
-    rows = tuple(_row(name, list(found[name].values())) for name in names)
+    first = {name: () if reach is None else tuple(_first(log, reach) for log in logs[name]) for name in names}
+    rows = tuple(_row(name, list(found[name].values()), first[name]) for name in names)
     differences = tuple(
-        difference(name, names[0], what, [
-            found[name][seed][f"{what}_accuracy"] - found[names[0]][seed][f"{what}_accuracy"]
-            for seed in found[name]
-        ])
+        difference(
+            name,
+            names[0],
+            what,
+            [
+                found[name][seed][f"{what}_accuracy"] - found[names[0]][seed][f"{what}_accuracy"]
+                for seed in found[name]
+            ],
+        )
         for name in names[1:]
         for what in ("best", "last")
-    )  # fmt: skip
-    return Comparison(runs[0][0].settings.data, budget, rows, differences, logs)
+    )
+    return Comparison(runs[0][0].settings.data, budget, rows, differences, logs, reach)
 
 
-def _row(name: str, summaries: Sequence[dict[str, Any]]) -> Row:
+def _first(log: Sequence[dict[str, Any]], accuracy: float) -> int | None:
+    """The first epoch of a run with at least this test accuracy, but for the rounding of percents."""
+    return next((row["epoch"] for row in log if row["test_accuracy"] > accuracy - 1e-9), None)
+
+
+def _row(name: str, summaries: Sequence[dict[str, Any]], reached: tuple[int | None, ...]) -> Row:
     def mean(key: str) -> float:
         return statistics.fmean(summary[key] for summary in summaries)
 
@@ -284,6 +322,7 @@ def _row(name: str, summaries: Sequence[dict[str, Any]]) -> Row:
         params=summaries[0]["params"],
         images_per_second=mean("images_per_second"),
         epochs=mean("last_epoch"),
+        reached=reached,
     )
 
 

@@ -16,7 +16,7 @@ TICKS = 4
 
 
 def curve_svg(log: Sequence[dict[str, Any]], title: str) -> str:
-    """The image as text.
+    """The chart as SVG.
 
     Args:
         log: Rows of `Run.log()`, at least one.
@@ -70,7 +70,7 @@ def _panel(log: Sequence[dict[str, Any]], name: str, columns: Sequence[str], off
 
 
 def curve_png(log: Sequence[dict[str, Any]], title: str, file: Path) -> bool:
-    """Write the image.
+    """Write the chart as an image.
 
     Args:
         log: Rows of `Run.log()`, at least one.

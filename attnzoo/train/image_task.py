@@ -63,8 +63,15 @@ class ImageTask(Task):
         self, model: nn.Module, *, device: torch.device | str = "cpu", rank: int = 0, world: int = 1
     ) -> Tensor:
         """Images, hits and summed loss of each class, (classes 3)."""
-        return tally(model, self.data.test, self.evaluation, len(self.data.classes),
-                     device=device, rank=rank, world=world)  # fmt: skip
+        return tally(
+            model,
+            self.data.test,
+            self.evaluation,
+            len(self.data.classes),
+            device=device,
+            rank=rank,
+            world=world,
+        )
 
     def figures(self, tally: Tensor) -> dict[str, float]:
         """Mean cross-entropy, in nats, and accuracy."""

@@ -149,9 +149,13 @@ class _Training:
         self.rank = self.accelerator.process_index
         self.report: Report = report if self.rank == 0 else lambda event: None
         if settings.batch_size < self.world * settings.accumulate:
-            examples = EXAMPLES[kind_of(loaded, settings)]
-            raise RunError("AZ806", f"{settings.batch_size} {examples} cannot be shared by {self.world} processes "
-                           f"with {settings.accumulate} microbatches each", help="use larger batches")  # fmt: skip
+            examples = kind_of(loaded, settings)
+            raise RunError(
+                "AZ806",
+                f"{settings.batch_size} {examples} cannot be shared by {self.world} processes "
+                f"with {settings.accumulate} microbatches each",
+                help="use larger batches",
+            )
         self.task = task_of(loaded, settings)
         self.loaded, self.steps = self.task.loaded, self.task.steps
         found = _existing(folder, self.loaded, settings, self.report)
@@ -170,20 +174,25 @@ class _Training:
         self.ema = ModelEmaV3(self.net, decay=settings.ema).to(self.device) if settings.ema else None
         options: Any = {"betas": tuple(chosen.betas)} if chosen.betas else {}
         options |= {"eps": chosen.eps} if chosen.eps else {}
-        names = [
-            name for name in map(str, list_optimizers()) if not name.startswith("kron")
-        ]  # its state is nested
+        # its state is nested
+        names = [name for name in map(str, list_optimizers()) if not name.startswith("kron")]
         if chosen.use not in names:
-            raise RunError("AZ806", f"timm has no optimiser called `{chosen.use}`",
-                           help=did_you_mean(chosen.use, names) or "adamw is one")  # fmt: skip
+            raise RunError(
+                "AZ806",
+                f"timm has no optimiser called `{chosen.use}`",
+                help=did_you_mean(chosen.use, names) or "adamw is one",
+            )
         try:
             self.raw_optimizer = create_optimizer_v2(
                 self.net, chosen.use, lr=chosen.lr, weight_decay=chosen.weight_decay, **options
             )
         except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
             reason = str(error).splitlines()[0]
-            raise RunError("AZ806", f"timm cannot make the optimiser `{chosen.use}`: {reason}",
-                           help="look at `train.optimizer`") from None  # fmt: skip
+            raise RunError(
+                "AZ806",
+                f"timm cannot make the optimiser `{chosen.use}`: {reason}",
+                help="look at `train.optimizer`",
+            ) from None
         self.scheduler = _scheduler(self.raw_optimizer, settings, self.steps)
         self.model, self.optimizer = self.accelerator.prepare(self.net, self.raw_optimizer)
 
@@ -319,11 +328,20 @@ class _Training:
         left = (total - self.taken) * at.seconds / self.taken
         if self.settings.minutes is not None:
             left = min(left, max(0.0, 60 * self.settings.minutes - at.seconds))
-        self.report({"event": "step", "epoch": at.epoch + 1, "step": self.taken, "steps": total,
-                     "train_loss": at.loss / at.units, "images_per_second": at.images / at.busy,
-                     "examples": EXAMPLES[self.task.kind],
-                     "test_accuracy": self.log[-1]["test_accuracy"] if self.log else None,
-                     "seconds": at.seconds, "left": left})  # fmt: skip
+        self.report(
+            {
+                "event": "step",
+                "epoch": at.epoch + 1,
+                "step": self.taken,
+                "steps": total,
+                "train_loss": at.loss / at.units,
+                "images_per_second": at.images / at.busy,
+                "examples": self.task.kind,
+                "test_accuracy": self.log[-1]["test_accuracy"] if self.log else None,
+                "seconds": at.seconds,
+                "left": left,
+            }
+        )
 
     def _close_epoch(self) -> None:
         """Evaluate, and write the row of an epoch, or of what time allowed of it."""
@@ -455,7 +473,7 @@ class _Training:
             "AZ803",
             f"step {self.taken + 1}, in epoch {batch.epoch + 1}, is not finite",
             why=f"it begins with {culprit}",
-            help=f"{kept}, its {len(batch.indices)} {EXAMPLES[self.task.kind]} are named in {file}; "
+            help=f"{kept}, its {len(batch.indices)} {self.task.kind} are named in {file}; "
             "try a lower --lr or --set train.clip_grad=1",
         )
 
@@ -468,8 +486,10 @@ class _Training:
             if not all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor)):
                 found.append(f"the output of `{name or type(self.net).__name__}`")
 
-        hooks = [module.register_forward_hook(lambda module, inputs, output, name=name: look(name, output))
-                 for name, module in self.net.named_modules()]  # fmt: skip
+        hooks = [
+            module.register_forward_hook(lambda module, inputs, output, name=name: look(name, output))
+            for name, module in self.net.named_modules()
+        ]
         with torch.no_grad():
             for number in range(len(batch.microbatches)):
                 self._losses(self.net, batch, number)
@@ -486,8 +506,12 @@ def _accelerator(settings: Settings) -> Accelerator:
     precision = "no" if settings.precision == "fp32" else settings.precision
     accelerator = Accelerator(mixed_precision=precision, cpu=settings.device == "cpu")
     if precision == "fp16" and accelerator.scaler is None:
-        raise RunError("AZ806", f"there is no fp16 on the {accelerator.device.type}", why="small gradients would be 0",
-                       help="use --set train.precision=bf16 or fp32")  # fmt: skip
+        raise RunError(
+            "AZ806",
+            f"there is no fp16 on the {accelerator.device.type}",
+            why="small gradients would be 0",
+            help="use --set train.precision=bf16 or fp32",
+        )
     return accelerator
 
 
@@ -557,13 +581,20 @@ def _existing(folder: Path, loaded: Loaded, settings: Settings, report: Report) 
         return None
     state = found.state()
     before = Settings.model_validate(state["settings"]).decisive()
-    differing = [f"`{key}` is {before[key]} there and {now} here" for key, now in settings.decisive().items()
-                 if before[key] != now]  # fmt: skip
+    differing = [
+        f"`{key}` is {before[key]} there and {now} here"
+        for key, now in settings.decisive().items()
+        if before[key] != now
+    ]
     if state["recipe"] != loaded.text and not differing:
         differing = ["the recipe is another"]
     if differing:
-        raise RunError("AZ802", f"`{folder}` holds a run with other settings", why="; ".join(differing)[:400],
-                       help=f"name another folder with --out, or go on with it: attnzoo resume {folder}")  # fmt: skip
+        raise RunError(
+            "AZ802",
+            f"`{folder}` holds a run with other settings",
+            why="; ".join(differing)[:400],
+            help=f"name another folder with --out, or go on with it: attnzoo resume {folder}",
+        )
     return found
 
 

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from attnzoo.train.compare import Comparison
-from attnzoo.train.settings import EXAMPLES, Kind, data_kind
+from attnzoo.train.settings import Kind, data_kind
 
 COLOURS = ("#555555", "#1d4ed8", "#c2410c", "#047857", "#7c3aed", "#b91c1c", "#0e7490", "#a16207")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 320, 56, 16, 16, 40
@@ -55,11 +55,12 @@ def page(comparison: Comparison, title: str) -> str:
 <title>{escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
 <p>{len(comparison.rows)} recipes × {seeds} seeds on {escape(comparison.data)}; the same
-{escape(comparison.budget)} for all, and for each seed the same order of {EXAMPLES[kind]}.</p>
+{escape(comparison.budget)} for all, and for each seed the same order of {kind}.</p>
 <h2>Who is better, and is it noise?</h2><ul>{verdicts or "<li>one recipe alone</li>"}</ul>
-<h2>Figures</h2>{_table(comparison, colours, EXAMPLES[kind])}
+<h2>Figures</h2>{_table(comparison, colours, kind)}
 <p class="small">Mean ± standard deviation over seeds. “Best” is the best epoch on the test side, which flatters every
 recipe; “last” is the end of training. {ACCURACY[kind]}</p>
+{f"<p>{escape(speed)}</p>" if (speed := comparison.speed()) else ""}
 {_differences(comparison)}
 {charts}
 <p class="small">Lines are means over seeds, bands run from the worst seed to the best.</p>

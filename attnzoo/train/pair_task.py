@@ -52,9 +52,12 @@ class PairTask(Task):
         """The recipe with the sizes of the vocabularies, and the length of strings that are longer than it says."""
         data, host = self.data, cast(Seq2SeqHost, loaded.recipe.host)
         if host.tie == "all" and len(self.vocabularies()) == 2:
-            raise RunError("AZ814", f"`{loaded.name}` ties the embeddings of both sides, which need one vocabulary",
-                           why=f"`{data.name}` has one for each side",
-                           help="use --set train.tokens.shared=true or --set host.tie=target")  # fmt: skip
+            raise RunError(
+                "AZ814",
+                f"`{loaded.name}` ties the embeddings of both sides, which need one vocabulary",
+                why=f"`{data.name}` has one for each side",
+                help="use --set train.tokens.shared=true or --set host.tie=target",
+            )
         longest = max(int(side.lengths.max()) for side in (data.train, data.test) if len(side))
         said, sizes = host.model_dump(), {"source": data.source.size, "target": data.target.size}
         wanted = {

@@ -18,6 +18,7 @@ from attnzoo.recipe import Loaded, build, load, resolve
 from attnzoo.recipe.schema import ImageHost, Seq2SeqHost, SequenceHost
 from attnzoo.train import checkpoint
 from attnzoo.train.checkpoint import Checkpoint
+from attnzoo.train.kinds import load_data, task_of
 from attnzoo.train.metrics import Evaluation, evaluate
 from attnzoo.train.settings import EXAMPLES, Kind, Settings, kind_of
 from attnzoo.train.state import fault
@@ -90,8 +91,12 @@ class Run:
         )
         if there != known:
             said = "{} tokens, vectors of {} numbers and {} outputs"
-            raise RunError("AZ807", f"`{data.name}` has {said.format(*there)}",
-                           why=f"the run has {said.format(*known)}", help="choose data of the same kind")  # fmt: skip
+            raise RunError(
+                "AZ807",
+                f"`{data.name}` has {said.format(*there)}",
+                why=f"the run has {said.format(*known)}",
+                help="choose data of the same kind",
+            )
         return data
 
     def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
@@ -160,9 +165,12 @@ class Run:
         if list(images.classes) != known or images.image[0] != channels:
             names = ", ".join(images.classes)[:60]
             found = f"{len(images.classes)} classes ({names}) in {images.image[0]} channels"
-            raise RunError("AZ807", f"`{images.name}` has {found}",
-                           why=f"the run has {len(known)} classes ({', '.join(known)[:60]}) in {channels} channels",
-                           help="choose data of the same kind")  # fmt: skip
+            raise RunError(
+                "AZ807",
+                f"`{images.name}` has {found}",
+                why=f"the run has {len(known)} classes ({', '.join(known)[:60]}) in {channels} channels",
+                help="choose data of the same kind",
+            )
         transform = evaluation(image, images.mean, images.std)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return evaluate(model.to(device), images.test, transform, images.classes, device=device)

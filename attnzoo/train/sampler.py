@@ -35,28 +35,28 @@ def reseed(*numbers: int) -> None:
     torch.manual_seed(seed)
 
 
-def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Steps in which every example is info once; one of them may see fewer than the others."""
-    return -(-images // batch_size)
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """Steps in which every example is seen once; one of them may see fewer than the others."""
+    return -(-examples // batch_size)
 
 
 @lru_cache(maxsize=2)
-def order(images: int, seed: int, epoch: int) -> Tensor:
-    """The order of the examples in an epoch, (images,)."""
-    return torch.randperm(images, generator=torch.Generator().manual_seed(derive(seed, epoch)))
+def order(examples: int, seed: int, epoch: int) -> Tensor:
+    """The order of the examples in an epoch, (examples,)."""
+    return torch.randperm(examples, generator=torch.Generator().manual_seed(derive(seed, epoch)))
 
 
-def batch(images: int, batch_size: int, *, seed: int, epoch: int, step: int) -> Tensor:
+def batch(examples: int, batch_size: int, *, seed: int, epoch: int, step: int) -> Tensor:
     """The examples of a step, over all processes, (b,).
 
     Args:
-        images: How many there are.
+        examples: How many there are.
         batch_size: How many a step sees.
         seed: Of the run.
         epoch: From 0.
         step: Within the epoch, from 0.
     """
-    return order(images, seed, epoch)[step * batch_size : (step + 1) * batch_size]
+    return order(examples, seed, epoch)[step * batch_size : (step + 1) * batch_size]
 
 
 def bucketed(lengths: Tensor, batch_size: int, *, seed: int, epoch: int) -> tuple[Tensor, ...]:

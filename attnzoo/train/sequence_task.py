@@ -35,8 +35,11 @@ class SequenceTask(Task):
     def __init__(self, loaded: Loaded, settings: Settings, data: SequenceData):
         super().__init__(loaded, settings, data)
         if data.regression and settings.label_smoothing:
-            raise RunError("AZ806", f"`{data.name}` asks for numbers; there are no labels to smooth",
-                           help="use --set train.label_smoothing=0")  # fmt: skip
+            raise RunError(
+                "AZ806",
+                f"`{data.name}` asks for numbers; there are no labels to smooth",
+                help="use --set train.label_smoothing=0",
+            )
         chunks = torch.arange(len(data.train)).split(CHUNK)
         self.asked = torch.cat([asked(data.train.batch(chunk)[1]).flatten(1).sum(dim=1) for chunk in chunks])
 
@@ -52,9 +55,12 @@ class SequenceTask(Task):
         """
         data, host = self.data, cast(SequenceHost, loaded.recipe.host)
         if data.causal and not host.causal:
-            raise RunError("AZ814", f"`{loaded.name}` would see the answers of `{data.name}`",
-                           why="they stand further on in the sequence, and its host is not causal",
-                           help="use --set host.causal=true")  # fmt: skip
+            raise RunError(
+                "AZ814",
+                f"`{loaded.name}` would see the answers of `{data.name}`",
+                why="they stand further on in the sequence, and its host is not causal",
+                help="use --set host.causal=true",
+            )
         length = max(host.max_length, data.length) if "max_length" in host.model_fields_set else data.length
         wanted = {
             "vocab": data.vocab or 0,

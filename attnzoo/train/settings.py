@@ -50,7 +50,7 @@ the colon."""
 
 
 Kind = Literal["images", "pairs", "sequences"]
-"""What a run is trained on."""
+"""What a run is trained on, and what a step sees."""
 HOSTS: dict[str, Kind] = {"vit": "images", "cct": "images", "seq2seq": "pairs", "sequence": "sequences"}
 """Kind of host to the kind of data that it is for."""
 NAMES: dict[Kind, tuple[str, ...]] = {"images": DATASETS, "pairs": PAIRS, "sequences": tuple(SEQUENCES)}
@@ -58,8 +58,6 @@ NAMES: dict[Kind, tuple[str, ...]] = {"images": DATASETS, "pairs": PAIRS, "seque
 FILES = ("folder", "moses", "tsv", "aligned", "gettext")
 """Data sets whose names go on with a path."""
 SIDES = ("encoder", "decoder")
-EXAMPLES: dict[Kind, str] = {"images": "images", "pairs": "pairs", "sequences": "sequences"}
-"""What a step sees, in words."""
 
 
 class Settings(Train):

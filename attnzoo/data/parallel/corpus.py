@@ -80,9 +80,8 @@ def cleaned(corpus: Corpus) -> tuple[list[Line], list[str]]:
     """
     lines = [Line(clean(line.source), clean(line.target), line.place) for line in corpus.lines]
     full = [line for line in lines if line.source and line.target]
-    unique = list({(line.source, line.target): line for line in reversed(full)}.values())[
-        ::-1
-    ]  # the first stays
+    # the first stays
+    unique = list({(line.source, line.target): line for line in reversed(full)}.values())[::-1]
     notes = []
     if empty := len(lines) - len(full):
         first = next(line.place for line in lines if not (line.source and line.target))

@@ -1,7 +1,7 @@
 """Task switching (IARC): a stream of symbols whose rule changes at control tokens; what comes next?
 
 Gros, "Small transformer architectures for task switching", arXiv:2508.04461. The paper's text gives I; A, R and C are
-our readings of its names.
+our interpretation of its names.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def load_switching(name: str, seed: int) -> SequenceData:
     check_size(name, max(o.train, o.test), o.length)
     train, test = (_side(seed, side, count, o) for side, count in ((TRAIN, o.train), (TEST, o.test)))
     words = (*map(str, range(o.symbols)), *RULES)
-    notes = ("the rules A, R and C are our readings; the paper's text gives only I",)
+    notes = ("the rules A, R and C are our interpretation; the paper's text gives only I",)
     tokens = o.symbols + len(RULES)
     return SequenceData(
         name, tokens, None, tokens, False, o.length, train, test, notes, words=words, kinds=RULES, causal=True

@@ -10,9 +10,9 @@ from torch import nn
 from attnzoo.data.pairs import padded
 from attnzoo.data.parallel import clean
 from attnzoo.data.vocabulary import Vocabulary
+from attnzoo.eval.text_metrics import Scores, library, score
 from attnzoo.hosts.decode import Hypothesis, beam, greedy
 from attnzoo.train.run import Run, Which
-from attnzoo.train.text_metrics import Scores, library, score
 
 EMPTY = Hypothesis([], 0.0, ended=True)
 

@@ -73,9 +73,17 @@ class CommitteeResult:
     def as_dict(self) -> dict[str, Any]:
         """The result as data, for `--json`; NaN becomes None."""
         correlation = [[None if x != x else x for x in row] for row in self.correlation.tolist()]
-        return {"vote": self.vote, "names": list(self.names), "accuracies": list(self.accuracies), "mean": self.mean,
-                "best": self.best, "accuracy": self.accuracy, "gain": self.gain,
-                "gain_over_best": self.gain_over_best, "correlation": correlation}  # fmt: skip
+        return {
+            "vote": self.vote,
+            "names": list(self.names),
+            "accuracies": list(self.accuracies),
+            "mean": self.mean,
+            "best": self.best,
+            "accuracy": self.accuracy,
+            "gain": self.gain,
+            "gain_over_best": self.gain_over_best,
+            "correlation": correlation,
+        }
 
 
 def committee(

@@ -68,8 +68,15 @@ class Scores:
             ("word error rate", self.word_error_rate, 100, " %"),
             ("exact match", self.exact_match, 100, " %"),
         ]
-        return [[name, f"{scale * measure.value:.2f}{unit}", _between(measure.interval, scale, unit), measure.signature]
-                for name, measure, scale, unit in shown]  # fmt: skip
+        return [
+            [
+                name,
+                f"{scale * measure.value:.2f}{unit}",
+                _between(measure.interval, scale, unit),
+                measure.signature,
+            ]
+            for name, measure, scale, unit in shown
+        ]
 
 
 def score(
