@@ -110,7 +110,9 @@ def test_the_map_is_that_of_the_block():
 def test_every_mechanism_has_a_map_or_a_reason():
     x, seen = images(1), {"weights": 0, "pooled": 0, "implied": 0, "absent": 0}
     for entry in load_zoo().mechanisms.values():
-        if entry.plugin != "attnzoo" or getattr(entry.value.card, "given", None):  # these maps are handed over
+        if entry.plugin != "attnzoo" or getattr(
+            entry.value.card, "given", None
+        ):  # these maps are handed over
             continue
         try:
             part = lively(model(entry.name, depth=1))

@@ -123,9 +123,8 @@ def carry_out(loaded: Any, settings: Any, folder: Path, as_json: bool) -> None:
 
 def _show(figures: dict[str, Any]) -> None:
     from attnzoo.cli.render import duration, percent, say, spaced
-    from attnzoo.train.settings import EXAMPLES
 
-    examples = EXAMPLES[figures["data_kind"]]
+    examples = figures["data_kind"]
     time = f"{spaced(figures['params'])} parameters, {duration(figures['seconds'])}"
     if figures["last_epoch"] is None:  # the minutes were over before
         say("no epoch is complete yet", style="bold")

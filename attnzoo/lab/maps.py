@@ -47,8 +47,8 @@ class Map:
         branch: Name of the branch: `softmax`; `gated.softmax` for a fusion inside a fusion.
         mechanism: Name of the mechanism.
         kind: `weights`, seen by a tap or the product of two, (b h n m). `pooled`, seen by a tap, (b h m): every token
-            receives the same weighted sum. `gate`, seen by a tap, (b h m): token j receives its own value times its weight. `implied`,
-            (b h n m), of a head without weights that is linear in its values.
+            receives the same weighted sum. `gate`, seen by a tap, (b h m): token j receives its own value times its
+            weight. `implied`, (b h n m), of a head without weights that is linear in its values.
         weights: (b h n m) or (b h m).
         stochastic: Whether the card claims that rows are non-negative and sum to 1.
     """

@@ -42,11 +42,12 @@ from attnzoo.recipe import Loaded, build, load
 from attnzoo.train import checkpoint, sampler
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.curve import curve_svg
+from attnzoo.train.kinds import task_of
 from attnzoo.train.lock import held
 from attnzoo.train.run import Run, newest, reading, usable
-from attnzoo.train.settings import EXAMPLES, Settings, kind_of
+from attnzoo.train.settings import Settings, kind_of
 from attnzoo.train.state import Progress
-from attnzoo.train.task import Inputs, task_of
+from attnzoo.train.task import Inputs
 
 Report = Callable[[dict[str, Any]], None]
 """Told what happens: `event` is `step`, `epoch` (with the row of the log) or `note` (with a `text`)."""

@@ -20,9 +20,8 @@ from attnzoo.train import checkpoint
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.kinds import load_data, task_of
 from attnzoo.train.metrics import Evaluation, evaluate
-from attnzoo.train.settings import EXAMPLES, Kind, Settings, kind_of
+from attnzoo.train.settings import Kind, Settings, kind_of
 from attnzoo.train.state import fault
-from attnzoo.train.task import load_data, task_of
 
 Which = Literal["best", "last"]
 """The weights of the epoch with the highest test accuracy, or of the last step."""
@@ -106,7 +105,7 @@ class Run:
             RunError: AZ805, when no checkpoint is sound; AZ814, when it is no run on pairs.
         """
         if self.kind != "pairs":
-            raise RunError("AZ814", f"`{self.folder}` does not translate: it was trained on {EXAMPLES[self.kind]}",
+            raise RunError("AZ814", f"`{self.folder}` does not translate: it was trained on {self.kind}",
                            help="take a run whose recipe has a host of kind `seq2seq`")  # fmt: skip
         saved = self._newest()
         with reading(saved):
@@ -156,7 +155,7 @@ class Run:
                 images.
         """
         if self.kind != "images":
-            raise RunError("AZ814", f"`{self.folder}` has no classes: it was trained on {EXAMPLES[self.kind]}",
+            raise RunError("AZ814", f"`{self.folder}` has no classes: it was trained on {self.kind}",
                            help="`figures` has its loss and accuracy")  # fmt: skip
         known = self._newest().state().get("classes") or []
         model = self.model(which)
