@@ -300,12 +300,10 @@ def progress(quiet: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What `attnzoo.train` reports: a bar on a terminal, a line now and then otherwise.
 
     Args:
-        quiet: Draw nothing.
+        quiet: Write nothing to stdout; what comes within an epoch goes to stderr all the same.
     """
-    if quiet:
-        yield lambda event: None
-    elif console().is_terminal:
-        out = console()
+    out = console()
+    if out.is_terminal and not quiet:
         drawn = out.width // 5
         columns = (TextColumn("{task.description}"), BarColumn(drawn), TextColumn("{task.fields[figures]}"))
         with Progress(*columns, console=out, transient=True) as bar:
@@ -322,23 +320,40 @@ def progress(quiet: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
 
             yield draw
     else:
-        yield _lines()
+        yield _lines(quiet)
 
 
-def _lines(every: float = 10.0) -> Callable[[dict[str, Any]], None]:
-    """Reports as plain lines, the first and the last epoch and not much more often than `every` seconds."""
-    shown = -every
-    step: dict[str, Any] = {}
+EVERY = 10.0
+"""Seconds between two plain lines of progress, at least."""
+PER_EPOCH = 20
+"""Lines within an epoch, at most."""
+
+
+def _lines(quiet: bool = False) -> Callable[[dict[str, Any]], None]:
+    """Reports as plain lines: epochs and notes on stdout, steps on stderr; not much more often than `EVERY` seconds.
+
+    The first and the last epoch are always told, the steps of an epoch only when it takes long.
+    """
+    shown = -EVERY  # when an epoch was told
+    said: float | None = None  # when a step was told, or its epoch began
+    share, step = 0, dict[str, Any]()
 
     def line(event: dict[str, Any]) -> None:
-        nonlocal shown, step
+        nonlocal shown, said, share, step
         if event["event"] == "note":
-            say(event["text"])
+            if not quiet:
+                say(event["text"])
         elif event["event"] == "step":
-            step = event
-        elif step["seconds"] - shown >= every or step["step"] == step["steps"]:
+            step, now = event, event["seconds"]
+            if said is None or event["epoch_step"] == 1:
+                said, share = now, 0
+            reached = event["epoch_step"] * PER_EPOCH // event["epoch_steps"]
+            if share < reached < PER_EPOCH and now - said >= EVERY:
+                said, share = now, reached
+                console(err=True).print(Text(_progress_line(event)))
+        elif not quiet and (step["seconds"] - shown >= EVERY or step["step"] == step["steps"]):
             shown = step["seconds"]
-            say(f"epoch {event['epoch']}  step {step['step']}/{step['steps']}  {_figures(step | event)}")
+            say(_progress_line(step | event))
 
     return line
 
@@ -355,6 +370,10 @@ def _figures(event: dict[str, Any], room: int = ENDLESS) -> str:
         if cell_len("  ".join(filter(None, shown.values()))) > room:
             del shown[dispensable]
     return "  ".join(filter(None, shown.values()))
+
+
+def _progress_line(event: dict[str, Any]) -> str:
+    return f"epoch {event['epoch']}  step {event['step']}/{event['steps']}  {_figures(event)}"
 
 
 def duration(value: float) -> str:

@@ -1,5 +1,6 @@
 """Several recipes under one budget and several seeds: who is better, by how much, and whether that is noise."""
 
+import logging
 import math
 import random
 import statistics
@@ -248,8 +249,12 @@ def _on_ray(waiting: Sequence[Trial], address: str) -> Iterator[tuple[str, int]]
     except ImportError:
         raise RunError("AZ810", "`--ray` needs Ray", help='pip install "attnzoo[ray]"') from None
     try:
+        # when this process is killed, so are the tasks; what else Ray started here ends within a minute or so
         ray.init(
-            address=None if address == "local" else address, include_dashboard=False, log_to_driver=False
+            address=None if address == "local" else address,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunError(

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -335,6 +336,8 @@ class _Training:
                 "epoch": at.epoch + 1,
                 "step": self.taken,
                 "steps": total,
+                "epoch_step": at.step,
+                "epoch_steps": self.steps,
                 "train_loss": at.loss / at.units,
                 "images_per_second": at.images / at.busy,
                 "examples": self.task.kind,
@@ -527,10 +530,25 @@ def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, steps: int)
         "t_in_epochs": False,
     }
     if chosen.use == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=total - warmup, lr_min=chosen.end, **rise)
+        with _unsaid("timm.scheduler.cosine_lr", "Cosine annealing scheduler will have no effect"):
+            return CosineLRScheduler(optimizer, t_initial=total - warmup, lr_min=chosen.end, **rise)
     if chosen.use == "inverse_sqrt":
         return InverseSquareRoot(optimizer, warmup, chosen.start)
     return StepLRScheduler(optimizer, decay_t=total, decay_rate=1.0, **rise)
+
+
+@contextmanager
+def _unsaid(logger: str, beginning: str) -> Iterator[None]:
+    """What a library logs here with this beginning is not shown: nobody can do anything about it."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(beginning)
+
+    logging.getLogger(logger).addFilter(other)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeFilter(other)
 
 
 class InverseSquareRoot(Scheduler):
