@@ -42,7 +42,8 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
         arguments: Constructor arguments that differ from the base's.
 
     Raises:
-        RecipeError: AZ301 no such model, AZ309 timm refuses the arguments, AZ310 not a model that can be a host.
+        RecipeError: AZ301 no such model, AZ309 timm refuses the arguments, AZ310 not a model that can be a host,
+            AZ311 too many parameters for this machine, AZ317 an image that cannot be cut into patches.
     """
     if not is_model(base):
         names = timm.list_models()
@@ -55,6 +56,7 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
     with on_meta(base, "timm"):
         model = model_entrypoint(base)(pretrained=False, **timm_arguments(arguments))
     _check_host(base, model)
+    _check_image(model)
     first = model.blocks[0]
     grid = tuple(model.patch_embed.grid_size)
     return BackboneInfo(
@@ -88,6 +90,27 @@ def _check_host(base: str, model: nn.Module) -> None:
             f"`{base}` cannot be a host",
             why=reason,
             help="choose a model with plain blocks, such as vit_base_patch16_224 or deit_small_patch16_224",
+        )
+
+
+def _check_image(model: VisionTransformer) -> None:
+    """Refuse images that cannot be cut into patches."""
+    embed = model.patch_embed
+    (rows, columns), patch = embed.img_size, embed.patch_size
+    image, piece = f"{rows} × {columns} pixels", f"{patch[0]} × {patch[1]}"
+    if 0 in embed.grid_size:
+        raise RecipeError(
+            "AZ317",
+            f"an image of {image} holds no patch of {piece}",
+            help=f"let `img_size` be {max(patch)} or more, or make `patch_size` smaller",
+        )
+    if (rows % patch[0] or columns % patch[1]) and embed.dynamic_img_pad != model.dynamic_img_size:
+        alone = "dynamic_img_pad" if embed.dynamic_img_pad else "dynamic_img_size"
+        other = "dynamic_img_size" if embed.dynamic_img_pad else "dynamic_img_pad"
+        raise RecipeError(
+            "AZ317",
+            f"an image of {image} cannot be cut into patches of {piece} with `{alone}` alone",
+            help=f"let `img_size` be a multiple of `patch_size`, or write `{other}: true` too",
         )
 
 
