@@ -21,6 +21,9 @@ default_cfgs: dict[str, Any] = {}
 """timm looks here for the configurations of the models that are registered from this module."""
 
 
+_HINTS = {"needs the class token": "write `global_pool: avg`, or leave `class_token: false` out"}
+
+
 def timm_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a recipe or of `timm.create_model` as `VisionTransformer` takes them."""
     out: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
@@ -53,7 +56,7 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
             f"timm has no model called `{base}`",
             help=f"{hint} timm.list_models('vit*') shows them".strip(),
         )
-    with on_meta(base, "timm"):
+    with on_meta(base, "timm", _HINTS):
         model = model_entrypoint(base)(pretrained=False, **timm_arguments(arguments))
     _check_host(base, model)
     _check_image(model)

@@ -28,12 +28,15 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ309, AZ310 for a backbone; AZ308, AZ313 and AZ316 for heads.
+        RecipeError: AZ301, AZ309, AZ310, AZ317 for a backbone; AZ112 and AZ113 for arguments and statistics; AZ308,
+            AZ313 and AZ316 for heads; AZ311, without a place, for what is too large.
     """
     host = recipe.host
     if isinstance(host, Seq2SeqHost | SequenceHost):
         said = _told(host, arguments).model_dump(exclude={"kind"})
         return sequence_info(host.kind, said, recipe.heads, source)
+    places = {("host", "model", name): Place("<arguments>", keys=name) for name in arguments}
+    source = replace(source, values=source.values | places)
     wanted = {
         **host.model.model_dump(exclude_unset=True, exclude_none=True),
         **_checked_arguments(host, arguments),

@@ -1,7 +1,7 @@
 """From a recipe to plans: names become entries of the zoo, options are checked, requirements meet claims."""
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Law, Mechanism, 
 from attnzoo.core.mechanism import fused_card
 from attnzoo.errors import Diagnostic, Place, RecipeError, did_you_mean
 from attnzoo.hosts import seq2seq, sequence
-from attnzoo.hosts.info import BackboneInfo, HostInfo
+from attnzoo.hosts.info import BackboneInfo, HostInfo, unallocated
 from attnzoo.hosts.kinds import HOSTS
 from attnzoo.hosts.requirements import Requirements, unmet
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
@@ -25,7 +25,7 @@ from attnzoo.hosts.skip import check as check_skip
 from attnzoo.recipe.faults import faults_of
 from attnzoo.recipe.host import backbone_info, host_info, sequence_info, skip_of
 from attnzoo.recipe.load import Loaded
-from attnzoo.recipe.schema import FUSE, TAGGED, Fuse, ImageHost, Spec, Use, host_tag, spec_tag
+from attnzoo.recipe.schema import FUSE, MAX_MECHANISMS, TAGGED, Fuse, ImageHost, Spec, Use, host_tag, spec_tag
 from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
 from attnzoo.zoo import Entry, Provider, Registry, Zoo, load_zoo
 
@@ -227,19 +227,19 @@ def resolve(
         zoo: Where names are looked up; the installed plugins when None.
 
     Raises:
-        RecipeError: AZ2xx, AZ3xx, all of them at once.
+        RecipeError: AZ2xx, AZ3xx, all of them at once; AZ311 only when nothing else is wrong.
     """
     recipe, source = loaded.recipe, loaded.source
     planner = _Planner(zoo or load_zoo(), source)
-    main = planner.plan(recipe.attention, ("attention",))
+    main = planner.whole(recipe.attention, ("attention",))
     puts = [
-        planner.plan(override.put, ("overrides", i, "put")) for i, override in enumerate(recipe.overrides)
+        planner.whole(override.put, ("overrides", i, "put")) for i, override in enumerate(recipe.overrides)
     ]
     faults = planner.faults
     try:
         info = host_info(recipe, arguments or {}, source)
     except RecipeError as error:
-        raise RecipeError.of([*faults, *error.diagnostics]) from None
+        raise RecipeError.of([*faults, *_at_host(error.diagnostics, source)]) from None
     try:
         skip = skip_of(recipe, info, source)
     except RecipeError as error:
@@ -255,9 +255,15 @@ def resolve(
             help = f"the sites are {shown}; `{sites[0].partition('.')[0]}.*` means all"
             planner.fault("AZ304", f"`{override.at}` matches no site", place, help=help)
         plans |= dict.fromkeys(names, puts[i])
-    faults += _misfits(plans, info, planner.zoo)
+    misfits, params = _misfits(plans, info, planner.zoo)
+    faults += misfits
     if skip and not faults:
         faults += _skip_misfits(skip, cast(dict[str, Plan], plans), info, source)
+    if not faults:
+        try:
+            info.check_memory(params)
+        except RecipeError as error:
+            faults += _at_host(error.diagnostics, source)
     if faults:
         unique = {(d.code, d.message, d.place): d for d in faults}
         raise RecipeError.of(list(unique.values())[:MAX_FAULTS])
@@ -298,20 +304,36 @@ def other_faults(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
             base = said.get("base", kind.model_fields["base"].default)
             backbone_info(host_tag(said).strip("()"), base, wanted, source)
     except RecipeError as error:
-        planner.faults += error.diagnostics
+        planner.faults += _at_host(error.diagnostics, source)
     return planner.faults
 
 
-def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> list[Diagnostic]:
-    """Requirements not met and components that cannot be built at their sites; each plan once per kind of site."""
+def _at_host(faults: Iterable[Diagnostic], source: Source) -> list[Diagnostic]:
+    """Faults of the whole model get the place of what says most of it."""
+    place = source.value_place(("host", "model") if ("host", "model") in source.values else ("host",))
+    return [fault if fault.place else replace(fault, place=place) for fault in faults]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> tuple[list[Diagnostic], int]:
+    """Requirements not met and components that cannot be built at their sites; each plan once per kind of site.
+
+    Returns:
+        The faults; the number of parameters of the composed model, if there are none.
+    """
     faults: list[Diagnostic] = []
-    sites = info.sites()
-    first_sites: dict[tuple[int, Requirements, int], tuple[str, Plan]] = {}
+    sites, params = info.sites(), info.params
+    kinds: dict[tuple[int, Requirements, int], tuple[Plan, list[str]]] = {}
     for name, plan in plans.items():
         if plan is not None:
-            first_sites.setdefault((id(plan), info.requirements(name), sites[name].heads), (name, plan))
+            kind = (id(plan), info.requirements(name), sites[name].heads)
+            kinds.setdefault(kind, (plan, []))[1].append(name)
     told: set[tuple[Place, Requirements]] = set()
-    for (_, required, _), (name, plan) in first_sites.items():
+    for (_, required, _), (plan, names) in kinds.items():
+        name = names[0]
         for leaf in plan.leaves():
             whys = unmet(leaf.card, required)
             if required.rotary and not leaf.inside_heads:
@@ -336,12 +358,15 @@ def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> list
                 help = f"who can: {', '.join(f'`{one}`' for one in can)}"
                 faults.append(Diagnostic("AZ302", message, fusion.place, why, help))
         try:
-            with torch.device("meta"):
-                plan.build(sites[name])
+            with unallocated():
+                size = _size(plan.build(sites[name]))
         except RecipeError as error:
             known = {(fault.code, fault.place) for fault in faults}
-            faults += [fault for fault in error.diagnostics if (fault.code, fault.place) not in known]
-    return faults
+            found = [replace(d, place=d.place or plan.place) for d in error.diagnostics]
+            faults += [fault for fault in found if (fault.code, fault.place) not in known]
+        else:
+            params += sum(size - _size(info.model.get_submodule(info.module_path(one))) for one in names)
+    return faults, params
 
 
 def _who_can(required: Requirements, zoo: Zoo, refused: str) -> str:
@@ -360,7 +385,7 @@ def _skip_misfits(skip: Skip, plans: Mapping[str, Plan], info: HostInfo, source:
     """What stands against handing something on between these sites."""
     sites = info.sites()
     try:
-        with torch.device("meta"):
+        with unallocated():
             check_skip(skip, [(sites[name], plans[name].build(sites[name])) for name in skip.at])
     except RecipeError as error:
         loc: Loc = ("skip", "use") if ("skip", "use") in source.values else ("skip",)
@@ -369,12 +394,27 @@ def _skip_misfits(skip: Skip, plans: Mapping[str, Plan], info: HostInfo, source:
     return []
 
 
+def _mechanisms(spec: Spec) -> int:
+    return sum(map(_mechanisms, spec.of)) if isinstance(spec, Fuse) else 1
+
+
 class _Planner:
     """Turns specs into plans and gathers the faults on the way."""
 
     def __init__(self, zoo: Zoo, source: Source):
         self.zoo, self.source = zoo, source
         self.faults: list[Diagnostic] = []
+
+    def whole(self, spec: Spec, loc: Loc) -> Plan | None:
+        """The plan of a site, unless it merges more than anybody means to."""
+        many = _mechanisms(spec)
+        if many <= MAX_MECHANISMS:
+            return self.plan(spec, loc)
+        message = f"`{'.'.join(map(str, loc))}` merges {many:,} mechanisms; at most {MAX_MECHANISMS} can be"
+        self.fault(
+            "AZ113", message, self.source.value_place(loc), help="nest fewer fusions, of fewer branches"
+        )
+        return None
 
     def plan(self, spec: Spec, loc: Loc) -> Plan | None:
         return self.use(spec, loc) if isinstance(spec, Use) else self.fuse(spec, loc)

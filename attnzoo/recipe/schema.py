@@ -8,6 +8,8 @@ from pydantic_core import PydanticCustomError
 VERSION = 1
 """Version of the format; `recipe:` says for which one a recipe was written."""
 MAX_BRANCHES = 16
+MAX_MECHANISMS = 64
+"""So many may be merged in one spec, however its fusions are nested."""
 USE, FUSE = "(use)", "(fuse)"
 VIT, CCT, SEQ2SEQ, SEQUENCE = "(vit)", "(cct)", "(seq2seq)", "(sequence)"
 COUNT, LIST, HALVING, SIDES = "(count)", "(list)", "(schedule)", "(sides)"
