@@ -146,7 +146,7 @@ def training_bytes(params: int, activations: int = 0) -> int:
 
 
 def room() -> int:
-    """Four fifths of the free memory of this machine, in bytes; 0 when unknown, or when ATTNZOO_FORCE says not to ask."""
+    """Four fifths of this machine's free memory, in bytes; 0 when unknown, or when ATTNZOO_FORCE says not to ask."""
     return 0 if os.environ.get("ATTNZOO_FORCE") else int(0.8 * available_memory())
 
 

@@ -118,10 +118,22 @@ def _check_image(model: VisionTransformer) -> None:
 
 
 class ForwardContext:
-    """What belongs to one forward: the layout of its tokens and what layers hand on; begun by the patch embedding."""
+    """What belongs to one forward: the layout of its tokens and what layers hand on; begun by the patch embedding.
 
-    def __init__(self, layout: Layout):
-        self.layout, self.state = layout, SkipState()
+    Args:
+        layout: Prefix tokens and grid.
+        drops: Whether patches are dropped in training.
+    """
+
+    def __init__(self, layout: Layout, drops: bool):
+        self.layout, self.drops, self.state = layout, drops, SkipState()
+
+    def layout_of(self, x: Tensor) -> Layout:
+        """The layout of these tokens (b n c): where some were dropped, the others have no grid."""
+        layout = self.layout
+        if self.drops and not isinstance(x, fx.Proxy) and x.shape[1] != layout.length:
+            return Layout((x.shape[1] - layout.prefix,), layout.prefix)
+        return layout
 
 
 class ZooPatchEmbed(PatchEmbed):
@@ -166,7 +178,8 @@ class ZooBlock(Block):
             x, mask = unmasked(x, attn_mask, is_causal), NO_MASK
         else:
             mask = from_timm(attn_mask, is_causal)
-        mixed = self.attn_skip(self.attn(self.norm1(x), mask=mask, layout=self.context.layout))
+        layout = self.context.layout_of(x)
+        mixed = self.attn_skip(self.attn(self.norm1(x), mask=mask, layout=layout))
         x = x + self.drop_path1(self.ls1(mixed))
         return self.skip(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
@@ -244,7 +257,7 @@ def build(
         skip: What blocks hand on.
         timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, `device`, ...
     """
-    context = ForwardContext(info.layout)
+    context = ForwardContext(info.layout, drops=info.patch_drop > 0)
     norms: list[Callable[[int], nn.Module]] = []
 
     def put_at(dim: int, heads: int, layer: int, block: dict[str, Any]) -> Mechanism:

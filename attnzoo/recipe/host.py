@@ -93,7 +93,7 @@ def _check_statistics(
     faults = [
         Diagnostic(
             "AZ113",
-            f"`host.{name}` has {len(values)} numbers; the images have {channels} channels",
+            f"the length of `host.{name}` is {len(values)}, the number of channels {channels}",
             source.value_place(("host", name)),
             help="write one number for each channel",
         )
