@@ -28,11 +28,11 @@ def compose(
     from attnzoo.bench.composition import default_image, describe, exercise, exercise_tokens
     from attnzoo.cli.render import say, say_json, say_next
     from attnzoo.errors import RecipeError
-    from attnzoo.recipe import compose_file
     from attnzoo.recipe.compose import build
     from attnzoo.recipe.weights import init_model, save
+    from attnzoo.train.check import compose_checked
 
-    composition = compose_file(recipe, edits)
+    composition = compose_checked(recipe, edits)
     if composition.image is None and (image or out or init_from):
         name = "image" if image else "out" if out else "init-from"
         raise RecipeError("AZ611", f"--{name} belongs to backbones of timm; `{recipe}` is a model of sequences",

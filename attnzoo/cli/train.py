@@ -56,6 +56,7 @@ def train(
     from attnzoo.cli.render import say
     from attnzoo.recipe import load
     from attnzoo.train import prepare
+    from attnzoo.train.check import check_training
     from attnzoo.train.settings import default_folder, for_data
 
     short = {"data": data, "epochs": epochs, "batch_size": batch_size, "optimizer.lr": lr, "seed": seed}
@@ -71,6 +72,7 @@ def train(
         device=device,
         deterministic=deterministic,
     )
+    check_training(loaded)
     own = load(recipe)
     changes = for_data(own, settings.data) if settings.data != own.recipe.train.data else ()
     if changes and not as_json:
