@@ -44,10 +44,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One fault: what is wrong, where, why it is wrong and what to do about it.
+    """One fault: what is wrong, where, why it is wrong and what to do about it; or a note, which refuses nothing.
 
     Args:
-        code: `AZnnn`; `docs/errors.md` has a section for each.
+        code: `AZnnn`; `docs/errors.md` has a section for each. A note has none.
         message: One sentence, lower case, names in backticks.
         place: Where in the user's text, if anywhere.
         why: The rule that is broken, when it is not obvious.
@@ -70,7 +70,7 @@ class Diagnostic:
 
     def lines(self) -> list[str]:
         """The fault as plain text, compiler style."""
-        out = [f"error[{self.code}]: {self.message}"]
+        out = [f"error[{self.code}]: {self.message}" if self.code else f"note: {self.message}"]
         if self.place is not None:
             number = str(self.place.line)
             pad = " " * len(number)

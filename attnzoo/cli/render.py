@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,12 @@ def table(
     console().print(drawn, soft_wrap=False)
 
 
+def say_notes(notes: Iterable[Diagnostic]) -> None:
+    """What a person should know of a recipe that holds; on stderr."""
+    for note in notes:
+        _draw(console(err=True), note)
+
+
 def show_error(error: ZooError, as_json: bool = False) -> None:
     """All faults, compiler style on stderr; as data on stdout with `--json`."""
     if as_json:
@@ -72,7 +78,7 @@ def show_error(error: ZooError, as_json: bool = False) -> None:
 def _draw(out: Console, diagnostic: Diagnostic) -> None:
     first, *rest = diagnostic.lines()
     head, _, message = first.partition(": ")
-    line = Text(head, style="bold red")
+    line = Text(head, style="bold red" if diagnostic.code else "bold cyan")
     line.append(f": {message}", style="bold")
     out.print(line)
     for text in rest:

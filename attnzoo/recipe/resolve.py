@@ -145,12 +145,14 @@ class Composition:
         info: Its host.
         plans: What is put where, by site name.
         skip: What layers hand on.
+        notes: What a person should know of the recipe, though it holds.
     """
 
     loaded: Loaded
     info: HostInfo
     plans: Mapping[str, Plan]
     skip: Skip = Skip()
+    notes: tuple[Diagnostic, ...] = ()
 
     def put(self, site: Site) -> Mechanism:
         """The mechanism for a site."""
@@ -267,7 +269,7 @@ def resolve(
     if faults:
         unique = {(d.code, d.message, d.place): d for d in faults}
         raise RecipeError.of(list(unique.values())[:MAX_FAULTS])
-    return Composition(loaded, info, cast(dict[str, Plan], plans), skip)
+    return Composition(loaded, info, cast(dict[str, Plan], plans), skip, tuple(planner.notes))
 
 
 def other_faults(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
@@ -404,6 +406,7 @@ class _Planner:
     def __init__(self, zoo: Zoo, source: Source):
         self.zoo, self.source = zoo, source
         self.faults: list[Diagnostic] = []
+        self.notes: list[Diagnostic] = []
 
     def whole(self, spec: Spec, loc: Loc) -> Plan | None:
         """The plan of a site, unless it merges more than anybody means to."""
@@ -477,13 +480,32 @@ class _Planner:
         entry = self.find(key, name, place)
         if entry is None:
             return None
-        schema = options_of(entry.value)
-        try:
-            checked = schema.model_validate(dict(given))
-        except ValidationError as error:
-            self.faults += faults_of(error, self.source, schema, (*loc, "with"), entry.name)
+        before, schema = len(self.faults), options_of(entry.value)
+        written = self.renamed(entry, given, (*loc, "with"))
+        if len(self.faults) > before:
             return None
-        return entry, {name: getattr(checked, name) for name in given}, place
+        options = {written.get(name, name): value for name, value in given.items()}
+        try:
+            checked = schema.model_validate(options)
+        except ValidationError as error:
+            old = {new: name for name, new in written.items()}
+            self.faults += faults_of(error, self.source, schema, (*loc, "with"), entry.name, old)
+            return None
+        return entry, {name: getattr(checked, name) for name in options}, place
+
+    def renamed(self, entry: Entry, given: Mapping[str, Any], loc: Loc) -> dict[str, str]:
+        """Options that are given by a name of old, with their names of today; each is noted."""
+        names: Mapping[str, str] = getattr(entry.value, "renamed", {})
+        written = {old: new for old, new in names.items() if old in given}
+        for old, new in written.items():
+            place = self.source.key_place((*loc, old))
+            if new in given:
+                message = f"`{entry.name}` is given `{old}` and `{new}`, which are one option"
+                self.fault("AZ216", message, place, f"`{old}` is its name of old", f"leave `{old}` out")
+            else:
+                message = f"the option `{old}` of `{entry.name}` is now called `{new}`"
+                self.notes.append(Diagnostic("", message, place, help=f"write `{new}`; `{old}` works still"))
+        return {old: new for old, new in written.items() if new not in given}
 
     def find(self, key: Literal["use", "fuse"], name: str, place: Place) -> Entry | None:
         """The entry, or a fault; names of the other kind and of absent plugins get their own."""

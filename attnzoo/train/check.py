@@ -3,18 +3,16 @@
 The checks are those of training itself: of the data's name, of the augmentation, of the optimiser.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
 from attnzoo.data import Step, check_images, check_steps
 from attnzoo.data.parallel import check_pairs
 from attnzoo.data.sequences import check_sequences
-from attnzoo.errors import Diagnostic, RecipeError, RunError, ZooError
-from attnzoo.recipe import Composition, Loaded, load, resolve
+from attnzoo.errors import Diagnostic, RecipeError, ZooError
+from attnzoo.recipe import Composition, Loaded, resolve
 from attnzoo.recipe.source import MAX_FAULTS, Loc
 from attnzoo.train.optimizer import make_optimizer
 from attnzoo.train.settings import Kind, kind_of
@@ -27,17 +25,15 @@ NAMES: dict[Kind, Callable[[str], None]] = {
 """Kind of data to what refuses a name."""
 
 
-def compose_checked(recipe: str | os.PathLike | Mapping[str, Any], edits: Sequence[str] = ()) -> Composition:
-    """A recipe as `compose_file` gives it, its `train:` checked as well.
+def checked(loaded: Loaded) -> Composition:
+    """A recipe as `resolve` gives it, its `train:` checked as well.
 
     Args:
-        recipe: Name, file, text or dict.
-        edits: Changes such as `train.optimizer.lr=0.003`.
+        loaded: The recipe.
 
     Raises:
-        RecipeError: what is wrong with the recipe, all at once.
+        RecipeError: what is wrong with it, all at once.
     """
-    loaded = load(recipe, edits)
     faults, composition = train_faults(loaded), None
     try:
         composition = resolve(loaded)
@@ -60,19 +56,6 @@ def train_faults(loaded: Loaded) -> list[Diagnostic]:
         at = source.key_place if "with" in loc else source.value_place
         found += [replace(fault, place=at(("train", *loc))) for fault in error.diagnostics]
     return found
-
-
-def check_training(loaded: Loaded) -> None:
-    """Refuse a recipe that cannot be trained as it says.
-
-    Args:
-        loaded: The recipe.
-
-    Raises:
-        RunError: what `train_faults` finds.
-    """
-    if faults := train_faults(loaded):
-        raise RunError.of(faults)
 
 
 def _errors(loaded: Loaded) -> Iterator[tuple[Loc, ZooError]]:

@@ -49,6 +49,7 @@ class Soft(Head):
         notes="The paper does not say how the one map meets the tokens: `pooled` is our reading. It is linear in the "
         "values only where the map does not come from them (bahdanau, cls_query).",
     )  # fmt: skip
+    renamed = {"reading": "variant"}
 
     @classmethod
     def claims(cls, *, variant: Variant = "pooled", **options) -> Card:
