@@ -13,7 +13,7 @@ from typing import Self
 
 @dataclass(frozen=True)
 class Place:
-    """A spot in a text: lines and columns count from 1.
+    """A spot in a text, where lines and columns count from 1, or in data, which has keys.
 
     Args:
         file: Path or name of the text, as the user wrote it.
@@ -21,6 +21,7 @@ class Place:
         column: Column of the spot.
         width: How many characters are meant.
         text: The line itself, to be shown; empty when unknown.
+        keys: Of data that never was a text: the way to the spot, `host.model.depth`; the line then counts values.
     """
 
     file: str
@@ -28,17 +29,25 @@ class Place:
     column: int = 1
     width: int = 1
     text: str = ""
+    keys: str | None = None
 
     def __str__(self) -> str:
+        if self.keys is not None:
+            return f"{_visible(self.file)}: {_visible(self.keys)}".removesuffix(": ")
         return f"{_visible(self.file)}:{self.line}:{self.column}"
+
+    def as_dict(self) -> dict:
+        """The spot as data, for `--json`."""
+        where: dict = {"line": self.line, "column": self.column}
+        return {"file": self.file} | ({"keys": self.keys} if self.keys is not None else where)
 
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One fault: what is wrong, where, why it is wrong and what to do about it.
+    """One fault: what is wrong, where, why it is wrong and what to do about it; or a note, which refuses nothing.
 
     Args:
-        code: `AZnnn`; `docs/errors.md` has a section for each.
+        code: `AZnnn`; `docs/errors.md` has a section for each. A note has none.
         message: One sentence, lower case, names in backticks.
         place: Where in the user's text, if anywhere.
         why: The rule that is broken, when it is not obvious.
@@ -61,7 +70,7 @@ class Diagnostic:
 
     def lines(self) -> list[str]:
         """The fault as plain text, compiler style."""
-        out = [f"error[{self.code}]: {self.message}"]
+        out = [f"error[{self.code}]: {self.message}" if self.code else f"note: {self.message}"]
         if self.place is not None:
             number = str(self.place.line)
             pad = " " * len(number)
@@ -79,12 +88,10 @@ class Diagnostic:
 
     def as_dict(self) -> dict:
         """The fault as data, for `--json`."""
-        place = self.place
-        where = None if place is None else {"file": place.file, "line": place.line, "column": place.column}
         return {
             "code": self.code,
             "message": self.message,
-            "place": where,
+            "place": self.place.as_dict() if self.place else None,
             "why": self.why,
             "help": self.help,
         }

@@ -1,10 +1,12 @@
 """Maths that mechanisms share: softmax under masks, additive scores, heads."""
 
+import math
 import warnings
 
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 from attnzoo.core import NO_MASK, Mask, Tap
@@ -205,6 +207,98 @@ def test_additive_scores_are_exact_up_to_the_limit():
         wanted = torch.tanh(q.double() + k.double().mT)
         found = additive_scores(q, k, torch.ones(1, 1, dtype=dtype))
         torch.testing.assert_close(found[0, 0].double(), wanted[0, 0], rtol=0, atol=3e-6 if dtype == torch.float32 else 1e-12)  # fmt: skip
+
+
+SIZES_OF_VALUES = [0.0, 1e-8, 1e-3, 1.0, 19.0, 20.0, 21.0, 40.0, 88.0, 169.0, 171.0, 355.0, 710.0, 1e4]
+SIGNED = [sign * size for size in SIZES_OF_VALUES for sign in (1, -1)]
+
+
+def by_hand(q, k, weight, weights_of_sum):
+    """wᵀ tanh(q_i + k_j) in float64, and the gradients of its weighted sum by q, k and w, each with what its terms weigh.
+
+    Of one head of one sample: (n a), (m a), (a), (n m).
+    """
+    x = q[:, None] + k  # (n m a)
+    slope = (2 * (-x.abs()).exp() / (1 + (-2 * x.abs()).exp())) ** 2  # 1 / cosh²
+    terms = weight * weights_of_sum[..., None] * slope
+    sums = [(weight * x.tanh(), -1), (terms, 1), (terms, 0), (weights_of_sum[..., None] * x.tanh(), (0, 1))]
+    return [(each.sum(dim), each.abs().sum(dim).max()) for each, dim in sums]
+
+
+@pytest.mark.parametrize(
+    "dtype,tolerance",
+    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)],
+)
+@pytest.mark.parametrize("largest", [1.0, 19.0, 20.0, 40.0, 169.0, 1e4])
+def test_additive_scores_are_exact_whatever_the_signs_and_sizes(dtype, tolerance, largest):
+    values = torch.tensor([value for value in SIGNED if abs(value) <= largest], dtype=dtype)
+    opposite = -values * (1 + 2.0**-6)  # sums near zero of numbers that are not
+    q = torch.stack([values, values.flip(0)], dim=-1)[None, None].requires_grad_()
+    k = torch.stack([values, opposite], dim=-1)[None, None].requires_grad_()
+    weight = torch.tensor([[0.75, -0.5]], dtype=dtype, requires_grad=True)
+    found = additive_scores(q, k, weight)
+    positions = torch.arange(len(values), dtype=torch.float64)
+    weights = (positions[:, None] - 2 * positions).cos()
+    gradients = torch.autograd.grad((found[0, 0].double() * weights).sum(), (q, k, weight))
+    wanted = by_hand(*(t.detach().double() for t in (q[0, 0], k[0, 0], weight[0])), weights)
+    for one, (two, scale) in zip([found, *gradients], wanted, strict=True):
+        torch.testing.assert_close(
+            one.double(), two.reshape(one.shape), rtol=0, atol=tolerance * float(scale)
+        )
+
+
+def test_additive_scores_of_far_apart_signs_that_nearly_cancel():
+    for dtype, size in ((torch.float32, 21.0), (torch.float64, 171.0), (torch.float16, 21.0)):
+        q, k = (torch.full((1, 1, 1, 1), value, dtype=dtype) for value in (size, 1 - size))
+        found = additive_scores(q, k, torch.ones(1, 1, dtype=dtype)).item()
+        assert found == pytest.approx(math.tanh(1), rel=1e-3 if dtype == torch.float16 else 1e-6)
+
+
+torch.fx.wrap("additive_scores")  # which wraps a name of the module that says so
+
+
+class Scores(torch.nn.Module):
+    """Additive scores as a module, for exporting and tracing."""
+
+    def forward(self, q, k, weight):
+        return additive_scores(q, k, weight)
+
+
+GRAPHS = {
+    "compile": lambda given: torch.compile(Scores(), fullgraph=True, backend="aot_eager"),
+    "export": lambda given: torch.export.export(
+        Scores(), given, dynamic_shapes=({0: torch.export.Dim("b")}, {0: torch.export.Dim("b")}, None)
+    ).module(),
+    "fx": lambda given: torch.fx.symbolic_trace(Scores()),
+    "make_fx": lambda given: make_fx(Scores(), tracing_mode="fake")(*given),
+}
+
+
+@pytest.mark.parametrize("made", GRAPHS)
+def test_a_graph_of_additive_scores_holds_for_small_and_large_values(made):
+    q, k, weight = (t.detach() for t in (double(2, 1, 3, 4), double(2, 1, 5, 4), double(1, 4)))
+    graph = GRAPHS[made]((q, k, weight))  # made from small values
+    for q_of, k_of in ((q, k), (1e3 * q, -1e3 * k), (q + 200, k - 200)):
+        wanted = naive(q_of, k_of, weight)
+        torch.testing.assert_close(graph(q_of, k_of, weight), wanted, rtol=0, atol=1e-12)
+    if made in ("compile", "export", "fx"):
+        q, k = double(3, 1, 3, 4), double(3, 1, 5, 4)
+        torch.testing.assert_close(graph(q, k, weight), naive(q, k, weight), rtol=0, atol=1e-12)
+
+
+def test_additive_scores_without_values_keep_their_shape():
+    q, k, weight = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 6, 5), torch.randn(3, 5)
+    assert additive_scores(*(t.to("meta") for t in (q, k, weight))).shape == (2, 3, 4, 6)
+    assert additive_scores(q[:, :, :0], k, weight).shape == (2, 3, 0, 6)
+    assert additive_scores(q, k[:, :, :0], weight).shape == (2, 3, 4, 0)
+    each = torch.func.vmap(lambda q, k: additive_scores(q[None], k[None], weight)[0])(q, k)
+    torch.testing.assert_close(each, additive_scores(q, k, weight))
+
+
+def test_additive_scores_of_a_nan_are_nan():
+    q = torch.tensor([0.0, float("nan")]).reshape(1, 1, 2, 1)
+    found = additive_scores(q, torch.zeros(1, 1, 1, 1), torch.ones(1, 1))
+    assert found[0, 0, 0].item() == 0 and found[0, 0, 1].isnan()
 
 
 def peak(run) -> int:

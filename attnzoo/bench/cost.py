@@ -17,7 +17,7 @@ def flops(model: nn.Module, sample: Sequence[Tensor]) -> dict[str, int]:
         model: On any device; a meta copy is counted.
         sample: What the model takes; only the shapes count.
     """
-    ghost = copy.deepcopy(model).to("meta").eval()
+    ghost = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         ghost(*(t.to("meta") for t in sample))

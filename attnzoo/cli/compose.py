@@ -32,13 +32,15 @@ def compose(
 ) -> None:
     """Compose a model, show what it is and costs, and run one forward and backward."""
     from attnzoo.bench.composition import default_image, describe, exercise, exercise_tokens
-    from attnzoo.cli.render import say, say_json, say_next
+    from attnzoo.cli.render import say, say_json, say_next, say_notes
     from attnzoo.errors import RecipeError
-    from attnzoo.recipe import compose_file
+    from attnzoo.recipe import load
     from attnzoo.recipe.compose import build
     from attnzoo.recipe.weights import init_model, save
+    from attnzoo.train.check import checked
 
-    composition = compose_file(recipe, edits)
+    composition = checked(load(recipe, edits))
+    say_notes(composition.notes)
     if composition.image is None and (image or out or init_from):
         name = "image" if image else "out" if out else "init-from"
         raise RecipeError(

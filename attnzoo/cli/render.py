@@ -6,7 +6,7 @@ piped is whole, one row to a line.
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -262,6 +262,12 @@ def _put(out: Console, *pieces: str | tuple[str, str]) -> None:
     out.print(Text.assemble(*plain), soft_wrap=True)
 
 
+def say_notes(notes: Iterable[Diagnostic]) -> None:
+    """What a person should know of a recipe that holds; on stderr."""
+    for note in notes:
+        _draw(console(err=True), note)
+
+
 def show_error(error: ZooError, as_json: bool = False) -> None:
     """All faults, compiler style on stderr; as data on stdout with `--json`."""
     if as_json:
@@ -281,9 +287,13 @@ def _draw(out: Console, diagnostic: Diagnostic) -> None:
     """A fault: sentences are wrapped, the lines that quote a text are not."""
     for text in diagnostic.lines():
         label, _, _ = text.partition(": ")
-        if text.startswith("error["):
+        if text.startswith(("error[", "note")):
             first, *rest = wrap(text, out.width, hang=2)
-            _put(out, (label, "bold red"), (first.removeprefix(label), "bold"))
+            _put(
+                out,
+                (label, "bold red" if diagnostic.code else "bold cyan"),
+                (first.removeprefix(label), "bold"),
+            )
             for line in rest:
                 _put(out, (line, "bold"))
         elif text.startswith("  = "):

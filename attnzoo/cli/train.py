@@ -59,9 +59,10 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a model. The same command goes on where it was stopped."""
-    from attnzoo.cli.render import say
+    from attnzoo.cli.render import say, say_notes
     from attnzoo.recipe import load
     from attnzoo.train import prepare
+    from attnzoo.train.check import checked
     from attnzoo.train.settings import default_folder, for_data
 
     short = {"data": data, "epochs": epochs, "batch_size": batch_size, "optimizer.lr": lr, "seed": seed}
@@ -77,6 +78,7 @@ def train(
         device=device,
         deterministic=deterministic,
     )
+    say_notes(checked(loaded).notes)
     own = load(recipe)
     changes = for_data(own, settings.data) if settings.data != own.recipe.train.data else ()
     if changes and not as_json:

@@ -6,10 +6,10 @@ images, labels = data.train.batch(indices)
 x, targets = augment(images, labels, step_seeds(seed, epoch, indices))
 """
 
-from attnzoo.data.augment import PAPER, STEPS, Augment, Step, evaluation
+from attnzoo.data.augment import PAPER, STEPS, Augment, Step, check_steps, evaluation
 from attnzoo.data.chance import step_seeds
 from attnzoo.data.images import ImageData, Images, Split
-from attnzoo.data.load import DATASETS, load_images
+from attnzoo.data.load import DATASETS, check_images, load_images
 
 __all__ = [
     "DATASETS",
@@ -20,6 +20,8 @@ __all__ = [
     "Images",
     "Split",
     "Step",
+    "check_images",
+    "check_steps",
     "evaluation",
     "load_images",
     "step_seeds",

@@ -1,10 +1,11 @@
 """Augmentation of a whole batch at once, on the batch's device; without a seed's help nothing is random."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from torch import Tensor, nn
 
 from attnzoo.core import options_of
@@ -42,7 +43,7 @@ class Step(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
-    use: str = Field(description="Name of a step.", min_length=1, max_length=64)
+    use: str = Field(description="Name of a step.", min_length=1, max_length=130)
     with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Its options.")
 
     @model_validator(mode="before")
@@ -92,7 +93,8 @@ class Augment(nn.Module):
     ):
         super().__init__()
         frame = Frame(image, tuple(mean), tuple(std))
-        _refuse_disorder(steps)
+        for _, fault in check_steps(steps):
+            raise fault
         made = [_made(step, frame) for step in steps]
         if not any(isinstance(step, Normalise) for step in made):
             made.insert(sum(step.rank == 0 for step in made), Normalise(frame))
@@ -143,37 +145,50 @@ def evaluation(
     return Normalise(Frame(image, tuple(mean), tuple(std)))
 
 
-def _refuse_disorder(steps: Sequence[Step]) -> None:
-    """Unknown names, and steps that stand after one that must come later."""
-    for step in steps:
+def check_steps(steps: Sequence[Step]) -> Iterator[tuple[tuple[int | str, ...], DataError]]:
+    """What is wrong with steps, each fault with the way to its spot: `(2, "with", "padding")`.
+
+    Args:
+        steps: By name, in the order in which they shall be done.
+    """
+    for i, step in enumerate(steps):
         if step.use not in STEPS:
             help = did_you_mean(step.use, list(STEPS)) or f"the steps are {', '.join(STEPS)}"
-            raise DataError("AZ705", f"there is no augmentation step `{step.use}`", help=help)
-    for first, second in zip(steps, steps[1:], strict=False):
+            yield (i, "use"), DataError("AZ705", f"there is no augmentation step `{step.use}`", help=help)
+            continue
+        try:
+            _options(step)
+        except ValidationError as error:
+            for fault in error.errors():
+                yield (i, "with", str(fault["loc"][0])), _wrong_option(step, fault)
+    known = [(i, step) for i, step in enumerate(steps) if step.use in STEPS]
+    for (_, first), (i, second) in zip(known, known[1:], strict=False):
         if STEPS[first.use].rank > STEPS[second.use].rank or first.use == second.use == "normalise":
-            raise DataError(
-                "AZ707",
-                f"`{second.use}` cannot come after `{first.use}`",
-                why="steps on the image come first, then normalise, then random_erasing, then mixup and cutmix",
-                help=f"put `{second.use}` earlier",
+            yield (
+                (i, "use"),
+                DataError(
+                    "AZ707",
+                    f"`{second.use}` cannot come after `{first.use}`",
+                    why="steps on the image come first, then normalise, then random_erasing, then mixup and cutmix",
+                    help=f"put `{second.use}` earlier",
+                ),
             )
+
+
+def _options(step: Step) -> BaseModel:
+    return options_of(STEPS[step.use]).model_validate(step.with_)
+
+
+def _wrong_option(step: Step, fault: ErrorDetails) -> DataError:
+    name, known = str(fault["loc"][0]), list(options_of(STEPS[step.use]).model_fields)
+    if fault["type"] == "extra_forbidden":
+        text = f"`{step.use}` has no option `{name}`"
+        listed = f"its options are {', '.join(known)}" if known else "it has none"
+        return DataError("AZ706", text, help=did_you_mean(name, known) or listed)
+    text = f"option `{name}` of `{step.use}`: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    return DataError("AZ706", text, help=f"see `{step.use}` in docs/data.md")
 
 
 def _made(step: Step, frame: Frame) -> Geometric | Effect | Mixer:
-    cls = STEPS[step.use]
-    options = options_of(cls)
-    try:
-        checked = options.model_validate(step.with_)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        name, known = str(fault["loc"][0]), list(options.model_fields)
-        if fault["type"] == "extra_forbidden":
-            text = f"`{step.use}` has no option `{name}`"
-            help = did_you_mean(name, known) or (
-                f"its options are {', '.join(known)}" if known else "it has none"
-            )
-        else:
-            text = f"option `{name}` of `{step.use}`: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-            help = f"see `{step.use}` in docs/data.md"
-        raise DataError("AZ706", text, help=help) from error
-    return cls(frame, **{key: getattr(checked, key) for key in step.with_})  # type: ignore[call-arg]
+    checked = _options(step)
+    return STEPS[step.use](frame, **{key: getattr(checked, key) for key in step.with_})  # type: ignore[call-arg]

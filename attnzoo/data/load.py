@@ -14,6 +14,22 @@ DATASETS = ("cifar10", "cifar100", "digits", "synthetic", "folder:PATH")
 """The names that `load_images` knows; PATH stands for a folder."""
 
 
+def check_images(name: str) -> None:
+    """Refuse a name that `load_images` does not know; nothing is read.
+
+    Args:
+        name: As for `load_images`.
+
+    Raises:
+        DataError: AZ701.
+    """
+    kind, colon, path = name.partition(":")
+    if name not in DATASETS[:-1] and not (kind == "folder" and path):
+        known = ", ".join(f"`{each}`" for each in DATASETS)
+        hint = did_you_mean(kind if colon else name, [each.partition(":")[0] for each in DATASETS])
+        raise DataError("AZ701", f"there is no data set `{name}`", help=hint or f"the data sets are {known}")
+
+
 def load_images(
     name: str,
     *,
@@ -35,19 +51,16 @@ def load_images(
         DataError: AZ701 for an unknown name, AZ702 when it cannot be downloaded, AZ703 when a file is damaged, AZ704
             for what is wrong with a folder, AZ708 when a library is missing.
     """
-    kind, colon, path = name.partition(":")
-    if kind == "folder" and path:
+    check_images(name)
+    kind, _, path = name.partition(":")
+    if kind == "folder":
         return load_folder(Path(os.path.expanduser(path)), size=size, seed=seed)
     if name == "digits":
         return load_digits(size)
     if name == "synthetic":
         return load_synthetic(seed, size)
-    for cifar in (CIFAR10, CIFAR100):
-        if name == cifar.name:
-            return cifar.load(data_folder(root), download=download, size=size)
-    known = ", ".join(f"`{each}`" for each in DATASETS)
-    hint = did_you_mean(kind if colon else name, [each.partition(":")[0] for each in DATASETS])
-    raise DataError("AZ701", f"there is no data set `{name}`", help=hint or f"the data sets are {known}")
+    cifar = CIFAR10 if name == CIFAR10.name else CIFAR100
+    return cifar.load(data_folder(root), download=download, size=size)
 
 
 def data_folder(root: str | Path | None) -> Path:

@@ -1,14 +1,19 @@
 """What every kind of host has in common: what is known of it before it is built, and timm's words about it."""
 
+import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from attnzoo.core import Card, Family, Fusion, Head, Layout, Mechanism, MultiHead, Site
 from attnzoo.errors import RecipeError
@@ -59,11 +64,18 @@ class HostInfo(ABC):
         """How many tokens a layer sees, at most."""
         return next(iter(self.sites().values())).layout.length
 
-    @property
-    def bytes(self) -> int:
-        """A floor for the memory of one training step on one sample in float32: weights, gradients, activations."""
-        activations = 16 * self.depth * self.tokens * self.dim
-        return 4 * (2 * self.params + activations)
+    def check_memory(self, params: int) -> None:
+        """Refuse a composed model that cannot be trained on one sample on this machine.
+
+        Args:
+            params: How many it has.
+
+        Raises:
+            RecipeError: AZ311.
+        """
+        need, most = training_bytes(params, 16 * self.depth * self.tokens * self.dim), room()
+        if most and need > most:
+            refuse(need, f"{params:,} parameters, {self.tokens:,} tokens")
 
     @abstractmethod
     def sites(self) -> dict[str, Site]:
@@ -86,12 +98,91 @@ class HostInfo(ABC):
         """A glob over the sites between which a skip is put when the recipe does not say."""
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves tensors on the meta device unfilled: they have no values, and pretending takes most of the time there."""
+
+    FILLS = frozenset(
+        {"add_", "clamp_", "erfinv_", "fill_", "kaiming_uniform_", "mul_", "normal_", "uniform_", "zero_"}
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        filled = (args[0] if args else kwargs.get("tensor")) if func.__name__ in self.FILLS else None
+        return filled if isinstance(filled, Tensor) and filled.is_meta else func(*args, **kwargs)
+
+
+@contextmanager
+def unallocated() -> Iterator[None]:
+    """Build on the meta device, quickly, what is only looked at.
+
+    Raises:
+        RecipeError: AZ311, as soon as there are more parameters than this machine could ever hold.
+    """
+    mine, most, params = threading.get_ident(), 2 * room(), 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal params
+        if parameter is not None and threading.get_ident() == mine:
+            params += parameter.numel()
+            if most and training_bytes(params) > most:  # twice, because tied weights are counted twice
+                refuse(training_bytes(params) // 2, f"more than {params // 2:,} parameters")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"), _Unfilled():
+            yield
+    finally:
+        handle.remove()
+
+
+def training_bytes(params: int, activations: int = 0) -> int:
+    """A floor for the memory of one training step in float32: weights, gradients, activations.
+
+    Args:
+        params: How many.
+        activations: How many numbers are kept for the backward pass.
+    """
+    return 4 * (2 * params + activations)
+
+
+def room() -> int:
+    """Four fifths of this machine's free memory, in bytes; 0 when unknown, or when ATTNZOO_FORCE says not to ask."""
+    return 0 if os.environ.get("ATTNZOO_FORCE") else int(0.8 * available_memory())
+
+
+def available_memory() -> int:
+    """Free memory of this machine, in bytes; 0 when unknown."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+    except OSError:
+        return 0
+
+
+def refuse(need: int, why: str) -> NoReturn:
+    """Refuse a model that is too large for this machine.
+
+    Args:
+        need: The memory that one training step takes at least, in bytes.
+        why: What takes it.
+
+    Raises:
+        RecipeError: AZ311.
+    """
+    raise RecipeError(
+        "AZ311",
+        f"one training step needs {need / 2**30:,.1f} GiB or more; this machine has {room() / 2**30:,.1f} GiB for it",
+        why=why,
+        help="make the model smaller; ATTNZOO_FORCE=1 tries all the same",
+    )
+
+
 _Info = TypeVar("_Info", bound=HostInfo)
 
 
 def with_plain_model(info: _Info, build: Callable[[], nn.Module]) -> _Info:
     """Host info with the plain model and its size."""
-    with torch.device("meta"):
+    with unallocated():
         model = build()
     return replace(info, model=model, params=sum(p.numel() for p in model.parameters()))
 
@@ -142,7 +233,9 @@ class BackboneInfo(HostInfo):
         return Requirements(
             grid=len(self.layout.grid),
             varying_length="`dynamic_img_size` lets it change" if self.dynamic else "",
-            drops_tokens="`patch_drop_rate` drops some in training" if self.patch_drop else "",
+            drops_tokens="`patch_drop_rate` drops some in training and shuffles the others"
+            if self.patch_drop
+            else "",
         )
 
     def module_path(self, site: str) -> str:
@@ -156,27 +249,27 @@ class BackboneInfo(HostInfo):
 
 
 @contextmanager
-def on_meta(base: str, builder: str) -> Iterator[None]:
+def on_meta(base: str, builder: str, hints: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
     """Build on the meta device; whatever a constructor raises becomes a fault of its arguments.
 
     Args:
         base: Name of the model.
         builder: Who builds it.
+        hints: What to do about a complaint of the builder, by a part of its text.
 
     Raises:
-        RecipeError: AZ309.
+        RecipeError: AZ309, AZ311.
     """
     try:
-        with torch.device("meta"):
+        with unallocated():
             yield
     except RecipeError:
         raise
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        help = next((hint for part, hint in hints.items() if part in text), "look at `host.model`")
         raise RecipeError(
-            "AZ309",
-            f"{builder} cannot build `{base}` with these arguments: {text}",
-            help="look at `host.model`",
+            "AZ309", f"{builder} cannot build `{base}` with these arguments: {text}", help=help
         ) from None
 
 

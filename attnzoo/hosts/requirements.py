@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from attnzoo.core import Card
+from attnzoo.core import Card, Law
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Requirements:
         grid: Number of grid dimensions on offer.
         varying_length: Why the number of tokens may change from call to call; empty when it may not.
         open_end: Why the last token is not where the grid ends; empty when it is.
-        drops_tokens: Why tokens may be missing from the grid; empty when they may not.
+        drops_tokens: Why tokens may be missing from the grid, and the others in any order; empty when they may not.
         rotary: Whether queries and keys are turned by their positions, which happens inside the heads.
         token_local: Whether fusions must not mix tokens, because later ones are hidden.
     """
@@ -51,4 +51,6 @@ def unmet(card: Card, required: Requirements) -> list[str]:
         reasons.append(f"`{card.name}` needs to know where the grid ends; {required.open_end}")
     if (card.fixed_length or card.grid is not None) and required.drops_tokens:
         reasons.append(f"`{card.name}` needs every token in its place; {required.drops_tokens}")
+    elif required.drops_tokens and Law.PERMUTATION_EQUIVARIANT not in card.laws:
+        reasons.append(f"`{card.name}` may depend on the order of the tokens; {required.drops_tokens}")
     return reasons

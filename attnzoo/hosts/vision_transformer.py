@@ -21,6 +21,9 @@ default_cfgs: dict[str, Any] = {}
 """timm looks here for the configurations of the models that are registered from this module."""
 
 
+_HINTS = {"needs the class token": "write `global_pool: avg`, or leave `class_token: false` out"}
+
+
 def timm_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a recipe or of `timm.create_model` as `VisionTransformer` takes them."""
     out: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
@@ -42,7 +45,8 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
         arguments: Constructor arguments that differ from the base's.
 
     Raises:
-        RecipeError: AZ301 no such model, AZ309 timm refuses the arguments, AZ310 not a model that can be a host.
+        RecipeError: AZ301 no such model, AZ309 timm refuses the arguments, AZ310 not a model that can be a host,
+            AZ311 too many parameters for this machine, AZ317 an image that cannot be cut into patches.
     """
     if not is_model(base):
         names = timm.list_models()
@@ -52,9 +56,10 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
             f"timm has no model called `{base}`",
             help=f"{hint} timm.list_models('vit*') shows them".strip(),
         )
-    with on_meta(base, "timm"):
+    with on_meta(base, "timm", _HINTS):
         model = model_entrypoint(base)(pretrained=False, **timm_arguments(arguments))
     _check_host(base, model)
+    _check_image(model)
     first = model.blocks[0]
     grid = tuple(model.patch_embed.grid_size)
     return BackboneInfo(
@@ -91,11 +96,44 @@ def _check_host(base: str, model: nn.Module) -> None:
         )
 
 
-class ForwardContext:
-    """What belongs to one forward: the layout of its tokens and what layers hand on; begun by the patch embedding."""
+def _check_image(model: VisionTransformer) -> None:
+    """Refuse images that cannot be cut into patches."""
+    embed = model.patch_embed
+    (rows, columns), patch = embed.img_size, embed.patch_size
+    image, piece = f"{rows} × {columns} pixels", f"{patch[0]} × {patch[1]}"
+    if 0 in embed.grid_size:
+        raise RecipeError(
+            "AZ317",
+            f"an image of {image} holds no patch of {piece}",
+            help=f"let `img_size` be {max(patch)} or more, or make `patch_size` smaller",
+        )
+    if (rows % patch[0] or columns % patch[1]) and embed.dynamic_img_pad != model.dynamic_img_size:
+        alone = "dynamic_img_pad" if embed.dynamic_img_pad else "dynamic_img_size"
+        other = "dynamic_img_size" if embed.dynamic_img_pad else "dynamic_img_pad"
+        raise RecipeError(
+            "AZ317",
+            f"an image of {image} cannot be cut into patches of {piece} with `{alone}` alone",
+            help=f"let `img_size` be a multiple of `patch_size`, or write `{other}: true` too",
+        )
 
-    def __init__(self, layout: Layout):
-        self.layout, self.state = layout, SkipState()
+
+class ForwardContext:
+    """What belongs to one forward: the layout of its tokens and what layers hand on; begun by the patch embedding.
+
+    Args:
+        layout: Prefix tokens and grid.
+        drops: Whether patches are dropped in training.
+    """
+
+    def __init__(self, layout: Layout, drops: bool):
+        self.layout, self.drops, self.state = layout, drops, SkipState()
+
+    def layout_of(self, x: Tensor) -> Layout:
+        """The layout of these tokens (b n c): where some were dropped, the others have no grid."""
+        layout = self.layout
+        if self.drops and not isinstance(x, fx.Proxy) and x.shape[1] != layout.length:
+            return Layout((x.shape[1] - layout.prefix,), layout.prefix)
+        return layout
 
 
 class ZooPatchEmbed(PatchEmbed):
@@ -140,7 +178,8 @@ class ZooBlock(Block):
             x, mask = unmasked(x, attn_mask, is_causal), NO_MASK
         else:
             mask = from_timm(attn_mask, is_causal)
-        mixed = self.attn_skip(self.attn(self.norm1(x), mask=mask, layout=self.context.layout))
+        layout = self.context.layout_of(x)
+        mixed = self.attn_skip(self.attn(self.norm1(x), mask=mask, layout=layout))
         x = x + self.drop_path1(self.ls1(mixed))
         return self.skip(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
@@ -218,7 +257,7 @@ def build(
         skip: What blocks hand on.
         timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, `device`, ...
     """
-    context = ForwardContext(info.layout)
+    context = ForwardContext(info.layout, drops=info.patch_drop > 0)
     norms: list[Callable[[int], nn.Module]] = []
 
     def put_at(dim: int, heads: int, layer: int, block: dict[str, Any]) -> Mechanism:

@@ -16,11 +16,13 @@ BUILDER = ("features_only", "out_indices", "feature_cls", "cache_dir", "pretrain
 """Arguments of `timm.create_model` that go to timm's builder, not to the model."""
 
 
-def compose(recipe: str | os.PathLike, *, edits: Sequence[str] = (), **arguments) -> nn.Module:
+def compose(
+    recipe: str | os.PathLike | Mapping[str, Any], *, edits: Sequence[str] = (), **arguments
+) -> nn.Module:
     """The model of a recipe, as timm would hand it out.
 
     Args:
-        recipe: Name (`ham_a`), file, or text.
+        recipe: Name (`ham_a`), file, text, or a dict of what the text would say.
         edits: Changes such as `attention.with.start=identity`.
         arguments: What `timm.create_model` takes: `num_classes`, `img_size`, `features_only`, `device`, ...
 
@@ -30,7 +32,7 @@ def compose(recipe: str | os.PathLike, *, edits: Sequence[str] = (), **arguments
     return build(load(recipe, edits), arguments)
 
 
-def compose_file(recipe: str | os.PathLike, edits: Sequence[str] = ()) -> Composition:
+def compose_file(recipe: str | os.PathLike | Mapping[str, Any], edits: Sequence[str] = ()) -> Composition:
     """A recipe with every name known and every requirement met, not yet built; for those who want to look first."""
     return resolve(load(recipe, edits))
 
@@ -47,12 +49,11 @@ def build(
         pretrained_cfg: timm's configuration, when it comes with weights.
 
     Raises:
-        RecipeError: AZ306 no weights to load, AZ307 the lock `expect.params` does not hold, AZ311 too large.
+        RecipeError: AZ306 no weights to load, AZ307 the lock `expect.params` does not hold.
     """
     options = {name: arguments[name] for name in BUILDER if name in arguments}
     changed = {name: value for name, value in arguments.items() if name not in BUILDER and value is not None}
     composition = resolve(loaded, changed)
-    _check_memory(composition)
     if composition.image is None:
         model = composition.build(**options)
         if not changed:
@@ -95,26 +96,3 @@ def check_expectations(loaded: Loaded, model: nn.Module) -> None:
             place=loaded.source.value_place(("expect", "params")),
             help="correct the recipe, or the expectation if the change is meant",
         )
-
-
-def _check_memory(composition: Composition) -> None:
-    need, there = composition.info.bytes, available_memory()
-    if there and need > 0.8 * there and not os.environ.get("ATTNZOO_FORCE"):
-        source = composition.loaded.source
-        loc = ("host", "model") if ("host", "model") in source.values else ("host",)
-        raise RecipeError(
-            "AZ311",
-            f"one training step needs {need / 2**30:,.1f} GiB or more; {there / 2**30:,.1f} GiB are free",
-            place=source.value_place(loc),
-            why=f"{composition.info.params:,} parameters, {composition.info.tokens:,} tokens",
-            help="make the model smaller; ATTNZOO_FORCE=1 tries all the same",
-        )
-
-
-def available_memory() -> int:
-    """Free memory of this machine, in bytes; 0 when unknown."""
-    try:
-        with open("/proc/meminfo") as lines:
-            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
-    except OSError:
-        return 0

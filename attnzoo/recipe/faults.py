@@ -6,7 +6,9 @@ and all branches of a union are named.
 
 import json
 import types
+from collections.abc import Mapping
 from itertools import islice
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -53,7 +55,12 @@ _BACKBONES = (VitModel, CctModel, VitHost, CctHost)
 
 
 def faults_of(
-    error: ValidationError, source: Source, schema: type[BaseModel] = Recipe, loc: Loc = (), owner: str = ""
+    error: ValidationError,
+    source: Source,
+    schema: type[BaseModel] = Recipe,
+    loc: Loc = (),
+    owner: str = "",
+    written: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Diagnostic]:
     """One fault per spot of the text, at most `MAX_FAULTS`.
 
@@ -63,11 +70,13 @@ def faults_of(
         schema: What they were held to.
         loc: Where the validated part is in the source.
         owner: For options: the mechanism or fusion they belong to.
+        written: What the source calls options of another name.
     """
     spots: dict[Loc, tuple[Any, list[ErrorDetails]]] = {}
     for item in error.errors(include_url=False):
         steps, rule = _descend(schema, item["loc"])
-        spots.setdefault(loc + steps, (rule, []))[1].append(item)
+        spot = loc + tuple(written.get(str(step), step) for step in steps[:1]) + steps[1:]
+        spots.setdefault(spot, (rule, []))[1].append(item)
 
     def position(spot: Loc) -> tuple[int, int]:
         place = source.key_place(spot)

@@ -8,14 +8,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from attnzoo.core import Layout, Site
-from attnzoo.errors import Place, RecipeError
+from attnzoo.errors import Diagnostic, Place, RecipeError
 from attnzoo.hosts import seq2seq, sequence
 from attnzoo.hosts.info import BackboneInfo, HostInfo
 from attnzoo.hosts.kinds import HOSTS
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.skip import Skip
-from attnzoo.recipe.schema import HeadSchedule, Recipe, Seq2SeqHost, SequenceHost, SideHeads
-from attnzoo.recipe.source import Loc, Source
+from attnzoo.recipe.faults import faults_of
+from attnzoo.recipe.schema import HeadSchedule, ImageHost, Recipe, Seq2SeqHost, SequenceHost, SideHeads
+from attnzoo.recipe.source import Loc, Source, from_data
 
 
 def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> HostInfo:
@@ -27,14 +28,21 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ309, AZ310 for a backbone; AZ308, AZ313 and AZ316 for heads.
+        RecipeError: AZ301, AZ309, AZ310, AZ317 for a backbone; AZ112 and AZ113 for arguments and statistics; AZ308,
+            AZ313 and AZ316 for heads; AZ311, without a place, for what is too large.
     """
     host = recipe.host
     if isinstance(host, Seq2SeqHost | SequenceHost):
         said = _told(host, arguments).model_dump(exclude={"kind"})
         return sequence_info(host.kind, said, recipe.heads, source)
-    wanted = {**host.model.model_dump(exclude_unset=True, exclude_none=True), **arguments}
+    places = {("host", "model", name): Place("<arguments>", keys=name) for name in arguments}
+    source = replace(source, values=source.values | places)
+    wanted = {
+        **host.model.model_dump(exclude_unset=True, exclude_none=True),
+        **_checked_arguments(host, arguments),
+    }
     info = backbone_info(host.kind, host.base, wanted, source)
+    _check_statistics(host, info, arguments, source)
     if recipe.heads is None:
         return info
     if isinstance(recipe.heads, SideHeads):
@@ -47,6 +55,53 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
     heads = by_layer(recipe.heads, info.depth, ("heads",), source)
     _check_heads(heads, info.dim, ("heads",), source)
     return replace(info, heads=heads)
+
+
+def _checked_arguments(host: ImageHost, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a backbone, those that a recipe could set held to what a recipe may say.
+
+    Classes and functions, as timm takes them for norms and activations, are left to timm.
+
+    Raises:
+        RecipeError: AZ112, AZ113.
+    """
+    schema = type(host.model)
+    plain = {
+        name: value
+        for name, value in arguments.items()
+        if name in schema.model_fields and not callable(value)
+    }
+    source = from_data(plain, "<arguments>")
+    try:
+        schema.model_validate(source.tree)
+    except ValidationError as error:
+        source.faults += faults_of(error, source, schema)
+    if source.faults:
+        raise RecipeError.of(source.faults)
+    return {**arguments, **source.tree}
+
+
+def _check_statistics(
+    host: ImageHost, info: BackboneInfo, arguments: Mapping[str, Any], source: Source
+) -> None:
+    """Hold the recipe's mean and standard deviation to the number of channels that the recipe says.
+
+    Raises:
+        RecipeError: AZ113.
+    """
+    channels = info.image[0]
+    faults = [
+        Diagnostic(
+            "AZ113",
+            f"the length of `host.{name}` is {len(values)}, the number of channels {channels}",
+            source.value_place(("host", name)),
+            help="write one number for each channel",
+        )
+        for name, values in (("mean", host.mean), ("std", host.std))
+        if values is not None and len(values) != channels and "in_chans" not in arguments
+    ]
+    if faults:
+        raise RecipeError.of(faults)
 
 
 def _told(host: Seq2SeqHost | SequenceHost, arguments: Mapping[str, Any]) -> Seq2SeqHost | SequenceHost:
@@ -192,6 +247,13 @@ def _place(loc: Loc, source: Source) -> Place:
     return source.value_place(loc) if loc else source.key_place(("host",))
 
 
+_ABOUT = {
+    "AZ308": ("num_heads", "embed_dim"),
+    "AZ317": ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad"),
+}
+"""Arguments of the model that a fault is about, the likeliest first."""
+
+
 def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: Source) -> BackboneInfo:
     """What a backbone for images looks like.
 
@@ -202,7 +264,7 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ308, AZ309, AZ310.
+        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ317.
     """
     look = HOSTS[kind].host_info
     try:
@@ -218,10 +280,8 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
             raise
     except RecipeError as error:
         loc: Loc = ("host", "base") if error.code in ("AZ301", "AZ310") else ("host", "model")
-        if error.code == "AZ308":
-            loc = next(
-                (spot for key in ("num_heads", "embed_dim") if (spot := (*loc, key)) in source.values), loc
-            )
+        keys = _ABOUT.get(error.code, ())
+        loc = next((spot for key in keys if (spot := (*loc, key)) in source.values), loc)
         place = source.value_place(loc) if loc in source.values else source.key_place(("host",))
         raise RecipeError.of([replace(d, place=place) for d in error.diagnostics]) from None
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from attnzoo.errors import Diagnostic, Place, RecipeError, did_you_mean
 from attnzoo.recipe.faults import faults_of
 from attnzoo.recipe.schema import Recipe
-from attnzoo.recipe.source import MAX_FAULTS, Loc, Source, parse, read_text
+from attnzoo.recipe.source import MAX_FAULTS, PROSE, Loc, Source, from_data, parse, read_text
 
 MAX_CHAIN = 8
 OWN = ("name", "summary", "expect", "extends")
@@ -43,24 +43,18 @@ class Loaded:
         return json.dumps(self.source.tree, ensure_ascii=False)
 
 
-def load(recipe: str | os.PathLike, edits: Sequence[str] = ()) -> Loaded:
-    """A recipe by name (`ham_a`), by file (`recipes/ham_a.yaml`) or by its text.
+def load(recipe: str | os.PathLike | Mapping[str, Any], edits: Sequence[str] = ()) -> Loaded:
+    """A recipe by name (`ham_a`), by file (`recipes/ham_a.yaml`), by its text, or as a dict.
 
     Args:
-        recipe: Name, path, or text (which has several lines or begins with a brace).
+        recipe: Name, path, text (which has several lines or begins with a brace), or a dict of what the text would say.
         edits: Changes such as `attention.with.start=identity`, validated like the file.
 
     Raises:
         RecipeError: AZ1xx with all faults of the text, and what else can be said of what is sound;
             AZ204 when there is no recipe of that name.
     """
-    text, path = os.fsdecode(recipe), None
-    if is_text(text):
-        source = parse(text, "<recipe>")
-    else:
-        path = find(text)
-        shown = text if is_path(text) else str(path)
-        source = parse(read_text(path, shown), shown)
+    source, path = _read(recipe)
     whole = _inherit(source, path, ())
     for edit in edits:
         _edit(source, edit)
@@ -80,6 +74,18 @@ def load(recipe: str | os.PathLike, edits: Sequence[str] = ()) -> Loaded:
     if source.faults or loaded is None:
         raise RecipeError.of(_with_others(source, loaded)[:MAX_FAULTS])
     return loaded
+
+
+def _read(recipe: str | os.PathLike | Mapping[str, Any]) -> tuple[Source, Path | None]:
+    """The tree of a recipe and, where it has one, its file."""
+    if isinstance(recipe, Mapping):
+        return from_data(recipe, "<recipe>"), None
+    text = os.fsdecode(recipe)
+    if is_text(text):
+        return parse(text, "<recipe>"), None
+    path = find(text)
+    shown = text if is_path(text) else str(path)
+    return parse(read_text(path, shown), shown), path
 
 
 def _with_others(source: Source, loaded: Loaded | None) -> list[Diagnostic]:
@@ -239,8 +245,8 @@ def _merge(mine: dict, theirs: dict, loc: Loc) -> set[Loc]:
 def _edit(source: Source, edit: str) -> None:
     """One `--set path=value`: the value is YAML, the path is keys and indices with dots."""
     path, equals, text = edit.partition("=")
-    steps = path.split(".")
     place = Place("--set", text=edit, width=len(path))
+    steps = source.seen(path, place).split(".")
     if not equals or not all(steps):
         source.fault(
             "AZ117", f"`{edit[:60]}` is no edit", place, help="write it as `attention.with.start=identity`"
@@ -250,7 +256,7 @@ def _edit(source: Source, edit: str) -> None:
         source.fault("AZ117", "`extends` cannot be set", place, help="give the other recipe instead")
         return
     try:
-        value = parse(text or "null", "--set", before=f"{path}=")
+        value = parse(text or "null", "--set", f"{path}=", prose=tuple(steps) in PROSE)
     except RecipeError as error:
         source.faults += error.diagnostics
         return

@@ -1,7 +1,7 @@
 """From a recipe to plans: names become entries of the zoo, options are checked, requirements meet claims."""
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Law, Mechanism, 
 from attnzoo.core.fused import fused_card
 from attnzoo.errors import Diagnostic, Place, RecipeError, did_you_mean
 from attnzoo.hosts import seq2seq, sequence
-from attnzoo.hosts.info import BackboneInfo, HostInfo
+from attnzoo.hosts.info import BackboneInfo, HostInfo, unallocated
 from attnzoo.hosts.kinds import HOSTS
 from attnzoo.hosts.requirements import Requirements, unmet
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
@@ -25,7 +25,7 @@ from attnzoo.hosts.skip import check as check_skip
 from attnzoo.recipe.faults import faults_of
 from attnzoo.recipe.host import backbone_info, host_info, sequence_info, skip_of
 from attnzoo.recipe.load import Loaded
-from attnzoo.recipe.schema import FUSE, TAGGED, Fuse, ImageHost, Spec, Use, host_tag, spec_tag
+from attnzoo.recipe.schema import FUSE, MAX_MECHANISMS, TAGGED, Fuse, ImageHost, Spec, Use, host_tag, spec_tag
 from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
 from attnzoo.zoo import Entry, Provider, Registry, Zoo, load_zoo
 
@@ -145,12 +145,14 @@ class Composition:
         info: Its host.
         plans: What is put where, by site name.
         skip: What layers hand on.
+        notes: What a person should know of the recipe, though it holds.
     """
 
     loaded: Loaded
     info: HostInfo
     plans: Mapping[str, Plan]
     skip: Skip = Skip()
+    notes: tuple[Diagnostic, ...] = ()
 
     def put(self, site: Site) -> Mechanism:
         """The mechanism for a site."""
@@ -227,19 +229,19 @@ def resolve(
         zoo: Where names are looked up; the installed plugins when None.
 
     Raises:
-        RecipeError: AZ2xx, AZ3xx, all of them at once.
+        RecipeError: AZ2xx, AZ3xx, all of them at once; AZ311 only when nothing else is wrong.
     """
     recipe, source = loaded.recipe, loaded.source
     planner = _Planner(zoo or load_zoo(), source)
-    main = planner.plan(recipe.attention, ("attention",))
+    main = planner.whole(recipe.attention, ("attention",))
     puts = [
-        planner.plan(override.put, ("overrides", i, "put")) for i, override in enumerate(recipe.overrides)
+        planner.whole(override.put, ("overrides", i, "put")) for i, override in enumerate(recipe.overrides)
     ]
     faults = planner.faults
     try:
         info = host_info(recipe, arguments or {}, source)
     except RecipeError as error:
-        raise RecipeError.of([*faults, *error.diagnostics]) from None
+        raise RecipeError.of([*faults, *_at_host(error.diagnostics, source)]) from None
     try:
         skip = skip_of(recipe, info, source)
     except RecipeError as error:
@@ -255,13 +257,19 @@ def resolve(
             help = f"the sites are {shown}; `{sites[0].partition('.')[0]}.*` means all"
             planner.fault("AZ304", f"`{override.at}` matches no site", place, help=help)
         plans |= dict.fromkeys(names, puts[i])
-    faults += _misfits(plans, info, planner.zoo)
+    misfits, params = _misfits(plans, info, planner.zoo)
+    faults += misfits
     if skip and not faults:
         faults += _skip_misfits(skip, cast(dict[str, Plan], plans), info, source)
+    if not faults:
+        try:
+            info.check_memory(params)
+        except RecipeError as error:
+            faults += _at_host(error.diagnostics, source)
     if faults:
         unique = {(d.code, d.message, d.place): d for d in faults}
         raise RecipeError.of(list(unique.values())[:MAX_FAULTS])
-    return Composition(loaded, info, cast(dict[str, Plan], plans), skip)
+    return Composition(loaded, info, cast(dict[str, Plan], plans), skip, tuple(planner.notes))
 
 
 def other_faults(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
@@ -298,20 +306,36 @@ def other_faults(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
             base = said.get("base", kind.model_fields["base"].default)
             backbone_info(host_tag(said).strip("()"), base, wanted, source)
     except RecipeError as error:
-        planner.faults += error.diagnostics
+        planner.faults += _at_host(error.diagnostics, source)
     return planner.faults
 
 
-def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> list[Diagnostic]:
-    """Requirements not met and components that cannot be built at their sites; each plan once per kind of site."""
+def _at_host(faults: Iterable[Diagnostic], source: Source) -> list[Diagnostic]:
+    """Faults of the whole model get the place of what says most of it."""
+    place = source.value_place(("host", "model") if ("host", "model") in source.values else ("host",))
+    return [fault if fault.place else replace(fault, place=place) for fault in faults]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> tuple[list[Diagnostic], int]:
+    """Requirements not met and components that cannot be built at their sites; each plan once per kind of site.
+
+    Returns:
+        The faults; the number of parameters of the composed model, if there are none.
+    """
     faults: list[Diagnostic] = []
-    sites = info.sites()
-    first_sites: dict[tuple[int, Requirements, int], tuple[str, Plan]] = {}
+    sites, params = info.sites(), info.params
+    kinds: dict[tuple[int, Requirements, int], tuple[Plan, list[str]]] = {}
     for name, plan in plans.items():
         if plan is not None:
-            first_sites.setdefault((id(plan), info.requirements(name), sites[name].heads), (name, plan))
+            kind = (id(plan), info.requirements(name), sites[name].heads)
+            kinds.setdefault(kind, (plan, []))[1].append(name)
     told: set[tuple[Place, Requirements]] = set()
-    for (_, required, _), (name, plan) in first_sites.items():
+    for (_, required, _), (plan, names) in kinds.items():
+        name = names[0]
         for leaf in plan.leaves():
             whys = unmet(leaf.card, required)
             if required.rotary and not leaf.inside_heads:
@@ -336,12 +360,15 @@ def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> list
                 help = f"who can: {', '.join(f'`{one}`' for one in can)}"
                 faults.append(Diagnostic("AZ302", message, fusion.place, why, help))
         try:
-            with torch.device("meta"):
-                plan.build(sites[name])
+            with unallocated():
+                size = _size(plan.build(sites[name]))
         except RecipeError as error:
             known = {(fault.code, fault.place) for fault in faults}
-            faults += [fault for fault in error.diagnostics if (fault.code, fault.place) not in known]
-    return faults
+            found = [replace(d, place=d.place or plan.place) for d in error.diagnostics]
+            faults += [fault for fault in found if (fault.code, fault.place) not in known]
+        else:
+            params += sum(size - _size(info.model.get_submodule(info.module_path(one))) for one in names)
+    return faults, params
 
 
 def _who_can(required: Requirements, zoo: Zoo, refused: str) -> str:
@@ -360,7 +387,7 @@ def _skip_misfits(skip: Skip, plans: Mapping[str, Plan], info: HostInfo, source:
     """What stands against handing something on between these sites."""
     sites = info.sites()
     try:
-        with torch.device("meta"):
+        with unallocated():
             check_skip(skip, [(sites[name], plans[name].build(sites[name])) for name in skip.at])
     except RecipeError as error:
         loc: Loc = ("skip", "use") if ("skip", "use") in source.values else ("skip",)
@@ -369,12 +396,28 @@ def _skip_misfits(skip: Skip, plans: Mapping[str, Plan], info: HostInfo, source:
     return []
 
 
+def _mechanisms(spec: Spec) -> int:
+    return sum(map(_mechanisms, spec.of)) if isinstance(spec, Fuse) else 1
+
+
 class _Planner:
     """Turns specs into plans and gathers the faults on the way."""
 
     def __init__(self, zoo: Zoo, source: Source):
         self.zoo, self.source = zoo, source
         self.faults: list[Diagnostic] = []
+        self.notes: list[Diagnostic] = []
+
+    def whole(self, spec: Spec, loc: Loc) -> Plan | None:
+        """The plan of a site, unless it merges more than anybody means to."""
+        many = _mechanisms(spec)
+        if many <= MAX_MECHANISMS:
+            return self.plan(spec, loc)
+        message = f"`{'.'.join(map(str, loc))}` merges {many:,} mechanisms; at most {MAX_MECHANISMS} can be"
+        self.fault(
+            "AZ113", message, self.source.value_place(loc), help="nest fewer fusions, of fewer branches"
+        )
+        return None
 
     def plan(self, spec: Spec, loc: Loc) -> Plan | None:
         return self.use(spec, loc) if isinstance(spec, Use) else self.fuse(spec, loc)
@@ -437,13 +480,32 @@ class _Planner:
         entry = self.find(key, name, place)
         if entry is None:
             return None
-        schema = options_of(entry.value)
-        try:
-            checked = schema.model_validate(dict(given))
-        except ValidationError as error:
-            self.faults += faults_of(error, self.source, schema, (*loc, "with"), entry.name)
+        before, schema = len(self.faults), options_of(entry.value)
+        written = self.renamed(entry, given, (*loc, "with"))
+        if len(self.faults) > before:
             return None
-        return entry, {name: getattr(checked, name) for name in given}, place
+        options = {written.get(name, name): value for name, value in given.items()}
+        try:
+            checked = schema.model_validate(options)
+        except ValidationError as error:
+            old = {new: name for name, new in written.items()}
+            self.faults += faults_of(error, self.source, schema, (*loc, "with"), entry.name, old)
+            return None
+        return entry, {name: getattr(checked, name) for name in options}, place
+
+    def renamed(self, entry: Entry, given: Mapping[str, Any], loc: Loc) -> dict[str, str]:
+        """Options that are given by a name of old, with their names of today; each is noted."""
+        names: Mapping[str, str] = getattr(entry.value, "renamed", {})
+        written = {old: new for old, new in names.items() if old in given}
+        for old, new in written.items():
+            place = self.source.key_place((*loc, old))
+            if new in given:
+                message = f"`{entry.name}` is given `{old}` and `{new}`, which are one option"
+                self.fault("AZ216", message, place, f"`{old}` is its name of old", f"leave `{old}` out")
+            else:
+                message = f"the option `{old}` of `{entry.name}` is now called `{new}`"
+                self.notes.append(Diagnostic("", message, place, help=f"write `{new}`; `{old}` works still"))
+        return {old: new for old, new in written.items() if new not in given}
 
     def find(self, key: Literal["use", "fuse"], name: str, place: Place) -> Entry | None:
         """The entry, or a fault; names of the other kind and of absent plugins get their own."""

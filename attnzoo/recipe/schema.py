@@ -2,11 +2,14 @@
 
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 VERSION = 1
 """Version of the format; `recipe:` says for which one a recipe was written."""
 MAX_BRANCHES = 16
+MAX_MECHANISMS = 64
+"""So many may be merged in one spec, however its fusions are nested."""
 USE, FUSE = "(use)", "(fuse)"
 VIT, CCT, SEQ2SEQ, SEQUENCE = "(vit)", "(cct)", "(seq2seq)", "(sequence)"
 COUNT, LIST, HALVING, SIDES = "(count)", "(list)", "(schedule)", "(sides)"
@@ -71,7 +74,8 @@ Spec = Annotated[
 ]
 Fuse.model_rebuild()
 
-Channels = Annotated[list[Annotated[float, Field(ge=-10, le=10)]], Field(min_length=1, max_length=64)]
+Means = Annotated[list[Annotated[float, Field(ge=-10, le=10)]], Field(min_length=1, max_length=1024)]
+Deviations = Annotated[list[Annotated[float, Field(ge=1e-4, le=10)]], Field(min_length=1, max_length=1024)]
 Side = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -146,10 +150,8 @@ class _Host(_Strict):
         "timm",
         description="timm's initialisation, or N(0, 0.02²) for all weights and tokens and 0 for all biases.",
     )
-    mean: Channels | None = Field(
-        None, description="Mean of the images by channel, of 1; the base's otherwise."
-    )
-    std: Channels | None = Field(None, description="Standard deviation of the images by channel, of 1.")
+    mean: Means | None = Field(None, description="Mean of the images by channel, of 1; the base's otherwise.")
+    std: Deviations | None = Field(None, description="Standard deviation of the images by channel, of 1.")
     registers: Name | None = Field(None, description="Name under which timm.create_model knows the model.")
 
 
@@ -474,10 +476,17 @@ class Expect(_Strict):
     params: Annotated[int, Field(ge=0)] | None = Field(None, description="Number of parameters.")
 
 
+def _whole(value: Any) -> Any:
+    """The value, unless Python takes it for a whole number that it is not: `true == 1 == 1.0`."""
+    if isinstance(value, bool | float):
+        raise PydanticCustomError("int_type", "no whole number")
+    return value
+
+
 class Recipe(_Strict):
     """Which mechanism goes to which site of which host."""
 
-    recipe: Literal[1] = Field(description="Version of this format.")
+    recipe: Annotated[Literal[1], BeforeValidator(_whole)] = Field(description="Version of this format.")
     name: Name | None = Field(None, description="The file's stem.")
     summary: Line = Field("", description="One line.")
     source: Text = Field("", description="Paper, with sections.")

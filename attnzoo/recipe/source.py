@@ -1,4 +1,4 @@
-"""Recipe text to a tree of plain values, with the place of every value; and back from places to faults.
+"""Recipe text, or data, to a tree of plain values, with the place of every value; and back from places to faults.
 
 The reader is our own, on PyYAML's events, because `yaml.safe_load` accepts duplicate keys, reads `no` as
 false and `1e-3` as text, and lets a few bytes grow into gigabytes. Scalars are those of YAML 1.2; anchors,
@@ -9,8 +9,9 @@ not end the reading.
 import math
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,20 @@ _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+PROSE = (("summary",), ("source",))
+"""Where people write as they do elsewhere."""
 _UNSEEN = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    r"\u3164\ud800-\udfff\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U0001d173-\U0001d17a"
+    r"\U000e0000-\U000e00ff\U000e01f0-\U000e0fff]"
 )
-"""Characters that do not show, or change how others show: controls, line separators, changes of direction."""
+"""Characters that do not show, or change how others show: controls, spaces of no width, separators, changes of
+direction, tags. They stand nowhere in a recipe."""
+_UNSEEN_IN_NAMES = re.compile(
+    rf"{_UNSEEN.pattern}|[\xa0\u034f\u1680\u17b4\u17b5\u180b-\u180d\u180f\u2000-\u200d\u202f\u205f\u3000"
+    r"\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+)
+"""Also joiners, variation selectors and other widths of space, which prose needs and names do not."""
 _SYNTAX = (
     ("\\t", "a tab stands where only spaces may", "YAML is indented with spaces"),
     (
@@ -99,12 +110,37 @@ class Source:
         """Note a fault and go on."""
         self.faults.append(Diagnostic(code, message, place, why, help))
 
+    def seen(self, text: str, place: Place, prose: bool = False) -> str:
+        """A text without the characters that do not show; the first of them is noted as a fault.
+
+        Args:
+            text: A key or a value.
+            place: Where it stands.
+            prose: Whether it is for people.
+        """
+        unseen = _UNSEEN if prose else _UNSEEN_IN_NAMES
+        if bad := unseen.search(text):
+            at = place.text.find(bad[0], place.column - 1)
+            self.faults.append(_hidden(bad[0], place if at < 0 else replace(place, column=at + 1, width=1)))
+            text = unseen.sub("", text)
+        return text
+
     def put(self, loc: Loc, other: "Source") -> None:
         """Take the places of another text at and below a spot, because its tree is now the value there."""
         for table, extra in ((self.values, other.values), (self.keys, other.keys)):
             for known in [k for k in table if k[: len(loc)] == loc and (k != loc or table is self.values)]:
                 del table[known]
             table.update({(*loc, *k): place for k, place in extra.items()})
+
+
+def _hidden(character: str, place: Place) -> Diagnostic:
+    """A character that nobody sees, by its code point."""
+    name, kind = unicodedata.name(character, "").lower(), unicodedata.category(character)
+    looks = "looks like a space and is none" if kind == "Zs" else "does not show"
+    message = f"the character U+{ord(character):04X}{f' ({name})' if name else ''} {looks}"
+    binary = "a recipe is plain text; is this the right file?"
+    help = binary if kind in ("Cc", "Cs") else "delete it, or type the word anew"
+    return Diagnostic("AZ104", message, place, help=help)
 
 
 def read_text(path: Path, shown: str) -> str:
@@ -146,13 +182,14 @@ def read_text(path: Path, shown: str) -> str:
         ) from None
 
 
-def parse(text: str, file: str, before: str = "") -> Source:
+def parse(text: str, file: str, before: str = "", prose: bool = False) -> Source:
     """The tree and the places of a text; what is wrong but does not end the reading is in its `faults`.
 
     Args:
         text: YAML.
         file: Its name, for faults.
         before: What stands in front of the text on its first line, for faults.
+        prose: Whether the whole text is a value for people.
 
     Raises:
         RecipeError: AZ102, AZ104, AZ105, AZ107 to AZ109, AZ111: what ends the reading.
@@ -162,13 +199,14 @@ def parse(text: str, file: str, before: str = "") -> Source:
         raise RecipeError(
             "AZ102", f"the recipe has {size:,} bytes; a recipe has at most {MAX_BYTES:,}", place=Place(file)
         )
-    return _Reader(text, file, before).read()
+    return _Reader(text, file, before, prose).read()
 
 
 class _Reader:
     """Builds a `Source` from PyYAML's events, never deeper than `MAX_DEPTH`."""
 
-    def __init__(self, text: str, file: str, before: str):
+    def __init__(self, text: str, file: str, before: str, prose: bool):
+        self.prose = prose
         self.lines = re.split("\r\n|\r|\n", before + text)
         self.text = " " * len(before) + text
         self.source = Source(file)
@@ -191,10 +229,7 @@ class _Reader:
         for number, line in enumerate(self.lines, start=1):
             if bad := _UNSEEN.search(line):
                 place = Place(self.source.file, number, bad.start() + 1, 1, line)
-                message = f"the character U+{ord(bad[0]):04X} does not show"
-                raise self.fail(
-                    "AZ104", message, place, help="a recipe is plain text; is this the right file?"
-                )
+                raise RecipeError.of([_hidden(bad[0], place)])
         try:
             self.document(yaml.parse(self.text, Loader=yaml.SafeLoader))
         except yaml.YAMLError as error:
@@ -211,6 +246,12 @@ class _Reader:
         if context and ("not closed" in plain or "closing bracket" in plain):
             mark = context  # where the quote or bracket was opened
         place = self.place(mark) if mark else Place(self.source.file)
+        for number in (place.line - 1, place.line):  # a strange space may have hidden a key from YAML
+            line = self.lines[number - 1] if number else ""
+            prose = line.strip().startswith(("summary", "source"))
+            self.source.seen(line.partition("#")[0], Place(self.source.file, number, text=line), prose)
+        if any(fault.code == "AZ104" for fault in self.source.faults):
+            return RecipeError.of(list(dict.fromkeys(self.source.faults))[:MAX_FAULTS])
         if "\t" in place.text[: place.column] and not place.text[: place.column].strip():
             _, plain, help = _SYNTAX[0]
         return self.fail("AZ105", f"this is not YAML: {plain}", place, help=help)
@@ -243,7 +284,7 @@ class _Reader:
             raise self.fail("AZ108", f"this is more than {MAX_DEPTH} levels deep", place, help="nest less")
         self.refuse(event, place)
         if isinstance(event, yaml.ScalarEvent):
-            return self.scalar(event, place)
+            return self.scalar(event, place, self.prose or loc in PROSE)
         if isinstance(event, yaml.SequenceStartEvent):
             items: list[Any] = []
             while not isinstance(inner := next(events), yaml.SequenceEndEvent):
@@ -281,6 +322,7 @@ class _Reader:
                 )
             self.refuse(event, place)
             key = f"*{event.anchor}" if isinstance(event, yaml.AliasEvent) else event.value
+            key = self.source.seen(key, place)
             spot = (*loc, key)
             if key == "<<":
                 self.source.fault(
@@ -290,8 +332,6 @@ class _Reader:
                 self.source.fault(
                     "AZ109", "there is no key in front of this `:`", place, help="write `key: value`"
                 )
-            elif bad := _UNSEEN.search(key):
-                self.source.fault("AZ104", f"the character U+{ord(bad[0]):04X} does not show", place)
             elif key in entries:
                 line = self.source.keys[spot].line
                 message, why = f"`{key[:40]}` stands here a second time", f"the first is on line {line}"
@@ -302,11 +342,9 @@ class _Reader:
             entries[key] = self.node(next(events), events, spot, depth + 1)
         return entries
 
-    def scalar(self, event: yaml.ScalarEvent, place: Place) -> Any:
+    def scalar(self, event: yaml.ScalarEvent, place: Place, prose: bool) -> Any:
         """A scalar by the rules of YAML 1.2."""
-        text = event.value
-        if bad := _UNSEEN.search(text):  # an escape in quotes
-            self.source.fault("AZ104", f"the character U+{ord(bad[0]):04X} does not show", place)
+        text = self.source.seen(event.value, place, prose)
         if event.style is not None or event.tag == "!":
             return text
         if text.lower() in _WORDS and text in (text.lower(), text.capitalize(), text.upper()):
@@ -328,3 +366,92 @@ class _Reader:
             )
             return 0.0
         return text
+
+
+def from_data(data: Any, file: str) -> Source:
+    """The tree of Python data, copied and held to the limits of a text; what is wrong is in its `faults`.
+
+    Args:
+        data: Mappings, lists and tuples of text, numbers, true, false and null.
+        file: What it is called in faults.
+
+    Raises:
+        RecipeError: AZ102, AZ108: what ends the reading.
+    """
+    reader = _Copier(file)
+    reader.source.tree = reader.node(data, ())
+    return reader.source
+
+
+class _Copier:
+    """Builds a `Source` from Python data, of which a cycle is endlessly deep."""
+
+    def __init__(self, file: str):
+        self.source = Source(file)
+        self.nodes = self.size = 0
+
+    def place(self, loc: Loc) -> Place:
+        """Where a value is: its keys, and its number in the order of reading."""
+        return Place(self.source.file, line=self.nodes + 1, keys=".".join(str(step)[:40] for step in loc))
+
+    def node(self, value: Any, loc: Loc) -> Any:
+        """A copy of a value and of all that is in it."""
+        place = self.source.values[loc] = self.place(loc)
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise RecipeError(
+                "AZ108", f"there are more than {MAX_NODES:,} values", place=place, help="a recipe is a page"
+            )
+        if len(loc) >= MAX_DEPTH:
+            raise RecipeError(
+                "AZ108",
+                f"this is more than {MAX_DEPTH} levels deep",
+                place=place,
+                help="does it hold itself?",
+            )
+        if isinstance(value, Mapping):
+            return self.mapping(value.items(), loc)
+        if isinstance(value, list | tuple):
+            return [self.node(inner, (*loc, i)) for i, inner in enumerate(value)]
+        return self.scalar(value, place, loc in PROSE)
+
+    def mapping(self, items: Iterable[tuple[Any, Any]], loc: Loc) -> dict[str, Any]:
+        """The entries of a mapping."""
+        entries: dict[str, Any] = {}
+        for key, inner in items:
+            if type(key) is not str or not key:
+                what = "there is an empty key" if key == "" else f"a key must be a word, not {_kind(key)}"
+                self.source.fault("AZ109", what, self.place(loc), help="a key is a text, as in a YAML file")
+                continue
+            spot = (*loc, self.text(key, self.place((*loc, key)), False))
+            self.source.keys[spot] = self.place(spot)
+            entries[str(spot[-1])] = self.node(inner, spot)
+        return entries
+
+    def text(self, value: str, place: Place, prose: bool) -> str:
+        """A key or a text, without what does not show."""
+        self.size += len(value)
+        if self.size > MAX_BYTES:
+            raise RecipeError("AZ102", f"the texts have more than {MAX_BYTES:,} characters", place=place)
+        return self.source.seen(value, place, prose)
+
+    def scalar(self, value: Any, place: Place, prose: bool) -> Any:
+        """A value that YAML could hold."""
+        if type(value) is str:
+            return self.text(value, place, prose)
+        if type(value) is float and not math.isfinite(value):
+            self.source.fault("AZ113", f"`{value}` is not a finite number", place)
+            return 0.0
+        if type(value) is int and abs(value) >= 10**20:
+            self.source.fault("AZ113", "this number has more than 20 digits", place)
+            return 0
+        if value is None or type(value) in (bool, int, float):
+            return value
+        help = "write plain numbers, texts, lists and dicts: `int(...)`, `str(...)`, `.tolist()`"
+        self.source.fault("AZ112", f"a recipe cannot hold {_kind(value)}", place, help=help)
+        return None
+
+
+def _kind(value: Any) -> str:
+    """The type of a value of Python, in words."""
+    return f"a value of Python's type `{type(value).__module__}.{type(value).__qualname__}`"

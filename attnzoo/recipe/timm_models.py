@@ -1,6 +1,6 @@
 """The models of all recipes, made known to timm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.models import generate_default_cfgs, is_model, register_model
@@ -55,16 +55,17 @@ def _register(name: str, loaded: Loaded) -> None:
 def _entry_point(name: str, kind: str, loaded: Loaded | None) -> Callable[..., nn.Module]:
     """The function timm calls for a model name."""
 
-    def entry_point(pretrained: bool = False, *, recipe: str | None = None, **arguments: Any) -> nn.Module:
+    def entry_point(
+        pretrained: bool = False, *, recipe: str | Mapping[str, Any] | None = None, **arguments: Any
+    ) -> nn.Module:
         cfg = arguments.pop("pretrained_cfg", None)
         if recipe is None and loaded is None:
             raise RecipeError(
                 "AZ111", f"`{name}` needs `recipe=`", help="hand the name or the text of a recipe"
             )
-        if recipe is not None and not is_text(recipe):
-            load_zoo().recipes.find(
-                recipe
-            )  # a name of the zoo: a saved configuration never makes us open files
+        if isinstance(recipe, str) and not is_text(recipe):
+            # a name of the zoo: a saved configuration never makes us open files
+            load_zoo().recipes.find(recipe)
         source = loaded if recipe is None else load(recipe)
         assert source is not None
         return build(

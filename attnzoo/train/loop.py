@@ -30,7 +30,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
-from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -38,13 +37,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
-from attnzoo.errors import RunError, did_you_mean
+from attnzoo.errors import RunError
 from attnzoo.recipe import Loaded, build, load
 from attnzoo.train import checkpoint, sampler
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.curve import curve_svg
 from attnzoo.train.kinds import task_of
 from attnzoo.train.lock import held
+from attnzoo.train.optimizer import make_optimizer
 from attnzoo.train.run import Run, newest, reading, usable
 from attnzoo.train.settings import Settings, kind_of
 from attnzoo.train.state import Progress
@@ -170,31 +170,11 @@ class _Training:
             self._restore(found)
 
     def _prepare_model(self) -> None:
-        settings, chosen = self.settings, self.settings.optimizer
+        settings = self.settings
         sampler.reseed(settings.seed)
         self.net = build(self.loaded, {})
         self.ema = ModelEmaV3(self.net, decay=settings.ema).to(self.device) if settings.ema else None
-        options: Any = {"betas": tuple(chosen.betas)} if chosen.betas else {}
-        options |= {"eps": chosen.eps} if chosen.eps else {}
-        # its state is nested
-        names = [name for name in map(str, list_optimizers()) if not name.startswith("kron")]
-        if chosen.use not in names:
-            raise RunError(
-                "AZ806",
-                f"timm has no optimiser called `{chosen.use}`",
-                help=did_you_mean(chosen.use, names) or "adamw is one",
-            )
-        try:
-            self.raw_optimizer = create_optimizer_v2(
-                self.net, chosen.use, lr=chosen.lr, weight_decay=chosen.weight_decay, **options
-            )
-        except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
-            reason = str(error).splitlines()[0]
-            raise RunError(
-                "AZ806",
-                f"timm cannot make the optimiser `{chosen.use}`: {reason}",
-                help="look at `train.optimizer`",
-            ) from None
+        self.raw_optimizer = make_optimizer(self.net, settings.optimizer)
         self.scheduler = _scheduler(self.raw_optimizer, settings, self.steps)
         self.model, self.optimizer = self.accelerator.prepare(self.net, self.raw_optimizer)
 

@@ -163,7 +163,7 @@ def data_kind(name: str) -> Kind | None:
     return "images" if name.partition(":")[0] in known else None
 
 
-def kind_of(loaded: Loaded, settings: Settings) -> Kind:
+def kind_of(loaded: Loaded, settings: Train) -> Kind:
     """What a recipe is trained on.
 
     Args:

@@ -19,6 +19,20 @@ def read_aligned(name: str) -> Corpus:
         DataError: AZ709 when a file cannot be read, AZ710 when they are of unequal length, AZ711 when one is not
             UTF-8, AZ712 when the name has not two paths.
     """
+    one, other = paths_of(name)
+    lines = side_by_side(lines_of(one), lines_of(other), str(one), str(other))
+    return Corpus(name, _languages(one, other), lines)
+
+
+def paths_of(name: str) -> tuple[Path, Path]:
+    """The two paths in a name.
+
+    Args:
+        name: As for `read_aligned`.
+
+    Raises:
+        DataError: AZ712 when there are not two.
+    """
     parts = name.split(":")[1:]
     if len(parts) != 2:
         raise DataError(
@@ -28,8 +42,7 @@ def read_aligned(name: str) -> Corpus:
             help="write `aligned:FILE:FILE`; rename a file or folder that has a colon in its name",
         )
     one, other = (path_of(part, name) for part in parts)
-    lines = side_by_side(lines_of(one), lines_of(other), str(one), str(other))
-    return Corpus(name, _languages(one, other), lines)
+    return one, other
 
 
 def side_by_side(sources: Sequence[str], targets: Sequence[str], file: str, other: str) -> tuple[Line, ...]:

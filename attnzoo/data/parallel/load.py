@@ -4,11 +4,12 @@ from pathlib import Path
 
 from attnzoo.data.load import data_folder
 from attnzoo.data.pairs import PairData
-from attnzoo.data.parallel.aligned import read_aligned
+from attnzoo.data.parallel.aligned import paths_of, read_aligned
 from attnzoo.data.parallel.catalogue import read_gettext
 from attnzoo.data.parallel.corpus import Corpus, Tokens, prepared
-from attnzoo.data.parallel.moses import read_moses
-from attnzoo.data.parallel.opus import read_opus
+from attnzoo.data.parallel.moses import read_moses, zip_and_pair
+from attnzoo.data.parallel.opus import read_opus, release_of
+from attnzoo.data.parallel.text import path_of
 from attnzoo.data.parallel.tsv import read_tsv
 from attnzoo.errors import DataError, did_you_mean
 
@@ -78,11 +79,34 @@ def read_corpus(name: str, *, root: str | Path | None = None, download: bool = T
     Raises:
         DataError: as for `load_pairs`.
     """
+    check_pairs(name)
     kind = name.partition(":")[0]
     if kind in OPUS:
         return read_opus(name, data_folder(root), download=download)
+    return FILES[kind](name)
+
+
+def check_pairs(name: str) -> None:
+    """Refuse a name that `load_pairs` would refuse; nothing is read.
+
+    Args:
+        name: As for `load_pairs`.
+
+    Raises:
+        DataError: AZ701 for an unknown name, AZ712 for one that lacks a part, AZ715 for wrong options of strings.
+    """
+    kind, _, rest = name.partition(":")
+    if kind in STRINGS:
+        from attnzoo.data.sequences.strings import string_options
+
+        string_options(name)
+        return
+    if kind in OPUS:
+        release_of(name)
+        return
     if kind in FILES:
-        return FILES[kind](name)
+        {"aligned": paths_of, "moses": zip_and_pair}.get(kind, lambda name: path_of(rest, name))(name)
+        return
     known = ", ".join(f"`{each}`" for each in PAIRS)
     hint = did_you_mean(kind, [each.partition(":")[0] for each in PAIRS])
     raise DataError(

@@ -29,10 +29,22 @@ def read_moses(name: str) -> Corpus:
     Raises:
         DataError: as for `read_zip`; AZ712 when the name has no path or an impossible pair.
     """
+    return read_zip(name, *zip_and_pair(name))
+
+
+def zip_and_pair(name: str) -> tuple[Path, tuple[str, str] | None]:
+    """The path in a name, and the languages if it says them.
+
+    Args:
+        name: As for `read_moses`.
+
+    Raises:
+        DataError: AZ712 when the name has no path or an impossible pair.
+    """
     rest = name.partition(":")[2]
     match = re.fullmatch(r"(.*\.zip):(.*)", rest, re.IGNORECASE)
     path, pair = (match[1], language_pair(match[2], name)) if match else (rest, None)
-    return read_zip(name, path_of(path, name), pair)
+    return path_of(path, name), pair
 
 
 def read_zip(name: str, path: Path, pair: tuple[str, str] | None) -> Corpus:

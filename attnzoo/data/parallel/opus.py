@@ -65,7 +65,7 @@ def read_opus(name: str, root: Path, *, download: bool) -> Corpus:
         DataError: AZ702 when it cannot be downloaded, AZ703 when it is not the file that was published or recorded,
             AZ712 for an impossible name or a pair that the corpus has not; what is wrong inside as for `read_zip`.
     """
-    pair, release = _release(name)
+    pair, release = release_of(name)
     file, record = root / release.file, root / f"{release.file}.sha256"
     if not file.exists():
         _fetch(release, name, root, download)
@@ -88,8 +88,15 @@ def read_opus(name: str, root: Path, *, download: bool) -> Corpus:
     return replace(corpus, notes=(note,))
 
 
-def _release(name: str) -> tuple[tuple[str, str], Release]:
-    """Source and target language, and the archive."""
+def release_of(name: str) -> tuple[tuple[str, str], Release]:
+    """Source and target language, and the archive.
+
+    Args:
+        name: As for `read_opus`.
+
+    Raises:
+        DataError: AZ712 for an impossible name, or a pair that OPUS Books has not.
+    """
     kind, _, rest = name.partition(":")
     which, _, languages = rest.rpartition(":")
     corpus, slash, version = "/".join(BOOKS).partition("/") if kind == "opus_books" else which.partition("/")

@@ -42,6 +42,20 @@ class FittingOptions:
     test: int = option(2_000, 1, 100_000)
 
 
+def fitting_options(name: str) -> FittingOptions:
+    """The options in a name.
+
+    Args:
+        name: As for `load_fitting`.
+
+    Raises:
+        DataError: AZ715 for options that are wrong or do not go together.
+    """
+    o = options(FittingOptions, name)
+    check_size(name, max(o.train, o.test), o.length * o.dim)
+    return o
+
+
 def load_fitting(name: str, seed: int) -> SequenceData:
     """Draw inputs uniformly from the domain, and a map that both sides share; its value is asked at every position.
 
@@ -52,8 +66,7 @@ def load_fitting(name: str, seed: int) -> SequenceData:
     Raises:
         DataError: AZ715 for options that are wrong.
     """
-    o = options(FittingOptions, name)
-    check_size(name, max(o.train, o.test), o.length * o.dim)
+    o = fitting_options(name)
     made = SmoothMap.drawn(seed, o.dim, o.length, positions=o.positions)
     train, test = (_side(seed, side, count, o, made) for side, count in ((TRAIN, o.train), (TEST, o.test)))
     return SequenceData(name, None, o.dim, o.dim, True, o.length, train, test)

@@ -41,6 +41,31 @@ class MarkovOptions:
     test: int = option(2_000, 1, 100_000)
 
 
+def markov_options(name: str) -> MarkovOptions:
+    """The options in a name.
+
+    Args:
+        name: As for `load_markov`.
+
+    Raises:
+        DataError: AZ715 for options that are wrong or do not go together.
+    """
+    o = options(MarkovOptions, name)
+    if o.symbols**o.order > MOST_GRAMS:
+        raise impossible(
+            name,
+            f"{o.symbols} symbols of order {o.order} make {o.symbols**o.order:,} transitions",
+            why=f"at most {MOST_GRAMS:,} can be met often enough to be learnt from a sequence",
+            help="fewer symbols, or a lower order",
+        )
+    if o.length < o.order:
+        raise impossible(
+            name, f"{o.length} tokens are too few for order {o.order}", help=f"length={4 * o.order} or more"
+        )
+    check_size(name, max(o.train, o.test), o.length)
+    return o
+
+
 def load_markov(name: str, seed: int) -> SequenceData:
     """Draw them.
 
@@ -59,19 +84,7 @@ def load_markov(name: str, seed: int) -> SequenceData:
     Raises:
         DataError: AZ715 for options that are wrong or do not go together.
     """
-    o = options(MarkovOptions, name)
-    if o.symbols**o.order > MOST_GRAMS:
-        raise impossible(
-            name,
-            f"{o.symbols} symbols of order {o.order} make {o.symbols**o.order:,} transitions",
-            why=f"at most {MOST_GRAMS:,} can be met often enough to be learnt from a sequence",
-            help="fewer symbols, or a lower order",
-        )
-    if o.length < o.order:
-        raise impossible(
-            name, f"{o.length} tokens are too few for order {o.order}", help=f"length={4 * o.order} or more"
-        )
-    check_size(name, max(o.train, o.test), o.length)
+    o = markov_options(name)
     train, test = (_side(seed, side, count, o) for side, count in ((TRAIN, o.train), (TEST, o.test)))
     words = tuple(ascii_lowercase[: o.symbols])
     return SequenceData(

@@ -39,17 +39,11 @@ class RecallOptions:
     test: int = option(2_000, 1, 100_000)
 
 
-def load_recall(name: str, seed: int) -> SequenceData:
-    """Draw them.
-
-    n keys, all different, from 1 to V/2 - 1, and n values, all different, from V/2 to V - 1, are drawn uniformly. The
-    sequence begins k₁ v₁ k₂ v₂ …; after it are G = (L - 2 n) / 2 slots of two tokens. Slots g_i are drawn without
-    replacement with p(g) ∝ (g + 1)^(a - 1); key i stands again at 2 n + 2 g_i, where its value is asked. Everything
-    else is token 0.
+def recall_options(name: str) -> RecallOptions:
+    """The options in a name.
 
     Args:
-        name: `recall`, with options such as `recall:pairs=8,length=64,vocab=128`.
-        seed: What they are drawn from.
+        name: As for `load_recall`.
 
     Raises:
         DataError: AZ715 for options that are wrong or do not go together.
@@ -72,6 +66,25 @@ def load_recall(name: str, seed: int) -> SequenceData:
             help=f"vocab={2 * o.length}",
         )
     check_size(name, max(o.train, o.test), o.length)
+    return o
+
+
+def load_recall(name: str, seed: int) -> SequenceData:
+    """Draw them.
+
+    n keys, all different, from 1 to V/2 - 1, and n values, all different, from V/2 to V - 1, are drawn uniformly. The
+    sequence begins k₁ v₁ k₂ v₂ …; after it are G = (L - 2 n) / 2 slots of two tokens. Slots g_i are drawn without
+    replacement with p(g) ∝ (g + 1)^(a - 1); key i stands again at 2 n + 2 g_i, where its value is asked. Everything
+    else is token 0.
+
+    Args:
+        name: `recall`, with options such as `recall:pairs=8,length=64,vocab=128`.
+        seed: What they are drawn from.
+
+    Raises:
+        DataError: AZ715 for options that are wrong or do not go together.
+    """
+    o = recall_options(name)
     train, test = (_side(seed, side, count, o) for side, count in ((TRAIN, o.train), (TEST, o.test)))
     half = o.vocab // 2
     words = ("·", *(f"k{i}" for i in range(1, half)), *(f"v{i}" for i in range(half, o.vocab)))

@@ -32,6 +32,20 @@ class RegressionOptions:
     test: int = option(2_000, 1, 100_000)
 
 
+def regression_options(name: str) -> RegressionOptions:
+    """The options in a name.
+
+    Args:
+        name: As for `load_regression`.
+
+    Raises:
+        DataError: AZ715 for options that are wrong or do not go together.
+    """
+    o = options(RegressionOptions, name)
+    check_size(name, max(o.train, o.test), (o.examples + 1) * (o.dim + 1))
+    return o
+
+
 def load_regression(name: str, seed: int) -> SequenceData:
     """Draw them: w and all x from N(0, I), y = wᵀx + σ ε with ε from N(0, 1).
 
@@ -44,8 +58,7 @@ def load_regression(name: str, seed: int) -> SequenceData:
     Raises:
         DataError: AZ715 for options that are wrong.
     """
-    o = options(RegressionOptions, name)
-    check_size(name, max(o.train, o.test), (o.examples + 1) * (o.dim + 1))
+    o = regression_options(name)
     train, test = (_side(seed, side, count, o) for side, count in ((TRAIN, o.train), (TEST, o.test)))
     return SequenceData(name, None, o.dim + 1, 1, True, o.examples + 1, train, test)
 

@@ -45,6 +45,28 @@ def is_strings(name: str) -> bool:
     return name.partition(":")[0] in STRINGS
 
 
+def string_options(name: str) -> StringOptions:
+    """The options in a name.
+
+    Args:
+        name: As for `load_strings`.
+
+    Raises:
+        DataError: AZ701 for an unknown name, AZ715 for options that are wrong or do not go together.
+    """
+    task = name.partition(":")[0]
+    if task not in STRINGS:
+        raise DataError(
+            "AZ701",
+            f"there is no data set `{name}`",
+            help=did_you_mean(task, list(STRINGS)) or "the tasks on strings are `copy`, `reverse` and `sort`",
+        )
+    o = options(StringOptions, name)
+    check_size(name, max(o.train, o.test), o.length)
+    _quotas(name, o)
+    return o
+
+
 def load_strings(name: str, seed: int = 0) -> PairData:
     """Draw strings and make their targets.
 
@@ -59,15 +81,7 @@ def load_strings(name: str, seed: int = 0) -> PairData:
     Raises:
         DataError: AZ701 for an unknown name, AZ715 for options that are wrong or do not go together.
     """
-    task = name.partition(":")[0]
-    if task not in STRINGS:
-        raise DataError(
-            "AZ701",
-            f"there is no data set `{name}`",
-            help=did_you_mean(task, list(STRINGS)) or "the tasks on strings are `copy`, `reverse` and `sort`",
-        )
-    o = options(StringOptions, name)
-    check_size(name, max(o.train, o.test), o.length)
+    task, o = name.partition(":")[0], string_options(name)
     quotas = _quotas(name, o)
     lengths = [length for length, quota in enumerate(quotas, start=1) for _ in range(quota)]
     taken: set[String] = set()

@@ -38,6 +38,20 @@ class SwitchingOptions:
     test: int = option(2_000, 1, 100_000)
 
 
+def switching_options(name: str) -> SwitchingOptions:
+    """The options in a name.
+
+    Args:
+        name: As for `load_switching`.
+
+    Raises:
+        DataError: AZ715 for options that are wrong or do not go together.
+    """
+    o = options(SwitchingOptions, name)
+    check_size(name, max(o.train, o.test), o.length)
+    return o
+
+
 def load_switching(name: str, seed: int) -> SequenceData:
     """Draw them.
 
@@ -60,8 +74,7 @@ def load_switching(name: str, seed: int) -> SequenceData:
     Raises:
         DataError: AZ715 for options that are wrong.
     """
-    o = options(SwitchingOptions, name)
-    check_size(name, max(o.train, o.test), o.length)
+    o = switching_options(name)
     train, test = (_side(seed, side, count, o) for side, count in ((TRAIN, o.train), (TEST, o.test)))
     words = (*map(str, range(o.symbols)), *RULES)
     notes = ("the rules A, R and C are our interpretation; the paper's text gives only I",)
