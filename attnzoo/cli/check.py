@@ -86,9 +86,9 @@ def _classes(names: list[str], plugin: str | None, everything: bool) -> list[Any
             from attnzoo.testing.runner import load_file
 
             classes += load_file(Path(name))
-        elif name in zoo.mechanisms or name in zoo.mechanisms.conflicts:
+        elif zoo.mechanisms.knows(name):
             classes.append(zoo.mechanisms.find(name).value)
-        elif name in zoo.fusions or name in zoo.fusions.conflicts:
+        elif zoo.fusions.knows(name):
             classes.append(zoo.fusions.find(name).value)
         else:
             hint = did_you_mean(name, [*zoo.mechanisms, *zoo.fusions])

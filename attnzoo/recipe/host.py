@@ -94,7 +94,7 @@ def sequence_info(kind: str, said: Mapping[str, Any], heads: Any, source: Source
                 help="write a number, a list or a schedule",
             )
         counts = _checked(4 if heads is None else heads, form.layers, ("heads",), form, source)
-        return sequencehost_info(form, counts)
+        return sequence.host_info(form, counts)
     for key, sides in (("layers", ("encoder", "decoder")), ("vocab", ("source", "target"))):
         both = fields.pop(key)
         fields |= dict.fromkeys(sides, both) if isinstance(both, int) else dict(both)
@@ -113,7 +113,7 @@ def sequence_info(kind: str, said: Mapping[str, Any], heads: Any, source: Source
         both = 8 if heads is None else heads
         encoder = _checked(both, pair.encoder, ("heads",), pair, source)
         decoder = _checked(both, pair.decoder, ("heads",), pair, source)
-    return seq2seqhost_info(pair, encoder, decoder)
+    return seq2seq.host_info(pair, encoder, decoder)
 
 
 def _checked(
