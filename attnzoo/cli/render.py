@@ -13,12 +13,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from attnzoo.cli.output import stdout
 from attnzoo.errors import Diagnostic, ZooError
 
 
 def console(err: bool = False) -> Console:
     """A console; colours only on a terminal, `NO_COLOR` honoured. Piped output is wide enough for every table."""
-    stream = sys.stderr if err else sys.stdout
+    stream = sys.stderr if err else stdout()
     return Console(
         file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 160
     )
@@ -38,7 +39,7 @@ def say_next(*commands: str) -> None:
 
 def say_json(data: Any) -> None:
     """Data for programs."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+    stdout().write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def table(

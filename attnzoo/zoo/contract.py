@@ -34,7 +34,6 @@ class Kind:
 
 MECHANISM = Kind("attnzoo_mechanisms", (Mechanism, Head), Card)
 FUSION = Kind("attnzoo_fusions", (Fusion,), FusionCard)
-COMPONENTS = (*MECHANISM.bases, *FUSION.bases)
 
 
 @dataclass(frozen=True)

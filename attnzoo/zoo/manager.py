@@ -242,6 +242,11 @@ def load_zoo() -> Zoo:
     return _zoo
 
 
+def loaded_components() -> list[Entry]:
+    """The mechanisms and fusions of the zoo, if it was asked for; looking for a culprit loads nothing."""
+    return _zoo.components if _zoo is not None else []
+
+
 def when_loaded(callback: Callable[[], None]) -> None:
     """Call back now, or as soon as all plugins are imported; again when the unfinished ones are."""
     if not _loading:

@@ -1,0 +1,63 @@
+"""Standard output belongs to answers: while a verb runs, what anybody else writes there reaches standard error.
+
+Plugins print, their libraries do, and so do processes that they start. In the program itself (not where a verb is
+called from Python) the answers get a copy of file 1 of their own, and file 1 becomes standard error for good: what C
+libraries keep back is only written when the process ends.
+"""
+
+import os
+import sys
+from contextlib import suppress
+from typing import TextIO
+
+from attnzoo.errors import ZooError
+
+_own: TextIO | None = None
+
+
+def stdout() -> TextIO:
+    """Where answers are written."""
+    return _own or sys.stdout
+
+
+def reserve() -> None:
+    """Keep standard output for answers from now on."""
+    global _own
+    if _own is not None:
+        return
+    if sys.stdout is None:  # closed by whoever started us; file 1 may be anything by now
+        _own = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return
+    sys.stdout.flush()
+    _own = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    try:
+        os.dup2(2, 1)
+    except OSError:  # standard error is closed
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+    if _own.isatty() and not (os.isatty(0) or os.isatty(1)):  # who asks for the width asks these
+        os.environ.setdefault("COLUMNS", str(os.get_terminal_size(_own.fileno()).columns))
+
+
+def flush() -> None:
+    """Write what is kept back.
+
+    Raises:
+        BrokenPipeError: when nobody reads any more.
+        ZooError: AZ602, when it cannot be written, as on a full disk.
+    """
+    try:
+        stdout().flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        text = f"cannot write the answer: {(error.strerror or str(error)).lower()}"
+        raise ZooError("AZ602", text, help="look at where standard output leads") from None
+
+
+def close() -> None:
+    """Let go of standard output; what cannot be written any more is dropped."""
+    if _own is not None:
+        with suppress(OSError):  # said before, by `flush`
+            _own.close()
