@@ -46,7 +46,7 @@ class Verb(TyperCommand):
             if fault is None:
                 raise
             raise fault from error
-        output.flush()
+        output.stdout().flush()
         return answer
 
 
@@ -74,8 +74,11 @@ class Verbs(TyperGroup):
         except ZooError as error:
             from attnzoo.cli.render import show_error
 
-            show_error(error, as_json=self.as_json)
-            output.flush()
+            try:
+                show_error(error, as_json=self.as_json)
+                output.stdout().flush()
+            except output.Unwritable as other:
+                show_error(other)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)

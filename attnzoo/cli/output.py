@@ -7,10 +7,40 @@ libraries keep back is only written when the process ends.
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from typing import TextIO
 
 from attnzoo.errors import ZooError
+
+
+class Unwritable(ZooError):
+    """Standard output takes no more, as on a full disk (AZ602)."""
+
+
+class Answers(TextIOWrapper):
+    """A file whose faults are told as such; that nobody reads any more is left to who wrote."""
+
+    def write(self, text: str) -> int:
+        with _told():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _told():
+            super().flush()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        text = f"cannot write to standard output: {(error.strerror or str(error)).lower()}"
+        raise Unwritable("AZ602", text, help="look at where it leads") from None
+
 
 _own: TextIO | None = None
 
@@ -29,7 +59,7 @@ def reserve() -> None:
         _own = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         return
     sys.stdout.flush()
-    _own = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    _own = Answers(open(os.dup(1), "wb"), encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
     try:
         os.dup2(2, 1)
     except OSError:  # standard error is closed
@@ -40,24 +70,8 @@ def reserve() -> None:
         os.environ.setdefault("COLUMNS", str(os.get_terminal_size(_own.fileno()).columns))
 
 
-def flush() -> None:
-    """Write what is kept back.
-
-    Raises:
-        BrokenPipeError: when nobody reads any more.
-        ZooError: AZ602, when it cannot be written, as on a full disk.
-    """
-    try:
-        stdout().flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        text = f"cannot write the answer: {(error.strerror or str(error)).lower()}"
-        raise ZooError("AZ602", text, help="look at where standard output leads") from None
-
-
 def close() -> None:
     """Let go of standard output; what cannot be written any more is dropped."""
     if _own is not None:
-        with suppress(OSError):  # said before, by `flush`
+        with suppress(OSError, Unwritable):
             _own.close()
