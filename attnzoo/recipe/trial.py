@@ -10,7 +10,7 @@ from attnzoo.core import Layout, Mask, Site
 from attnzoo.errors import Place, RecipeError, ZooError
 from attnzoo.hosts.requirements import Requirements
 from attnzoo.zoo.blame import OURS, blame, short
-from attnzoo.zoo.contract import Breach, WrongOutput, initialised, watching
+from attnzoo.zoo.contract import Breach, initialised, watching
 from attnzoo.zoo.registry import Entry
 
 if TYPE_CHECKING:
@@ -59,18 +59,17 @@ def try_out(plan: "Plan", site: Site, required: Requirements) -> None:
     parts = [part for part in (*plan.leaves(), *plan.fusions()) if part.entry.plugin != OURS]
     if not parts:
         return
-    entries = [part.entry for part in parts]
     if required.varying_length and not plan.card.fixed_length and len(site.layout.grid) == 1:
         site = replace(site, layout=Layout((min(site.layout.grid[0], SHORT),), site.layout.prefix))
     try:
         try:
-            _run(plan, site, required, entries, "meta")
+            _run(plan, site, required, parts, "meta")
         except ZooError:  # of shapes and masks the meta device knows all
             raise
         except Exception:
             if _size(plan, site) <= LARGEST:
                 with torch.random.fork_rng(devices=[]):
-                    _run(plan, site, required, entries, "cpu")
+                    _run(plan, site, required, parts, "cpu")
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -79,9 +78,6 @@ def try_out(plan: "Plan", site: Site, required: Requirements) -> None:
 
 def _fault(error: BaseException, parts: Sequence["Plan"]) -> RecipeError:
     """What went wrong in a trial, at the place of the component."""
-    if isinstance(error, WrongOutput):
-        part = next(part for part in parts if part.entry is error.entry)
-        return plugin_fault(error, part.entry, part.place, "AZ014", error.wrong)
     found = blame(error, [part.entry for part in parts])
     part = next((part for part in parts if found and part.entry is found.entry), parts[0])
     if isinstance(error, ZooError):
@@ -97,8 +93,9 @@ def _size(plan: "Plan", site: Site) -> int:
     return weights + (plan.heads or site.heads) * site.layout.length**2
 
 
-def _run(plan: "Plan", site: Site, required: Requirements, entries: Sequence[Entry], device: str) -> None:
+def _run(plan: "Plan", site: Site, required: Requirements, parts: Sequence["Plan"], device: str) -> None:
     """Initialise, run in both modes, and go backward, as a model would."""
+    entries, places = [part.entry for part in parts], {part.entry.full_name: part.place for part in parts}
     m = site.layout.length
     n = m if site.context_dim is None or plan.card.fixed_length else max(1, m - 1)
     with torch.device(device):
@@ -108,7 +105,7 @@ def _run(plan: "Plan", site: Site, required: Requirements, entries: Sequence[Ent
         context = None if site.context_dim is None else torch.randn(2, m, site.context_dim)
         keys = torch.ones(2, m, dtype=torch.bool) if "keys" in required.masks else None
         mask = Mask(keys, causal="causal" in required.masks)
-        with watching(mechanism, entries):
+        with watching(mechanism, entries, places):
             with torch.no_grad():
                 mechanism.eval()(x, context, mask=mask, layout=site.layout)
             out = mechanism.train()(x, context, mask=mask, layout=site.layout)

@@ -160,7 +160,7 @@ def _card(value: Any, kind: Kind) -> Any:
         reason = f"`{kind.hook}` returned {_name(value)}, which is no concrete {wanted} class"
         raise Refusal("AZ006", reason)
     try:
-        return held(value, kind)
+        return held(value)
     except KeyboardInterrupt:
         raise
     except BaseException as error:

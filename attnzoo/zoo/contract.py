@@ -7,12 +7,13 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 from attnzoo.core import Card, Family, Fusion, FusionCard, Head, Mechanism, Site, options_of
-from attnzoo.errors import PluginError
+from attnzoo.errors import Place, PluginError
 from attnzoo.zoo.blame import OURS, short
 from attnzoo.zoo.registry import Entry
 
@@ -64,47 +65,50 @@ class Breach(Exception):
         self.code, self.reason = code, reason
 
 
-class WrongOutput(PluginError):
-    """A component of a plugin gave back something else than the site is due (AZ014).
-
-    Args:
-        entry: The component.
-        wrong: What it did, in words that follow its name.
-    """
-
-    def __init__(self, entry: Entry, wrong: str):
-        help = f"this is a fault of the plugin; `attnzoo check {entry.full_name}` shows more"
-        super().__init__("AZ014", f"`{entry.full_name}` {wrong}", help=help)
-        self.entry, self.wrong = entry, wrong
-
-
 def concrete(value: Any, bases: tuple[type, ...]) -> bool:
     """Whether this is a class that can be built."""
     return inspect.isclass(value) and issubclass(value, bases) and not inspect.isabstract(value)
 
 
-def held(cls: type, kind: Kind) -> Any:
+def kind_of(cls: type) -> Kind:
+    """What a class of a component is offered as."""
+    return FUSION if issubclass(cls, FUSION.bases) else MECHANISM
+
+
+def held(cls: type) -> Any:
     """A copy of the card of a class that keeps the contract.
 
     Args:
-        cls: A class of this kind.
-        kind: What it is offered as.
+        cls: A concrete component.
 
     Raises:
         Breach: AZ006 no card, AZ011 a card that says what a card cannot say, or `claims` that give something else.
         Exception: whatever the class raises.
     """
-    card = getattr(cls, "card", None)
-    if not isinstance(card, kind.card):
-        raise Breach("AZ006", f"has no `card = {kind.card.__name__}(...)`")
-    copy = sound(card, kind.card)
+    copy = card_of(cls)
     try:
         options = options_of(cls).model_fields.values()
     except Exception as error:
         raise Breach("AZ006", f"has options that cannot be read: {short(error)}") from error
-    if kind is MECHANISM and not any(option.is_required() for option in options):
+    if kind_of(cls) is MECHANISM and not any(option.is_required() for option in options):
         _claimed(cls, {}, copy.name)
     return copy
+
+
+def card_of(cls: type) -> Any:
+    """A copy of the card of a class.
+
+    Args:
+        cls: A concrete component.
+
+    Raises:
+        Breach: AZ006 no card, AZ011 a card that says what a card cannot say.
+    """
+    wanted = kind_of(cls).card
+    card = getattr(cls, "card", None)
+    if not isinstance(card, wanted):
+        raise Breach("AZ006", f"has no `card = {wanted.__name__}(...)`")
+    return sound(card, wanted)
 
 
 def sound(card: Any, kind: Any) -> Any:
@@ -232,22 +236,26 @@ def _owners(entries: Iterable[Entry]) -> dict[type, Entry]:
 
 
 @contextmanager
-def watching(model: nn.Module, entries: Iterable[Entry]) -> Iterator[None]:
+def watching(
+    model: nn.Module, entries: Iterable[Entry], places: Mapping[str, Place] = MappingProxyType({})
+) -> Iterator[None]:
     """Hold every component of a plugin in a model to what it must give back.
 
     Args:
         model: A model, or a mechanism alone.
         entries: The mechanisms and fusions that may be in it.
+        places: Where they stand in a recipe, by full name.
 
     Raises:
-        WrongOutput: AZ014, from the forward.
+        PluginError: AZ014, from the forward.
     """
     owners = _owners(entries)
 
     def look(component: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-        wrong, entry = output_breach(component, given, out), owners[type(component)]
+        wrong, name = output_breach(component, given, out), owners[type(component)].full_name
         if wrong:
-            raise WrongOutput(entry, wrong)
+            help = f"this is a fault of the plugin; `attnzoo check {name}` shows more"
+            raise PluginError("AZ014", f"`{name}` {wrong}", place=places.get(name), help=help)
 
     with ExitStack() as hooks:
         for module in model.modules():
