@@ -79,13 +79,13 @@ class Blame:
 def blame(error: BaseException, entries: Iterable[Entry]) -> Blame | None:
     """Who raised an error, if it was a plugin: the innermost component of one on the way to it.
 
-    Faults of the input, interrupts and what no plugin was asked for are nobody's.
+    An interrupt is the user's, and a bug of a built-in is ours.
 
     Args:
         error: What was raised.
         entries: The mechanisms and fusions that may have been asked.
     """
-    if isinstance(error, ZooError | KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt):
         return None
     foreign = [entry for entry in entries if entry.plugin != OURS]
     owners = {entry.value: entry for entry in foreign}
@@ -113,7 +113,7 @@ def blaming(entries: Iterable[Entry]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # SystemExit too: a plugin may not end the program
-        found = blame(error, entries)
+        found = None if isinstance(error, ZooError) else blame(error, entries)
         if found is None:
             raise
         raise found.as_error() from error

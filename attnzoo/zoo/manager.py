@@ -159,8 +159,8 @@ class Zoo:
         for registry, offer in offers:
             for entry in offer.entries:
                 self._file(registry, entry)
-            if status == "failed":
-                registry.silent.append(name)
+        for registry in (self.mechanisms, self.fusions, self.recipes) if status == "failed" else ():
+            registry.silent.append(name)
         self._restore_cards(name)
         if seconds > SLOW and status != "failed" and name != OURS:
             text = f"its import took {seconds:.1f} s; everything that uses attnzoo waits for it"
