@@ -1,6 +1,9 @@
 """What a plugin does wrong once it is imported is its own fault: named, with a code, and nothing else is disturbed."""
 
+import json
 import os
+import shutil
+import subprocess
 import sys
 import textwrap
 from pathlib import Path

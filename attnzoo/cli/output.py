@@ -66,8 +66,9 @@ def reserve() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.close(nowhere)
-    if _own.isatty() and not (os.isatty(0) or os.isatty(1)):  # who asks for the width asks these
-        os.environ.setdefault("COLUMNS", str(os.get_terminal_size(_own.fileno()).columns))
+    if _own.isatty() and not (os.isatty(0) or os.isatty(1) or os.environ.get("COLUMNS")):
+        # who asks for the width of the terminal asks these
+        os.environ["COLUMNS"] = str(os.get_terminal_size(_own.fileno()).columns)
 
 
 def close() -> None:
