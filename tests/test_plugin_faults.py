@@ -250,8 +250,10 @@ def test_a_fault_in_the_backward_pass_is_found(folder):
 
     class Inner(Head):"""
     text = source(attend="out = Wrong.apply(v)").replace("    class Inner(Head):", backward)
-    with pytest.raises(RecipeError, match="AZ013.*backward"):
-        resolve(load(recipe("attend")), zoo=zoo_with(folder, text))
+    composition = resolve(load(recipe("attend")), zoo=zoo_with(folder, text))
+    model = composition.build()
+    with pytest.raises(PluginError, match="AZ013.*`mine/inner`.*backward"), composition.watching(model):
+        model(torch.randn(1, 3, 224, 224)).sum().backward()
 
 
 def test_a_fault_while_the_model_itself_is_built_names_the_plugin(folder):

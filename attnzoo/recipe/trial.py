@@ -1,4 +1,4 @@
-"""One forward and backward of what plugins put at a site, before any model is built."""
+"""One forward of what plugins put at a site, before any model is built."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -94,20 +94,17 @@ def _size(plan: "Plan", site: Site) -> int:
 
 
 def _run(plan: "Plan", site: Site, required: Requirements, parts: Sequence["Plan"], device: str) -> None:
-    """Initialise, run in both modes, and go backward, as a model would."""
+    """Initialise and run in both modes, as a model would."""
     entries, places = [part.entry for part in parts], {part.entry.full_name: part.place for part in parts}
     m = site.layout.length
     n = m if site.context_dim is None or plan.card.fixed_length else max(1, m - 1)
     with torch.device(device):
         mechanism = plan.build(site)
         initialised(mechanism, entries)
-        x = torch.randn(2, n, site.dim, requires_grad=True)
+        x = torch.randn(2, n, site.dim)
         context = None if site.context_dim is None else torch.randn(2, m, site.context_dim)
         keys = torch.ones(2, m, dtype=torch.bool) if "keys" in required.masks else None
         mask = Mask(keys, causal="causal" in required.masks)
-        with watching(mechanism, entries, places):
-            with torch.no_grad():
-                mechanism.eval()(x, context, mask=mask, layout=site.layout)
-            out = mechanism.train()(x, context, mask=mask, layout=site.layout)
-        if out.requires_grad:
-            out.sum().backward()
+        with watching(mechanism, entries, places), torch.no_grad():
+            for training in (False, True):
+                mechanism.train(training)(x, context, mask=mask, layout=site.layout)
