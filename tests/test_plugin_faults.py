@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_plugins import RECIPE, TIMM_RECIPE, WITH_RECIPE, assert_builtins, points, run, write_plugin
+from typer.testing import CliRunner
 
+from attnzoo import timm_hook
+from attnzoo.cli.app import app
+from attnzoo.core import Card, Family
 from attnzoo.errors import PluginError, RecipeError
 from attnzoo.recipe import load, resolve
 from attnzoo.zoo import Zoo
@@ -279,6 +283,82 @@ def test_a_bug_of_a_builtin_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(Softmax, "__init__", lambda self, site, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         resolve(load(RECIPE.replace("NAME", "softmax")), zoo=Zoo.of())
+
+
+# Verbs
+
+SMALL = """
+recipe: 1
+host: {kind: vit, base: vit_tiny_patch16_224, model: {img_size: 8, patch_size: 4, embed_dim: 8, num_heads: 2, depth: 1, in_chans: 1, num_classes: 10}}
+attention: inner
+train: {data: digits, epochs: 1, batch_size: 256}
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "where", "statement", "says"),
+    [
+        ("train", "attend", "out = out if v.is_meta else sys.exit(5)", "failed with SystemExit: 5"),
+        ("compose", "init_weights", "if not torch.empty(0).is_meta: raise Own", "failed with Own"),
+    ],
+)
+def test_verbs_name_the_plugin(tmp_path, verb, where, statement, says):
+    write_plugin(tmp_path, "mine", source(**{where: statement}))
+    (tmp_path / "small.yaml").write_text(SMALL)
+    out = ("--out", str(tmp_path / "run")) if verb == "train" else ()
+    recipe = str(tmp_path / "small.yaml")
+    done = run("-m", "attnzoo", verb, recipe, *out, "--json", path=tmp_path, code=3)
+    (fault,) = json.loads(done.stdout)["errors"]
+    assert fault["code"] == "AZ013" and f"`mine/inner` {says}" in fault["message"]
+    assert fault["place"]["file"].endswith("az_mine.py") and "Traceback" not in done.stderr
+
+
+def test_check_reports_what_a_component_raises(tmp_path):
+    write_plugin(
+        tmp_path, "mine", source(attend="raise Own", claims="if options.get('scale') == 2.0: sys.exit(5)")
+    )
+    done = run("-m", "attnzoo", "check", "mine/inner", "--examples", "1", "--json", path=tmp_path, code=1)
+    results = json.loads(done.stdout)
+    assert any("it raised Own" in result["reason"] for result in results)
+    assert all(result["status"] in ("passed", "failed", "skipped") for result in results)
+
+
+def test_check_reports_claims_that_raise():
+    from attnzoo.core import Head
+    from attnzoo.testing import check
+
+    class Odd(Head):
+        card = Card(name="odd", family=Family.MIXING, summary="Gives back its values.")
+
+        @classmethod
+        def claims(cls, **options):
+            raise SystemExit(5)
+
+        def attend(self, q, k, v, *, mask, layout):
+            return v
+
+    (result,) = check(Odd, examples=1)
+    assert result.status == "failed" and "SystemExit" in result.reason
+
+
+@pytest.mark.parametrize("text", ["x = 1", "raise SystemExit(3)", "CARDLESS"])
+def test_check_of_a_file_that_cannot_be_checked_says_so(tmp_path, text):
+    cardless = """
+        from attnzoo.core import Head
+
+        class Cardless(Head):
+            def attend(self, q, k, v, *, mask, layout):
+                return v
+    """
+    (tmp_path / "own.py").write_text(textwrap.dedent(cardless) if text == "CARDLESS" else text)
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "own.py")])
+    assert result.exit_code == 2 and ("AZ502" in result.stderr or "AZ503" in result.stderr)
+
+
+def test_timm_is_imported_whatever_goes_wrong_with_our_models(monkeypatch):
+    monkeypatch.setattr(timm_hook, "_fill", lambda: 1 / 0)
+    with pytest.warns(UserWarning, match="division by zero"):
+        timm_hook._register()
 
 
 # Cards

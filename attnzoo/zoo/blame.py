@@ -38,9 +38,10 @@ def place_in(error: BaseException, package: str) -> Place | None:
     if not lines:
         return None
     frame, line = lines[-1]
-    return Place(
-        frame.f_code.co_filename, line, text=linecache.getline(frame.f_code.co_filename, line).rstrip()
-    )
+    file = frame.f_code.co_filename
+    text = linecache.getline(file, line).rstrip()
+    start = len(text) - len(text.lstrip())
+    return Place(file, line, start + 1, len(text) - start, text)
 
 
 @dataclass(frozen=True)
