@@ -109,6 +109,10 @@ def _clip(text: str, column: int, width: int = 100) -> tuple[str, int]:
     return text[start : start + width], column - start
 
 
+PLUGIN = ("AZ0", "AZ215")
+"""How the codes of faults of plugins begin."""
+
+
 class ZooError(Exception):
     """A fault of the input, with everything a person needs to mend it.
 
@@ -119,8 +123,6 @@ class ZooError(Exception):
         why: The broken rule.
         help: The next step.
     """
-
-    exit_code = 2
 
     def __init__(self, code: str, message: str, *, place: Place | None = None, why: str = "", help: str = ""):
         self.diagnostics: tuple[Diagnostic, ...] = (Diagnostic(code, message, place, why, help),)
@@ -142,6 +144,11 @@ class ZooError(Exception):
         return error
 
     @property
+    def exit_code(self) -> int:
+        """How the command line ends: 3 when plugins alone are at fault, 2 otherwise."""
+        return 3 if all(fault.code.startswith(PLUGIN) for fault in self.diagnostics) else 2
+
+    @property
     def code(self) -> str:
         """The code of the first fault."""
         return self.diagnostics[0].code
@@ -160,8 +167,6 @@ def _rebuild(cls: type[ZooError], diagnostics: tuple[Diagnostic, ...]) -> ZooErr
 
 class PluginError(ZooError):
     """A plugin is at fault (AZ0xx)."""
-
-    exit_code = 3
 
 
 class RecipeError(ZooError):

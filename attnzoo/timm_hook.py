@@ -6,10 +6,19 @@ timm has no plugin discovery. When timm is there already its registry is filled 
 
 import importlib.util
 import sys
+import warnings
 from importlib.abc import MetaPathFinder
 
 
 def _register() -> None:
+    """Fill timm's registry; `import timm` works, whatever goes wrong here."""
+    try:
+        _fill()
+    except Exception as error:
+        warnings.warn(f"attnzoo could not register its models with timm: {error}", stacklevel=2)
+
+
+def _fill() -> None:
     from attnzoo.recipe.timm_models import register_models
     from attnzoo.zoo import when_loaded
 

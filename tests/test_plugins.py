@@ -122,7 +122,9 @@ def folder(tmp_path, monkeypatch):
 
 def run(*command, python=sys.executable, path=None, code=0, **environment):
     """Run Python, outside the repository, and hold it to its exit code; what it wrote."""
-    extra = {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(path)} if path else {}) | environment
+    extra = (
+        {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"} if path else {}) | environment
+    )
     where = tempfile.gettempdir()
     done = subprocess.run(
         [python, *command], capture_output=True, text=True, env=os.environ | extra, cwd=where

@@ -1,9 +1,11 @@
 """The command line put together. `--help` and usage errors import neither torch nor timm."""
 
+import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import attnzoo
 from attnzoo.cli import (
@@ -16,6 +18,7 @@ from attnzoo.cli import (
     heatmap,
     list,
     new,
+    output,
     plugins,
     resume,
     run,
@@ -25,6 +28,37 @@ from attnzoo.cli import (
     translate,
 )
 from attnzoo.errors import ZooError
+
+PROGRAM = "program"
+"""Marks that the program itself runs, and not somebody who calls a verb."""
+
+
+class Verb(TyperCommand):
+    """A verb that asks plugins: they cannot write to standard output, and what they raise is their fault."""
+
+    def invoke(self, ctx):
+        if ctx.obj is PROGRAM:
+            output.reserve()
+        try:
+            answer = super().invoke(ctx)
+        except BaseException as error:  # SystemExit too: a plugin may not end the program
+            fault = _fault(error)
+            if fault is None:
+                raise
+            raise fault from error
+        output.stdout().flush()
+        return answer
+
+
+def _fault(error: BaseException) -> ZooError | None:
+    """A plugin's fault in words; None for what is no plugin's."""
+    manager = sys.modules.get("attnzoo.zoo.manager")
+    if manager is None or isinstance(error, ZooError):  # no plugin was asked, or all is said
+        return None
+    from attnzoo.zoo.blame import blame
+
+    found = blame(error, manager.loaded_components())
+    return found.as_error() if found else None
 
 
 class Verbs(TyperGroup):
@@ -40,7 +74,11 @@ class Verbs(TyperGroup):
         except ZooError as error:
             from attnzoo.cli.render import show_error
 
-            show_error(error, as_json=self.as_json)
+            try:
+                show_error(error, as_json=self.as_json)
+                output.stdout().flush()
+            except output.Unwritable as other:
+                show_error(other)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
@@ -55,21 +93,25 @@ app = typer.Typer(
     help="A zoo of attention mechanisms that compose into timm backbones.",
     epilog="First steps: attnzoo list · attnzoo compose ham_a · attnzoo new plugin mine",
 )
-app.command("list")(list.list_)
-app.command("show")(show.show)
-app.command("compose")(compose.compose)
-app.command("check")(check.check)
 app.add_typer(new.app, name="new")
-app.command("plugins")(plugins.plugins)
-app.command("doctor")(doctor.doctor)
-app.command("schema")(schema.schema)
-app.command("bench")(bench.bench)
-app.command("heatmap")(heatmap.heatmap)
-app.command("train")(train.train)
-app.command("compare")(compare.compare)
-app.command("resume")(resume.resume)
-app.command("eval")(eval.eval_)
-app.command("translate")(translate.translate)
+VERBS: dict[str, Callable[..., None]] = {
+    "list": list.list_,
+    "show": show.show,
+    "compose": compose.compose,
+    "check": check.check,
+    "plugins": plugins.plugins,
+    "doctor": doctor.doctor,
+    "schema": schema.schema,
+    "bench": bench.bench,
+    "heatmap": heatmap.heatmap,
+    "train": train.train,
+    "compare": compare.compare,
+    "resume": resume.resume,
+    "eval": eval.eval_,
+    "translate": translate.translate,
+}
+for name, verb in VERBS.items():
+    app.command(name, cls=Verb)(verb)
 app.command("run", context_settings=run.CONTEXT)(run.run)
 
 FIRST_STEPS = [
@@ -103,4 +145,7 @@ def root(
 
 def main() -> None:
     """Run a verb and end the program with its exit code."""
-    app(prog_name="attnzoo")
+    try:
+        app(prog_name="attnzoo", obj=PROGRAM)
+    finally:
+        output.close()

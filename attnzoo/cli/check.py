@@ -99,10 +99,10 @@ def _classes(names: list[str], plugin: str | None, everything: bool) -> list[Any
         if name.endswith(".py"):
             from attnzoo.testing.runner import load_file
 
-            classes += load_file(Path(name))
-        elif name in zoo.mechanisms or name in zoo.mechanisms.conflicts:
+            classes += [_with_card(cls) for cls in load_file(Path(name))]
+        elif zoo.mechanisms.knows(name):
             classes.append(zoo.mechanisms.find(name).value)
-        elif name in zoo.fusions or name in zoo.fusions.conflicts:
+        elif zoo.fusions.knows(name):
             classes.append(zoo.fusions.find(name).value)
         else:
             hint = did_you_mean(name, [*zoo.mechanisms, *zoo.fusions])
@@ -116,3 +116,16 @@ def _classes(names: list[str], plugin: str | None, everything: bool) -> list[Any
             "AZ502", "nothing to check", help="name a mechanism or a file, or say --plugin NAME or --all"
         )
     return classes
+
+
+def _with_card(cls: Any) -> Any:
+    """A class of a file, once it is certain that it has a card that can be read."""
+    from attnzoo.errors import CheckError
+    from attnzoo.zoo.contract import Breach, card_of
+
+    try:
+        card_of(cls)
+    except Breach as error:
+        text = f"`{cls.__name__}` {error.reason}"
+        raise CheckError("AZ502", text, help="the class needs a `card` before it can be held to it") from None
+    return cls

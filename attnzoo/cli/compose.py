@@ -53,11 +53,12 @@ def compose(
         _describe(report)
     model = build(composition.loaded, {})
     ledger = init_model(model, init_from) if init_from else None
-    run = (
-        exercise_tokens(model, composition.info)
-        if composition.image is None
-        else exercise(model, image or default_image())
-    )
+    with composition.watching(model):
+        run = (
+            exercise_tokens(model, composition.info)
+            if composition.image is None
+            else exercise(model, image or default_image())
+        )
     if out:
         save(model, out)
     if as_json:

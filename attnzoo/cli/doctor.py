@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from attnzoo.cli.list import AsJson
+from attnzoo.cli.plugins import say_problems
 
 CORE = ("torch", "torchvision", "timm", "pluggy", "pydantic", "pyyaml", "typer", "rich", "hypothesis", "jaxtyping",
         "safetensors", "pillow")  # fmt: skip
@@ -23,7 +24,7 @@ def doctor(
     """Look at versions, devices, extras and plugins. Ends with 3 when a plugin is broken, 2 when something else is."""
     from attnzoo.cli.render import Column, facts, say, say_json, say_next, seconds, table
 
-    ills = _torch_pair()
+    ills, problems = _torch_pair(), list[Any]()
     data: dict[str, Any] = {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in CORE},
@@ -51,8 +52,9 @@ def doctor(
         }
         data["plugins"] = [vars(provider) for provider in zoo.providers]
         data["models"] = len(timm_models.registered)
-        data["problems"] = [vars(problem) for problem in zoo.problems]
-    broken = [p for p in data.get("problems", []) if p["fatal"]]
+        problems = zoo.problems
+        data["problems"] = [vars(problem) for problem in problems]
+    broken = any(problem.fatal for problem in problems)
     if as_json:
         say_json(data)
     else:
@@ -77,14 +79,8 @@ def doctor(
         )
         for ill in ills:
             say(f"ill: {ill}", style="red")
-        for problem in data.get("problems", []):
-            say(
-                f"{problem['plugin']} [{problem['code']}]: {problem['reason']}",
-                style="red" if problem["fatal"] else "yellow",
-            )
-            if verbose and problem["details"]:
-                say(problem["details"], style="dim")
-        if not ills and not data.get("problems"):
+        say_problems(problems, verbose)
+        if not ills and not problems:
             say("all is well", style="green")
         say_next("attnzoo doctor --verbose" if broken and not verbose else "attnzoo list")
     if ills or broken:

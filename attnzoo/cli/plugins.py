@@ -1,6 +1,12 @@
 """`attnzoo plugins`: who provides what."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from attnzoo.cli.list import AsJson
+
+if TYPE_CHECKING:
+    from attnzoo.zoo import Problem
 
 
 def plugins(as_json: AsJson = False) -> None:
@@ -34,8 +40,27 @@ def plugins(as_json: AsJson = False) -> None:
             for r in rows
         ],
     )
-    broken = any(r["problems"] for r in rows)
-    say_next("attnzoo doctor" if broken else "attnzoo new plugin mine", "attnzoo list --plugin NAME")
+    say_problems(zoo.problems)
+    say_next(
+        "attnzoo doctor --verbose" if zoo.problems else "attnzoo new plugin mine",
+        "attnzoo list --plugin NAME",
+    )
+
+
+def say_problems(problems: Sequence["Problem"], verbose: bool = False) -> None:
+    """What is wrong, a line for each.
+
+    Args:
+        problems: What to say.
+        verbose: Show tracebacks, too.
+    """
+    from attnzoo.cli.render import say
+
+    for problem in problems:
+        color = "red" if problem.fatal else "yellow"
+        say(f"{problem.plugin} [{problem.code}]: {problem.reason}", style=color)
+        if verbose and problem.details:
+            say(problem.details, style="dim")
 
 
 def _few(names: list[str]) -> str:

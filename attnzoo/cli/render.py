@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from attnzoo.cli.output import stdout
 from attnzoo.errors import Diagnostic, ZooError
 
 GLUE = "\N{NO-BREAK SPACE}"
@@ -32,7 +33,7 @@ ENDLESS = 1_000_000
 
 def console(err: bool = False) -> Console:
     """A console; colours only on a terminal, `NO_COLOR` honoured. What is piped has lines of any length."""
-    stream = sys.stderr if err else sys.stdout
+    stream = sys.stderr if err else stdout()
     return Console(file=stream, highlight=False, width=None if stream.isatty() else ENDLESS)
 
 
@@ -70,7 +71,7 @@ def say_next(*commands: str) -> None:
 
 def say_json(data: Any) -> None:
     """Data for programs."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+    stdout().write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def show(
 
     zoo = load_zoo()
     for registry in (zoo.mechanisms, zoo.fusions, zoo.recipes):
-        if name in registry or name in registry.conflicts:
+        if registry.knows(name):
             entry = registry.find(name)
             break
     else:

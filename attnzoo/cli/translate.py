@@ -145,10 +145,11 @@ def _writer(out: Path | None) -> Iterator[Callable[[str], None]]:
     Raises:
         ZooError: AZ602, when the file cannot be written.
     """
+    from attnzoo.cli.output import stdout
     from attnzoo.errors import ZooError
 
     if out is None:
-        yield lambda line: typer.echo(line.encode())
+        yield lambda line: typer.echo(line.encode(), file=stdout())
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

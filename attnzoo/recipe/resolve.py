@@ -13,7 +13,7 @@ from torch import nn
 
 from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Law, Mechanism, MultiHead, Site, options_of
 from attnzoo.core.fused import fused_card
-from attnzoo.errors import Diagnostic, Place, RecipeError, did_you_mean
+from attnzoo.errors import Diagnostic, Place, RecipeError, ZooError, did_you_mean
 from attnzoo.hosts import seq2seq, sequence
 from attnzoo.hosts.info import BackboneInfo, HostInfo, unallocated
 from attnzoo.hosts.kinds import HOSTS
@@ -27,7 +27,10 @@ from attnzoo.recipe.host import backbone_info, host_info, sequence_info, skip_of
 from attnzoo.recipe.load import Loaded
 from attnzoo.recipe.schema import FUSE, MAX_MECHANISMS, TAGGED, Fuse, ImageHost, Spec, Use, host_tag, spec_tag
 from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
+from attnzoo.recipe.trial import plugin_fault, try_out
 from attnzoo.zoo import Entry, Provider, Registry, Zoo, load_zoo
+from attnzoo.zoo.blame import OURS, blaming, short
+from attnzoo.zoo.contract import Breach, built, claimed, sites_of, watching
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,14 @@ class Plan:
             return MultiHead(site, self._head(site))
         if not self.branches:
             with _blame(self.entry, self.place):
-                return self.entry.value(site, **self.options)
+                return built(self.entry, site, **self.options)
         fusion = partial(_fusion, self)
         return Fused(site, fusion, [partial(_branch, branch) for branch in self.branches])
 
     def _head(self, site: Site) -> Head:
         if not self.branches:
             with _blame(self.entry, self.place):
-                return self.entry.value(site, **self.options)
+                return built(self.entry, site, **self.options)
         return FusedHeads(site, partial(_fusion, self), [branch._head for branch in self.branches])
 
 
@@ -107,28 +110,28 @@ def _branch(plan: Plan, site: Site) -> Mechanism:
 
 def _fusion(plan: Plan, site: Site, arity: int) -> Fusion:
     with _blame(plan.entry, plan.place):
-        type_ = cast(type[Fusion], plan.entry.value)
-        type_.sites(site, arity)
-        return type_(site, arity, **plan.options)
+        sites_of(plan.entry, site, arity)
+        return built(plan.entry, site, arity, **plan.options)
 
 
 @contextmanager
 def _blame(entry: Entry, place: Place) -> Iterator[None]:
-    """Faults of a component get the place of its name; what else a plugin raises becomes a fault of the plugin."""
+    """Faults of a component get the place of its name; what else a plugin raises becomes a fault of the plugin.
+
+    Raises:
+        RecipeError: AZ215, AZ011 and AZ014 for a plugin at fault.
+    """
     try:
         yield
-    except RecipeError as error:
+    except ZooError as error:
         raise RecipeError.of([d if d.place else replace(d, place=place) for d in error.diagnostics]) from None
-    except Exception as error:
-        if entry.plugin == "attnzoo":
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a plugin may not end the program
+        if entry.plugin == OURS:
             raise
-        text = str(error).splitlines()[0] if str(error) else ""
-        raise RecipeError(
-            "AZ215",
-            f"`{entry.full_name}` cannot be built: {type(error).__name__}: {text}",
-            place=place,
-            help=f"this is a fault of the plugin; `attnzoo check {entry.full_name}` shows more",
-        ) from error
+        breach = error if isinstance(error, Breach) else Breach("AZ215", f"cannot be built: {short(error)}")
+        raise plugin_fault(error, entry, place, breach.code, breach.reason) from error
 
 
 def anonymous(kind: str) -> str:
@@ -159,6 +162,12 @@ class Composition:
         return self.plans[site.name].build(site)
 
     @property
+    def entries(self) -> list[Entry]:
+        """The mechanisms and fusions in it."""
+        parts = (part for plan in self.plans.values() for part in (*plan.leaves(), *plan.fusions()))
+        return list({id(part.entry): part.entry for part in parts}.values())
+
+    @property
     def image(self) -> tuple[ImageHost, BackboneInfo] | None:
         """What a recipe says of a backbone for images, and what is info of it; None for a model of sequences."""
         host = self.loaded.recipe.host
@@ -185,25 +194,39 @@ class Composition:
             timm_options: What goes to timm's builder and not to the model; a model of sequences takes `device` and
                 `dtype` only.
         """
-        if isinstance(self.info, Seq2SeqInfo):
-            return _placed(
-                lambda: seq2seq.build(cast(Seq2SeqInfo, self.info), self.put, self.skip), **timm_options
+        with blaming(self.entries):
+            if isinstance(self.info, Seq2SeqInfo):
+                return _placed(
+                    lambda: seq2seq.build(cast(Seq2SeqInfo, self.info), self.put, self.skip), **timm_options
+                )
+            if isinstance(self.info, SequenceInfo):
+                return _placed(
+                    lambda: sequence.build(cast(SequenceInfo, self.info), self.put, self.skip), **timm_options
+                )
+            assert self.image is not None
+            host, info = self.image
+            return HOSTS[host.kind].build(
+                info,
+                self.put,
+                pretrained=pretrained,
+                pretrained_cfg=pretrained_cfg or self.model_cfg(),
+                init=host.init,
+                skip=self.skip,
+                **timm_options,
             )
-        if isinstance(self.info, SequenceInfo):
-            return _placed(
-                lambda: sequence.build(cast(SequenceInfo, self.info), self.put, self.skip), **timm_options
-            )
-        assert self.image is not None
-        host, info = self.image
-        return HOSTS[host.kind].build(
-            info,
-            self.put,
-            pretrained=pretrained,
-            pretrained_cfg=pretrained_cfg or self.model_cfg(),
-            init=host.init,
-            skip=self.skip,
-            **timm_options,
-        )
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Hold the components of plugins to what they must give back, while a model runs.
+
+        Args:
+            model: What `build` gave.
+
+        Raises:
+            PluginError: AZ013 a component of a plugin raises, AZ014 it gives back something else.
+        """
+        with blaming(self.entries), watching(model, self.entries):
+            yield
 
     @property
     def starts_equal(self) -> bool:
@@ -336,6 +359,7 @@ def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> tupl
     told: set[tuple[Place, Requirements]] = set()
     for (_, required, _), (plan, names) in kinds.items():
         name = names[0]
+        before = len(faults)
         for leaf in plan.leaves():
             whys = unmet(leaf.card, required)
             if required.rotary and not leaf.inside_heads:
@@ -362,6 +386,8 @@ def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> tupl
         try:
             with unallocated():
                 size = _size(plan.build(sites[name]))
+            if len(faults) == before:
+                try_out(plan, sites[name], required)
         except RecipeError as error:
             known = {(fault.code, fault.place) for fault in faults}
             found = [replace(d, place=d.place or plan.place) for d in error.diagnostics]
@@ -441,7 +467,7 @@ class _Planner:
         entry, options, place = component
         try:
             with _blame(entry, place):
-                card = entry.value.card_for(**options)
+                card = claimed(entry, options)
         except RecipeError as error:
             self.faults += error.diagnostics
             return None
@@ -524,7 +550,9 @@ class _Planner:
                     place,
                     help=f"write `{instead}`",
                 )
-            elif slash and (provider is None or provider.status != "loaded"):
+            elif error.code == "AZ205":
+                self.faults += error.diagnostics
+            elif slash and (provider is None or not provider.works):
                 self.absent(name, plugin, provider, place)
             elif slash:
                 names = [entry.full_name for entry in registry.values() if entry.plugin == plugin]

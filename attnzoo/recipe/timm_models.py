@@ -1,9 +1,11 @@
 """The models of all recipes, made known to timm."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from timm.models import generate_default_cfgs, is_model, register_model
+import timm.models
+from timm.models import generate_default_cfgs, is_model, model_entrypoint, register_model
 from torch import nn
 
 from attnzoo.errors import RecipeError, ZooError
@@ -12,7 +14,8 @@ from attnzoo.recipe.compose import build
 from attnzoo.recipe.load import Loaded, is_text, load
 from attnzoo.recipe.resolve import anonymous
 from attnzoo.recipe.schema import ImageHost
-from attnzoo.zoo import Problem, load_zoo
+from attnzoo.zoo import Problem, Provider, Zoo, load_zoo
+from attnzoo.zoo.blame import OURS, details, short
 
 registered: dict[str, str] = {}
 """The models that are known to timm through us: model name to recipe name."""
@@ -21,26 +24,56 @@ registered: dict[str, str] = {}
 def register_models() -> None:
     """Register every recipe of the zoo that says `registers:`. A recipe that cannot be is noted, not raised."""
     zoo = load_zoo()
+    _give_back(zoo)
     for kind in HOSTS:
         if anonymous(kind) not in registered:
             registered[anonymous(kind)] = ""
             register_model(_entry_point(anonymous(kind), kind, None))
-    for name, entry in zoo.recipes.items():
+    for name, entry in sorted(zoo.recipes.items(), key=lambda item: item[1].plugin != OURS):  # ours first
         try:
             loaded = load(str(entry.value))
             host = loaded.recipe.host
             model = host.registers if isinstance(host, ImageHost) else None
             if model is None or registered.get(model) == name:
                 continue
-            if is_model(model):
+            owner = _owner(zoo, model) if is_model(model) else None
+            if owner is not None and owner.name != entry.plugin:
+                text = f"it registered a model as `{model}`, which is the recipe `{entry.full_name}`'s"
+                zoo.problems.append(Problem(owner.name, "AZ015", text, fatal=False))
+            elif is_model(model):
                 raise RecipeError("AZ305", f"timm already has a model called `{model}`")
             _register(model, loaded)
             registered[model] = name
-        except ZooError as error:
-            first = error.diagnostics[0]
-            zoo.problems.append(
-                Problem(entry.plugin, first.code, f"recipe `{name}`: {first.message}", str(error), False)
-            )
+        except Exception as error:  # whatever one recipe is made of, the others are registered
+            if isinstance(error, ZooError):
+                code, text, more = error.code, error.diagnostics[0].message, str(error)
+            else:
+                code, text, more = "AZ013", short(error), details(error)
+            zoo.problems.append(Problem(entry.plugin, code, f"recipe `{name}`: {text}", more, False))
+
+
+def _owner(zoo: Zoo, model: str) -> Provider | None:
+    """The plugin whose code registered a model itself, if it was one."""
+    package = model_entrypoint(model).__module__.partition(".")[0]
+    return next((one for one in zoo.providers if one.name != OURS and one.package == package), None)
+
+
+def _give_back(zoo: Zoo) -> None:
+    """Names of timm's own models that a plugin took are timm's again."""
+    if not any(provider.works for provider in zoo.providers if provider.name != OURS):
+        return
+    for model in timm.models.list_models():
+        own, owner = getattr(timm.models, model, None), _owner(zoo, model)
+        if own is not None and owner is not None and own.__module__.startswith("timm."):
+            _known_to_timm(own)
+            text = f"it registered a model as `{model}`, which is timm's; timm's own was put back"
+            zoo.problems.append(Problem(owner.name, "AZ015", text, fatal=False))
+
+
+def _known_to_timm(entry_point: Callable[..., nn.Module]) -> None:
+    """Register an entry point, whoever has its name."""
+    with warnings.catch_warnings(action="ignore"):  # timm warns of names that change hands
+        register_model(entry_point)
 
 
 def _register(name: str, loaded: Loaded) -> None:
@@ -49,7 +82,7 @@ def _register(name: str, loaded: Loaded) -> None:
     arguments = host.model.model_dump(exclude_unset=True, exclude_none=True)
     cfg = HOSTS[host.kind].model_cfg(name, host.base, arguments, host.mean, host.std)
     HOSTS[host.kind].default_cfgs.update(generate_default_cfgs({name: cfg}))
-    register_model(_entry_point(name, host.kind, loaded))
+    _known_to_timm(_entry_point(name, host.kind, loaded))
 
 
 def _entry_point(name: str, kind: str, loaded: Loaded | None) -> Callable[..., nn.Module]:

@@ -96,7 +96,9 @@ def run_check(cls: Component, check: Check, examples: int = EXAMPLES, *, shrink:
         )
     except AssertionError as error:
         return CheckResult(cls.card.name, name, "failed", str(error), last[0].code(name))
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: what is checked may not end the program
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"it raised {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
         return CheckResult(cls.card.name, name, "failed", text, last[0].code(name))
@@ -155,7 +157,14 @@ def check(
     """
     expected = expected_failures or {}
     known(expected)
-    return [held_to(run_check(cls, one, examples), expected) for one in checks_for(cls)]
+    try:
+        applicable = checks_for(cls)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        text = f"it raised {type(error).__name__}: {error}"
+        return [CheckResult(cls.card.name, "claims", "failed", text)]
+    return [held_to(run_check(cls, one, examples), expected) for one in applicable]
 
 
 def load_file(path: str | Path) -> list[Component]:
@@ -178,7 +187,9 @@ def load_file(path: str | Path) -> list[Component]:
     sys.modules[name] = module  # so that what it defines pickles
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         del sys.modules[name]
         raise CheckError("AZ502", f"`{path}` failed with {type(error).__name__}: {error}") from error
     found = [

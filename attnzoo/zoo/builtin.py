@@ -1,28 +1,40 @@
 """The built-in plugin: every mechanism and fusion in this package, every recipe that is shipped with it."""
 
 import importlib
-import inspect
-import pkgutil
+import os
 from pathlib import Path
 
+from attnzoo.zoo.blame import OURS, place_in
+from attnzoo.zoo.contract import FUSION, MECHANISM, Kind, Unimportable, concrete
 from attnzoo.zoo.hookspecs import hookimpl
 
 PACKAGE = Path(__file__).parent.parent
 
 
-def _concrete(package: str, bases: tuple[type, ...]) -> list[type]:
-    """The final subclasses of `bases` defined in a package, in the order of their files."""
-    root = importlib.import_module(package)
-    found = []
-    for info in pkgutil.walk_packages(root.__path__, f"{package}."):
-        module = importlib.import_module(info.name)
-        found += [
-            value
-            for value in vars(module).values()
-            if inspect.isclass(value) and issubclass(value, bases) and value.__module__ == info.name
-            and not inspect.isabstract(value)
-        ]  # fmt: skip
+def _offered(package: str, kind: Kind) -> list[type | Unimportable]:
+    """The components defined in a package, file by file: one that is broken takes no other with it."""
+    found: list[type | Unimportable] = []
+    for file in sorted((PACKAGE / package).rglob("*.py")):
+        if file.stem == "__init__":
+            continue
+        name = ".".join(("attnzoo", *file.relative_to(PACKAGE).with_suffix("").parts))
+        try:
+            module = importlib.import_module(name)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            found.append(Unimportable(file.stem, _where(file, error), error))
+            continue
+        found += [v for v in vars(module).values() if concrete(v, kind.bases) and v.__module__ == name]
     return found
+
+
+def _where(file: Path, error: BaseException) -> str:
+    """The line at fault, in this file or in one that it imports; without a line when Python names none."""
+    place = place_in(error, OURS)
+    if place is None or place.file == __file__:
+        return str(file.relative_to(PACKAGE.parent))
+    return f"{os.path.relpath(place.file, PACKAGE.parent)}:{place.line}"
 
 
 def recipes_folder() -> Path:
@@ -34,17 +46,13 @@ def recipes_folder() -> Path:
 @hookimpl
 def attnzoo_mechanisms():
     """All mechanisms and heads of `attnzoo.mechanisms`."""
-    from attnzoo.core import Head, Mechanism
-
-    return _concrete("attnzoo.mechanisms", (Mechanism, Head))
+    return _offered("mechanisms", MECHANISM)
 
 
 @hookimpl
 def attnzoo_fusions():
     """All fusions of `attnzoo.fusions`."""
-    from attnzoo.core import Fusion
-
-    return _concrete("attnzoo.fusions", (Fusion,))
+    return _offered("fusions", FUSION)
 
 
 @hookimpl

@@ -1,23 +1,22 @@
 """Finds plugins, loads each on its own, gathers what they offer. A broken plugin never stops the others."""
 
-import inspect
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-import pluggy
-
 import attnzoo
-from attnzoo.core import Card, Fusion, FusionCard, Head, Mechanism, options_of
+from attnzoo.core import Fusion, Head, Mechanism
 from attnzoo.errors import PluginError
-from attnzoo.zoo import builtin, hookspecs
+from attnzoo.zoo import builtin
+from attnzoo.zoo.admission import Offer, Refusal, components, recipes, register
+from attnzoo.zoo.blame import OURS, details, short
+from attnzoo.zoo.contract import FUSION, MECHANISM
 from attnzoo.zoo.registry import Entry, Registry
 
 GROUP = "attnzoo"
@@ -34,7 +33,7 @@ class Problem:
         code: `AZ0nn`.
         reason: One line.
         details: A traceback, where there is one.
-        fatal: Whether the plugin was left out.
+        fatal: Whether the plugin, or what the reason speaks of, was left out.
     """
 
     plugin: str
@@ -53,7 +52,9 @@ class Provider:
         dist: Its distribution.
         version: Version of the distribution.
         seconds: How long its import took.
-        status: `loaded`, `failed`, `switched off`, or `unfinished` while something else imports it.
+        status: `loaded`, `in part` when some of what it offers was left out, `failed`, `switched off`, or `unfinished`
+            while something else imports it.
+        package: The top-level package that its entry point names.
     """
 
     name: str
@@ -61,6 +62,12 @@ class Provider:
     version: str
     seconds: float = 0.0
     status: str = "loaded"
+    package: str = ""
+
+    @property
+    def works(self) -> bool:
+        """Whether it was loaded, in whole or in part."""
+        return self.status in ("loaded", "in part")
 
 
 @dataclass
@@ -92,7 +99,7 @@ class Zoo:
             points: Entry points; each is loaded on its own.
         """
         zoo = cls()
-        zoo._admit("attnzoo", attnzoo.__version__, lambda: builtin, dist="attnzoo")
+        zoo._admit(OURS, attnzoo.__version__, lambda: builtin, dist=OURS)
         for name, plugin in plugins:
             zoo._admit(name, "", lambda plugin=plugin: plugin)
         for dist, number, point in sorted((*_distribution(p), p) for p in points):
@@ -103,7 +110,7 @@ class Zoo:
                 zoo.providers.append(Provider(point.name, dist, number, status="unfinished"))
                 zoo.unfinished.append(module)
             else:
-                zoo._admit(point.name, number, point.load, dist=dist)
+                zoo._admit(point.name, number, point.load, dist=dist, package=module.partition(".")[0])
         return zoo
 
     @property
@@ -111,169 +118,75 @@ class Zoo:
         """Whether plugins that were unfinished are finished now."""
         return any(not _being_imported(module) for module in self.unfinished)
 
-    def _admit(self, name: str, number: str, load: Callable[[], Any], dist: str = "") -> None:
+    @property
+    def components(self) -> list[Entry]:
+        """All mechanisms and fusions."""
+        return [*self.mechanisms.values(), *self.fusions.values()]
+
+    def _admit(
+        self, name: str, number: str, load: Callable[[], Any], dist: str = "", package: str = ""
+    ) -> None:
         """Load one plugin, ask its hooks, file what it offers; note what goes wrong instead of raising."""
         began = time.perf_counter()
-        problem: Problem | None = None
-        offers: list[tuple[Registry, list[Entry]]] = []
+        offers: list[tuple[Registry, Offer]] = []
+        refusals: list[Refusal] = []
         try:
             self._refuse_taken(name)
             with redirect_stdout(sys.stderr):  # stdout belongs to the program, which may be writing JSON
                 plugin = load()
-                _register(name, plugin)
+                register(name, plugin)
                 offers = [
-                    (
-                        self.mechanisms,
-                        self._ask(name, number, plugin, "attnzoo_mechanisms", (Mechanism, Head), Card),
-                    ),
-                    (self.fusions, self._ask(name, number, plugin, "attnzoo_fusions", (Fusion,), FusionCard)),
-                    (self.recipes, self._ask_recipes(name, number, plugin)),
+                    (self.mechanisms, components(plugin, MECHANISM, name, number)),
+                    (self.fusions, components(plugin, FUSION, name, number)),
+                    (self.recipes, recipes(plugin, name, number)),
                 ]
         except KeyboardInterrupt:
             raise
-        except _Refusal as refusal:
-            problem = Problem(name, refusal.code, refusal.reason, refusal.details)
+        except Refusal as refusal:
+            refusals = [refusal]
         except BaseException as error:  # SystemExit too: a plugin may not end the program
-            problem = Problem(
-                name, "AZ001", f"its import failed with {_short(error)}", traceback.format_exc()
-            )
+            refusals = [Refusal("AZ001", f"its import failed with {short(error)}", details(error))]
         seconds = time.perf_counter() - began
-        self.providers.append(Provider(name, dist, number, seconds, "failed" if problem else "loaded"))
-        if problem:
-            self.problems.append(problem)
-            return
-        for registry, entries in offers:
-            for entry in entries:
+        for registry, offer in offers:
+            refusals += {refusal.reason: refusal for refusal in offer.refusals}.values()
+            for refusal in offer.refusals:
+                if refusal.name:
+                    registry.refuse(refusal.name, name, refusal.reason)
+        works = any(offer.entries for _, offer in offers)
+        status = "in part" if refusals and works else "failed" if refusals else "loaded"
+        self.providers.append(Provider(name, dist, number, seconds, status, package))
+        self.problems += [Problem(name, r.code, r.reason, r.details) for r in refusals]
+        for registry, offer in offers:
+            for entry in offer.entries:
                 self._file(registry, entry)
-        if seconds > SLOW and name != "attnzoo":
+        for registry in (self.mechanisms, self.fusions, self.recipes) if status == "failed" else ():
+            registry.silent.append(name)
+        self._restore_cards(name)
+        if seconds > SLOW and status != "failed" and name != OURS:
             text = f"its import took {seconds:.1f} s; everything that uses attnzoo waits for it"
             self.problems.append(Problem(name, "AZ007", text, fatal=False))
 
     def _refuse_taken(self, name: str) -> None:
         """Two plugins of one name would make `plugin/name` ambiguous; nobody else may be called `attnzoo`."""
         for other in self.providers:
-            if other.name == name and other.status == "loaded":
-                raise _Refusal("AZ008", f"`{other.dist or name}` already provides a plugin called `{name}`")
+            if other.name == name and other.works:
+                raise Refusal("AZ008", f"`{other.dist or name}` already provides a plugin called `{name}`")
+
+    def _restore_cards(self, name: str) -> None:
+        """Put back the cards that the plugin just loaded has changed."""
+        for entry in self.components:
+            if getattr(entry.value, "card", None) != entry.card:
+                entry.value.card = replace(entry.card)
+                text = f"it changed the card of `{entry.full_name}`, which was put back"
+                self.problems.append(Problem(name, "AZ011", text, fatal=False))
 
     def _file(self, registry: Registry, entry: Entry) -> None:
-        rivals = registry.add(entry, builtin=entry.plugin == "attnzoo")
+        rivals = registry.add(entry, builtin=entry.plugin == OURS)
         if rivals:
             owners = " and ".join(f"`{rival.plugin}`" for rival in rivals)
             text = f"the {registry.kind} `{entry.name}` is also offered by {owners}; "
             text += f"write `{entry.full_name}` to mean this plugin's"
             self.problems.append(Problem(entry.plugin, "AZ012", text, fatal=False))
-
-    def _ask(
-        self, name: str, number: str, plugin: Any, hook: str, bases: tuple[type, ...], card: type
-    ) -> list[Entry]:
-        entries = []
-        for value in _call(plugin, hook):
-            if not _concrete(value, bases):
-                wanted = " or ".join(base.__name__ for base in bases)
-                raise _Refusal(
-                    "AZ006", f"`{hook}` returned {_name(value)}, which is no concrete {wanted} class"
-                )
-            if not isinstance(getattr(value, "card", None), card):
-                raise _Refusal(
-                    "AZ006",
-                    f"`{hook}` returned `{value.__name__}`, which has no `card = {card.__name__}(...)`",
-                )
-            try:
-                options_of(value)
-            except Exception as error:
-                text = f"`{hook}` returned `{value.__name__}`, whose options cannot be read: {_short(error)}"
-                raise _Refusal("AZ006", text, traceback.format_exc()) from error
-            entries.append(Entry(value.card.name, value, name, number, _file_of(value)))
-        return _distinct(hook, entries)
-
-    def _ask_recipes(self, name: str, number: str, plugin: Any) -> list[Entry]:
-        entries = []
-        for value in _call(plugin, "attnzoo_recipes"):
-            if not isinstance(value, Path):
-                raise _Refusal(
-                    "AZ006", f"`attnzoo_recipes` returned {_name(value)}, which is no pathlib.Path"
-                )
-            if not value.is_absolute() or not value.exists():
-                why = "does not exist" if value.is_absolute() else "depends on the current folder"
-                raise _Refusal("AZ006", f"`attnzoo_recipes` returned the path `{value}`, which {why}")
-            for file in sorted(value.glob("*.yaml")) if value.is_dir() else [value]:
-                entries.append(Entry(file.stem, file, name, number, str(file)))
-        return _distinct("attnzoo_recipes", entries)
-
-
-class _Refusal(Exception):
-    """Why a plugin is left out."""
-
-    def __init__(self, code: str, reason: str, details: str = ""):
-        super().__init__(reason)
-        self.code, self.reason, self.details = code, reason, details
-
-
-def _register(name: str, plugin: Any) -> None:
-    """Hold a plugin's hooks to their specification."""
-    api = getattr(plugin, "ATTNZOO_API", hookspecs.API)
-    if api != hookspecs.API:
-        raise _Refusal(
-            "AZ004", f"it was written for hooks of version {api!r}; this attnzoo has version {hookspecs.API}"
-        )
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    try:
-        manager.register(plugin, name)
-    except pluggy.PluginValidationError as error:
-        raise _Refusal(
-            "AZ003", f"a hook has a wrong signature: {str(error).splitlines()[-1].strip()}"
-        ) from error
-    try:
-        manager.check_pending()
-    except pluggy.PluginValidationError as error:
-        known = ", ".join(sorted(n for n in vars(hookspecs) if n.startswith("attnzoo_")))
-        raise _Refusal(
-            "AZ002", f"it implements a hook that does not exist ({error}); the hooks are {known}"
-        ) from error
-
-
-def _call(plugin: Any, hook: str) -> Sequence[Any]:
-    """What one hook of one plugin returns; nothing when it does not implement the hook."""
-    function = getattr(plugin, hook, None)
-    if function is None or not hasattr(function, f"{hookspecs.PROJECT}_impl"):
-        return []
-    try:
-        offered = function()
-        values = list(offered) if isinstance(offered, Iterable) and not isinstance(offered, str) else None
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise _Refusal("AZ005", f"`{hook}` raised {_short(error)}", traceback.format_exc()) from error
-    if values is None:
-        raise _Refusal("AZ006", f"`{hook}` returned {_name(offered)}, not a list")
-    return values
-
-
-def _concrete(value: Any, bases: tuple[type, ...]) -> bool:
-    return inspect.isclass(value) and issubclass(value, bases) and not inspect.isabstract(value)
-
-
-def _file_of(cls: type) -> str:
-    return getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
-
-
-def _distinct(hook: str, entries: list[Entry]) -> list[Entry]:
-    """The entries, unless two have one name."""
-    names = [entry.name for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
-            raise _Refusal("AZ009", f"`{hook}` offers `{name}` more than once")
-    return entries
-
-
-def _short(error: BaseException) -> str:
-    text = str(error).splitlines()[0] if str(error) else ""
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _name(value: Any) -> str:
-    return f"the class `{value.__name__}`" if inspect.isclass(value) else f"a `{type(value).__name__}`"
 
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:
@@ -327,6 +240,11 @@ def load_zoo() -> Zoo:
         for callback in waiting:
             when_loaded(callback)
     return _zoo
+
+
+def loaded_components() -> list[Entry]:
+    """The mechanisms and fusions of the zoo, if it was asked for; looking for a culprit loads nothing."""
+    return _zoo.components if _zoo is not None else []
 
 
 def when_loaded(callback: Callable[[], None]) -> None:

@@ -1,8 +1,8 @@
 """Names and what they stand for, with who provides it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from attnzoo.errors import Place, RecipeError, did_you_mean
 
@@ -19,6 +19,7 @@ class Entry(Generic[T]):
         plugin: Name of the plugin that provides it; `attnzoo` for the built-ins.
         version: Version of the plugin's distribution.
         file: Where it is defined.
+        card: Of a component: a copy of its card, as it was when it was taken.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Entry(Generic[T]):
     plugin: str
     version: str
     file: str
+    card: Any = field(default=None, repr=False)
 
     @property
     def full_name(self) -> str:
@@ -45,6 +47,8 @@ class Registry(Mapping[str, Entry[T]]):
         self._bare: dict[str, Entry[T]] = {}
         self._full: dict[str, Entry[T]] = {}
         self.conflicts: dict[str, list[Entry[T]]] = {}
+        self._refused: dict[str, tuple[str, str]] = {}  # name, bare and full, to its plugin and a reason
+        self.silent: list[str] = []  # plugins that could not be asked what they offer
 
     def add(self, entry: Entry[T], builtin: bool = False) -> list[Entry[T]]:
         """Add an entry; built-ins keep their bare name against everybody.
@@ -55,6 +59,8 @@ class Registry(Mapping[str, Entry[T]]):
         if entry.full_name in self._full:
             return [self._full[entry.full_name]]
         self._full[entry.full_name] = entry
+        if self._refused.get(entry.name, ("",))[0] == "attnzoo":  # a name of ours, though its file is broken
+            return []
         rivals = self.conflicts.get(entry.name) or (
             [self._bare[entry.name]] if entry.name in self._bare else []
         )
@@ -65,6 +71,21 @@ class Registry(Mapping[str, Entry[T]]):
             return rivals
         self._bare[entry.name] = entry
         return []
+
+    def refuse(self, name: str, plugin: str, reason: str) -> None:
+        """Remember why something that is offered was left out, so that whoever asks for it is told.
+
+        Args:
+            name: Its own name.
+            plugin: Who offers it.
+            reason: What is wrong with it.
+        """
+        for called in (name, f"{plugin}/{name}"):
+            self._refused.setdefault(called, (plugin, reason))
+
+    def knows(self, name: str) -> bool:
+        """Whether `find` has more to say of a name than that there is no such thing."""
+        return name in self or name in self.conflicts or name in self._refused
 
     def __getitem__(self, name: str) -> Entry[T]:
         return self._full[name] if "/" in name else self._bare[name]
@@ -87,7 +108,7 @@ class Registry(Mapping[str, Entry[T]]):
             at: Where the name was written, for the error.
 
         Raises:
-            RecipeError: AZ201 unknown (AZ204 for a recipe), AZ202 ambiguous.
+            RecipeError: AZ201 unknown (AZ204 for a recipe), AZ202 ambiguous, AZ205 on offer but left out.
         """
         if name in self:
             return self[name]
@@ -101,8 +122,20 @@ class Registry(Mapping[str, Entry[T]]):
                 place=at,
                 help=f"write {full}",
             )
+        if name in self._refused:
+            plugin, reason = self._refused[name]
+            raise RecipeError(
+                "AZ205",
+                f"the {self.kind} `{name}` of the plugin `{plugin}` could not be loaded",
+                place=at,
+                why=reason,
+                help="`attnzoo doctor --verbose` shows more",
+            )
         hint = did_you_mean(name, list(self))
         listing = f"`attnzoo list {self.kind}s` shows all {len(self)}"
+        if self.silent:
+            plugins = ", ".join(f"`{plugin}`" for plugin in self.silent)
+            listing += f"; it may belong to {plugins}, which could not be loaded: `attnzoo doctor` says why"
         raise RecipeError(
             "AZ204" if self.kind == "recipe" else "AZ201",
             f"there is no {self.kind} called `{name}`",

@@ -1,0 +1,110 @@
+"""One forward of what plugins put at a site, before any model is built."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnzoo.core import Layout, Mask, Site
+from attnzoo.errors import Place, RecipeError, ZooError
+from attnzoo.hosts.requirements import Requirements
+from attnzoo.zoo.blame import OURS, blame, short
+from attnzoo.zoo.contract import Breach, initialised, watching
+from attnzoo.zoo.registry import Entry
+
+if TYPE_CHECKING:
+    from attnzoo.recipe.resolve import Plan
+
+SHORT = 16
+"""Tokens of a trial where their number may vary."""
+LARGEST = 1 << 24
+"""The most numbers, in weights and one n × m map for each head, of a trial that computes."""
+
+
+def plugin_fault(error: BaseException, entry: Entry, place: Place, code: str, what: str) -> RecipeError:
+    """What a plugin's component did, as a fault of the recipe that names it.
+
+    Args:
+        error: What it raised.
+        entry: The component.
+        place: Where its name stands.
+        code: `AZnnn`.
+        what: In words that follow its name.
+    """
+    found = blame(error, [entry])
+    return RecipeError(
+        code,
+        f"`{entry.full_name}` {what}",
+        place=place,
+        why=f"raised at {found.where}" if found and found.where else "",
+        help=f"this is a fault of the plugin; `attnzoo check {entry.full_name}` shows more",
+    )
+
+
+def try_out(plan: "Plan", site: Site, required: Requirements) -> None:
+    """Run what is put at a site on the meta device, which costs next to nothing, and hold it to the site's shape.
+
+    What looks at numbers cannot run there. It is run with random numbers; not at all where a model is so large that
+    this would be felt: then its first forward tells. Built-in components are not tried; their checks are.
+
+    Args:
+        plan: What is put there.
+        site: The site.
+        required: What it asks of a mechanism.
+
+    Raises:
+        RecipeError: AZ013 a component raises, AZ014 it gives back something else.
+    """
+    parts = [part for part in (*plan.leaves(), *plan.fusions()) if part.entry.plugin != OURS]
+    if not parts:
+        return
+    if required.varying_length and not plan.card.fixed_length and len(site.layout.grid) == 1:
+        site = replace(site, layout=Layout((min(site.layout.grid[0], SHORT),), site.layout.prefix))
+    try:
+        try:
+            _run(plan, site, required, parts, "meta")
+        except ZooError:  # of shapes and masks the meta device knows all
+            raise
+        except Exception:
+            if _size(plan, site) <= LARGEST:
+                with torch.random.fork_rng(devices=[]):
+                    _run(plan, site, required, parts, "cpu")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise _fault(error, parts) from error
+
+
+def _fault(error: BaseException, parts: Sequence["Plan"]) -> RecipeError:
+    """What went wrong in a trial, at the place of the component."""
+    found = blame(error, [part.entry for part in parts])
+    part = next((part for part in parts if found and part.entry is found.entry), parts[0])
+    if isinstance(error, ZooError):
+        return RecipeError.of([d if d.place else replace(d, place=part.place) for d in error.diagnostics])
+    if isinstance(error, Breach):
+        return plugin_fault(error, part.entry, part.place, error.code, error.reason)
+    return plugin_fault(error, part.entry, part.place, "AZ013", f"failed with {short(error)}")
+
+
+def _size(plan: "Plan", site: Site) -> int:
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in plan.build(site).parameters())
+    return weights + (plan.heads or site.heads) * site.layout.length**2
+
+
+def _run(plan: "Plan", site: Site, required: Requirements, parts: Sequence["Plan"], device: str) -> None:
+    """Initialise and run in both modes, as a model would."""
+    entries, places = [part.entry for part in parts], {part.entry.full_name: part.place for part in parts}
+    m = site.layout.length
+    n = m if site.context_dim is None or plan.card.fixed_length else max(1, m - 1)
+    with torch.device(device):
+        mechanism = plan.build(site)
+        initialised(mechanism, entries)
+        x = torch.randn(2, n, site.dim)
+        context = None if site.context_dim is None else torch.randn(2, m, site.context_dim)
+        keys = torch.ones(2, m, dtype=torch.bool) if "keys" in required.masks else None
+        mask = Mask(keys, causal="causal" in required.masks)
+        with watching(mechanism, entries, places), torch.no_grad():
+            for training in (False, True):
+                mechanism.train(training)(x, context, mask=mask, layout=site.layout)
