@@ -18,6 +18,7 @@ class Requirements:
         drops_tokens: Why tokens may be missing from the grid; empty when they may not.
         rotary: Whether queries and keys are turned by their positions, which happens inside the heads.
         token_local: Whether fusions must not mix tokens, because later ones are hidden.
+        no_maps: Why no map can be handed over; empty when it can.
     """
 
     masks: frozenset[str] = frozenset()
@@ -28,6 +29,7 @@ class Requirements:
     drops_tokens: str = ""
     rotary: bool = False
     token_local: bool = False
+    no_maps: str = ""
 
 
 def unmet(card: Card, required: Requirements) -> list[str]:
@@ -45,10 +47,13 @@ def unmet(card: Card, required: Requirements) -> list[str]:
         reasons.append(f"the site reads from a context; `{card.name}` cannot")
     if isinstance(card.grid, int) and card.grid != required.grid:
         reasons.append(f"`{card.name}` needs a {card.grid}-D grid; the site has a {required.grid}-D grid")
-    if card.fixed_length and required.varying_length:
+    if card.fixed_length is True and required.varying_length:
         reasons.append(f"`{card.name}` takes a fixed number of tokens; {required.varying_length}")
     if card.grid is not None and required.open_end:
         reasons.append(f"`{card.name}` needs to know where the grid ends; {required.open_end}")
     if (card.fixed_length or card.grid is not None) and required.drops_tokens:
         reasons.append(f"`{card.name}` needs every token in its place; {required.drops_tokens}")
+    if card.given and required.no_maps:
+        maps = ", ".join(f"`{name}`" for name in card.given)
+        reasons.append(f"`{card.name}` needs the map {maps} from the caller; {required.no_maps}")
     return reasons

@@ -226,6 +226,37 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
         raise RecipeError.of([replace(d, place=place) for d in error.diagnostics]) from None
 
 
+def check_pool(recipe: Recipe, info: HostInfo, source: Source) -> None:
+    """Whether the host has a place where a component makes one token of all.
+
+    Args:
+        recipe: Says `pool:`.
+        info: Its host.
+        source: For places.
+
+    Raises:
+        RecipeError: AZ318, when it has none, or says itself how tokens are pooled.
+    """
+    if info.pool_site() is None:
+        raise RecipeError(
+            "AZ318",
+            f"{f'`{info.base}`' if isinstance(info, BackboneInfo) else 'a seq2seq model'} has no place for a pool",
+            place=source.key_place(("pool",)),
+            why="its head reads two tokens"
+            if isinstance(info, BackboneInfo)
+            else "it answers token by token",
+            help="leave `pool:` out, or choose another host",
+        )
+    loc = ("host", "model", "global_pool")
+    if loc in source.values:
+        raise RecipeError(
+            "AZ318",
+            "`global_pool` and `pool:` both say how tokens are pooled",
+            place=source.value_place(loc),
+            help="leave one of the two out",
+        )
+
+
 def skip_of(recipe: Recipe, info: HostInfo, source: Source) -> Skip:
     """The skip with the names of its sites.
 

@@ -15,7 +15,7 @@ from typing import Any
 import pluggy
 
 import attnzoo
-from attnzoo.core import Card, Fusion, FusionCard, Head, Mechanism, options_of
+from attnzoo.core import Card, Fusion, FusionCard, Head, Mechanism, Pool, options_of
 from attnzoo.errors import PluginError
 from attnzoo.zoo import builtin, hookspecs
 from attnzoo.zoo.registry import Entry, Registry
@@ -124,7 +124,7 @@ class Zoo:
                 offers = [
                     (
                         self.mechanisms,
-                        self._ask(name, number, plugin, "attnzoo_mechanisms", (Mechanism, Head), Card),
+                        self._ask(name, number, plugin, "attnzoo_mechanisms", (Mechanism, Head, Pool), Card),
                     ),
                     (self.fusions, self._ask(name, number, plugin, "attnzoo_fusions", (Fusion,), FusionCard)),
                     (self.recipes, self._ask_recipes(name, number, plugin)),
