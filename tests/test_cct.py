@@ -145,7 +145,7 @@ def test_initialisation_and_rates():
     assert model.blocks[0].attn.qkv.bias is None and not model.blocks[0].attn.proj.bias.any()
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.blocks]
     assert rates == pytest.approx([0.1 * i / 6 for i in range(7)])
-    assert {block.attn.head.attn_drop for block in model.blocks} == {0.1}
+    assert {block.attn.inner.attn_drop for block in model.blocks} == {0.1}
     assert (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]) == (
         (0.5071, 0.4867, 0.4408),
         (0.2675, 0.2565, 0.2761),
@@ -261,7 +261,7 @@ def test_a_fused_model_takes_the_plain_ones_weights(tmp_path):
     model = attnzoo.compose("cct_7_3x1", edits=[start], **TINY).eval()
     ledger = init_model(model, file)
     assert ledger["copied"] == len(made().state_dict()) and all(
-        ".attn.head." in name for name in ledger["new"]
+        ".attn.inner." in name for name in ledger["new"]
     )
     assert torch.equal(model(image()), made()(image()))
 
