@@ -592,7 +592,9 @@ def test_checkpointing_changes_nothing(use):
 
 def test_feature_maps_of_the_first_blocks_only():
     model = compose(VIT % "" + "attention: softmax\nskip: merged\n")
-    features = compose(VIT % "" + "attention: softmax\nskip: merged\n", features_only=True, out_indices=(0, 1)).eval()
+    features = compose(
+        VIT % "" + "attention: softmax\nskip: merged\n", features_only=True, out_indices=(0, 1)
+    ).eval()
     features.model.load_state_dict(model.state_dict(), strict=False)
     image = torch.randn(2, 3, 16, 16)
     whole = model.eval().forward_intermediates(image, [0, 1], intermediates_only=True)
