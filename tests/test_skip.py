@@ -2,16 +2,20 @@
 
 import copy
 import io
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from timm.models import save_for_hf
 from torch import nn
 
 from attnzoo.bench.composition import describe
-from attnzoo.core import find_taps, watch
-from attnzoo.errors import RecipeError
-from attnzoo.hosts.skip import VARIANTS, AddNorm, PairMean, SkipState
+from attnzoo.core import Layout, Mask, find_taps, watch
+from attnzoo.errors import RecipeError, ZooError
+from attnzoo.hosts.skip import VARIANTS, AddNorm, PairMean, carried
 from attnzoo.recipe import compose, compose_file
 
 F64 = torch.float64
@@ -317,6 +321,13 @@ def joined(model, call) -> list[torch.Tensor]:
     return found
 
 
+def in_turn(layers, x) -> None:
+    """The attention of each layer, of the same tokens."""
+    handed = None
+    for layer in layers:
+        _, handed = carried(layer.attn, handed, x, layout=Layout((x.shape[1],)))
+
+
 def fresh(use: str) -> nn.Module:
     """A seq2seq model as it is initialised, in float64."""
     return compose(SEQ % "" + f"{HEADS}attention: softmax\nskip: {use}\n").double().eval()
@@ -350,7 +361,7 @@ def test_raw_differs_from_the_third_layer_on():
     x = merged.embed(merged.embed_source, source)
     outs = []
     for model in (merged, raw):  # the same tokens into every layer, so that only the skip differs
-        seen = joined(model, lambda model=model: [layer.attn(x, layout=None) for layer in model.encoder])
+        seen = joined(model, lambda model=model: in_turn(model.encoder, x))
         outs.append([out for _, out in seen])
     same = [torch.equal(one, other) for one, other in zip(*outs, strict=True)]
     assert same == [True, True, False, False]
@@ -379,8 +390,7 @@ def test_taps_see_the_average():
     def maps(one, x):
         seen: list[torch.Tensor] = []
         with watch(one.encoder, "weights", lambda _name, t: seen.append(t)):
-            for layer in one.encoder:
-                layer.attn(x, layout=None)
+            in_turn(one.encoder, x)
         return seen
 
     x = model.embed(model.embed_source, source)
@@ -401,7 +411,7 @@ def test_a_tap_can_still_reach_in():
     assert not near(before, changed) and near(model(source, target), before)
 
 
-# ----------------------------------------------------------------------------------------- nothing is left in the state
+# ------------------------------------------------------------------------------------- nothing lies on the shared model
 
 
 def cases() -> list:
@@ -418,15 +428,9 @@ def cases() -> list:
     ]
 
 
-def trails(model) -> list[SkipState]:
-    """What layers hand on through, once each."""
-    found = {id(m.state): m.state for m in model.modules() if isinstance(m, AddNorm | PairMean)}
-    return list(found.values())
-
-
-def breaks_in(model) -> nn.Module:
-    """A layer that takes up what was handed on."""
-    return [m for m in model.modules() if isinstance(m, AddNorm | PairMean)][1]
+def handing(model) -> list[nn.Module]:
+    """What takes up what was handed on, in order; the first has nothing to take up."""
+    return [m for m in model.modules() if isinstance(m, AddNorm | PairMean)]
 
 
 def broken_off(model, args) -> None:
@@ -435,7 +439,7 @@ def broken_off(model, args) -> None:
     def fail(*_):
         raise RuntimeError("half way")
 
-    handle = breaks_in(model).register_forward_pre_hook(fail)
+    handle = handing(model)[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="half way"):
         model(*args)
     handle.remove()
@@ -443,20 +447,12 @@ def broken_off(model, args) -> None:
 
 @pytest.mark.parametrize(("recipe", "args"), cases())
 def test_nothing_is_left(recipe, args):
+    """A forward that was broken off, and one of another size, leave no trace."""
     model = rough(recipe)
-    (state,) = trails(model)
     says = model(*args)
-    assert state.value is None
     broken_off(model, args)
-    assert state.value is not None
-    fewer = tuple(t[:1] for t in args)
-    found: list = []  # what the first layer that takes part finds
-    first = next(m for m in model.modules() if isinstance(m, AddNorm | PairMean))
-    handle = first.register_forward_pre_hook(lambda *_: found.append(state.value))
-    assert near(model(*fewer), says[:1])
-    handle.remove()
-    assert found == [None]
-    assert state.value is None
+    assert near(model(*(t[:1] for t in args)), says[:1])
+    broken_off(model, args)
     assert torch.equal(model(*args), says)
 
 
@@ -465,18 +461,63 @@ def test_nothing_is_left_for_a_decoder_alone(use):
     """Also where a memory is decoded again, at once or step by step."""
     model = rough(SEQ % "" + f"heads: 4\nattention: softmax\nskip: {{use: {use}, at: decoder.*.self}}\n")
     source, target = padded()
-    (state,), memory = trails(model), model.encode(source)
-    says, found = model.decode(target, memory), []
-    first = next(m for m in model.modules() if isinstance(m, AddNorm | PairMean))
-    first.register_forward_pre_hook(lambda *_: found.append(state.value))
+    memory = model.encode(source)
+    says = model.decode(target, memory)
     for again in (
         lambda: model.decode(target, memory),
         lambda: model.step(target[:, :1], model.start(memory)),
     ):
         broken_off(model, (source, target))
-        found.clear()
         logits = again()
-        assert found == [None] and near(logits, says[:, : logits.shape[1]])
+        assert near(logits, says[:, : logits.shape[1]])
+
+
+@pytest.mark.parametrize("use", [use for use in READ if use != "encoder_stack"])
+@pytest.mark.parametrize("host", [SEQ, VIT])
+def test_a_layer_on_its_own_is_refused(host, use):
+    """Without the layer before there is nothing to take up; one that was called on its own hands on to nobody."""
+    model = rough(host % "" + f"heads: 4\nattention: softmax\nskip: {use}\n")
+    x = torch.randn(2, 17 if host is VIT else 9, 16, dtype=F64)
+    first, second = (model.blocks if host is VIT else model.encoder)[:2]
+    more = () if host is VIT else (Mask(), Layout((9,)))
+    x = first(x, *more)
+    with pytest.raises(ZooError) as caught:
+        second(x, *more)
+    assert caught.value.code == "AZ410"
+
+
+def mixed_sizes(recipe: str) -> list[tuple[torch.Tensor, ...]]:
+    """Inputs of several sizes and batches for a model."""
+    made: list[tuple[torch.Tensor, ...]] = []
+    for i in range(6):
+        if "vit" in recipe:
+            made.append((torch.randn(1 + i % 3, 3, 8 + 4 * (i % 4), 8 + 8 * (i % 3)),))
+            continue
+        source, target = torch.randint(4, 13, (1 + i % 3, 5 + i)), torch.randint(4, 13, (1 + i % 3, 4 + i))
+        source[0, 4:], target[0, 3:] = 0, 0
+        made.append((source, target) if "seq2seq" in recipe else (source,))
+    return made
+
+
+@pytest.mark.parametrize(("recipe", "_args"), cases())
+def test_many_threads(recipe, _args):
+    """One model, eight threads, inputs of several sizes: bit for bit what a thread alone gets."""
+    model = compose(recipe.replace("num_classes: 3", "num_classes: 3, dynamic_img_size: true")).eval()
+    inputs = mixed_sizes(recipe)
+    with torch.no_grad():
+        alone = [model(*args) for args in inputs]
+
+    def call(i: int) -> bool:
+        with torch.no_grad():
+            return torch.equal(model(*inputs[i % len(inputs)]), alone[i % len(inputs)])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns within a layer
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            assert all(threads.map(call, range(160)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize(("recipe", "args"), cases())
@@ -497,12 +538,8 @@ def test_copies_and_files(recipe, args):
     torch.save(model, file)
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        (state,) = trails(other)
-        assert state is not trails(model)[0] and state.value is None
         assert torch.equal(other(*args), says)
-        trails(model)[0].clear()
         broken_off(other, args)
-        assert trails(model)[0].value is None
     assert torch.equal(model(*args), says)
 
 
@@ -527,39 +564,52 @@ def test_steps_hand_on_too(use, at):
     state = model.start(model.encode(source))
     steps = torch.cat([model.step(part, state) for part in target.split([1, 3, 1, 2], dim=1)], dim=1)
     assert near(steps, model(source, target))
-    assert trails(model)[0].value is None
 
 
 # ------------------------------------------------------------------------------------------------- tools of PyTorch
 
 
-def test_checkpointing_is_refused_where_something_is_handed_on():
-    image = torch.randn(2, 3, 16, 16)
-    skipping = compose(VIT % "" + "attention: softmax\nskip: merged\n")
-    with pytest.raises(RecipeError) as caught:
-        skipping.set_grad_checkpointing()
-    assert caught.value.code == "AZ315" and "skip: none" in str(caught.value)
-    skipping.set_grad_checkpointing(False)
-    assert skipping(image).shape == (2, 3)
-    with pytest.raises(RecipeError) as caught:
-        copy.deepcopy(skipping).set_grad_checkpointing(True)
-    assert caught.value.code == "AZ315"
-    features = compose(VIT % "" + "attention: softmax\nskip: merged\n", features_only=True)
-    with pytest.raises(RecipeError) as caught:
-        features.model.set_grad_checkpointing(True)
-    assert caught.value.code == "AZ315"
+@pytest.mark.parametrize("use", ["none", *READ])
+def test_checkpointing_changes_nothing(use):
+    """Two forwards of different sizes before the backward of both: each block finds what it found at first."""
+    recipe = VIT % ", dynamic_img_size: true" + f"heads: 4\nattention: softmax\nskip: {use}\n"
+    model = compose(recipe).double().train()
+    images = torch.randn(2, 3, 16, 16, dtype=F64), torch.randn(1, 3, 8, 20, dtype=F64)
+    grads = []
+    for again in (False, True):
+        model.set_grad_checkpointing(again)
+        model.zero_grad()
+        one, other = (model(image).square().sum() for image in images)
+        (one + 2 * other).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+    calls = []
+    handle = model.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
+    model(images[0]).sum().backward()
+    handle.remove()
+    assert len(calls) == 2  # it is computed again indeed
 
 
-def test_checkpointing_is_allowed_without():
-    model = compose(VIT % "" + "attention: softmax\nskip: none\n").train()
+def test_feature_maps_of_the_first_blocks_only():
+    model = compose(VIT % "" + "attention: softmax\nskip: merged\n")
+    features = compose(
+        VIT % "" + "attention: softmax\nskip: merged\n", features_only=True, out_indices=(0, 1)
+    ).eval()
+    features.model.load_state_dict(model.state_dict(), strict=False)
     image = torch.randn(2, 3, 16, 16)
-    model(image).square().sum().backward()
-    plain = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    model.set_grad_checkpointing()
-    model(image).square().sum().backward()
-    for p, grad in zip(model.parameters(), plain, strict=True):
-        torch.testing.assert_close(p.grad, grad)
+    whole = model.eval().forward_intermediates(image, [0, 1], intermediates_only=True)
+    assert all(torch.equal(one, other) for one, other in zip(features(image), whole, strict=True))
+
+
+def test_weights_of_the_skip_travel(tmp_path):
+    model = compose(VIT % "" + "attention: softmax\nskip: merged\n").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) / 5)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    image = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again(image), model(image))
 
 
 def test_a_forward_that_stops_early_does_no_harm():
@@ -583,7 +633,6 @@ def test_compiles_without_a_break(host):
     assert near(compiled(*args), model(*args))
     broken_off(model, args)
     assert near(compiled(*args), model(*args))
-    assert trails(model)[0].value is None
 
 
 @pytest.mark.parametrize("use", ["merged", "probs_pairmean"])
@@ -681,7 +730,6 @@ def test_other_mechanisms_hand_on_too(recipe):
     args = (torch.randn(3, 3, 16, 16, dtype=F64),) if "vit" in recipe else (source, target.clamp(min=4))
     says = model(*args)
     assert near(model(*(t[:1] for t in args)), says[:1])
-    assert trails(model)[0].value is None
     if "vit" not in recipe:
         state = model.start(model.encode(source))
         steps = [model.step(part, state) for part in args[1].split(1, dim=1)]

@@ -5,6 +5,8 @@ import io
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -130,6 +132,19 @@ def test_recipes_compose_by_name_and_text(recipe, name):
     assert model(image("", side=64)).shape == (2, 3)
 
 
+@contextmanager
+def layouts(model):
+    """How the tokens are arranged that the first block's attention gets."""
+    seen: list = []
+
+    def look(_module, _args, options) -> None:
+        seen.append(options["layout"])
+
+    handle = model.blocks[0].attn.register_forward_pre_hook(look, with_kwargs=True)
+    yield seen
+    handle.remove()
+
+
 @pytest.mark.parametrize("name", MODELS)
 class TestEveryModel:
     """What timm's own tests ask of timm's own models."""
@@ -207,11 +222,11 @@ class TestEveryModel:
         model = copy.deepcopy(made(name))
         patch = model.patch_embed.patch_size[0]
         model.set_input_size((4 * patch, 6 * patch))
-        assert model(torch.randn(1, 3, 4 * patch, 6 * patch)).isfinite().all()
-        assert model.blocks[0].context.layout.grid == (4, 6)
-        assert (
-            made(name).blocks[0].context.layout.grid == (size(name) // patch,) * 2
-        )  # the copy has its own cell
+        with layouts(model) as seen:
+            assert model(torch.randn(1, 3, 4 * patch, 6 * patch)).isfinite().all()
+            model.blocks[0](torch.randn(1, 25, model.embed_dim))
+        assert [layout.grid for layout in seen] == [(4, 6)] * 2
+        assert made(name).layout.grid == (size(name) // patch,) * 2  # of the copy alone
 
     def test_dynamic_img_size(self, name):
         model = timm.create_model(
@@ -222,8 +237,9 @@ class TestEveryModel:
         with torch.no_grad():
             assert torch.allclose(model(x), made(name)(x), atol=1e-6)
             patch = model.patch_embed.patch_size[0]
-            assert model(torch.randn(1, 3, 3 * patch, 5 * patch)).shape == (1, 10)
-        assert model.blocks[0].context.layout.grid == (3, 5)
+            with layouts(model) as seen:
+                assert model(torch.randn(1, 3, 3 * patch, 5 * patch)).shape == (1, 10)
+        assert [layout.grid for layout in seen] == [(3, 5)]
 
     def test_positions_are_resized_at_load(self, name):
         patch = made(name).patch_embed.patch_size[0]
@@ -402,3 +418,107 @@ def test_masks_reach_the_mechanisms():
     with pytest.raises(ZooError) as error:
         attnzoo.compose("ham_a").blocks[0](x, is_causal=True)
     assert error.value.code == "AZ402"
+
+
+# ---------------------------------------------------------------------------------------- what belongs to one forward
+
+GRIDS = '{"recipe": 1, "host": {"kind": "vit", "base": "%s", "model": {"img_size": 32, "patch_size": 8, "depth": 2, "dynamic_img_size": true%s}}, "attention": "%s"}'  # fmt: skip
+
+
+def grid_model(attention: str = "neighborhood", base: str = "deit_tiny_patch16_224", more: str = ""):
+    """A model whose images may have any size and whose mechanism knows the grid."""
+    torch.manual_seed(0)
+    return attnzoo.compose(GRIDS % (base, more, attention)).eval()
+
+
+@pytest.mark.parametrize("base", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("attention", ["neighborhood", "softmax"])
+@pytest.mark.parametrize("again", [False, True], ids=["plain", "checkpointing"])
+def test_one_model_and_many_threads(attention, base, again):
+    """Images of several sizes, masks, intermediates: bit for bit what one thread alone gets."""
+    model = grid_model(attention, base)
+    model.set_grad_checkpointing(again)
+    sides = [(16, 64), (64, 16), (32, 32), (24, 48), (8, 40)]
+    images = [torch.randn(1 + i % 2, 3, *side) for i, side in enumerate(sides)]
+    masks = [None] * len(images)
+    if attention == "softmax":  # half of them, and each of its own size
+        sizes = [x.shape[2] * x.shape[3] // 64 + model.num_prefix_tokens for x in images]
+        masks = [torch.rand(n, n) > 0.3 if i % 2 else None for i, n in enumerate(sizes)]
+
+    def ask(i: int) -> list[torch.Tensor]:
+        x, mask = images[i % len(images)], masks[i % len(images)]
+        if i % 3 == 2:
+            return model.forward_intermediates(x, attn_mask=mask, intermediates_only=True)
+        return [model(x, attn_mask=mask) if i % 3 else model.forward_features(x, attn_mask=mask)]
+
+    alone = [ask(i) for i in range(15)]
+
+    def same(i: int) -> bool:
+        return all(torch.equal(one, other) for one, other in zip(ask(i % 15), alone[i % 15], strict=True))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            assert all(threads.map(same, range(120)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_two_sizes_before_one_backward():
+    """With checkpointing a block is computed again with the layout that it had."""
+    model = grid_model().train()
+    images = torch.randn(1, 3, 16, 64), torch.randn(1, 3, 64, 16)  # as many tokens, arranged otherwise
+    grads = []
+    for again in (False, True):
+        model.set_grad_checkpointing(again)
+        model.zero_grad()
+        sum(model(x).square().sum() for x in images).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*grads, strict=True))
+
+
+def test_a_block_alone_cannot_guess_the_grid():
+    """With images of any size a block that needs the grid must be told; one that does not need it works."""
+    x = torch.randn(1, 17, 192)
+    with pytest.raises(ZooError, match="cannot know") as error:
+        grid_model().blocks[0](x)
+    assert error.value.code == "AZ401"
+    assert grid_model("softmax").blocks(x).shape == x.shape
+
+
+def test_blocks_alone_see_what_the_model_hands_them():
+    model = attnzoo.compose("ham_a", edits=["attention=neighborhood"]).eval()
+    x = torch.randn(2, 65, 48)
+    tokens = x
+    for block in model.blocks:
+        tokens = block(tokens)
+    assert torch.equal(tokens, model.blocks(x))
+
+
+@pytest.mark.parametrize("attention", ["neighborhood", "softmax"])
+def test_blocks_compiled_one_by_one(attention):
+    model, x = grid_model(attention), torch.randn(2, 3, 16, 48)
+    with torch.no_grad():
+        expected = model(x)
+        torch._dynamo.reset()
+        for block in model.blocks:
+            block.compile(backend="eager", fullgraph=True)
+        assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_distilled_and_plain_are_timms(base):
+    """What becomes a class of ours keeps timm's arithmetic and pickles."""
+    model, plain = attnzoo.compose(PLAIN % base).eval(), timm.create_model(base).eval()
+    model.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), plain(x))  # noqa: S301 - our own bytes
+    assert isinstance(model, type(plain)) and "dist_token" in model.no_weight_decay()
+
+
+def test_unknown_arguments_of_a_forward():
+    with pytest.raises(TypeError, match="'regions'; this model takes no maps"):
+        grid_model()(torch.randn(1, 3, 32, 32), regions=torch.zeros(1, 4, 4))

@@ -4,20 +4,22 @@ import hashlib
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from attnzoo.bench.cost import flops
+from attnzoo.core.card import Given
+from attnzoo.core.component import NOTHING
 from attnzoo.data.image_file import read_image_file
 from attnzoo.errors import RecipeError
-from attnzoo.hosts.info import BackboneInfo, HostInfo
+from attnzoo.hosts.info import POOL, BackboneInfo, HostInfo
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.sequence import SequenceInfo
 from attnzoo.hosts.skip import VARIANTS
@@ -125,11 +127,17 @@ def describe(composition: Composition) -> Report:
     info, loaded = composition.info, composition.loaded
     with torch.device("meta"):
         model = composition.build(composition.model_cfg())
-    counted, plain = flops(model, info.sample()), flops(info.model, info.sample())
+    maps = {
+        name: torch.zeros(1, *info.layout.grid, dtype=torch.long if kind == "labels" else torch.float)
+        for name, kind in composition.given.items()
+        if isinstance(info, BackboneInfo)
+    }
+    counted, plain = flops(model, info.sample(), maps), flops(info.model, info.sample())
     mine, theirs = model.state_dict(), info.model.state_dict()
-    cards = [leaf.card for plan in composition.plans.values() for leaf in plan.leaves()]
+    pooled = [composition.pool] if composition.pool else []
+    cards = [leaf.card for plan in (*composition.plans.values(), *pooled) for leaf in plan.leaves()]
     supports, lacks = _tools(composition, any(card.fixed_length for card in cards))
-    takes, gives = _ends(info)
+    takes, gives = _ends(info, bool(pooled))
     skip, host = composition.skip, loaded.recipe.host
     return Report(
         name=loaded.name,
@@ -146,7 +154,7 @@ def describe(composition: Composition) -> Report:
         classes=info.classes if isinstance(info, BackboneInfo) else None,
         depth=info.depth,
         rows=tuple(_rows(composition, model, counted)),
-        sites=len(composition.plans),
+        sites=len(composition.plans) + len(pooled),
         heads=_heads(composition),
         skip=f"{skip.use}, {skip.at[0]} to {skip.at[-1]}: {VARIANTS[skip.use]}" if skip else "",
         params=sum(p.numel() for p in model.parameters()),
@@ -162,7 +170,7 @@ def describe(composition: Composition) -> Report:
     )
 
 
-def _ends(info: HostInfo) -> tuple[str, str]:
+def _ends(info: HostInfo, pooled: bool) -> tuple[str, str]:
     """What goes in and what comes out, in words."""
     if isinstance(info, Seq2SeqInfo):
         most = f"at most {info.form.max_length} tokens"
@@ -172,7 +180,8 @@ def _ends(info: HostInfo) -> tuple[str, str]:
         what = f"tokens, {form.vocab:,} ids" if form.vocab else f"vectors of {form.width} channels"
         return (
             f"at most {form.max_length} {what}",
-            f"{form.outputs:,} output{'' if form.outputs == 1 else 's'} at every position",
+            f"{form.outputs:,} output{'' if form.outputs == 1 else 's'} "
+            f"{'for the whole' if pooled else 'at every position'}",
         )
     assert isinstance(info, BackboneInfo)
     channels, rows, columns = info.image
@@ -194,16 +203,15 @@ def _tools(composition: Composition, fixed_length: bool) -> tuple[tuple[str, ...
         decoding = "cached decoding" if cached else "decoding, in part recomputed"
         own = ("greedy and beam search", decoding) if isinstance(info, Seq2SeqInfo) else ()
         return (*own, "torch.compile"), ("timm.create_model",)
-    checkpointing = () if composition.skip else ("checkpointing",)
     supports = (
         "features_only",
         "forward_intermediates",
-        *checkpointing,
+        "checkpointing",
         "torch.compile",
         "torch.export",
         "ONNX",
     )
-    lacks = ("TorchScript",) if checkpointing else ("TorchScript", "checkpointing")
+    lacks = ("TorchScript",)
     if info.resizes and not fixed_length:
         return (*supports, "dynamic_img_size", "set_input_size"), lacks
     return supports, (*lacks, "dynamic_img_size")
@@ -232,6 +240,11 @@ def _rows(composition: Composition, model: nn.Module, counted: dict[str, int]) -
         path = composition.info.module_path(names[0])
         yield from _lines(
             composition.plans[names[0]], model.get_submodule(path), path, counted, heads, tuple(names), 0
+        )
+    pool, site = composition.pool, composition.info.pool_site()
+    if pool and site:
+        yield from _lines(
+            pool, model.get_submodule(POOL), POOL, counted, pool.heads or site.heads, (POOL,), 0
         )
 
 
@@ -330,10 +343,26 @@ def exercise(model: nn.Module, image: str | os.PathLike) -> Exercise:
     """One forward and backward on an image; parameters and modes are left as they were.
 
     Args:
-        model: A composed backbone.
+        model: A composed backbone. Maps that its components ask for are made of the image: its brightness in four
+            steps for labels, and itself for scores.
         image: A file.
     """
-    return _exercised(model, (open_image(image, model),), os.fspath(image))
+    x = open_image(image, model)
+    maps = {name: plausible_map(x, kind) for name, kind in cast(Any, model).given.items()}
+    return _exercised(model, (x,), os.fspath(image), maps)
+
+
+def plausible_map(image: Tensor, kind: Given) -> Tensor:
+    """A map that somebody could hand over with an image, (b y x).
+
+    Args:
+        image: (b c y x).
+        kind: `labels` for whole numbers 0 to 3, `scores` for numbers from 0 to 1.
+    """
+    bright = image.mean(dim=1)
+    low, high = bright.amin(), bright.amax()
+    bright = (bright - low) / (high - low).clamp(min=1e-6)
+    return (4 * bright).long().clamp(max=3) if kind == "labels" else bright
 
 
 def exercise_tokens(model: nn.Module, info: HostInfo) -> Exercise:
@@ -357,18 +386,21 @@ def exercise_tokens(model: nn.Module, info: HostInfo) -> Exercise:
     return _exercised(model, ids, " and ".join([f"{length} random tokens"] * len(ids)))
 
 
-def _exercised(model: nn.Module, sample: tuple[Tensor, ...], what: str) -> Exercise:
+def _exercised(
+    model: nn.Module, sample: tuple[Tensor, ...], what: str, maps: Mapping[str, Tensor] = NOTHING
+) -> Exercise:
     was_training = model.training
     times = []
     model.eval()
     with torch.no_grad():
         for _ in range(3):
             began = time.perf_counter()
-            out = model(*sample)
+            out = model(*sample, **maps)
             times.append(time.perf_counter() - began)
     model.train()
     began = time.perf_counter()
-    logits = model(*(torch.cat([t, t]) for t in sample)).float()
+    twice = {name: torch.cat([t, t]) for name, t in maps.items()}
+    logits = model(*(torch.cat([t, t]) for t in sample), **twice).float()
     (logits.logsumexp(dim=-1).mean() if logits.ndim == 2 else logits.square().mean()).backward()
     backward = time.perf_counter() - began
     missing = tuple(

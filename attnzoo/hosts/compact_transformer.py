@@ -5,7 +5,7 @@ is silent (no bias in the projections to queries, keys and values; the residual 
 rates), the authors' code is followed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,13 +13,26 @@ from typing import Any
 
 import torch
 from timm.layers import Attention, ConvNormAct, DropPath, Mlp, resample_abs_pos_embed, trunc_normal_
-from timm.models import PretrainedCfg, build_model_with_cfg, checkpoint_seq
+from timm.models import PretrainedCfg, build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from attnzoo.core import Layout, Site
+from attnzoo.core import Layout, Pool, Site
+from attnzoo.core.card import Given
+from attnzoo.core.component import NOTHING
 from attnzoo.errors import RecipeError, did_you_mean
-from attnzoo.hosts.info import BackboneInfo, Put, init_normal, init_parts, on_meta, undecayed, without_weights
+from attnzoo.hosts.given import NO_MAPS, GivenFeatures, on_grid, without_unknown
+from attnzoo.hosts.info import (
+    POOL,
+    BackboneInfo,
+    Put,
+    PutPool,
+    init_normal,
+    init_parts,
+    on_meta,
+    undecayed,
+    without_weights,
+)
 from attnzoo.hosts.skip import Skip
 
 default_cfgs: dict[str, Any] = {}
@@ -82,7 +95,7 @@ class ConvTokenizer(nn.Sequential):
 class PlainAttention(Attention):
     """timm's attention, called as a mechanism is."""
 
-    def forward(self, x: Tensor, *, layout: Layout) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, *, layout: Layout, given: Mapping[str, Tensor] = NOTHING) -> Tensor:  # type: ignore[override]
         return super().forward(x)
 
 
@@ -112,8 +125,14 @@ class CompactBlock(nn.Module):
         self.mlp = Mlp(site.dim, int(site.dim * mlp_ratio), drop=site.proj_drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm2(x + self.drop_path(self.attn(self.norm1(x), layout=self.layout)))
+    def forward(self, x: Tensor, given: Mapping[str, Tensor] = NOTHING) -> Tensor:
+        """Tokens (b n c) after the block.
+
+        Args:
+            x: (b n c).
+            given: Maps on the grid by name, (b gy gx) each.
+        """
+        x = self.norm2(x + self.drop_path(self.attn(self.norm1(x), layout=self.layout, given=given)))
         return x + self.drop_path(self.mlp(x))
 
 
@@ -134,7 +153,7 @@ class ConvBlock(nn.Module):
         """He initialisation."""
         nn.init.kaiming_normal_(self.conv.conv.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, given: Mapping[str, Tensor] = NOTHING) -> Tensor:
         return x + self.conv(self.layout.to_grid(x)).flatten(2).transpose(1, 2)
 
 
@@ -171,7 +190,7 @@ class CompactTransformer(nn.Module):
         img_size: Side of the image, or rows and columns.
         in_chans: Channels of the image.
         num_classes: 0 for features.
-        global_pool: `seq`, or nothing for all tokens.
+        global_pool: `seq`, `pool` for the component that `pool` builds, or nothing for all tokens.
         embed_dim: Width of the tokens, in channels.
         depth: Number of blocks.
         num_heads: Heads of each.
@@ -187,6 +206,8 @@ class CompactTransformer(nn.Module):
         attn_drop_rate: Dropout of attention weights.
         drop_path_rate: Share of images that skip the last block in training; it grows linearly from 0 in the first.
         put: Builds what is put at a site; plain attention if None.
+        pool: Builds what is put at the site `pool`.
+        given: Maps that the components ask for, by name.
     """
 
     def __init__(
@@ -210,6 +231,8 @@ class CompactTransformer(nn.Module):
         attn_drop_rate: float = 0.1,
         drop_path_rate: float = 0.1,
         put: Put | None = None,
+        pool: PutPool | None = None,
+        given: Mapping[str, Given] = NO_MAPS,
     ):
         super().__init__()
         if not 0 <= n_conv_blocks < depth:
@@ -229,10 +252,8 @@ class CompactTransformer(nn.Module):
             self.register_buffer("pos_embed", sine_positions(self.layout.length, embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
-        def block(layer: int) -> nn.Module:
-            if layer < n_conv_blocks:
-                return ConvBlock(embed_dim, self.layout)
-            site = Site(
+        def site(layer: int) -> Site:
+            return Site(
                 name=f"blocks.{layer}",
                 dim=embed_dim,
                 heads=num_heads,
@@ -243,8 +264,12 @@ class CompactTransformer(nn.Module):
                 proj_drop=proj_drop_rate,
                 qkv_bias=qkv_bias,
             )
+
+        def block(layer: int) -> nn.Module:
+            if layer < n_conv_blocks:
+                return ConvBlock(embed_dim, self.layout)
             drop_path = drop_path_rate * layer / max(depth - 1, 1)
-            return CompactBlock(site, (put or put_plain)(site), mlp_ratio, drop_path)
+            return CompactBlock(site(layer), (put or put_plain)(site(layer)), mlp_ratio, drop_path)
 
         self.blocks = nn.Sequential(*map(block, range(depth)))
         self.feature_info = [
@@ -252,7 +277,12 @@ class CompactTransformer(nn.Module):
             for i in range(depth)
         ]
         self.norm: nn.Module = nn.LayerNorm(embed_dim)
-        self.pool: nn.Module = SequencePool(embed_dim)
+        self.pool: nn.Module = (
+            pool(replace(site(depth - 1), name=POOL))
+            if pool and global_pool == POOL
+            else SequencePool(embed_dim)
+        )
+        self.given = dict(given)
         self.head_drop = nn.Dropout(drop_rate)
         self.grad_checkpointing = False
         self.reset_classifier(num_classes, global_pool)
@@ -300,9 +330,10 @@ class CompactTransformer(nn.Module):
 
         Args:
             num_classes: 0 for features.
-            global_pool: `seq`, or the empty string for all tokens; as before if None.
+            global_pool: `seq`, or the empty string for all tokens; as before if None. `pool` is the component at the
+                site `pool`, which stays if it is there.
         """
-        if global_pool not in (None, "", "seq"):
+        if global_pool not in (None, "", "seq") and not (global_pool == POOL and isinstance(self.pool, Pool)):
             raise ValueError(f"tokens are pooled by `seq`, or not at all, but not by `{global_pool}`")
         like = next(self.parameters())
         if global_pool == "":
@@ -318,19 +349,59 @@ class CompactTransformer(nn.Module):
         """Tokens with their positions, (b n c)."""
         return self.pos_drop(self.tokenizer(x) + self.pos_embed)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised tokens (b n c) of images (b c y x)."""
+    def maps(self, x: Tensor, given: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The maps on the grid of the tokens, (b gy gx) each, with the images that they belong to.
+
+        Args:
+            x: Images (b c y x).
+            given: By name, (b y x) or (b gy gx) each.
+
+        Raises:
+            MissingMap: AZ409, when one is missing or does not fit.
+            TypeError: When there is one too many.
+        """
+        x = without_unknown(x, given, self.given)
+        image, grid = self.tokenizer.img_size, self.layout.grid
+        return x, {
+            name: on_grid(given, name, kind, x.shape[0], image, image, grid)
+            for name, kind in self.given.items()
+        }
+
+    def forward_features(self, x: Tensor, **given: Tensor) -> Tensor:
+        """Normalised tokens (b n c).
+
+        Args:
+            x: Images (b c y x).
+            given: The maps that the components ask for, by name: (b y x), or on the grid of the tokens.
+        """
+        return self.encode(*self.maps(x, given))
+
+    def encode(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
+        """`forward_features` of images (b c y x) with maps on the grid (b gy gx)."""
         x = self.embed(x)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, maps) if self.grad_checkpointing else block(x, maps)
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits of tokens, or the pooled tokens themselves."""
-        x = self.head_drop(self.pool(x))
+    def forward_head(self, x: Tensor, pre_logits: bool = False, **given: Tensor) -> Tensor:
+        """Logits of tokens, or the pooled token itself.
+
+        Args:
+            x: (b n c).
+            pre_logits: Whether the classifier is left out.
+            given: Maps on the grid, for a component that makes one token of all.
+        """
+        if isinstance(self.pool, Pool):
+            x = self.pool(x, layout=self.layout, given=given)
+        else:
+            x = self.pool(x)
+        x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor, **given: Tensor) -> Tensor:
+        """Logits, or features; arguments as for `forward_features`."""
+        x, maps = self.maps(x, given)
+        return self.forward_head(self.encode(x, maps), False, **maps)
 
     def forward_intermediates(
         self,
@@ -340,6 +411,7 @@ class CompactTransformer(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        **given: Tensor,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """What `forward_features` gives, and what the blocks give on the way.
 
@@ -350,13 +422,15 @@ class CompactTransformer(nn.Module):
             stop_early: Whether blocks after the last of them are left out.
             output_fmt: `NCHW` for maps (b c y x), `NLC` for tokens (b n c).
             intermediates_only: Whether only what the blocks give is returned.
+            given: As for `forward_features`.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"features are NCHW or NLC, not `{output_fmt}`")
         wanted, last = feature_take_indices(len(self.blocks), indices)
+        x, maps = self.maps(x, given)
         x, inner = self.embed(x), []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = checkpoint_seq([block], x) if self.grad_checkpointing else block(x)
+            x = checkpoint(block, x, maps) if self.grad_checkpointing else block(x, maps)
             if i in wanted:
                 inner.append(self.norm(x) if norm else x)
         if output_fmt == "NCHW":
@@ -435,6 +509,8 @@ def build(
     info: BackboneInfo,
     put: Put,
     *,
+    pool: PutPool | None = None,
+    given: Mapping[str, Given] = NO_MAPS,
     pretrained: bool = False,
     pretrained_cfg: Mapping[str, Any],
     init: str = "timm",
@@ -448,6 +524,8 @@ def build(
     Args:
         info: The inspected base.
         put: Builds what is put at a site.
+        pool: Builds what is put at the site `pool`; None for the authors' pooling.
+        given: Maps that the components ask for, by name.
         pretrained: Whether timm shall load the weights that `pretrained_cfg` names.
         pretrained_cfg: timm's configuration of the model.
         init: `timm` for the authors' initialisation, or `normal` for N(0, 0.02²) everywhere.
@@ -456,20 +534,30 @@ def build(
         dtype: Type of its parameters.
         timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, ...
     """
-    features = {"out_indices": timm_options.pop("out_indices", 3), "feature_cls": "getter"}
+    features = {
+        "out_indices": timm_options.pop("out_indices", 3),
+        "feature_cls": GivenFeatures if given else "getter",
+    }
+    place = partial(_with_heads, info, put)
+    components = {"pool": partial(_with_heads, info, pool), "global_pool": POOL} if pool else {}
     with torch.device(device) if device is not None else nullcontext():
         model = build_model_with_cfg(
-            partial(CompactTransformer, put=lambda site: put(replace(site, heads=info.heads[site.layer]))),
+            partial(CompactTransformer, put=place, given=given),
             pretrained_cfg.get("architecture", info.base),
             pretrained,
             pretrained_cfg=dict(pretrained_cfg),
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg=features,
-            **{**BASES[info.base], **info.arguments, **timm_options},
+            **{**BASES[info.base], **info.arguments, **components, **timm_options},
         )
     if init == "normal" and not pretrained:
         init_normal(model)
     return model.to(dtype=dtype)
+
+
+def _with_heads(info: BackboneInfo, put: Callable[[Site], Any], site: Site) -> Any:
+    """What is put at a site, with the heads that a recipe says for its layer."""
+    return put(replace(site, heads=info.heads[site.layer]))
 
 
 def model_cfg(

@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from attnzoo.core import Card, Family, Fusion, Head, Layout, Mechanism, MultiHead, Site
+from attnzoo.core import Card, Component, Family, Fusion, Head, Layout, Mechanism, MultiHead, Pool, Site
 from attnzoo.errors import RecipeError
 from attnzoo.hosts.requirements import Requirements
 
 Put = Callable[[Site], Mechanism]
 """Builds what is put at a site."""
+PutPool = Callable[[Site], Pool]
+"""Builds what is put at the site `pool`."""
+POOL = "pool"
+"""Name of the site where one token is made of all; and what `global_pool` is called when something is put there."""
 
 
 class PlainHead(Head):
@@ -92,6 +96,10 @@ class HostInfo(ABC):
     @abstractmethod
     def sample(self) -> tuple[Tensor, ...]:
         """What the model takes, for one sample."""
+
+    def pool_site(self, **options) -> Site | None:
+        """The place where one token is made of all, with more of what is known of it; None where there is none."""
+        return None
 
     @abstractmethod
     def skip_default(self, use: str) -> str:
@@ -201,6 +209,7 @@ class BackboneInfo(HostInfo):
         resizes: Whether the model can be told another size of image.
         dynamic: Whether the image's size may change from call to call.
         patch_drop: Share of patches dropped in training.
+        pools: Whether its head reads one token, so that a component can make it.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -212,6 +221,7 @@ class BackboneInfo(HostInfo):
     resizes: bool = True
     dynamic: bool = False
     patch_drop: float = 0.0
+    pools: bool = True
 
     def sites(self) -> dict[str, Site]:
         sites = (self.site(layer) for layer in range(self.first, self.depth))
@@ -228,6 +238,9 @@ class BackboneInfo(HostInfo):
             depth=self.depth,
             **options,
         )
+
+    def pool_site(self, **options) -> Site | None:
+        return replace(self.site(self.depth - 1, **options), name=POOL) if self.pools else None
 
     def requirements(self, site: str) -> Requirements:
         return Requirements(
@@ -339,7 +352,7 @@ def init_normal(model: nn.Module) -> None:
 
 
 def init_parts(model: nn.Module) -> None:
-    """The special initialisation of mechanisms, heads and fusions."""
+    """The special initialisation of components and fusions."""
     for module in reversed(list(model.modules())):  # owners after what they own
-        if isinstance(module, Head | Mechanism | Fusion):
+        if isinstance(module, Component | Fusion):
             module.init_weights()

@@ -5,8 +5,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from attnzoo.core.card import Given
 from attnzoo.hosts import compact_transformer, vision_transformer
-from attnzoo.hosts.info import BackboneInfo, Put
+from attnzoo.hosts.info import BackboneInfo, Put, PutPool
 from attnzoo.hosts.skip import Skip
 
 
@@ -34,6 +35,8 @@ class ImageHost(Protocol):
         info: BackboneInfo,
         put: Put,
         *,
+        pool: PutPool | None = None,
+        given: Mapping[str, Given],
         pretrained: bool = False,
         pretrained_cfg: Mapping[str, Any],
         init: str = "timm",

@@ -18,6 +18,7 @@ class Requirements:
         drops_tokens: Why tokens may be missing from the grid, and the others in any order; empty when they may not.
         rotary: Whether queries and keys are turned by their positions, which happens inside the heads.
         token_local: Whether fusions must not mix tokens, because later ones are hidden.
+        no_maps: Why no map can be handed over; empty when it can.
     """
 
     masks: frozenset[str] = frozenset()
@@ -28,6 +29,7 @@ class Requirements:
     drops_tokens: str = ""
     rotary: bool = False
     token_local: bool = False
+    no_maps: str = ""
 
 
 def unmet(card: Card, required: Requirements) -> list[str]:
@@ -53,4 +55,7 @@ def unmet(card: Card, required: Requirements) -> list[str]:
         reasons.append(f"`{card.name}` needs every token in its place; {required.drops_tokens}")
     elif required.drops_tokens and Law.PERMUTATION_EQUIVARIANT not in card.laws:
         reasons.append(f"`{card.name}` may depend on the order of the tokens; {required.drops_tokens}")
+    if card.given and required.no_maps:
+        maps = ", ".join(f"`{name}`" for name in card.given)
+        reasons.append(f"`{card.name}` needs the map {maps} from the caller; {required.no_maps}")
     return reasons

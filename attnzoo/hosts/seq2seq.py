@@ -16,7 +16,7 @@ from attnzoo.hosts.info import HostInfo, Put, plain_attention, undecayed, with_p
 from attnzoo.hosts.layers import NORMS, Body, Layer, init_xavier
 from attnzoo.hosts.positions import check_length, positions
 from attnzoo.hosts.requirements import Requirements
-from attnzoo.hosts.skip import Skip, SkipState, install
+from attnzoo.hosts.skip import Skip, carried, install
 
 PAD, BOS, EOS = range(3)
 """Ids of padding, beginning and end, in every vocabulary."""
@@ -137,11 +137,10 @@ class Seq2Seq(nn.Module):
         self.head = nn.Linear(form.dim, form.target, bias=form.bias)
         if form.tie != "none":
             self.head.weight = self.embed_target.weight
-        self.state = SkipState()
         if skip:
             components = [self.get_submodule(module_path(name)) for name in skip.at]
             layers: list[Any] = [self.get_submodule(".".join(name.split(".")[:2])) for name in skip.at]
-            self.state = install(skip, components, layers, form.dim, body.norm)  # type: ignore[arg-type]
+            install(skip, components, layers, form.dim, body.norm)  # type: ignore[arg-type]
         self.init_weights()
 
     @torch.no_grad()
@@ -175,11 +174,10 @@ class Seq2Seq(nn.Module):
         Args:
             source: Ids (b n), padded with 0.
         """
-        self.state.clear()
         keys, x = source != PAD, self.embed(self.embed_source, source)
-        layout = Layout((source.shape[1],))
+        mask, layout, handed = Mask(keys=keys), Layout((source.shape[1],)), None
         for layer in self.encoder:
-            x = layer(x, Mask(keys=keys), layout)
+            x, handed = carried(layer, handed, x, mask, layout)
         return Memory(self.encoder_norm(x), keys)
 
     def decode(self, target: Tensor, memory: Memory) -> Tensor:
@@ -189,12 +187,12 @@ class Seq2Seq(nn.Module):
             target: Ids (b m), padded with 0.
             memory: What the encoder made.
         """
-        self.state.clear()
         x = self.embed(self.embed_target, target)
         mask, layout = Mask(keys=target != PAD, causal=True), Layout((target.shape[1],))
-        context_mask, context_layout = Mask(keys=memory.keys), Layout((memory.tokens.shape[1],))
+        context = memory.tokens, Mask(keys=memory.keys), Layout((memory.tokens.shape[1],))
+        handed = None
         for layer in self.decoder:
-            x = layer(x, mask, layout, memory.tokens, context_mask, context_layout)
+            x, handed = carried(layer, handed, x, mask, layout, *context)
         return self.head(self.decoder_norm(x))
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
@@ -217,14 +215,14 @@ class Seq2Seq(nn.Module):
             tokens: Ids of the newest (b k).
             state: Is changed.
         """
-        self.state.clear()
         x = self.embed(self.embed_target, tokens, state.length)
         state.length += tokens.shape[1]
         mask, layout, memory = Mask(causal=True), Layout((state.length,)), state.memory
         context_mask = Mask() if bool(memory.keys.all()) else Mask(keys=memory.keys)
-        context_layout = Layout((memory.tokens.shape[1],))
+        context = memory.tokens, context_mask, Layout((memory.tokens.shape[1],))
+        handed = None
         for layer, caches in zip(self.decoder, state.caches, strict=True):
-            x = layer(x, mask, layout, memory.tokens, context_mask, context_layout, caches)
+            x, handed = carried(layer, handed, x, mask, layout, *context, caches)
         return self.head(self.decoder_norm(x))
 
 
@@ -281,6 +279,7 @@ class Seq2SeqInfo(HostInfo):
             varying_length="sentences differ in length",
             open_end="padding follows a sentence, and tokens to come the ones so far",
             rotary=self.form.positions == "rotary",
+            no_maps="a model of kind seq2seq takes a source and a target alone",
         )
         if site.endswith(".cross"):
             return replace(own, context=True, rotary=False)

@@ -1,18 +1,21 @@
-"""One stack of layers over one sequence: tokens or vectors in, a guess for every position out. Sites are `layers.i`."""
+"""One stack of layers over one sequence: tokens or vectors in, a guess for every position out, or one for the whole.
+
+Sites are `layers.i`, and `pool` for a component that makes one token of all.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from attnzoo.core import Layout, Mask, Site
-from attnzoo.hosts.info import HostInfo, Put, plain_attention, undecayed, with_plain_model
+from attnzoo.core import Layout, Mask, Pool, Site
+from attnzoo.hosts.info import POOL, HostInfo, Put, PutPool, plain_attention, undecayed, with_plain_model
 from attnzoo.hosts.layers import Body, Layer, init_xavier
 from attnzoo.hosts.positions import check_length, positions
 from attnzoo.hosts.requirements import Requirements
-from attnzoo.hosts.skip import Skip, SkipState, install
+from attnzoo.hosts.skip import Skip, carried, install
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,17 @@ class Form:
 
 
 class SequenceModel(nn.Module):
-    """A guess for every position of a sequence.
+    """A guess for every position of a sequence, or with a pool one for the whole.
 
     Args:
         form: What a recipe says.
         sites: By name.
         put: Builds what is put at a site.
         skip: What layers hand on.
+        pool: Makes one token of all; None for a guess for every position.
     """
 
-    def __init__(self, form: Form, sites: Mapping[str, Site], put: Put, skip: Skip):
+    def __init__(self, form: Form, sites: Mapping[str, Site], put: Put, skip: Skip, pool: Pool | None = None):
         super().__init__()
         body = form.body
         self.max_length, self.causal = form.max_length, form.causal
@@ -74,11 +78,11 @@ class SequenceModel(nn.Module):
         self.drop = nn.Dropout(form.dropout)
         self.layers = nn.ModuleList(Layer(body, put(sites[f"layers.{i}"])) for i in range(form.layers))
         self.norm = body.norm(form.dim) if form.norm_first else nn.Identity()
+        self.pool = pool
         self.head = nn.Linear(form.dim, form.outputs, bias=form.bias)
-        self.state = SkipState()
         if skip:
             layers: list[Any] = [self.get_submodule(name) for name in skip.at]
-            self.state = install(skip, [layer.attn for layer in layers], layers, form.dim, body.norm)
+            install(skip, [layer.attn for layer in layers], layers, form.dim, body.norm)
         init_xavier(self)
 
     def no_weight_decay(self) -> set[str]:
@@ -86,7 +90,7 @@ class SequenceModel(nn.Module):
         return undecayed(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits or values (b n o).
+        """Logits or values (b n o), or (b o) with a pool.
 
         Args:
             x: Ids (b n), or vectors (b n e).
@@ -94,13 +98,14 @@ class SequenceModel(nn.Module):
         Raises:
             LayoutMismatch: AZ407, when the sequence is too long.
         """
-        self.state.clear()
         n = x.shape[1]
         check_length(n, self.max_length)
         x = self.drop(self.positions(self.embed(x)))
+        mask, layout, handed = Mask(causal=self.causal), Layout((n,)), None
         for layer in self.layers:
-            x = layer(x, Mask(causal=self.causal), Layout((n,)))
-        return self.head(self.norm(x))
+            x, handed = carried(layer, handed, x, mask, layout)
+        x = self.norm(x)
+        return self.head(x if self.pool is None else self.pool(x, layout=layout))
 
 
 @dataclass(frozen=True)
@@ -116,33 +121,40 @@ class SequenceInfo(HostInfo):
     heads: Sequence[int] = ()
 
     def sites(self) -> dict[str, Site]:
-        form = self.form
-        sites = (
-            Site(
-                name=f"layers.{i}",
-                dim=form.dim,
-                heads=heads,
-                layout=Layout((form.max_length,)),
-                layer=i,
-                depth=form.layers,
-                attn_drop=form.dropout,
-                proj_drop=form.dropout,
-                qkv_bias=form.bias,
-                proj_bias=form.bias,
-                rotary=form.positions == "rotary",
-            )
-            for i, heads in enumerate(self.heads)
-        )
+        sites = (self.site(layer) for layer in range(self.form.layers))
         return {site.name: site for site in sites}
+
+    def site(self, layer: int, **options) -> Site:
+        """The place in a layer, as its mechanism will know it."""
+        form = self.form
+        return Site(
+            name=f"layers.{layer}",
+            dim=form.dim,
+            heads=self.heads[layer],
+            layout=Layout((form.max_length,)),
+            layer=layer,
+            depth=form.layers,
+            attn_drop=form.dropout,
+            proj_drop=form.dropout,
+            qkv_bias=form.bias,
+            proj_bias=form.bias,
+            rotary=form.positions == "rotary",
+            **options,
+        )
+
+    def pool_site(self, **options) -> Site | None:
+        return replace(self.site(self.form.layers - 1, **options), name=POOL, rotary=False)
 
     def requirements(self, site: str) -> Requirements:
         causal = self.form.causal
-        return Requirements(
+        own = Requirements(
             masks=frozenset({"causal"} if causal else ()),
             token_local=causal,
             varying_length="sequences may differ in length" if causal else "",
             rotary=self.form.positions == "rotary",
+            no_maps="a model of kind sequence takes a sequence alone",
         )
+        return replace(own, masks=frozenset(), token_local=False, rotary=False) if site == POOL else own
 
     def module_path(self, site: str) -> str:
         return f"{site}.attn"
@@ -178,12 +190,19 @@ def host_info(form: Form, heads: Sequence[int]) -> SequenceInfo:
     return with_plain_model(info, lambda: build(info, plain_attention))
 
 
-def build(info: SequenceInfo, put: Put, skip: Skip = Skip()) -> SequenceModel:  # noqa: B008 - frozen
+def build(
+    info: SequenceInfo,
+    put: Put,
+    skip: Skip = Skip(),  # noqa: B008 - frozen
+    pool: PutPool | None = None,
+) -> SequenceModel:
     """The model with mechanisms at its sites.
 
     Args:
         info: From `host_info`.
         put: Builds what is put at a site.
         skip: What layers hand on.
+        pool: Builds what is put at the site `pool`; None for a guess for every position.
     """
-    return SequenceModel(info.form, info.sites(), put, skip)
+    made = pool(cast(Site, info.pool_site())) if pool else None
+    return SequenceModel(info.form, info.sites(), put, skip, made)

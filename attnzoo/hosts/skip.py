@@ -4,14 +4,15 @@ Cruz, Fernandez Decastro and Duval, "Deep Head". In figure 2 the merged heads ar
 and code say other things, so every variant has a name. M is what the heads give, merged, before the output projection.
 """
 
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from attnzoo.core import Mechanism, MultiHead, Site, Tap
-from attnzoo.errors import RecipeError
+from attnzoo.errors import RecipeError, ZooError
 
 VARIANTS = {
     "none": "nothing is handed on",
@@ -45,51 +46,82 @@ class Skip:
 
 
 @dataclass
-class SkipState:
-    """What was handed on last, in a forward that is under way. Empty when the forward is over.
+class _Handed:
+    """What a layer was handed, and then what it hands on."""
+
+    value: Tensor | None
+
+
+class _Slot(threading.local):
+    """Of the layer that this thread computes; empty between layers."""
+
+    now: _Handed | None = None
+
+
+_slot = _Slot()
+
+
+def carried(
+    layer: Callable[..., Tensor], handed: Tensor | None, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """What a layer gives, and what it hands on to the next.
+
+    What is handed on belongs to one forward, so the host carries it from layer to layer. Only inside a layer, where
+    taps have no arguments, it is in a slot of the thread.
 
     Args:
-        value: Made by the layer before; None before the first.
+        layer: A layer, or whatever computes one.
+        handed: What the layer before handed on; None before the first.
+        args, options: What the layer takes.
     """
+    outer, mine = _slot.now, _Handed(handed)
+    _slot.now = mine
+    try:
+        return layer(*args, **options), mine.value
+    finally:
+        _slot.now = outer
 
-    value: Tensor | None = field(default=None, repr=False)
 
-    def clear(self) -> None:
-        """Forget what an aborted forward left."""
-        self.value = None
+def _received() -> Tensor:
+    """What the layer before handed on.
 
-    def __deepcopy__(self, memo: dict) -> "SkipState":
-        memo[id(self)] = copy = SkipState()
-        return copy
+    Raises:
+        ZooError: AZ410, when there is none.
+    """
+    if _slot.now is None or _slot.now.value is None:
+        raise ZooError(
+            "AZ410",
+            "a layer that takes up what the one before hands on was called without it",
+            why="`skip:` carries a value from layer to layer beside the tokens, and the model's forward carries it",
+            help="call the model, or compose with `skip: none`",
+        )
+    return _slot.now.value
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"value": None}
+
+def _hand_on(value: Tensor) -> None:
+    if _slot.now is not None:
+        _slot.now.value = value
 
 
 class AddNorm(nn.Module):
     """R_l = LN(M_l + R_{l-1}); the first layer has nothing to add and no norm.
 
     Args:
-        state: What the layers share: the value that is handed on.
         norm: LN; None for the first layer.
-        last: Whether nobody takes it up.
         raw: Whether M_l is handed on in the place of R_l.
     """
 
-    def __init__(self, state: SkipState, norm: nn.Module | None, last: bool, raw: bool = False):
+    def __init__(self, norm: nn.Module | None, raw: bool = False):
         super().__init__()
-        self.state, self.norm, self.last, self.raw = state, norm, last, raw
+        self.norm, self.raw = norm, raw
 
     def forward(self, x: Tensor) -> Tensor:
-        before, made = self.state.value, x
-        if self.norm is not None:
-            assert before is not None
-            made = self.norm(x + before)
-        self.state.value = None if self.last else x if self.raw else made
+        made = x if self.norm is None else self.norm(x + _received())
+        _hand_on(x if self.raw else made)
         return made
 
     def extra_repr(self) -> str:
-        return "first" if self.norm is None else "last" if self.last else ""
+        return "first" if self.norm is None else ""
 
 
 class PairMean(Tap):
@@ -98,16 +130,14 @@ class PairMean(Tap):
     The layer before may have r times as many heads: each of ours gets the mean of r adjacent ones.
 
     Args:
-        state: What the layers share: the value that is handed on.
         first: Whether there is no layer before.
-        last: Whether nobody takes it up.
         mean: Whether the mean of both is taken, which keeps the rows' sums; the sum otherwise.
         dropout: That of the tap.
     """
 
-    def __init__(self, state: SkipState, first: bool, last: bool, mean: bool, dropout: float):
+    def __init__(self, first: bool, mean: bool, dropout: float):
         super().__init__("b h n m", dropout)
-        self.state, self.first, self.last, self.mean = state, first, last, mean
+        self.first, self.mean = first, mean
 
     @property
     def watched(self) -> bool:
@@ -116,12 +146,10 @@ class PairMean(Tap):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.first:
-            before = self.state.value
-            assert before is not None
-            h = x.shape[1]
+            before, h = _received(), x.shape[1]
             pooled = before.unflatten(1, (h, before.shape[1] // h)).mean(dim=2)
             x = (x + pooled) / 2 if self.mean else x + pooled
-        self.state.value = None if self.last else x
+        _hand_on(x)
         return x
 
 
@@ -131,7 +159,7 @@ def install(
     layers: Sequence[nn.Module],
     dim: int,
     norm: Callable[[int], nn.Module],
-) -> SkipState:
+) -> None:
     """Put the skip between layers.
 
     Args:
@@ -141,28 +169,22 @@ def install(
             after the layer.
         dim: Width of the tokens, in channels.
         norm: Builds a normalisation layer for a width.
-
-    Returns:
-        The skip state, which a forward must find empty.
     """
-    state, count = SkipState(), len(mechanisms)
+    count = len(mechanisms)
     if skip.use == "encoder_stack":
-        ends = layers[count // skip.encoders - 1 :: count // skip.encoders]
-        for i, layer in enumerate(ends):
-            layer.skip = AddNorm(state, norm(dim) if i else None, last=i == len(ends) - 1)
-        return state
+        for i, layer in enumerate(layers[count // skip.encoders - 1 :: count // skip.encoders]):
+            layer.skip = AddNorm(norm(dim) if i else None)
+        return
     for i, (component, layer) in enumerate(zip(mechanisms, layers, strict=True)):
-        last = i == count - 1
         if skip.use == "merged_post":
             place = "cross_skip" if getattr(layer, "cross", None) is component else "attn_skip"
-            setattr(layer, place, AddNorm(state, norm(dim) if i else None, last))
+            setattr(layer, place, AddNorm(norm(dim) if i else None))
         elif skip.use in ("probs_pairmean", "logits_pairmean"):
             owner, name = _tap(component, "weights" if skip.use == "probs_pairmean" else "scores")
             tap, mean = getattr(owner, name), skip.use == "probs_pairmean"
-            setattr(owner, name, PairMean(state, i == 0, last, mean, tap.dropout))
+            setattr(owner, name, PairMean(i == 0, mean, tap.dropout))
         else:
-            component.skip = AddNorm(state, norm(dim) if i else None, last, raw=skip.use == "merged_raw")  # type: ignore[assignment]
-    return state
+            component.skip = AddNorm(norm(dim) if i else None, raw=skip.use == "merged_raw")  # type: ignore[assignment]
 
 
 def check(skip: Skip, mechanisms: Sequence[tuple[Site, Mechanism]]) -> None:
@@ -199,7 +221,7 @@ def check(skip: Skip, mechanisms: Sequence[tuple[Site, Mechanism]]) -> None:
                     f"`{component.card.name}` at {site.name} forms none, or several",
                     help="use `merged`, or `softmax` there",
                 )
-            heads = getattr(component, "heads", 1)
+            heads = 1 if component.card.one_head else component.heads
             if before is not None and before[1] % heads:
                 raise RecipeError(
                     "AZ314",

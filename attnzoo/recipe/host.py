@@ -28,7 +28,7 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ309, AZ310, AZ317 for a backbone; AZ112 and AZ113 for arguments and statistics; AZ308,
+        RecipeError: AZ301, AZ309, AZ310, AZ319 for a backbone; AZ112 and AZ113 for arguments and statistics; AZ308,
             AZ313 and AZ316 for heads; AZ311, without a place, for what is too large.
     """
     host = recipe.host
@@ -249,7 +249,7 @@ def _place(loc: Loc, source: Source) -> Place:
 
 _ABOUT = {
     "AZ308": ("num_heads", "embed_dim"),
-    "AZ317": ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad"),
+    "AZ319": ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad"),
 }
 """Arguments of the model that a fault is about, the likeliest first."""
 
@@ -264,7 +264,7 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ317.
+        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ319.
     """
     look = HOSTS[kind].host_info
     try:
@@ -284,6 +284,37 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
         loc = next((spot for key in keys if (spot := (*loc, key)) in source.values), loc)
         place = source.value_place(loc) if loc in source.values else source.key_place(("host",))
         raise RecipeError.of([replace(d, place=place) for d in error.diagnostics]) from None
+
+
+def check_pool(recipe: Recipe, info: HostInfo, source: Source) -> None:
+    """Whether the host has a place where a component makes one token of all.
+
+    Args:
+        recipe: Says `pool:`.
+        info: Its host.
+        source: For places.
+
+    Raises:
+        RecipeError: AZ318, when it has none, or says itself how tokens are pooled.
+    """
+    if info.pool_site() is None:
+        raise RecipeError(
+            "AZ318",
+            f"{f'`{info.base}`' if isinstance(info, BackboneInfo) else 'a seq2seq model'} has no place for a pool",
+            place=source.key_place(("pool",)),
+            why="its head reads two tokens"
+            if isinstance(info, BackboneInfo)
+            else "it answers token by token",
+            help="leave `pool:` out, or choose another host",
+        )
+    loc = ("host", "model", "global_pool")
+    if loc in source.values:
+        raise RecipeError(
+            "AZ318",
+            "`global_pool` and `pool:` both say how tokens are pooled",
+            place=source.value_place(loc),
+            help="leave one of the two out",
+        )
 
 
 def skip_of(recipe: Recipe, info: HostInfo, source: Source) -> Skip:

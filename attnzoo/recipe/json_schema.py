@@ -34,7 +34,7 @@ def recipe_schema() -> dict[str, Any]:
         ]
     }
     definitions["Spec"] = spec
-    for owner, key in ((schema, "attention"), (definitions["Override"], "put")):
+    for owner, key in ((schema, "attention"), (schema, "pool"), (definitions["Override"], "put")):
         owner["properties"][key] = {"$ref": "#/definitions/Spec"}
     definitions["Fuse"]["properties"]["of"]["items"] = {"$ref": "#/definitions/Spec"}
     step = definitions["Train"]["properties"]["augment"]

@@ -294,4 +294,4 @@ def _edit(source: Source, edit: str) -> None:
 
 def _holds_spec(loc: Loc) -> bool:
     """Whether a spec may stand there, which may be written as a plain name."""
-    return loc == ("attention",) or loc[-1] == "put" or (len(loc) > 1 and loc[-2] == "of")
+    return loc in (("attention",), ("pool",)) or loc[-1] == "put" or (len(loc) > 1 and loc[-2] == "of")

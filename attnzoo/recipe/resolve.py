@@ -11,11 +11,13 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Law, Mechanism, MultiHead, Site, options_of
+from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Law, Mechanism, MultiHead, Pool, Site
+from attnzoo.core.card import Given
 from attnzoo.core.fused import fused_card
+from attnzoo.core.options import options_of
 from attnzoo.errors import Diagnostic, Place, RecipeError, ZooError, did_you_mean
 from attnzoo.hosts import seq2seq, sequence
-from attnzoo.hosts.info import BackboneInfo, HostInfo, unallocated
+from attnzoo.hosts.info import POOL, BackboneInfo, HostInfo, unallocated
 from attnzoo.hosts.kinds import HOSTS
 from attnzoo.hosts.requirements import Requirements, unmet
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
@@ -23,7 +25,7 @@ from attnzoo.hosts.sequence import SequenceInfo
 from attnzoo.hosts.skip import Skip
 from attnzoo.hosts.skip import check as check_skip
 from attnzoo.recipe.faults import faults_of
-from attnzoo.recipe.host import backbone_info, host_info, sequence_info, skip_of
+from attnzoo.recipe.host import backbone_info, check_pool, host_info, sequence_info, skip_of
 from attnzoo.recipe.load import Loaded
 from attnzoo.recipe.schema import FUSE, MAX_MECHANISMS, TAGGED, Fuse, ImageHost, Spec, Use, host_tag, spec_tag
 from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
@@ -93,6 +95,8 @@ class Plan:
             return MultiHead(site, self._head(site))
         if not self.branches:
             with _blame(self.entry, self.place):
+                if issubclass(self.entry.value, Pool):
+                    site.head_dim  # noqa: B018 - raises AZ308
                 return built(self.entry, site, **self.options)
         fusion = partial(_fusion, self)
         return Fused(site, fusion, [partial(_branch, branch) for branch in self.branches])
@@ -149,6 +153,7 @@ class Composition:
         plans: What is put where, by site name.
         skip: What layers hand on.
         notes: What a person should know of the recipe, though it holds.
+        pool: What makes one token of all; None for the host's own way.
     """
 
     loaded: Loaded
@@ -156,20 +161,31 @@ class Composition:
     plans: Mapping[str, Plan]
     skip: Skip = Skip()
     notes: tuple[Diagnostic, ...] = ()
+    pool: Plan | None = None
 
     def put(self, site: Site) -> Mechanism:
         """The mechanism for a site."""
         return self.plans[site.name].build(site)
 
     @property
+    def everything(self) -> list[Plan]:
+        """What is put at the sites, and the pool if there is one."""
+        return [*self.plans.values(), *([self.pool] if self.pool else [])]
+
+    @property
     def entries(self) -> list[Entry]:
         """The mechanisms and fusions in it."""
-        parts = (part for plan in self.plans.values() for part in (*plan.leaves(), *plan.fusions()))
+        parts = (part for plan in self.everything for part in (*plan.leaves(), *plan.fusions()))
         return list({id(part.entry): part.entry for part in parts}.values())
 
     @property
+    def given(self) -> dict[str, Given]:
+        """Maps that the components ask for, by name."""
+        return {name: kind for plan in self.everything for name, kind in plan.card.given.items()}
+
+    @property
     def image(self) -> tuple[ImageHost, BackboneInfo] | None:
-        """What a recipe says of a backbone for images, and what is info of it; None for a model of sequences."""
+        """What a recipe says of a backbone for images, and its host info; None for a model of sequences."""
         host = self.loaded.recipe.host
         return (
             (host, self.info) if isinstance(host, ImageHost) and isinstance(self.info, BackboneInfo) else None
@@ -194,6 +210,7 @@ class Composition:
             timm_options: What goes to timm's builder and not to the model; a model of sequences takes `device` and
                 `dtype` only.
         """
+        pool: Any = self.pool.build if self.pool else None
         with blaming(self.entries):
             if isinstance(self.info, Seq2SeqInfo):
                 return _placed(
@@ -201,13 +218,16 @@ class Composition:
                 )
             if isinstance(self.info, SequenceInfo):
                 return _placed(
-                    lambda: sequence.build(cast(SequenceInfo, self.info), self.put, self.skip), **timm_options
+                    lambda: sequence.build(cast(SequenceInfo, self.info), self.put, self.skip, pool),
+                    **timm_options,
                 )
             assert self.image is not None
             host, info = self.image
             return HOSTS[host.kind].build(
                 info,
                 self.put,
+                pool=pool,
+                given=self.given,
                 pretrained=pretrained,
                 pretrained_cfg=pretrained_cfg or self.model_cfg(),
                 init=host.init,
@@ -231,7 +251,11 @@ class Composition:
     @property
     def starts_equal(self) -> bool:
         """Whether the composed model equals its base before training, given the base's weights."""
-        return not self.skip and all(plan.starts_as_softmax() for plan in self.plans.values())
+        return (
+            not self.skip
+            and self.pool is None
+            and all(plan.starts_as_softmax() for plan in self.plans.values())
+        )
 
 
 def _placed(
@@ -260,9 +284,17 @@ def resolve(
     puts = [
         planner.whole(override.put, ("overrides", i, "put")) for i, override in enumerate(recipe.overrides)
     ]
+    pool = planner.pool(recipe.pool) if recipe.pool else None
     faults = planner.faults
+    arguments = dict(arguments or {})
+    if arguments.get("global_pool") == POOL and recipe.pool:
+        del arguments["global_pool"]
+    elif "global_pool" in arguments:  # as with timm's own: another pooling takes its place
+        pool = None
     try:
-        info = host_info(recipe, arguments or {}, source)
+        info = host_info(recipe, arguments, source)
+        if recipe.pool:
+            check_pool(recipe, info, source)
     except RecipeError as error:
         raise RecipeError.of([*faults, *_at_host(error.diagnostics, source)]) from None
     try:
@@ -280,7 +312,7 @@ def resolve(
             help = f"the sites are {shown}; `{sites[0].partition('.')[0]}.*` means all"
             planner.fault("AZ304", f"`{override.at}` matches no site", place, help=help)
         plans |= dict.fromkeys(names, puts[i])
-    misfits, params = _misfits(plans, info, planner.zoo)
+    misfits, params = _misfits(plans | {POOL: pool}, info, planner.zoo)
     faults += misfits
     if skip and not faults:
         faults += _skip_misfits(skip, cast(dict[str, Plan], plans), info, source)
@@ -292,7 +324,7 @@ def resolve(
     if faults:
         unique = {(d.code, d.message, d.place): d for d in faults}
         raise RecipeError.of(list(unique.values())[:MAX_FAULTS])
-    return Composition(loaded, info, cast(dict[str, Plan], plans), skip, tuple(planner.notes))
+    return Composition(loaded, info, cast(dict[str, Plan], plans), skip, tuple(planner.notes), pool)
 
 
 def other_faults(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
@@ -307,6 +339,7 @@ def other_faults(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
     planner = _Planner(zoo or load_zoo(), source)
     tree = source.tree if isinstance(source.tree, dict) else {}
     planner.look(tree.get("attention"), ("attention",))
+    planner.look(tree.get("pool"), ("pool",))
     overrides = tree.get("overrides")
     for i, override in enumerate(overrides if isinstance(overrides, list) else ()):
         if isinstance(override, dict):
@@ -350,7 +383,9 @@ def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> tupl
         The faults; the number of parameters of the composed model, if there are none.
     """
     faults: list[Diagnostic] = []
-    sites, params = info.sites(), info.params
+    sites, params, pool_site = info.sites(), info.params, info.pool_site()
+    if pool_site:
+        sites[POOL] = pool_site
     kinds: dict[tuple[int, Requirements, int], tuple[Plan, list[str]]] = {}
     for name, plan in plans.items():
         if plan is not None:
@@ -371,7 +406,7 @@ def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> tupl
             for why in whys:
                 message = f"`{leaf.entry.name}` cannot be put at {name}"
                 faults.append(
-                    Diagnostic("AZ302", message, leaf.place, why, _who_can(required, zoo, leaf.entry.name))
+                    Diagnostic("AZ302", message, leaf.place, why, _who_can(required, zoo, leaf.entry))
                 )
                 told.add((leaf.place, required))
         for fusion in plan.fusions() if required.token_local else ():
@@ -393,16 +428,32 @@ def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> tupl
             found = [replace(d, place=d.place or plan.place) for d in error.diagnostics]
             faults += [fault for fault in found if (fault.code, fault.place) not in known]
         else:
-            params += sum(size - _size(info.model.get_submodule(info.module_path(one))) for one in names)
+            params += sum(size - _plain_size(info, one) for one in names)
+    wanted: dict[str, tuple[str, str]] = {}
+    for leaf in {id(leaf): leaf for plan in plans.values() if plan for leaf in plan.leaves()}.values():
+        for name, given in leaf.card.given.items():
+            other, earlier = wanted.setdefault(name, (leaf.entry.name, given))
+            if earlier != given:
+                message = f"`{leaf.entry.name}` takes the map `{name}` as {given}, `{other}` as {earlier}"
+                faults.append(Diagnostic("AZ302", message, leaf.place, help="leave one of the two out"))
     return faults, params
 
 
-def _who_can(required: Requirements, zoo: Zoo, refused: str) -> str:
-    """The mechanisms that meet requirements with their defaults, in words."""
+def _plain_size(info: HostInfo, site: str) -> int:
+    """How many parameters the plain model has there; none where a method of its own is."""
+    try:
+        return _size(info.model.get_submodule(info.module_path(site)))
+    except AttributeError:
+        return 0
+
+
+def _who_can(required: Requirements, zoo: Zoo, refused: Entry) -> str:
+    """The components of the same form that meet requirements with their defaults, in words."""
     can = [
         name
         for name, entry in zoo.mechanisms.items()
-        if name != refused
+        if name != refused.name
+        and issubclass(entry.value, Pool) == issubclass(refused.value, Pool)
         and not unmet(entry.value.card, required)
         and (issubclass(entry.value, Head) or not required.rotary)
     ]
@@ -448,6 +499,14 @@ class _Planner:
     def plan(self, spec: Spec, loc: Loc) -> Plan | None:
         return self.use(spec, loc) if isinstance(spec, Use) else self.fuse(spec, loc)
 
+    def pool(self, spec: Spec) -> Plan | None:
+        """What makes one token of all."""
+        if isinstance(spec, Use):
+            return self.use(spec, ("pool",))
+        place = self.source.value_place(("pool", "fuse"))
+        self.fault("AZ318", "pools cannot be fused", place, help="write one: `pool: NAME`")
+        return None
+
     def look(self, spec: Any, loc: Loc) -> None:
         """Names and options of a spec that may be malformed, and of those inside it."""
         spec = {"use": spec} if isinstance(spec, str) else spec
@@ -465,6 +524,9 @@ class _Planner:
         if component is None:
             return None
         entry, options, place = component
+        if issubclass(entry.value, Pool) != (loc == ("pool",)):
+            self.misplaced(entry, place)
+            return None
         try:
             with _blame(entry, place):
                 card = claimed(entry, options)
@@ -494,6 +556,17 @@ class _Planner:
             self.fault("AZ303", message, branch.place, "the branches share queries, keys and values", help)
         card = fused_card(entry.value.card, [branch.card for branch in known])
         return None if own else Plan(entry, options, card, inside, spec.heads, tuple(known), place)
+
+    def misplaced(self, entry: Entry, place: Place) -> None:
+        """A pool where tokens are mixed, or what mixes tokens where one is made of all."""
+        if issubclass(entry.value, Pool):
+            message = f"`{entry.name}` makes one token of all; attention gives one for each"
+            help = f"write `pool: {entry.name}` beside `attention:`"
+        else:
+            message = f"`{entry.name}` gives a token for each token; a pool makes one of all"
+            can = [f"`{name}`" for name, one in self.zoo.mechanisms.items() if issubclass(one.value, Pool)]
+            help = f"pools are {', '.join(can)}" if can else "leave `pool:` out: no plugin offers one"
+        self.fault("AZ318", message, place, help=help)
 
     def component(
         self, key: Literal["use", "fuse"], name: str, given: Mapping[str, Any], loc: Loc

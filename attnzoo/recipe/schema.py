@@ -498,5 +498,8 @@ class Recipe(_Strict):
     overrides: list[Override] = Field(
         default_factory=list, max_length=256, description="... except where these say."
     )
+    pool: Spec | None = Field(
+        None, description="What makes one token of all, in the place of the host's own way."
+    )
     expect: Expect = Field(Expect(params=None), description="What must come out.")
     train: Train = Field(default_factory=Train, description="How the model is trained.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnzoo.core import Layout, Mask, Site
+from attnzoo.core import Layout, Mask, Pool, Site
 from attnzoo.errors import Place, RecipeError, ZooError
 from attnzoo.hosts.requirements import Requirements
 from attnzoo.zoo.blame import OURS, blame, short
@@ -105,6 +105,12 @@ def _run(plan: "Plan", site: Site, required: Requirements, parts: Sequence["Plan
         context = None if site.context_dim is None else torch.randn(2, m, site.context_dim)
         keys = torch.ones(2, m, dtype=torch.bool) if "keys" in required.masks else None
         mask = Mask(keys, causal="causal" in required.masks)
+        whole = (2, *site.layout.grid)
+        given = {
+            name: torch.zeros(whole, dtype=torch.long) if kind == "labels" else torch.rand(whole)
+            for name, kind in plan.card.given.items()
+        }
+        inputs = (x,) if isinstance(mechanism, Pool) else (x, context)
         with watching(mechanism, entries, places), torch.no_grad():
             for training in (False, True):
-                mechanism.train(training)(x, context, mask=mask, layout=site.layout)
+                mechanism.train(training)(*inputs, mask=mask, layout=site.layout, given=given)

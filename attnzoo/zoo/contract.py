@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnzoo.core import Card, Family, Fusion, FusionCard, Head, Mechanism, Site, options_of
+from attnzoo.core import Card, Family, Fusion, FusionCard, Head, Mechanism, Pool, Site, options_of
 from attnzoo.errors import Place, PluginError
 from attnzoo.zoo.blame import OURS, short
 from attnzoo.zoo.registry import Entry
@@ -33,7 +33,7 @@ class Kind:
     card: type
 
 
-MECHANISM = Kind("attnzoo_mechanisms", (Mechanism, Head), Card)
+MECHANISM = Kind("attnzoo_mechanisms", (Mechanism, Head, Pool), Card)
 FUSION = Kind("attnzoo_fusions", (Fusion,), FusionCard)
 
 
@@ -203,9 +203,10 @@ def output_breach(component: nn.Module, given: tuple[Any, ...], out: Any) -> str
         out: What it gave back.
     """
     tokens = given[1] if isinstance(component, Fusion) else given[0]
-    if isinstance(out, Tensor) and (out.shape, out.dtype) == (tokens.shape, tokens.dtype):
+    due = tokens[:, 0] if isinstance(component, Pool) else tokens
+    if isinstance(out, Tensor) and (out.shape, out.dtype) == (due.shape, due.dtype):
         return ""
-    return f"gives back {_what(out)} where {_what(tokens)} is due"
+    return f"gives back {_what(out)} where {_what(due)} is due"
 
 
 def initialised(model: nn.Module, entries: Iterable[Entry]) -> None:

@@ -1,0 +1,126 @@
+"""Maps that the caller hands over with the images, brought to the grid of the tokens."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from attnzoo.core.card import Given
+from attnzoo.errors import MissingMap
+
+NO_MAPS: Mapping[str, Given] = {}
+"""No component asks for a map."""
+
+
+def without_unknown(x: Tensor, given: Mapping[str, Tensor], known: Mapping[str, Given]) -> Tensor:
+    """x itself, once it is certain that every map has a component that asks for it.
+
+    Args:
+        x: Images; or, in symbolic tracing, what stands for them: then the graph looks when it runs.
+        given: What the caller handed over, by name.
+        known: What the components ask for, by name.
+
+    Raises:
+        TypeError: As Python does for a function without such a parameter.
+    """
+    if isinstance(x, fx.Proxy):
+        return x.tracer.create_proxy("call_function", without_unknown, (x, given, dict(known)), {})  # type: ignore[return-value]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        takes = f"the maps {', '.join(known)}" if known else "no maps"
+        raise TypeError(
+            f"forward() got an unexpected keyword argument '{unknown[0]}'; this model takes {takes}"
+        )
+    return x
+
+
+def on_grid(
+    given: Mapping[str, Tensor],
+    name: str,
+    kind: Given,
+    size: int,
+    image: Sequence[int],
+    covered: Sequence[int],
+    grid: Sequence[int],
+) -> Tensor:
+    """A map with one entry for each token of the grid, (b gy gx).
+
+    Labels are those of the pixel in the middle of a token's patch; scores are their mean over it. What lies beyond the
+    image, where patches pad it, repeats its edge.
+
+    Args:
+        given: What the caller handed over; or, in symbolic tracing, what stands for it.
+        name: Which map.
+        kind: `labels` or `scores`.
+        size: Batch size.
+        image: Rows and columns of the images, in pixels.
+        covered: Rows and columns that the tokens stand for, in pixels.
+        grid: Rows and columns of the tokens.
+
+    Raises:
+        MissingMap: AZ409, when it is missing, of another shape, or not of whole numbers where labels are wanted.
+    """
+    if isinstance(given, fx.Proxy):
+        args = (given, name, kind, size, image, covered, grid)
+        return given.tracer.create_proxy("call_function", on_grid, args, {})  # type: ignore[return-value]
+    if name not in given:
+        raise MissingMap(
+            "AZ409",
+            f"the model needs the map `{name}` ({kind}), and none was given",
+            help=f"hand it over: model(images, {name}=...), one entry for each pixel or for each token of the grid",
+        )
+    values = given[name]
+    rows, columns = grid
+    if (
+        values.ndim != 3
+        or values.shape[0] != size
+        or tuple(values.shape[1:]) not in (tuple(grid), tuple(image))
+    ):
+        raise MissingMap(
+            "AZ409",
+            f"the map `{name}` has shape {tuple(values.shape)}",
+            why=f"the images are {size} of {image[0]} × {image[1]} pixels, and become {rows} × {columns} tokens",
+            help=f"hand over ({size}, {image[0]}, {image[1]}) or ({size}, {rows}, {columns})",
+        )
+    if kind == "labels":
+        if values.is_floating_point() or values.is_complex():
+            raise MissingMap(
+                "AZ409",
+                f"the map `{name}` names regions by whole numbers; this one is of {values.dtype}",
+                help=f"hand over {name}=....long()",
+            )
+        return values if tuple(values.shape[1:]) == tuple(grid) else _middles(values, covered, grid)
+    values = values if values.is_floating_point() else values.to(torch.get_default_dtype())
+    if tuple(values.shape[1:]) == tuple(grid):
+        return values
+    edges = [
+        torch.arange(s, device=values.device).clamp(max=last - 1)
+        for s, last in zip(covered, image, strict=True)
+    ]
+    return F.adaptive_avg_pool2d(values[:, edges[0]][:, :, edges[1]], (rows, columns))
+
+
+class GivenFeatures(FeatureGetterNet):
+    """timm's feature maps of a model that takes maps."""
+
+    def forward(self, x: Tensor, **given: Tensor) -> Any:
+        return self.model.forward_intermediates(  # type: ignore[operator]
+            x,
+            indices=self.out_indices,
+            norm=self.norm,
+            output_fmt=self.output_fmt,
+            intermediates_only=True,
+            **given,
+        )
+
+
+def _middles(values: Tensor, covered: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """The pixels in the middle of each patch, (b gy gx) of (b y x)."""
+    picked = [
+        ((2 * torch.arange(g, device=values.device) + 1) * s // (2 * g)).clamp(max=last - 1)
+        for s, g, last in zip(covered, grid, values.shape[1:], strict=True)
+    ]
+    return values[:, picked[0]][:, :, picked[1]]
