@@ -98,8 +98,9 @@ def _describe(report) -> None:
         for group, counts in report.heads.items()
         if "." not in group
     )
+    pool = "".join(f" → {formula}" for site, formula in _formulas(report) if site == "pool")
     say()
-    say(f"{report.takes} → {conv}{layers} → {report.gives}".replace(" × ", f"{GLUE}×{GLUE}"))
+    say(f"{report.takes} → {conv}{layers}{pool} → {report.gives}".replace(" × ", f"{GLUE}×{GLUE}"))
     if any(len(set(counts)) > 1 for counts in report.heads.values()):
         for group, counts in report.heads.items():
             say(f"heads of {group}: {', '.join(map(str, counts))}")
@@ -163,7 +164,8 @@ def _sublayers(report, group: str) -> list[str]:
     """What the attention of a group of layers is, as formulas: `hadamard(softmax, soft)`, `cross softmax`."""
     own: dict[str, list[str]] = {}
     for site, formula in _formulas(report):
-        first, *_, last = site.split(".")
+        words = site.split(".")
+        first, last = words[0], words[-1]
         if first == group:
             own.setdefault("cross " if last == "cross" else "", []).append(formula)
     return [name + " | ".join(dict.fromkeys(formulas)) for name, formulas in own.items()]
