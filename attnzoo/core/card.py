@@ -82,8 +82,8 @@ FUSION_LAWS = frozenset(Law) - MECHANISM_LAWS
 MASK_KINDS = frozenset({"keys", "pairs", "causal"})
 WISHES = frozenset({"qkv_bias", "proj_bias", "qk_norm", "scale_norm", "rotary"})
 """What a site may ask of projections; `MultiHead` honours all, a mechanism with projections of its own says which."""
-AXES = frozenset("bnmchdkpryx")
-"""Shape letters: batch, queries, keys, channels, heads, channels per head, branches, prefix, slots, rows, columns."""
+AXES = frozenset("bnmchdkprwyx")
+"""The shape letters of docs/architecture.md."""
 Given = Literal["labels", "scores"]
 """A map that the caller hands over: whole numbers that name a region, or real numbers."""
 Fidelity = Literal["exact", "adapted", "inspired"]
@@ -170,9 +170,9 @@ class Card:
         masks: Which kinds of `Mask` are honoured, of keys, pairs, causal; the base class refuses the others.
         one_head: Whether it is one head whatever the site says: pairs that differ by head are refused.
         context: Whether it can read from a context (cross-attention).
-        context_grid: Number of grid dimensions that its context must have; None when it needs no geometry of it.
+        context_grid: Number of grid dimensions that its context must have, or `any`; None when it needs no geometry.
         grid: Number of grid dimensions it needs, `any` when every number will do, None when it needs no geometry.
-        fixed_length: Whether it only reads from as many tokens as it was built for.
+        fixed_length: Whether it only reads from as many tokens as it was built for; `most` when from fewer too.
         incremental: Of a head: whether the newest query alone, against all keys so far under a causal mask, gives the
             last row of the full pass.
         given: Maps on the grid that the caller hands over, by name: `labels` or `scores`.
@@ -194,9 +194,9 @@ class Card:
     masks: Set[str] = frozenset()
     one_head: bool = False
     context: bool = False
-    context_grid: int | None = None
+    context_grid: int | Literal["any"] | None = None
     grid: int | Literal["any"] | None = None
-    fixed_length: bool = False
+    fixed_length: bool | Literal["most"] = False
     incremental: bool = False
     given: Mapping[str, Given] = field(default_factory=dict)
     honours: Set[str] = frozenset()

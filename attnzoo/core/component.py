@@ -82,39 +82,52 @@ class Component(nn.Module, ABC):
             f"{type(self).__name__} claims the law `local` but does not say how far it reaches"
         )
 
-    def admit(self, x: Tensor, source: Tensor, mask: Mask, layout: Layout) -> None:
-        """Refuse what the card does not claim.
+    def admit(self, x: Tensor, source: Tensor, mask: Mask) -> None:
+        """Refuse masks and lengths that the card does not claim.
 
         Args:
             x: What asks, (b ... n c).
             source: What is read from, (b ... m c).
             mask: Who may attend to whom.
-            layout: How the source is arranged.
 
         Raises:
             UnsupportedMask: AZ402 for a kind that is not claimed, AZ405 for one that does not fit.
-            LayoutMismatch: AZ401 for a layout that does not fit, AZ408 for another length than it was built for.
+            LayoutMismatch: AZ403 for more tokens than it was built for, AZ408 for another number.
         """
         if not mask.free:
             mask.only(*self.card.masks, by=self.card.name)
             mask.fit(x.shape[0], 1 if self.card.one_head else self.heads, x.shape[-2], source.shape[-2])
-        if isinstance(source, fx.Proxy):  # symbolic tracing knows no lengths
+        if not self.card.fixed_length or isinstance(source, fx.Proxy):  # symbolic tracing knows no lengths
             return
-        if self.card.grid is not None:
-            layout.check(source)
-            if self.card.grid not in ("any", len(layout.grid)):
-                raise LayoutMismatch(
-                    "AZ401",
-                    f"`{self.card.name}` needs a {self.card.grid}-D grid; the layout {layout} has "
-                    f"{len(layout.grid)} dimensions",
-                    help="hand it a layout with that many: Layout(grid=..., prefix=...)",
-                )
-        if self.card.fixed_length and source.shape[-2] != self.length:
+        given, most = source.shape[-2], self.card.fixed_length == "most"
+        if given > self.length or (given < self.length and not most):
             raise LayoutMismatch(
-                "AZ408",
-                f"`{self.card.name}` was built for {self.length} tokens; it was given {source.shape[-2]}",
+                "AZ403" if most else "AZ408",
+                f"`{self.card.name}` was built for {'at most ' if most else ''}{self.length} tokens; "
+                f"it was given {given}",
                 why="some of its weights belong to a position each",
-                help="build it for this length, or use a mechanism without a fixed length",
+                help=f"build it for {'the longest input' if most else 'this length'}, or use another mechanism",
+            )
+
+    def lies_on(self, grid: int | str | None, tokens: Tensor, layout: Layout) -> None:
+        """Refuse tokens that do not lie as the card wants them.
+
+        Args:
+            grid: Number of grid dimensions that is wanted; `any`; None when the arrangement has no say.
+            tokens: (b ... n c).
+            layout: How they are said to be arranged.
+
+        Raises:
+            LayoutMismatch: AZ401.
+        """
+        if grid is None:
+            return
+        layout.check(tokens)
+        if grid not in ("any", len(layout.grid)):
+            raise LayoutMismatch(
+                "AZ401",
+                f"`{self.card.name}` needs a {grid}-D grid; the layout {layout} has {len(layout.grid)} dimensions",
+                help="hand it a layout with that many: Layout(grid=..., prefix=...)",
             )
 
     def given_maps(self, given: Mapping[str, Tensor], batch: int, layout: Layout) -> dict[str, Tensor]:

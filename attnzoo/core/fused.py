@@ -35,6 +35,7 @@ def _branches(sites: Sequence[Site], builds: Sequence[Build]) -> nn.ModuleDict:
 def fused_card(fusion: FusionCard, branches: Sequence[Card]) -> Card:
     """What a fusion of these branches can claim: what all can, and the needs of each."""
     grids = [card.grid for card in branches if card.grid is not None]
+    lengths = [card.fixed_length for card in branches]
     contexts = [card.context_grid for card in branches if card.context_grid is not None]
     return Card(
         name=fusion.name,
@@ -48,7 +49,8 @@ def fused_card(fusion: FusionCard, branches: Sequence[Card]) -> Card:
         context_grid=contexts[0] if contexts and context else None,
         # a number asks for more than `any`
         grid=max(grids, key=lambda grid: grid != "any", default=None),
-        fixed_length=any(card.fixed_length for card in branches),
+        # an exact length asks for more than a longest one
+        fixed_length=any(lengths) and (True in lengths or "most"),
         incremental=all(card.incremental for card in branches) and Law.TOKEN_LOCAL in fusion.laws,
         given={name: kind for card in branches for name, kind in card.given.items()},
         extra=frozenset().union(*(card.extra for card in branches)),

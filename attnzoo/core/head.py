@@ -32,7 +32,8 @@ class Head(Component):
     ) -> Float[Tensor, "b h n d"]:
         """What each query token receives. Write it with bare arguments: `def attend(self, q, k, v, *, mask, layout)`.
 
-        After `layout` come the maps that the card names, each as a parameter of its own, (b *grid).
+        After `layout` come the maps that the card names, (b *grid), each as a parameter of its own (with the default
+        None, so that type checkers agree).
 
         Args:
             q: Queries (b h n d).
@@ -61,8 +62,9 @@ class Head(Component):
             given: Maps on the grid by name, (b *grid) each.
 
         Raises:
-            ZooError: AZ401, AZ402, AZ405, AZ408, AZ409: see `admit` and `given_maps`.
+            ZooError: AZ401 to AZ403, AZ405, AZ408, AZ409: see `admit`, `lies_on` and `given_maps`.
         """
-        self.admit(q, k, mask, layout)
+        self.admit(q, k, mask)
+        self.lies_on(self.card.grid, k, layout)
         maps = self.given_maps(given, q.shape[0], layout) if self.card.given else {}
         return self.attend(q, k, v, mask=mask, layout=layout, **maps)

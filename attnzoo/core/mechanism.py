@@ -49,8 +49,8 @@ class Mechanism(Component):
     ) -> Float[Tensor, "b n c"]:
         """Mixed tokens. Write it with bare arguments: `def mix(self, x, source, *, mask, layout)`.
 
-        After `layout` come, each as a parameter of its own, the maps that the card names (b *grid) and, where the card
-        claims `context_grid`, `context_layout`.
+        After `layout` come, each as a parameter of its own (with the default None, so that type checkers agree), the
+        maps that the card names (b *grid) and, where the card claims `context_grid`, `context_layout`.
 
         Args:
             x: Tokens (b n c).
@@ -80,16 +80,16 @@ class Mechanism(Component):
             given: Maps on the grid by name, (b *grid) each.
 
         Raises:
-            ZooError: AZ404 for a context too many or too few; AZ401, AZ402, AZ405, AZ408, AZ409: see `admit` and
-                `given_maps`.
+            ZooError: AZ404 for a context too many or too few; AZ401 to AZ403, AZ405, AZ408, AZ409: see `admit`,
+                `lies_on` and `given_maps`.
         """
-        source, more = self.source(x, context), dict[str, Any]()
-        read = layout
-        if context is not None:
-            read = context_layout or Layout((context.shape[1],))
-            if self.card.context_grid is not None:
-                more["context_layout"] = read
-        self.admit(x, source, mask, read)
+        source = self.source(x, context)
+        more: dict[str, Any] = {}
+        self.admit(x, source, mask)
+        self.lies_on(self.card.grid, x, layout)
+        if context is not None and self.card.context_grid is not None:
+            more["context_layout"] = context_layout or Layout((context.shape[1],))
+            self.lies_on(self.card.context_grid, context, more["context_layout"])
         if self.card.given:
             more |= self.given_maps(given, x.shape[0], layout)
         return self.proj_drop(self.mix(x, source, mask=mask, layout=layout, **more))

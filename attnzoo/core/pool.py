@@ -29,7 +29,8 @@ class Pool(Component):
     def pool(self, x: Float[Tensor, "b n c"], *, mask: Mask, layout: Layout) -> Float[Tensor, "b c"]:
         """One token from n. Write it with bare arguments: `def pool(self, x, *, mask, layout)`.
 
-        After `layout` come the maps that the card names, each as a parameter of its own, (b *grid).
+        After `layout` come the maps that the card names, (b *grid), each as a parameter of its own (with the default
+        None, so that type checkers agree).
 
         Args:
             x: Tokens (b n c).
@@ -54,8 +55,9 @@ class Pool(Component):
             given: Maps on the grid by name, (b *grid) each.
 
         Raises:
-            ZooError: AZ401, AZ402, AZ405, AZ408, AZ409: see `admit` and `given_maps`.
+            ZooError: AZ401 to AZ403, AZ405, AZ408, AZ409: see `admit`, `lies_on` and `given_maps`.
         """
-        self.admit(x, x, mask, layout)
+        self.admit(x, x, mask)
+        self.lies_on(self.card.grid, x, layout)
         maps = self.given_maps(given, x.shape[0], layout) if self.card.given else {}
         return self.proj_drop(self.pool(x, mask=mask, layout=layout, **maps))

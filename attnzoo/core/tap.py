@@ -12,8 +12,8 @@ from attnzoo.errors import ZooError, did_you_mean
 
 KINDS = ("scores", "weights", "gate", "shares", "state")
 """The closed list of kinds: before normalisation, after it, channel or value gates, fusion, recurrent state."""
-POSITIONS = "nmrk"
-"""Axes that count things which can be attended to or attend: tokens, slots that stand for tokens, branches."""
+POSITIONS = "nmrwk"
+"""Axes that count what attends or is attended to: tokens, slots or agents, tokens of a window, branches."""
 
 
 def kind_of(name: str) -> str:
@@ -26,7 +26,7 @@ class Tap(nn.Identity):
 
     Args:
         axes: Its axes in the shape letters, such as `b h n m`. What weights are normalised over is the last axis among
-            n, m, r and k.
+            n, m, r, w and k.
         dropout: Probability with which an entry is dropped in training, after the hooks have seen it.
     """
 

@@ -45,7 +45,7 @@ def unmet(card: Card, required: Requirements) -> list[str]:
         reasons.append(f"the site reads from a context; `{card.name}` cannot")
     if isinstance(card.grid, int) and card.grid != required.grid:
         reasons.append(f"`{card.name}` needs a {card.grid}-D grid; the site has a {required.grid}-D grid")
-    if card.fixed_length and required.varying_length:
+    if card.fixed_length is True and required.varying_length:
         reasons.append(f"`{card.name}` takes a fixed number of tokens; {required.varying_length}")
     if card.grid is not None and required.open_end:
         reasons.append(f"`{card.name}` needs to know where the grid ends; {required.open_end}")

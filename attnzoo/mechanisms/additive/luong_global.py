@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
-from attnzoo.errors import LayoutMismatch
 from attnzoo.functional import additive_scores, attention_from_scores
 
 Score = Literal["dot", "general", "concat", "location"]
@@ -30,7 +29,6 @@ class LuongGlobal(Mechanism):
 
     Raises:
         OptionError: AZ214, when `dot` is asked of a context of another width.
-        LayoutMismatch: AZ403, when `location` meets more tokens than the site was built for.
     """
 
     card = Card(
@@ -50,7 +48,9 @@ class LuongGlobal(Mechanism):
 
     @classmethod
     def claims(cls, *, score: Score, **options) -> Card:
-        return replace(cls.card, laws={Law.STOCHASTIC}) if score == "location" else cls.card
+        if score == "location":  # an entry for each position
+            return replace(cls.card, laws={Law.STOCHASTIC}, fixed_length="most")
+        return cls.card
 
     def __init__(self, site: Site, *, score: Score = "general", hidden: PositiveInt | None = None):
         super().__init__(site)
@@ -92,11 +92,4 @@ class LuongGlobal(Mechanism):
         if self.score == "concat":
             query, key = self.query(x)[:, None], self.key(source)[:, None]
             return additive_scores(query, key, self.score_weight[None])[:, 0]
-        if source.shape[1] > self.length:
-            raise LayoutMismatch(
-                "AZ403",
-                f"{source.shape[1]} tokens are more than the {self.length} that `luong_global` with `score: location` "
-                "was built for",
-                help="build it for the longest input, or use another score",
-            )
         return self.location(x)[..., : source.shape[1]]

@@ -1,0 +1,1 @@
+"""What tokens attend to instead of tokens."""
