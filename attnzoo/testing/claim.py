@@ -27,7 +27,8 @@ class Requirement:
     """To which components, cards and option settings a check applies, and how often it is tried.
 
     Args:
-        kinds: Of `mechanism` (heads with their projections are mechanisms), `head`, `pool`, `fusion`.
+        kinds: Of `mechanism` (heads with their projections are mechanisms), `head`, `tokens` (mechanisms that are no
+            heads), `pool`, `fusion`.
         card: What the card must claim under the options.
         options: What the options must be.
         share: Share of the usual number of scenes, for what is costly; 0 is one scene.
@@ -61,7 +62,7 @@ def requires(
     """Says to which cards a check applies; None asks for nothing.
 
     Args:
-        kinds: Of `mechanism`, `head`, `pool`, `fusion`.
+        kinds: Of `mechanism`, `head`, `tokens`, `pool`, `fusion`.
         mask: A kind of mask that must be claimed; `some`, any of them; `two`, more than one; `not all`, a kind that is
             not.
         context: Whether cross-attention must be claimed.

@@ -28,6 +28,14 @@ def hard(scene: Scene) -> bool:
     )
 
 
+def partial(scene: Scene, component: nn.Module, tensors: list[Tensor]) -> bool:
+    """Whether not everything is read, without a mask: the law `local` is claimed, or tapped weights hold zeros."""
+    shown: list[Tensor] = []
+    with torch.no_grad(), watch(component, "weights", lambda name, seen: shown.append(seen)):
+        scene.run(component, tensors)
+    return Law.LOCAL in scene.card.laws or any(bool((weights == 0).any()) for weights in shown)
+
+
 def random_mask(scene: Scene, kinds: frozenset[str] | set[str], stream: int = 50, heads: bool = True) -> Mask:
     """A mask of these kinds, different for each sample and head; a query may always attend to some key.
 

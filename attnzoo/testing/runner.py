@@ -29,7 +29,7 @@ def kinds_of(cls: Checkable) -> tuple[str, ...]:
     """What a class is to the checks: a head is a mechanism too, once it has projections around it."""
     if issubclass(cls, Fusion | Pool):
         return ("fusion",) if issubclass(cls, Fusion) else ("pool",)
-    return ("mechanism", "head") if issubclass(cls, Head) else ("mechanism",)
+    return ("mechanism", "head" if issubclass(cls, Head) else "tokens")
 
 
 def checks_for(cls: Checkable) -> list[Check]:
@@ -142,7 +142,9 @@ def known(names: Mapping[str, str]) -> None:
         if name not in CHECKS:
             hint = did_you_mean(name, list(CHECKS))
             raise CheckError(
-                "AZ501", f"there is no check called `{name}`", help=hint or f"checks: {', '.join(CHECKS)}"
+                "AZ501",
+                f"there is no check called `{name}`",
+                help=hint or "`attnzoo.testing.CHECKS` holds all by name",
             )
 
 

@@ -5,7 +5,7 @@ from itertools import chain
 
 import torch
 
-from attnzoo.core import Law, Layout
+from attnzoo.core import Layout
 from attnzoo.testing.claim import claim, refused, requires, same
 from attnzoo.testing.influence import ANY, hard, influence, partial, random_mask, tokens_of
 from attnzoo.testing.strategies import Checkable, Scene

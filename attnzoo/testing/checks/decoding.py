@@ -23,105 +23,96 @@ def _line(scene: Scene, length: int | None = None) -> Scene:
     return scene.alone().with_layout((length or max(3, scene.layout.length),), prefix=0)
 
 
-def _decode(
-    component: Mechanism,
-    x: Tensor,
-    sizes: list[int],
-    cache: KVCache,
-    keys: Tensor | None = None,
-    context: Tensor | None = None,
+def _steps(
+    component: Mechanism, x: Tensor, sizes: list[int], cache: KVCache, keys: Tensor | None = None
 ) -> Tensor:
     """What `step` gives for pieces of these sizes, one after the other."""
     rows, done = [], cache.length
     for piece in x.split(sizes, dim=1):
         done += piece.shape[1]
         mask = Mask(causal=True, keys=None if keys is None else keys[:, :done])
-        if context is not None:
-            mask = Mask(keys=keys)
-        rows.append(component.step(piece, cache, context, mask=mask, layout=Layout((done,))))
+        rows.append(component.step(piece, cache, mask=mask, layout=Layout((done,))))
     return torch.cat(rows, dim=1)
 
 
-def _pieces(length: int) -> list[int]:
-    """1, 3, 2, 1, 3, 2, ... tokens until all are there."""
-    sizes: list[int] = []
-    while sum(sizes) < length:
-        sizes.append(min((1, 3, 2)[len(sizes) % 3], length - sum(sizes)))
-    return sizes
-
-
-def _stepped(scene: Scene) -> tuple[Mechanism, Tensor, KVCache]:
-    """A component, tokens (b n c), and a new cache."""
-    return scene.build(), scene.inputs()[0], KVCache()
+def _rows(component: Mechanism, x: Tensor, sizes: list[int], keys: Tensor | None = None) -> Tensor:
+    """What `forward` gives for the newest tokens, given all so far."""
+    rows, done = [], x.shape[1] - sum(sizes)
+    for size in sizes:
+        done += size
+        mask = Mask(causal=True, keys=None if keys is None else keys[:, :done])
+        rows.append(component(x[:, :done], mask=mask, layout=Layout((done,)))[:, -size:])
+    return torch.cat(rows, dim=1)
 
 
 @requires("mechanism", where=_decodes)
 def check_incremental(cls: Checkable, scene: Scene) -> None:
-    """Token by token, `step` gives the rows of the full pass under a causal mask, and with padding."""
+    """Token by token `step` gives the newest rows of `forward`, with padding too; `incremental`: of the full pass."""
     scene = _line(scene)
-    component, x, cache = _stepped(scene)
-    full = scene.run(component, [x], Mask(causal=True))
-    out = _decode(component, x, [1] * x.shape[1], cache)
-    same(out, full, "token by token, `step` gives what `forward` gives")
-    if "keys" in scene.card.masks:
-        keys = random_mask(scene, {"keys"}).keys
-        full = scene.run(component, [x], Mask(causal=True, keys=keys))
-        out = _decode(component, x, [1] * x.shape[1], KVCache(), keys)
-        same(out, full, "token by token, under padding, `step` gives what `forward` gives")
+    component, x = scene.build(), scene.inputs()[0]
+    one = [1] * x.shape[1]
+    for keys in (None, random_mask(scene, {"keys"}).keys) if "keys" in scene.card.masks else (None,):
+        out = _steps(component, x, one, KVCache(), keys)
+        same(out, _rows(component, x, one, keys), "token by token, `step` gives the newest row of `forward`")
+        if scene.card.incremental:
+            full = scene.run(component, [x], Mask(causal=True, keys=keys))
+            same(out, full, "incremental, so token by token `step` gives the rows of the full pass")
 
 
 @requires("mechanism", where=_decodes)
 def check_step_in_pieces(cls: Checkable, scene: Scene) -> None:
-    """In pieces of 1, 3 and 2 tokens, `step` gives the rows of the full pass; a prompt at once, then tokens, too."""
+    """In pieces of several tokens `step` gives the newest rows of `forward`; a prompt at once, then tokens, too."""
     scene = _line(scene, 7)
-    component, x, _ = _stepped(scene)
-    full = scene.run(component, [x], Mask(causal=True))
-    for sizes in (_pieces(7), [4, 1, 1, 1], [7]):
+    component, x = scene.build(), scene.inputs()[0]
+    for sizes in ([1, 3, 2, 1], [4, 1, 1, 1], [7]):
+        out = _steps(component, x, sizes, KVCache())
         same(
-            _decode(component, x, sizes, KVCache()),
-            full,
-            f"in pieces of {sizes} tokens `step` gives `forward`",
+            out,
+            _rows(component, x, sizes),
+            f"in pieces of {sizes} tokens `step` gives the newest rows of `forward`",
         )
 
 
 @requires("mechanism", where=_decodes, share=0.1)
 def check_long_decoding(cls: Checkable, scene: Scene) -> None:
-    """After 50 and more steps `step` still gives the rows of the full pass."""
+    """After 50 and more steps `step` still gives the newest row of `forward`."""
     scene = _line(replace(scene, batch=1), 70)
-    component, x, cache = _stepped(scene)
-    full = scene.run(component, [x], Mask(causal=True))
+    component, x = scene.build(), scene.inputs()[0]
     with torch.no_grad():
-        same(_decode(component, x, [1] * 70, cache), full, "after 70 steps `step` gives what `forward` gives")
+        out = _steps(component, x, [1] * 70, KVCache())[:, -20:]
+        same(
+            out,
+            _rows(component, x, [1] * 20),
+            "after 50 and more steps `step` gives the newest row of `forward`",
+        )
 
 
 @requires("mechanism", where=_decodes)
 def check_cache_selected(cls: Checkable, scene: Scene) -> None:
     """After `KVCache.select` has reordered and doubled samples, `step` goes on as if they had always been so."""
     scene = _line(replace(scene, batch=max(2, scene.batch)), 6)
-    component, x, cache = _stepped(scene)
-    rows = torch.tensor([1, 1, 0][: scene.batch + 1])
-    _decode(component, x[:, :4], [3, 1], cache)
+    component, x, cache = scene.build(), scene.inputs()[0], KVCache()
+    rows = torch.tensor([1, 1, 0])
+    _steps(component, x[:, :4], [3, 1], cache)
     cache.select(rows)
     more = scene.inputs(2)[0][rows, :2]
-    whole = replace(scene, batch=len(rows))
-    full = whole.run(component, [torch.cat([x[rows, :4], more], dim=1)], Mask(causal=True))
-    same(_decode(component, more, [1, 1], cache), full[:, 4:], "after `select` samples go on as themselves")
+    expected = _rows(component, torch.cat([x[rows, :4], more], dim=1), [1, 1])
+    same(_steps(component, more, [1, 1], cache), expected, "after `select` samples go on as themselves")
 
 
 @requires("mechanism", where=_decodes)
 def check_caches_apart(cls: Checkable, scene: Scene) -> None:
     """Two batches in turn, with a cache each, are decoded as if each were alone, and `forward` between them too."""
     scene = _line(scene, 5)
-    component, x, cache = _stepped(scene)
-    y, other = scene.inputs(2)[0], KVCache()
-    full = [scene.run(component, [t], Mask(causal=True)) for t in (x, y)]
+    component, both, caches = scene.build(), [scene.inputs()[0], scene.inputs(2)[0]], [KVCache(), KVCache()]
     outs: list[list[Tensor]] = [[], []]
     for i in range(5):
-        for rows, tokens, kept in zip(outs, (x, y), (cache, other), strict=True):
-            rows.append(_decode(component, tokens[:, i : i + 1], [1], kept))
-        scene.run(component, [scene.inputs(4)[0]], Mask(causal=True))
-    for rows, expected in zip(outs, full, strict=True):
-        same(torch.cat(rows, dim=1), expected, "what is kept of a sequence is kept in its cache alone")
+        for rows, x, cache in zip(outs, both, caches, strict=True):
+            rows.append(_steps(component, x[:, i : i + 1], [1], cache))
+        scene.run(component, scene.inputs(4), Mask(causal=True))
+    for rows, x in zip(outs, both, strict=True):
+        claimed = "what is kept of a sequence is kept in its cache alone"
+        same(torch.cat(rows, dim=1), _rows(component, x, [1] * 5), claimed)
 
 
 @requires("mechanism", context=True, where=lambda card: card.context_grid is None and not card.fixed_length)
@@ -184,5 +175,5 @@ def check_fused_decoding(cls: Checkable, scene: Scene) -> None:
         tuple(full.shape) == tuple(x.shape), "fused mechanisms give tokens", f"they give {tuple(full.shape)}"
     )
     same(
-        _decode(fused, x, [1, 3, 1], KVCache()), full, "a fusion of what decodes step by step decodes so, too"
+        _steps(fused, x, [1, 3, 1], KVCache()), full, "a fusion of what decodes step by step decodes so, too"
     )

@@ -80,7 +80,7 @@ def check_maps_needed(cls: Checkable, scene: Scene) -> None:
         claimed = f"a call without the map `{name}` ({kind})"
         refused("AZ409", claimed, scene.run, component, inputs, given=without)
         whole = given[name]
-        for wrong in (whole[:, :-1], whole.flatten(1)[:, :, None], whole.repeat(2, *[1] * (whole.ndim - 1))):
+        for wrong in (whole[:, :-1], whole.unsqueeze(1), whole.repeat(2, *[1] * (whole.ndim - 1))):
             claimed = f"the map `{name}` of shape {tuple(wrong.shape)} for a grid of {scene.layout.grid}"
             refused("AZ409", claimed, scene.run, component, inputs, given=given | {name: wrong})
 

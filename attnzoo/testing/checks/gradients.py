@@ -1,12 +1,13 @@
 """Claims about gradients: everything learns, and as finite differences say."""
 
+from dataclasses import replace
 from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from attnzoo.core import Fusion
+from attnzoo.core import Fusion, Head
 from attnzoo.testing.claim import claim, requires
 from attnzoo.testing.influence import hard, partial
 from attnzoo.testing.strategies import Checkable, Scene
@@ -33,9 +34,19 @@ def _gradients(
     return whole[: len(inputs)], dict(zip(names, whole[len(inputs) :], strict=True))
 
 
+def _own(scene: Scene, name: str) -> bool:
+    """Whether a parameter or input is the component's own: of a head not the projections, nor x beside a context."""
+    if not issubclass(scene.component, Head):
+        return True
+    return name.startswith("inner.") or name == ("x" if scene.site.context_dim is None else "context")
+
+
 @requires("mechanism", "pool", "fusion", wide=True)
 def check_gradients(cls: Checkable, scene: Scene) -> None:
-    """Every parameter, x, a context and every branch receives a finite gradient, not always zero."""
+    """Every parameter, x, a context and every branch receives a finite gradient, not always zero.
+
+    Projections around a head learn where the head asks for what they give: a pooled query may not be asked for.
+    """
     scene = scene.roomy()
     component = scene.build()
     fusion = isinstance(component, Fusion)
@@ -46,7 +57,7 @@ def check_gradients(cls: Checkable, scene: Scene) -> None:
         found = dict(chain(zip(names, inputs, strict=False), parameters.items()))
         for name, gradient in found.items():
             claim(bool(gradient.isfinite().all()), "gradients are finite", f"that of `{name}` is not")
-        silent = {name for name, gradient in found.items() if not gradient.any()}
+        silent = {name for name, gradient in found.items() if not gradient.any() and _own(scene, name)}
         waiting = silent if stream == 0 else waiting & silent
         if not waiting:
             return
@@ -70,6 +81,8 @@ def check_every_entry_learns(cls: Checkable, scene: Scene) -> None:
             share = gradient.abs() / max(float(gradient.abs().max()), 1e-30)
             largest[name] = share if name not in largest else torch.maximum(largest[name], share)
     for name, share in largest.items():
+        if not _own(scene, name):
+            continue
         dead = int((share <= LEARNS).sum())
         claim(
             dead < share.numel() if name.endswith("bias") and share.ndim == 1 else not dead,
@@ -104,8 +117,36 @@ def check_every_input_counts(cls: Checkable, scene: Scene) -> None:
         most = max(float(gradient.max()), 1e-30)
         dead = (gradient <= LEARNS * most).nonzero()
         name = f"branch {i + 1}" if issubclass(cls, Fusion) else ("x", "context")[i]
+        if not _own(scene, name):
+            continue
         where = dead[0].tolist() if len(dead) else []
         claim(not len(dead), f"every entry of `{name}` has influence", f"the one at {where} has none")
+
+
+@requires("head", wide=True, share=0.4)
+def check_every_channel_counts(cls: Checkable, scene: Scene) -> None:
+    """Of queries, keys and values every channel of every head has influence, where any has: of odd numbers, too."""
+    scene = scene.roomy()
+    if scene.site.head_dim % 2 == 0:
+        scene = scene.at(replace(scene.site, dim=3 * scene.site.heads), 4)
+    largest: list[Tensor] = []
+    for stream in range(4):
+        head, tensors = (
+            scene.build(bare=True, stream=stream),
+            [t.requires_grad_() for t in scene.heads(stream)],
+        )
+        out = head(*tensors, layout=scene.head_layout(), given=scene.given)
+        loss = (out * scene.random(*out.shape, stream=5)).sum()
+        found = torch.autograd.grad(loss, tensors, allow_unused=True)
+        channels = [torch.zeros(1) if g is None else g.abs().amax(dim=(0, 2)) for g in found]
+        largest = (
+            channels if not largest else [torch.maximum(a, b) for a, b in zip(largest, channels, strict=True)]
+        )
+    for name, gradient in zip(("queries", "keys", "values"), largest, strict=True):
+        dead = (gradient <= LEARNS * gradient.max()).nonzero().tolist()
+        fine = not dead or not gradient.any()
+        where = " and ".join(f"{c} of head {h}" for h, c in dead[:2]) if not fine else ""
+        claim(fine, f"every channel of the {name} has influence, as others have", f"channel {where} has none")
 
 
 class _Run(torch.nn.Module):
