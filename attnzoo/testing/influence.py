@@ -107,9 +107,10 @@ def changed(x: Tensor, where: Tensor, scene: Scene, stream: int = 60) -> Tensor:
 
 
 def tokens_of(scene: Scene) -> list[int]:
-    """Some of the tokens that are read from: all, where there are few."""
+    """Some of the tokens that are read from: all, where there are few; the last ones, in any case."""
     m = scene.reads
-    return sorted(torch.randperm(m, generator=scene.generator(61))[:MOST].tolist())
+    some = torch.randperm(m, generator=scene.generator(61))[: MOST - 4].tolist()
+    return sorted({*some, *range(max(0, m - 4), m)})
 
 
 def influence(scene: Scene, component: nn.Module, tensors: list[Tensor], mask: Mask = NO_MASK) -> Tensor:

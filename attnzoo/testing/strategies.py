@@ -293,6 +293,23 @@ class Scene:
             where["context_layout"] = self.site.context_layout
         return component(*tensors, **where)
 
+    def ways(self) -> list[Callable[..., Tensor]]:
+        """How the component can be called, as functions of a scene (its layout), a mask and maps: a head bare, too."""
+        whole, inputs = self.build(), self.inputs()
+
+        def run(scene: Scene, mask: Mask = NO_MASK, given: dict[str, Tensor] | None = None) -> Tensor:
+            return scene.run(whole, inputs, mask, given)
+
+        if not issubclass(self.component, Head):
+            return [run]
+        head, heads = self.build(bare=True), self.heads()
+
+        def attend(scene: Scene, mask: Mask = NO_MASK, given: dict[str, Tensor] | None = None) -> Tensor:
+            maps = scene.given if given is None else given
+            return head(*heads, mask=mask, layout=scene.head_layout(), given=maps)
+
+        return [run, attend]
+
     def head_layout(self) -> Layout:
         """How a bare head's keys lie."""
         return self.site.context_layout or self.layout

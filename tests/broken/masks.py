@@ -198,7 +198,7 @@ class KeepsFirstMask(Healthy):
 class ChangesMask(Healthy):
     def allowed(self, mask, n, m):
         if mask.keys is not None:
-            mask.keys[:, 0] = True
+            mask.keys[:, -1] = True
         return super().allowed(mask, n, m)
 
 

@@ -3,7 +3,6 @@
 import random
 
 import torch
-from torch import nn
 
 from attnzoo.core import NonNegativeInt, Site
 from broken.heads import Healthy, HealthyWindow
@@ -59,15 +58,6 @@ class TracksMean(HealthyTokens):
             self.running.mul_(0.9).add_(mean.detach().mean(dim=(0, 1)), alpha=0.1)
             return mean
         return mean + self.running
-
-
-class NormalisesBatch(HealthyTokens):
-    def __init__(self, site, *, gate="open"):
-        super().__init__(site, gate=gate)
-        self.batch_norm = nn.BatchNorm1d(site.dim)
-
-    def mean(self, x, mask, layout):
-        return self.batch_norm(super().mean(x, mask, layout).mT.contiguous()).mT
 
 
 class KeepsLastMap(Healthy):

@@ -246,8 +246,9 @@ def unmoved(before: dict[str, Any], what: str) -> None:
 @requires("mechanism", "pool", "fusion", share=0.4)
 def check_construction_seeds(cls: Checkable, scene: Scene) -> None:
     """A constructor draws from the global random numbers, and neither seeds them nor changes settings of PyTorch."""
-    before, states = settings_of_process(), []
+    states = []
     for seed in (scene.seed + 1, scene.seed + 2):
+        before = settings_of_process()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             if issubclass(cls, Fusion):
@@ -255,12 +256,12 @@ def check_construction_seeds(cls: Checkable, scene: Scene) -> None:
             else:
                 cls(scene.site, **scene.options)  # type: ignore[call-arg]
             states.append(torch.get_rng_state())
+        unmoved(before, "a constructor")
     claim(
         not torch.equal(*states),
         "a constructor leaves the seed of the global random numbers alone",
         "from two seeds it ends in the same state: it sets its own",
     )
-    unmoved(before, "a constructor")
 
 
 @requires("mechanism", "pool", "fusion", share=0.4)

@@ -16,7 +16,6 @@ def _needs(card: object) -> bool:
 @requires("mechanism", "pool", where=_needs)
 def check_wrong_layout_refused(cls: Checkable, scene: Scene) -> None:
     """A component that needs geometry refuses tokens that do not fit the layout, with AZ401."""
-    component, inputs = scene.build(), scene.inputs()
     first, *rest = scene.layout.grid
     wrong = [
         Layout((first + 1, *rest), scene.layout.prefix),
@@ -24,10 +23,12 @@ def check_wrong_layout_refused(cls: Checkable, scene: Scene) -> None:
     ]
     if isinstance(scene.card.grid, int):
         wrong.append(Layout((*scene.layout.grid, 1), scene.layout.prefix))
+    ways = scene.ways()[: 1 if scene.site.context_dim is not None else None]  # keys lie as the context does
     for layout in wrong:
         site = replace(scene.site, layout=layout)
-        claimed = f"a layout of {layout} for {inputs[0].shape[1]} tokens and grid: {scene.card.grid}"
-        refused("AZ401", claimed, replace(scene, site=site).run, component, inputs)
+        claimed = f"a layout of {layout} for {scene.layout.length} tokens and grid: {scene.card.grid}"
+        for way in ways:
+            refused("AZ401", claimed, way, replace(scene, site=site))
 
 
 @requires("mechanism", "pool", where=lambda card: card.grid is None)
@@ -74,15 +75,17 @@ def check_wrong_length_refused(cls: Checkable, scene: Scene) -> None:
 @requires("mechanism", "pool", where=lambda card: card.given)
 def check_maps_needed(cls: Checkable, scene: Scene) -> None:
     """A map that the card names is refused with AZ409 when it is missing or does not lie on the grid."""
-    component, inputs, given = scene.build(), scene.inputs(), scene.given
+    ways, given = scene.ways(), scene.given
     for name, kind in scene.card.given.items():
         without = {other: m for other, m in given.items() if other != name} | {"another": given[name]}
         claimed = f"a call without the map `{name}` ({kind})"
-        refused("AZ409", claimed, scene.run, component, inputs, given=without)
+        for way in ways:
+            refused("AZ409", claimed, way, scene, given=without)
         whole = given[name]
         for wrong in (whole[:, :-1], whole.unsqueeze(1), whole.repeat(2, *[1] * (whole.ndim - 1))):
             claimed = f"the map `{name}` of shape {tuple(wrong.shape)} for a grid of {scene.layout.grid}"
-            refused("AZ409", claimed, scene.run, component, inputs, given=given | {name: wrong})
+            for way in ways:
+                refused("AZ409", claimed, way, scene, given=given | {name: wrong})
 
 
 @requires("mechanism", "pool", where=lambda card: card.given)

@@ -29,12 +29,13 @@ from attnzoo.testing.strategies import Checkable, Scene
 @requires("mechanism", "pool", mask="not all")
 def check_unclaimed_masks_refused(cls: Checkable, scene: Scene) -> None:
     """A kind of mask that the card does not claim is refused with AZ402, alone and beside one that it claims."""
-    component, inputs = scene.build(), scene.inputs()
+    ways = scene.ways()
     for kind in set(KINDS) - scene.card.masks:
         for beside in (set(), scene.card.masks):
             mask = random_mask(scene, {kind} | beside, heads=False)
             claimed = f"a mask of kind `{kind}`, which the card does not claim,"
-            refused("AZ402", claimed, scene.run, component, inputs, mask)
+            for way in ways:
+                refused("AZ402", claimed, way, scene, mask)
 
 
 @requires("mechanism", "pool", mask="some")
@@ -43,7 +44,7 @@ def check_masks_that_do_not_fit_refused(cls: Checkable, scene: Scene) -> None:
     scene = scene.crowded()
     if scene.reads == 1:
         return
-    component, inputs = scene.build(), scene.inputs()
+    ways = scene.ways()
     b, h, n, m = scene.batch, scene.site.heads, scene.layout.length, scene.reads
     shapes: dict[str, list[tuple[int, ...]]] = {
         "keys": [(b, m + 1), (b, m - 1), (b, 1), (1, m), (b + 1, m)],
@@ -63,7 +64,8 @@ def check_masks_that_do_not_fit_refused(cls: Checkable, scene: Scene) -> None:
             mask = Mask(**{kind: torch.ones(shape, dtype=torch.bool)})  # type: ignore[arg-type]
             code = "AZ405 AZ402" if scene.card.one_head and len(shape) == 4 and shape[1] > 1 else "AZ405"
             claimed = f"`{kind}` of shape {shape} for {b} samples, {h} heads, {n} queries and {m} keys"
-            refused(code, claimed, scene.run, component, inputs, mask)
+            for way in ways:
+                refused(code, claimed, way, scene, mask)
 
 
 def _hides(scene: Scene, kinds: frozenset[str]) -> None:
