@@ -68,7 +68,11 @@ def check(
             say(f"{result.reason}")
             if result.reproduction:
                 say(f"{result.reproduction}\n", style="dim")
-        say(f"{len(results) - len(failed)} of {len(results)} checks hold, {examples} examples each")
+        skipped = [r for r in results if r.status == "skipped"]
+        for result in skipped:
+            say(f"{result.mechanism}: {result.check} says nothing: {result.reason}", style="dim")
+        hold = len(results) - len(failed) - len(skipped)
+        say(f"{hold} of {len(results)} checks hold, {examples} examples each")
         if failed:
             say_next(f"mend the component or its card, then attnzoo check {failed[0].mechanism}")
         else:

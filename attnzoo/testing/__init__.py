@@ -1,10 +1,11 @@
-"""The conformance suite: holds mechanisms, heads and fusions to their cards. Importable by anyone.
+"""The conformance suite: holds mechanisms, heads, pools and fusions to their cards. Importable by anyone.
 
 from attnzoo.testing import check, parametrize_with_checks
 """
 
 from typing import TYPE_CHECKING, Any
 
+from attnzoo.testing.checks import CHECKS
 from attnzoo.testing.report import CheckResult
 from attnzoo.testing.runner import check, checks_for, load_file
 from attnzoo.testing.strategies import Scene, scenes
@@ -12,7 +13,16 @@ from attnzoo.testing.strategies import Scene, scenes
 if TYPE_CHECKING:
     from attnzoo.testing.pytest import parametrize_with_checks
 
-__all__ = ["CheckResult", "Scene", "check", "checks_for", "load_file", "parametrize_with_checks", "scenes"]
+__all__ = [
+    "CHECKS",
+    "CheckResult",
+    "Scene",
+    "check",
+    "checks_for",
+    "load_file",
+    "parametrize_with_checks",
+    "scenes",
+]
 
 
 def __getattr__(name: str) -> Any:

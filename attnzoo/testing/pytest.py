@@ -5,12 +5,13 @@ from functools import partial
 
 import pytest
 
-from attnzoo.testing.runner import EXAMPLES, Check, checks_for, held_to, known, run_check
-from attnzoo.testing.strategies import Component
+from attnzoo.testing.claim import Check
+from attnzoo.testing.runner import EXAMPLES, checks_for, held_to, known, run_check
+from attnzoo.testing.strategies import Checkable
 
 
 def parametrize_with_checks(
-    classes: Iterable[Component], examples: int = EXAMPLES, expected_failures: Mapping[str, str] | None = None
+    classes: Iterable[Checkable], examples: int = EXAMPLES, expected_failures: Mapping[str, str] | None = None
 ) -> Callable:
     """Gives a test function, as its argument `check`, one check of one class at a time; call it.
 
@@ -19,7 +20,7 @@ def parametrize_with_checks(
             check()
 
     Args:
-        classes: Mechanisms, heads and fusions.
+        classes: Mechanisms, heads, pools and fusions.
         examples: Number of scenes for each check.
         expected_failures: Names of checks that must fail, with reasons.
 
@@ -36,7 +37,7 @@ def parametrize_with_checks(
     return pytest.mark.parametrize("check", cases)
 
 
-def _case(cls: Component, check: Check, examples: int, expected: Mapping[str, str]) -> None:
+def _case(cls: Checkable, check: Check, examples: int, expected: Mapping[str, str]) -> None:
     """Pass, fail, skip or xfail as the result says."""
     result = held_to(run_check(cls, check, examples), expected)
     if result.status == "skipped":

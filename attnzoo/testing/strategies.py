@@ -4,7 +4,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import chain
 from types import NoneType, UnionType
@@ -14,13 +14,28 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from attnzoo.core import NO_MASK, Card, Fusion, FusionCard, Head, Layout, Mask, Mechanism, MultiHead, Site
+from attnzoo.core import (
+    NO_MASK,
+    Card,
+    Component,
+    Fusion,
+    FusionCard,
+    Head,
+    Layout,
+    Mask,
+    MultiHead,
+    Pool,
+    Site,
+)  # fmt: skip
 from attnzoo.core.fusion import inside_heads
 
-Component = type[Mechanism] | type[Head] | type[Fusion]
+Checkable = type[Component] | type[Fusion]
+"""What can be checked: a class of mechanisms, heads, pools or fusions."""
 
 SMALL = (2, 3, 1)
 """What a whole-number option is tried with besides its default; 1 last: it often switches something off."""
+HALF = 0.5
+"""What a real option is tried with: a fraction, and positive."""
 MOST_SETTINGS = 256
 JITTER = 0.3
 """Standard deviation of what is added to parameters, so that a gate that starts at zero hides nothing."""
@@ -41,22 +56,25 @@ class Scene:
     """Where and how a component is built and run. Printed, it is code that builds it again.
 
     Args:
-        component: The mechanism, head or fusion.
-        site: Where it is put; the layout of its tokens is `site.layout`.
+        component: The mechanism, head, pool or fusion.
+        site: Where it is put; the layout of its tokens is `site.layout`. Where it has a `context_dim`, the component
+            reads from a context, which lies as `site.context_layout` says.
         options: Options of the component that differ from their defaults.
         batch: Number of samples.
         seed: Seeds construction and inputs.
         arity: Of a fusion: number of branches.
         inside: Of a fusion: whether it merges inside the heads, (b h n d), rather than tokens, (b n c).
+        scale: What the standard normal inputs are multiplied by.
     """
 
-    component: Component
+    component: Checkable
     site: Site
     options: dict[str, Any] = field(default_factory=dict)
     batch: int = 1
     seed: int = 0
     arity: int = 1
     inside: bool = False
+    scale: float = 1.0
 
     @property
     def layout(self) -> Layout:
@@ -76,19 +94,65 @@ class Scene:
             prefix: Number of special tokens; as many as now when None.
         """
         layout = Layout(tuple(grid), self.layout.prefix if prefix is None else prefix)
-        return replace(self, site=replace(self.site, layout=layout))
+        return self.at(replace(self.site, layout=layout))
+
+    def at(self, site: Site, least: int = 1) -> "Scene":
+        """The same scene at another site; a context keeps in step with the tokens.
+
+        Args:
+            site: The other site.
+            least: Fewest tokens of a context that lies on no grid.
+        """
+        if site.context_dim is not None:
+            site = _with_context(site, self.card, self.seed, least)
+        return replace(self, site=site)
+
+    @property
+    def reads(self) -> int:
+        """Number of tokens that are read from: of the context, where there is one."""
+        return (self.site.context_layout or self.layout).length
+
+    @property
+    def tolerance(self) -> float:
+        """How far laws may be off: rounding grows with the inputs."""
+        return 1e-10 * max(1.0, self.scale)
 
     def line(self) -> "Scene":
         """The same tokens as a 1-D grid."""
         return self.with_layout((math.prod(self.layout.grid),))
 
-    def roomy(self) -> "Scene":
-        """Enough tokens and branches for every parameter to matter: 4 or more a side, 2 or more branches."""
-        wide = self.with_layout([max(side, 4) for side in self.layout.grid])
-        if not issubclass(self.component, Fusion) or self.arity > 1 or self.component.card.arity[1] == 1:
-            return wide
-        site = replace(wide.site, dim=2 * wide.site.dim, heads=2 * wide.site.heads)
-        return replace(wide, site=site, arity=2)
+    def alone(self) -> "Scene":
+        """The same scene without a context, unless the component is about two streams."""
+        if isinstance(self.card, FusionCard) or self.card.context_grid is not None:
+            return self
+        return replace(self, site=replace(self.site, context_dim=None, context_layout=None))
+
+    def across(self) -> "Scene":
+        """The same scene with a context, of another length, width and grid where the component allows."""
+        return replace(self, site=_with_context(self.site, self.card, self.seed))
+
+    def crowded(self) -> "Scene":
+        """Two or more samples and heads, three or more tokens: enough for masks that differ between them."""
+        heads = max(2, self.site.heads)
+        site = replace(self.site, heads=heads, dim=heads * (self.site.dim // self.site.heads))
+        if site.layout.length < 3:
+            site = replace(site, layout=Layout((3, *site.layout.grid[1:]), site.layout.prefix))
+        return replace(self.at(site, 3), batch=max(2, self.batch))
+
+    def roomy(self, side: int = 4) -> "Scene":
+        """Enough tokens, channels and branches for every parameter to matter.
+
+        Args:
+            side: Fewest tokens along a dimension of the grid.
+        """
+        site = replace(
+            self.site, layout=Layout(tuple(max(s, side) for s in self.layout.grid), self.layout.prefix)
+        )
+        if site.dim // site.heads < 2:
+            site = replace(site, dim=2 * site.heads)
+        if issubclass(self.component, Fusion) and self.arity == 1 and self.component.card.arity[1] != 1:
+            return replace(self, site=replace(site, dim=2 * site.dim, heads=2 * site.heads), arity=2)
+        return self.at(site, side)
 
     def generator(self, stream: int = 0) -> torch.Generator:
         """Random numbers of this scene alone.
@@ -103,29 +167,41 @@ class Scene:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             if not issubclass(self.component, Fusion):
-                return self.component(self.site, **self.options)
+                return self.component(self.site, **self.options)  # type: ignore[call-arg]
             self.component.sites(self.site, self.arity)  # a fusion that divides its site may refuse this one
             site = inside_heads(self.site) if self.inside else self.site
             fusion = self.component(site, self.arity, **self.options)
             fusion.head_axis = 1 if self.inside else -1
             return fusion
 
-    def build(self, dtype: torch.dtype = torch.float64, *, jitter: float = JITTER, bare: bool = False) -> Any:
+    def construct_whole(self) -> Any:
+        """As `construct`, with its projections around a head."""
+        component = self.construct()
+        if isinstance(component, Head):
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.seed + 1)
+                component = MultiHead(self.site, component)
+        return component
+
+    def build(
+        self,
+        dtype: torch.dtype = torch.float64,
+        *,
+        jitter: float = JITTER,
+        bare: bool = False,
+        stream: int = 0,
+    ) -> Any:
         """The component ready to run, in eval mode; a head has its projections around it.
 
         Args:
             dtype: Of its parameters.
             jitter: Standard deviation of what is added to its parameters; 0 leaves them as initialised.
             bare: Whether a head is left without projections.
+            stream: Which of several independent values that are added.
         """
-        component = self.construct()
-        if isinstance(component, Head) and not bare:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.seed + 1)
-                component = MultiHead(self.site, component)
-        component = component.to(dtype).eval()
+        component = (self.construct() if bare else self.construct_whole()).to(dtype).eval()
         if jitter:
-            random = self.generator(99)
+            random = self.generator(900 + stream)
             with torch.no_grad():
                 for parameter in component.parameters():
                     parameter.add_(torch.randn(parameter.shape, generator=random, dtype=dtype), alpha=jitter)
@@ -136,48 +212,113 @@ class Scene:
         return torch.randn(shape, generator=self.generator(stream), dtype=torch.float64).to(dtype)
 
     def inputs(self, stream: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        """What `run` takes: [x] with x (b n c); for a fusion the branches, then x, each (b n c) or (b h n d).
+        """What `run` takes. The last is what is read from.
+
+        For a mechanism or a pool [x], x (b n c); at a site with a context [x, context], context (b m e). For a fusion
+        the branches, then x, each (b n c) or (b h n d).
 
         Args:
             stream: Which of several independent inputs.
             dtype: Of the inputs.
         """
         n, site = self.layout.length, self.site
-        if not issubclass(self.component, Fusion):
-            return [self.random(self.batch, n, site.dim, stream=stream, dtype=dtype)]
-        sites = [*self.component.sites(site, self.arity), site]
-        shapes = [
-            (self.batch, s.heads, n, s.head_dim) if self.inside else (self.batch, n, s.dim) for s in sites
-        ]
-        return [self.random(*shape, stream=stream * 10 + i, dtype=dtype) for i, shape in enumerate(shapes)]
+        if issubclass(self.component, Fusion):
+            sites = [*self.component.sites(site, self.arity), site]
+            shapes: list[tuple[int, ...]] = [
+                (self.batch, s.heads, n, s.head_dim) if self.inside else (self.batch, n, s.dim) for s in sites
+            ]
+        else:
+            shapes = [(self.batch, n, site.dim)]
+            if site.context_dim is not None:
+                shapes.append((self.batch, self.reads, site.context_dim))
+        numbers = [self.random(*shape, stream=stream * 10 + i) for i, shape in enumerate(shapes)]
+        return [(self.scale * x).to(dtype) for x in numbers]
 
     def heads(self, stream: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values for a bare head, (b h n d) each."""
-        shape = (self.batch, self.site.heads, self.layout.length, self.site.head_dim)
-        q, k, v = (self.random(*shape, stream=stream * 10 + i) for i in range(3))
+        """Queries (b h n d), keys and values (b h m d) for a bare head."""
+        b, h, d = self.batch, self.site.heads, self.site.head_dim
+        lengths = (self.layout.length, self.reads, self.reads)
+        q, k, v = (
+            self.scale * self.random(b, h, n, d, stream=stream * 10 + i) for i, n in enumerate(lengths)
+        )
         return q, k, v
 
-    def run(self, component: nn.Module, tensors: Sequence[Tensor], mask: Mask = NO_MASK) -> Tensor:
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """The maps that the card names, (b *grid) each."""
+        maps = {}
+        for i, (name, kind) in enumerate(
+            () if isinstance(self.card, FusionCard) else self.card.given.items()
+        ):
+            shape, random = (self.batch, *self.layout.grid), self.generator(70 + i)
+            labels, scores = (
+                torch.randint(0, 3, shape, generator=random),
+                torch.randn(shape, generator=random),
+            )
+            maps[name] = labels if kind == "labels" else scores
+        return maps
+
+    def shape(self, component: nn.Module) -> tuple[int, ...]:
+        """What the output's shape must be: that of the tokens, without their axis for a pool."""
+        n, site = self.layout.length, self.site
+        if isinstance(component, Pool):
+            return self.batch, site.dim
+        return (self.batch, site.heads, n, site.head_dim) if self.inside else (self.batch, n, site.dim)
+
+    def run(
+        self,
+        component: nn.Module,
+        tensors: Sequence[Tensor],
+        mask: Mask = NO_MASK,
+        given: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """The component's output for the tensors of `inputs`.
 
         Args:
             component: What `build` returned.
-            tensors: What `inputs` returned.
-            mask: For a mechanism: who may attend to whom.
+            tensors: What `inputs` returned; several times as many samples, too.
+            mask: Who may attend to whom; not for a fusion.
+            given: Maps; those of the scene when None.
         """
         if isinstance(component, Fusion):
             return component(list(tensors[:-1]), tensors[-1])
-        return component(tensors[0], mask=mask, layout=self.layout)
+        where: dict[str, Any] = {"mask": mask, "layout": self.layout}
+        maps = self.given if given is None else given
+        if maps:
+            copies = tensors[0].shape[0] // self.batch if given is None else 1
+            dtype = tensors[0].dtype
+            maps = {k: m.to(dtype) if m.is_floating_point() else m for k, m in maps.items()}
+            where["given"] = {k: m.repeat(copies, *[1] * (m.ndim - 1)) for k, m in maps.items()}
+        if self.site.context_dim is not None:
+            where["context_layout"] = self.site.context_layout
+        return component(*tensors, **where)
+
+    def ways(self) -> list[Callable[..., Tensor]]:
+        """How the component can be called, as functions of a scene (its layout), a mask and maps: a head bare, too."""
+        whole, inputs = self.build(), self.inputs()
+
+        def run(scene: Scene, mask: Mask = NO_MASK, given: dict[str, Tensor] | None = None) -> Tensor:
+            return scene.run(whole, inputs, mask, given)
+
+        if not issubclass(self.component, Head):
+            return [run]
+        head, heads = self.build(bare=True), self.heads()
+
+        def attend(scene: Scene, mask: Mask = NO_MASK, given: dict[str, Tensor] | None = None) -> Tensor:
+            maps = scene.given if given is None else given
+            return head(*heads, mask=mask, layout=scene.head_layout(), given=maps)
+
+        return [run, attend]
+
+    def head_layout(self) -> Layout:
+        """How a bare head's keys lie."""
+        return self.site.context_layout or self.layout
 
     def __repr__(self) -> str:
-        site, extra = self.site, ""
-        for name, default in (("layer", 0), ("context_dim", None), ("qkv_bias", True), ("proj_bias", True)):
-            if getattr(site, name) != default:
-                extra += f", {name}={getattr(site, name)!r}"
-        layout = f"Layout({site.layout.grid}, prefix={site.layout.prefix})"
-        place = f"Site({site.name!r}, dim={site.dim}, heads={site.heads}, layout={layout}{extra})"
-        text = f"Scene({self.component.__name__}, {place}"
-        for name, usual in (("options", {}), ("batch", 1), ("seed", 0), ("arity", 1), ("inside", False)):
+        text = f"Scene({self.component.__name__}, {_site_text(self.site)}"
+        for name, usual in (
+            ("options", {}), ("batch", 1), ("seed", 0), ("arity", 1), ("inside", False), ("scale", 1.0),
+        ):  # fmt: skip
             if getattr(self, name) != usual:
                 text += f", {name}={getattr(self, name)!r}"
         return f"{text})"
@@ -191,15 +332,45 @@ class Scene:
         return "\n".join(
             [
                 "from attnzoo.core import Layout, Site",
-                f"from attnzoo.testing import Scene, checks, laws  # {check}",
+                f"from attnzoo.testing import CHECKS, Scene  # {check}",
                 f"from {self.component.__module__} import {self.component.__name__}",
                 f"scene = {self!r}",
-                f"(vars(checks) | vars(laws))[{check!r}]({self.component.__name__}, scene)",
+                f"CHECKS[{check!r}]({self.component.__name__}, scene)",
             ]
         )
 
 
-def card_of(cls: Component, options: dict[str, Any]) -> Card | FusionCard:
+def _site_text(site: Site) -> str:
+    """Code that makes the site."""
+    usual = Site(site.name, site.dim, site.heads, site.layout)
+    text = f"Site({site.name!r}, dim={site.dim}, heads={site.heads}, layout={_layout_text(site.layout)}"
+    for field_ in fields(Site)[4:]:
+        value = getattr(site, field_.name)
+        if value != getattr(usual, field_.name):
+            text += f", {field_.name}={_layout_text(value) if isinstance(value, Layout) else repr(value)}"
+    return f"{text})"
+
+
+def _layout_text(layout: Layout) -> str:
+    return f"Layout({layout.grid}, prefix={layout.prefix})"
+
+
+def _with_context(site: Site, card: Card, seed: int, least: int = 1) -> Site:
+    """The site with a context: mostly of another length and width, on a grid where the card wants one."""
+    n, grid = site.layout.length, site.layout.grid
+    if card.context_grid is None:
+        m = (n + 1, max(1, n - 1), 2 * n + 1, n, 1)[seed % 5]
+        width = site.dim + (seed % 7 != 6)
+        return replace(site, context_dim=width, context_layout=Layout((max(m, least),)))
+    if card.context_grid not in ("any", len(grid)):
+        grid = (2,) * int(card.context_grid)
+    elif seed % 2:
+        grid = tuple(side // 2 if side % 2 == 0 else side for side in grid)
+    width = site.dim + (seed % 3 == 2)
+    return replace(site, context_dim=width, context_layout=Layout(grid, seed // 2 % 2))
+
+
+def card_of(cls: Checkable, options: dict[str, Any]) -> Card | FusionCard:
     """What a class claims under these options.
 
     Args:
@@ -222,12 +393,12 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
             for value in _choices(component)
         )
     if origin is Annotated:
-        return SMALL if get_args(annotation)[0] is int else ()
-    return {bool: (False, True), int: SMALL}.get(annotation, ())
+        annotation = get_args(annotation)[0]
+    return {bool: (False, True), int: SMALL, float: (HALF,)}.get(annotation, ())
 
 
 @cache
-def settings_of(cls: Component) -> tuple[dict[str, Any], ...]:
+def settings_of(cls: Checkable) -> tuple[dict[str, Any], ...]:
     """The settings a class is tried with, the default first: every `Literal`, both booleans, small numbers.
 
     Args:
@@ -247,12 +418,12 @@ def settings_of(cls: Component) -> tuple[dict[str, Any], ...]:
 
 
 def scenes(
-    cls: Component, keep: Callable[[Any, dict[str, Any]], bool] | None = None
+    cls: Checkable, keep: Callable[[Any, dict[str, Any]], bool] | None = None
 ) -> st.SearchStrategy[Scene]:
     """Scenes in which a component is tried.
 
     Args:
-        cls: A mechanism, head or fusion.
+        cls: A mechanism, head, pool or fusion.
         keep: Which option settings to draw, asked with the card under them and the options; None draws all.
     """
     kept = [s for s in settings_of(cls) if keep is None or keep(card_of(cls, s), s)]
@@ -264,15 +435,46 @@ def scenes(
     arities = range(fewest, 1 + (max(fewest, 4) if most is None else min(most, max(fewest, 4))))
     places = PLACES if not fusion else [place for place in PLACES if place[2] < 3 and place[4]]
     levels = [(arity, inside) for arity in arities for inside in ((False, True) if fusion else (False,))]
+    # two in three without a context, where there may be one
+    across = (False,) if fusion else (True,) if card.context_grid is not None else (False, False, True)
 
     def scene(drawn: tuple) -> Scene:
-        options, (prefix, batch, heads, head_dim, bias), (arity, inside), grid, seed = drawn
+        options, (prefix, batch, heads, head_dim, bias), (arity, inside), across, grid, seed = drawn
         heads = arity * heads  # so that a fusion can deal them out
         site = Site("check", heads * head_dim, heads, Layout(grid, prefix), qkv_bias=bias, proj_bias=bias)
-        return Scene(cls, site, options, batch, seed, arity, inside)
+        drawn_scene = Scene(cls, site, options, batch, seed, arity, inside)
+        return drawn_scene.across() if across and drawn_scene.card.context else drawn_scene
 
     # few draws from tables, simplest first: a draw costs as much as a small forward
     return st.tuples(
-        st.sampled_from(kept), st.sampled_from(places), st.sampled_from(levels), st.sampled_from(grids),
-        st.integers(0, 2**16),
+        st.sampled_from(kept), st.sampled_from(places), st.sampled_from(levels), st.sampled_from(across),
+        st.sampled_from(grids), st.integers(0, 2**16),
     ).map(scene)  # fmt: skip
+
+
+def edges(cls: Checkable, options: dict[str, Any], large: bool) -> list[Scene]:
+    """Scenes that are tried besides the drawn ones: everything once, and more tokens than a chunk may hold.
+
+    Args:
+        cls: A mechanism, head, pool or fusion.
+        options: Its options.
+        large: Whether to add one with inputs of up to 1000.
+    """
+    card: Any = card_of(cls, options)
+    fusion = issubclass(cls, Fusion)
+    dims = card.grid if not fusion and isinstance(card.grid, int) else 1
+    arity = max(2, card.arity[0]) if fusion else 1
+    if fusion and card.arity[1] is not None:
+        arity = min(arity, card.arity[1])
+
+    def scene(grid: tuple[int, ...], prefix: int, batch: int, heads: int, head_dim: int, seed: int) -> Scene:
+        heads = arity * heads
+        site = Site("check", heads * head_dim, heads, Layout(grid, prefix))
+        made = Scene(cls, site, options, batch, seed, arity)
+        return made.across() if not fusion and card.context_grid is not None else made
+
+    long, longer = {1: ((37,), (70,)), 2: ((5, 8), (7, 10)), 3: ((3, 3, 4), (4, 3, 6))}[dims]
+    found = [scene((1,) * dims, 0, 1, 1, 1, 1), scene(long, 0, 2, 2, 3, 4), scene(longer, 1, 1, 2, 2, 5)]
+    return [*found, replace(scene(LINES[4] if dims == 1 else (4,) * dims, 1, 2, 2, 3, 6), scale=1e3)][
+        : 3 + large
+    ]

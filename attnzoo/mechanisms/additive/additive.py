@@ -29,7 +29,7 @@ class Additive(Mechanism):
         paper=Paper("Neural Machine Translation by Jointly Learning to Align and Translate", "Bahdanau et al.", 2014,
                     "arXiv:1409.0473", where="§3.1, appendix A.1.2"),
         time="n m c",
-        memory="m c",
+        memory="n m + m c",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         context=True,

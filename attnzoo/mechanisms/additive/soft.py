@@ -55,7 +55,7 @@ class Soft(Head):
             return replace(
                 cls.card,
                 time="n m c",
-                memory="h m d",
+                memory="h n m + h m d",
                 masks={"keys", "causal", "pairs"},
                 incremental=True,
                 taps={"scores": "b h n m", "weights": "b h n m"},

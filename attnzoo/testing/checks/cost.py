@@ -1,0 +1,151 @@
+"""Claims about cost: how operations and the largest tensor grow, with tokens, channels per head, and heads."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from attnzoo.core import Head, watch
+from attnzoo.errors import ZooError
+from attnzoo.testing.claim import Inapplicable, claim, requires
+from attnzoo.testing.strategies import Checkable, Scene, settings_of
+
+SLACK = 0.15
+"""By how much a measured power may exceed the claimed one: smaller terms are not yet negligible."""
+POWERS = {"²": 2, "³": 3, "⁴": 4}
+
+
+def degree(cost: str, letters: str) -> int:
+    """The highest power of some letters in a cost on a card.
+
+    Args:
+        cost: Sum of products of shape letters: `n m c + n c²`. A logarithm is no power.
+        letters: What grows: `nm` for tokens.
+    """
+
+    def of(term: str) -> int:
+        return sum(
+            POWERS.get(factor[1:], 1) for factor in term.split() if factor[0] in letters and "(" not in factor
+        )
+
+    return max(of(term) for term in cost.split("+"))
+
+
+@dataclass
+class _Spent:
+    """What a forward cost: multiplications and numbers written, and the numbers of the largest new tensor."""
+
+    work: float = 0.0
+    largest: int = 0
+
+
+class _Meter(TorchDispatchMode):
+    """Counts every operation: products as PyTorch counts them, transforms as n log n, the rest by what they write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spent, self.strange = _Spent(), set[str]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet, tensors = func._overloadpacket, [t for t in _flat(out) if isinstance(t, Tensor)]
+        owned = {t.untyped_storage()._cdata for t in _flat([args, kwargs]) if isinstance(t, Tensor)}
+        new = [t for t in tensors if t.untyped_storage()._cdata not in owned]
+        numbers = sum(t.untyped_storage().nbytes() // t.element_size() for t in new)
+        if packet in flop_registry:
+            self.spent.work += flop_registry[packet](*args, **(kwargs or {}), out_val=out) / 2
+        elif "fft" in func.__name__:
+            self.spent.work += sum(t.numel() * math.log2(max(2, t.numel())) for t in tensors)
+        elif func.namespace not in ("aten", "prim", "prims"):
+            self.strange.add(func.__name__)
+        else:
+            self.spent.work += numbers
+        self.spent.largest = max(
+            [self.spent.largest, *(t.untyped_storage().nbytes() // t.element_size() for t in new)]
+        )
+        return out
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, list | tuple):
+        return [one for part in value for one in _flat(part)]
+    return [one for part in value.values() for one in _flat(part)] if isinstance(value, dict) else [value]
+
+
+def _measure(scene: Scene, tokens: int, heads: int, head_dim: int) -> _Spent:
+    """What one forward costs, taps watched; of a head without projections.
+
+    Raises:
+        Inapplicable: When it calls an operation whose cost is not known.
+    """
+    dims = scene.card.grid if isinstance(scene.card.grid, int) else 1
+    grid = {1: (tokens,), 2: (16, tokens // 16), 3: (8, 8, tokens // 64)}[dims]
+    many = replace(scene, batch=1, site=replace(scene.site, heads=heads, dim=heads * head_dim)).with_layout(
+        grid, 0
+    )
+    bare = issubclass(many.component, Head)
+    component, meter = many.build(torch.float32, bare=bare), _Meter()
+    inputs = [t.float() for t in many.heads()] if bare else many.inputs(dtype=torch.float32)
+    where: dict[str, Any] = {"layout": many.head_layout(), "given": many.given} if bare else {}
+    with torch.no_grad(), watch(component, None, lambda name, seen: None), meter:
+        component(*inputs, **where) if bare else many.run(component, inputs)
+    if meter.strange:
+        raise Inapplicable(f"unmeasured: nobody knows what {', '.join(sorted(meter.strange))} costs")
+    return meter.spent
+
+
+GROWTHS: dict[str, tuple[str, tuple[int, int, int], tuple[int, int, int]]] = {
+    "tokens": ("nm", (512, 2, 4), (1024, 2, 4)),
+    "channels per head": ("cd", (1024, 2, 8), (1024, 2, 16)),
+    "heads": ("ch", (1024, 2, 4), (1024, 4, 4)),
+}
+"""Which letters grow, and from which tokens, heads and channels per head to which; tokens are many beside channels."""
+
+
+def _grows(cls: Checkable, scene: Scene, what: str, cost: Callable[[_Spent], float]) -> None:
+    """Fail where something grows faster than the card says, under any setting without numbers."""
+    tried = 0
+    for options in settings_of(cls):
+        if any(type(value) in (int, float) for value in options.values()):
+            continue  # numbers change cost by a factor, not a power
+        try:
+            one = replace(scene, options=options).alone()
+            measured = {
+                name: [_measure(one, *size) for size in sizes] for name, (_, *sizes) in GROWTHS.items()
+            }
+        except ZooError:
+            continue  # options that do not go together, or with such a site
+        tried += 1
+        claimed = getattr(one.card, what)
+        for name, (small, big) in measured.items():
+            power, most = math.log2(cost(big) / max(1.0, cost(small))), degree(claimed, GROWTHS[name][0])
+            text = f"{what}: `{claimed}`, so it grows at most with the power {most} of the {name} (options: {options})"
+            claim(
+                power <= most + SLACK,
+                text,
+                f"when they double it grows {2**power:.2f} times, power {power:.2f}",
+            )
+    if not tried:
+        raise Inapplicable("unmeasured: no setting of the options could be built for many tokens")
+
+
+@requires("mechanism", "pool", share=0)
+def check_time(cls: Checkable, scene: Scene) -> None:
+    """Operations grow no faster than `time` claims, with tokens, channels per head and heads; taps are watched.
+
+    Tokens are many beside channels: of `n m c` and projections that cost `n c²`, the first decides.
+    """
+    _grows(cls, scene, "time", lambda spent: spent.work)
+
+
+@requires("mechanism", "pool", share=0)
+def check_memory(cls: Checkable, scene: Scene) -> None:
+    """The largest tensor that a forward makes grows no faster than `memory` claims; taps are watched."""
+    _grows(cls, scene, "memory", lambda spent: spent.largest)

@@ -1,0 +1,177 @@
+"""Claims about gradients: everything learns, and as finite differences say."""
+
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from attnzoo.core import Fusion, Head
+from attnzoo.testing.claim import claim, requires
+from attnzoo.testing.influence import hard, partial
+from attnzoo.testing.strategies import Checkable, Scene
+
+LEARNS = 1e-9
+"""Least gradient, relative to the largest one of the same tensor, that is more than rounding."""
+
+
+def _gradients(
+    scene: Scene, component: torch.nn.Module, stream: int
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Of some loss: with respect to the inputs, and to the parameters by name; zeros where there is none."""
+    inputs = [x.requires_grad_() for x in scene.inputs(stream)]
+    names = [name for name, _ in component.named_parameters()]
+    out = scene.run(component, inputs)
+    wanted = [*inputs, *component.parameters()]
+    loss = (out * scene.random(*out.shape, stream=5 + stream)).sum()
+    if not loss.requires_grad:
+        return [torch.zeros_like(x) for x in inputs], {
+            n: torch.zeros_like(p) for n, p in component.named_parameters()
+        }
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    whole = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+    return whole[: len(inputs)], dict(zip(names, whole[len(inputs) :], strict=True))
+
+
+def _own(scene: Scene, name: str) -> bool:
+    """Whether a parameter or input is the component's own: of a head not the projections, nor x beside a context."""
+    if not issubclass(scene.component, Head):
+        return True
+    return name.startswith("inner.") or name == ("x" if scene.site.context_dim is None else "context")
+
+
+@requires("mechanism", "pool", "fusion", wide=True)
+def check_gradients(cls: Checkable, scene: Scene) -> None:
+    """Every parameter, x, a context and every branch receives a finite gradient, not always zero.
+
+    Projections around a head learn where the head asks for what they give: a pooled query may not be asked for.
+    """
+    scene = scene.roomy()
+    component = scene.build()
+    fusion = isinstance(component, Fusion)
+    names = [f"branch {i + 1}" for i in range(scene.arity)] if fusion else ["x", "context"]
+    waiting: set[str] = set()
+    for stream in range(3):
+        inputs, parameters = _gradients(scene, component, stream)
+        found = dict(chain(zip(names, inputs, strict=False), parameters.items()))
+        for name, gradient in found.items():
+            claim(bool(gradient.isfinite().all()), "gradients are finite", f"that of `{name}` is not")
+        silent = {name for name, gradient in found.items() if not gradient.any() and _own(scene, name)}
+        waiting = silent if stream == 0 else waiting & silent
+        if not waiting:
+            return
+    if fusion and scene.card.hard_routing:
+        waiting -= set(names)
+    listed = ", ".join(sorted(f"`{name}`" for name in waiting))
+    claim(not waiting, "everything learns", f"{listed} got no gradient")
+
+
+@requires("mechanism", "pool", "fusion", wide=True, share=0.2)
+def check_every_entry_learns(cls: Checkable, scene: Scene) -> None:
+    """Every entry of every parameter learns, beyond rounding; of a bias some entry does.
+
+    A bias of keys moves all scores of a row alike, which a softmax cannot see; it often is one parameter with others.
+    """
+    scene = scene.roomy(8 if not issubclass(cls, Fusion) and cls.card.grid is not None else 6)
+    largest: dict[str, Tensor] = {}
+    for stream in range(4):
+        component = scene.build(stream=stream)
+        for name, gradient in _gradients(scene, component, stream)[1].items():
+            share = gradient.abs() / max(float(gradient.abs().max()), 1e-30)
+            largest[name] = share if name not in largest else torch.maximum(largest[name], share)
+    for name, share in largest.items():
+        if not _own(scene, name):
+            continue
+        dead = int((share <= LEARNS).sum())
+        claim(
+            dead < share.numel() if name.endswith("bias") and share.ndim == 1 else not dead,
+            "every entry of every parameter learns",
+            f"{dead} of {share.numel()} entries of `{name}` get no gradient",
+        )
+
+
+@requires("mechanism", "pool", "fusion", wide=True, share=0.4)
+def check_every_input_counts(cls: Checkable, scene: Scene) -> None:
+    """Every channel of every token that is given, of a context and of the branches too, has influence."""
+    scene = scene.roomy()
+    if hard(scene):
+        return
+    largest: list[Tensor] = []
+    for stream in range(4):
+        inputs = [g.abs() for g in _gradients(scene, scene.build(stream=stream), stream)[0]]
+        largest = (
+            inputs if not largest else [torch.maximum(a, b) for a, b in zip(largest, inputs, strict=True)]
+        )
+    if issubclass(cls, Fusion):
+        largest.pop()  # x is there for those who ask
+    else:
+        # who needs geometry may have no place for special tokens
+        firsts = scene.layout.prefix if scene.card.grid is not None else 0
+        largest[0] = largest[0][:, firsts:]
+        if scene.card.context_grid is not None:
+            largest[1] = largest[1][:, scene.head_layout().prefix :]
+        elif partial(scene, scene.build(), scene.inputs()):
+            largest = largest[:1]  # a context may be longer than windows reach
+    for i, gradient in enumerate(largest):
+        most = max(float(gradient.max()), 1e-30)
+        dead = (gradient <= LEARNS * most).nonzero()
+        name = f"branch {i + 1}" if issubclass(cls, Fusion) else ("x", "context")[i]
+        if not _own(scene, name):
+            continue
+        where = dead[0].tolist() if len(dead) else []
+        claim(not len(dead), f"every entry of `{name}` has influence", f"the one at {where} has none")
+
+
+@requires("head", wide=True, share=0.4)
+def check_every_channel_counts(cls: Checkable, scene: Scene) -> None:
+    """Of queries, keys and values every channel of every head has influence, where any has: of odd numbers, too."""
+    scene = scene.roomy()
+    if scene.site.head_dim % 2 == 0:
+        scene = scene.at(replace(scene.site, dim=3 * scene.site.heads), 4)
+    largest: list[Tensor] = []
+    for stream in range(4):
+        head, tensors = (
+            scene.build(bare=True, stream=stream),
+            [t.requires_grad_() for t in scene.heads(stream)],
+        )
+        out = head(*tensors, layout=scene.head_layout(), given=scene.given)
+        loss = (out * scene.random(*out.shape, stream=5)).sum()
+        found = torch.autograd.grad(loss, tensors, allow_unused=True)
+        channels = [torch.zeros(1) if g is None else g.abs().amax(dim=(0, 2)) for g in found]
+        largest = (
+            channels if not largest else [torch.maximum(a, b) for a, b in zip(largest, channels, strict=True)]
+        )
+    for name, gradient in zip(("queries", "keys", "values"), largest, strict=True):
+        dead = (gradient <= LEARNS * gradient.max()).nonzero().tolist()
+        fine = not dead or not gradient.any()
+        where = " and ".join(f"{c} of head {h}" for h, c in dead[:2]) if not fine else ""
+        claim(fine, f"every channel of the {name} has influence, as others have", f"channel {where} has none")
+
+
+class _Run(torch.nn.Module):
+    """A component in its scene, as a module of its inputs."""
+
+    def __init__(self, scene: Scene):
+        super().__init__()
+        self.scene, self.component = scene, scene.build()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.scene.run(self.component, inputs)
+
+
+@requires("mechanism", "pool", "fusion", share=0.4)
+def check_gradcheck(cls: Checkable, scene: Scene) -> None:
+    """Gradients with respect to inputs and parameters equal finite differences, in float64."""
+    whole, inputs = _Run(scene), [x.requires_grad_() for x in scene.inputs()]
+    names, values = [name for name, _ in whole.named_parameters()], list(whole.parameters())
+
+    def run(*tensors: Tensor) -> Tensor:
+        parameters = dict(zip(names, tensors[len(inputs) :], strict=True))
+        return functional_call(whole, parameters, tensors[: len(inputs)])
+
+    try:
+        torch.autograd.gradcheck(run, (*inputs, *values), fast_mode=True, atol=1e-4)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:300]
+        raise AssertionError(f"claimed: gradients equal finite differences; but {text}") from error
