@@ -130,7 +130,7 @@ def _model(name: str) -> Any:
     import timm
 
     from attnzoo.recipe import compose
-    from attnzoo.recipe.load import is_path
+    from attnzoo.recipe.reading import is_path
     from attnzoo.zoo import load_zoo
 
     if timm.is_model(name):

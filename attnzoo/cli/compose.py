@@ -35,7 +35,7 @@ def compose(
     from attnzoo.cli.render import say, say_json, say_next, say_notes
     from attnzoo.errors import RecipeError
     from attnzoo.recipe import load
-    from attnzoo.recipe.compose import build
+    from attnzoo.recipe.composing import build
     from attnzoo.recipe.weights import init_model, save
     from attnzoo.train.check import checked
 
@@ -51,7 +51,7 @@ def compose(
     report = describe(composition)
     if not as_json:
         _describe(report)
-    model = build(composition.loaded, {})
+    model = build(composition)
     ledger = init_model(model, init_from) if init_from else None
     with composition.watching(model):
         run = (

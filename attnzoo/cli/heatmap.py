@@ -106,7 +106,7 @@ def heatmap(
 def _opened(name: str, init_from: Path | None) -> tuple[Any, Any]:
     """The run that is meant, or None, and its recipe."""
     from attnzoo.errors import ZooError
-    from attnzoo.recipe.load import load
+    from attnzoo.recipe.loading import load
     from attnzoo.train import open_run
 
     if not _is_run(name):
@@ -281,7 +281,7 @@ def _from_run(run: Any, name: str, which: Literal["best", "last"]) -> _Subject:
 def _from_recipe(loaded: Any, init_from: Path | None, seed: int) -> _Subject:
     import torch
 
-    from attnzoo.recipe.compose import build
+    from attnzoo.recipe.composing import build
     from attnzoo.recipe.weights import init_model
 
     torch.manual_seed(seed)
@@ -360,7 +360,7 @@ def _text_of_run(run: Any, name: str, which: Literal["best", "last"]) -> _TextSu
 def _text_of_recipe(loaded: Any, seed: int) -> _TextSubject:
     import torch
 
-    from attnzoo.recipe.compose import build
+    from attnzoo.recipe.composing import build
 
     torch.manual_seed(seed)
     model = build(loaded, {}).eval()

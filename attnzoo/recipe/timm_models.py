@@ -10,9 +10,10 @@ from torch import nn
 
 from attnzoo.errors import RecipeError, ZooError
 from attnzoo.hosts.kinds import HOSTS
-from attnzoo.recipe.compose import build
-from attnzoo.recipe.load import Loaded, is_text, load
-from attnzoo.recipe.resolve import anonymous
+from attnzoo.recipe.composing import build
+from attnzoo.recipe.loading import load
+from attnzoo.recipe.reading import Loaded, is_text
+from attnzoo.recipe.resolving import anonymous
 from attnzoo.recipe.schema import ImageHost
 from attnzoo.zoo import Problem, Provider, Zoo, load_zoo
 from attnzoo.zoo.blame import OURS, details, short

@@ -2,19 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from attnzoo.core import Layout, Mask, Pool, Site
-from attnzoo.errors import Place, RecipeError, ZooError
+from attnzoo.errors import RecipeError, ZooError
 from attnzoo.hosts.requirements import Requirements
+from attnzoo.recipe.plan import Plan, plugin_fault
 from attnzoo.zoo.blame import OURS, blame, short
 from attnzoo.zoo.contract import Breach, initialised, watching
-from attnzoo.zoo.registry import Entry
-
-if TYPE_CHECKING:
-    from attnzoo.recipe.resolve import Plan
 
 SHORT = 16
 """Tokens of a trial where their number may vary."""
@@ -22,27 +18,7 @@ LARGEST = 1 << 24
 """The most numbers, in weights and one n × m map for each head, of a trial that computes."""
 
 
-def plugin_fault(error: BaseException, entry: Entry, place: Place, code: str, what: str) -> RecipeError:
-    """What a plugin's component did, as a fault of the recipe that names it.
-
-    Args:
-        error: What it raised.
-        entry: The component.
-        place: Where its name stands.
-        code: `AZnnn`.
-        what: In words that follow its name.
-    """
-    found = blame(error, [entry])
-    return RecipeError(
-        code,
-        f"`{entry.full_name}` {what}",
-        place=place,
-        why=f"raised at {found.where}" if found and found.where else "",
-        help=f"this is a fault of the plugin; `attnzoo check {entry.full_name}` shows more",
-    )
-
-
-def try_out(plan: "Plan", site: Site, required: Requirements) -> None:
+def try_out(plan: Plan, site: Site, required: Requirements) -> None:
     """Run what is put at a site on the meta device, which costs next to nothing, and hold it to the site's shape.
 
     What looks at numbers cannot run there. It is run with random numbers; not at all where a model is so large that
@@ -76,7 +52,7 @@ def try_out(plan: "Plan", site: Site, required: Requirements) -> None:
         raise _fault(error, parts) from error
 
 
-def _fault(error: BaseException, parts: Sequence["Plan"]) -> RecipeError:
+def _fault(error: BaseException, parts: Sequence[Plan]) -> RecipeError:
     """What went wrong in a trial, at the place of the component."""
     found = blame(error, [part.entry for part in parts])
     part = next((part for part in parts if found and part.entry is found.entry), parts[0])
@@ -87,13 +63,13 @@ def _fault(error: BaseException, parts: Sequence["Plan"]) -> RecipeError:
     return plugin_fault(error, part.entry, part.place, "AZ013", f"failed with {short(error)}")
 
 
-def _size(plan: "Plan", site: Site) -> int:
+def _size(plan: Plan, site: Site) -> int:
     with torch.device("meta"):
         weights = sum(p.numel() for p in plan.build(site).parameters())
     return weights + (plan.heads or site.heads) * site.layout.length**2
 
 
-def _run(plan: "Plan", site: Site, required: Requirements, parts: Sequence["Plan"], device: str) -> None:
+def _run(plan: Plan, site: Site, required: Requirements, parts: Sequence[Plan], device: str) -> None:
     """Initialise and run in both modes, as a model would."""
     entries, places = [part.entry for part in parts], {part.entry.full_name: part.place for part in parts}
     m = site.layout.length

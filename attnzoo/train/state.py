@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from attnzoo.files import read_file
-from attnzoo.recipe.load import is_text
+from attnzoo.recipe.reading import is_text
 from attnzoo.train.checkpoint import MOST_STATE, STATE, Checkpoint
 from attnzoo.train.settings import Settings
 

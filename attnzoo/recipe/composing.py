@@ -8,12 +8,17 @@ from timm.models import is_model
 from torch import nn
 
 from attnzoo.errors import RecipeError
-from attnzoo.recipe.load import Loaded, load
-from attnzoo.recipe.resolve import Composition, resolve
+from attnzoo.recipe.loading import load
+from attnzoo.recipe.reading import Loaded
+from attnzoo.recipe.resolving import Composition, resolve
 
 BUILDER = ("features_only", "out_indices", "feature_cls", "cache_dir", "pretrained_strict", "pretrained_model_args",
            "pretrained_cfg_overlay", "device", "dtype", "pruned", "use_naflex")  # fmt: skip
 """Arguments of `timm.create_model` that go to timm's builder, not to the model."""
+
+
+NONE: Mapping[str, Any] = {}
+"""No arguments."""
 
 
 def compose(
@@ -38,12 +43,16 @@ def compose_file(recipe: str | os.PathLike | Mapping[str, Any], edits: Sequence[
 
 
 def build(
-    loaded: Loaded, arguments: Mapping[str, Any], *, pretrained: bool = False, pretrained_cfg: Any = None
+    recipe: Loaded | Composition,
+    arguments: Mapping[str, Any] = NONE,
+    *,
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
 ) -> nn.Module:
     """The model of a loaded recipe.
 
     Args:
-        loaded: The recipe.
+        recipe: The recipe, or what it was resolved to.
         arguments: What `timm.create_model` takes.
         pretrained: Whether timm shall load weights.
         pretrained_cfg: timm's configuration, when it comes with weights.
@@ -53,7 +62,8 @@ def build(
     """
     options = {name: arguments[name] for name in BUILDER if name in arguments}
     changed = {name: value for name, value in arguments.items() if name not in BUILDER and value is not None}
-    composition = resolve(loaded, changed)
+    loaded = recipe.loaded if isinstance(recipe, Composition) else recipe
+    composition = recipe if isinstance(recipe, Composition) and not changed else resolve(loaded, changed)
     if composition.image is None:
         model = composition.build(**options)
         if not changed:

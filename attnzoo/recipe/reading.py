@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from attnzoo.errors import Diagnostic, Place, RecipeError, did_you_mean
+from attnzoo.errors import Place, RecipeError, did_you_mean
 from attnzoo.recipe.faults import faults_of
 from attnzoo.recipe.schema import Recipe
-from attnzoo.recipe.source import MAX_FAULTS, PROSE, Loc, Source, from_data, parse, read_text
+from attnzoo.recipe.source import PROSE, Loc, Source, from_data, parse, read_text
 
 MAX_CHAIN = 8
 OWN = ("name", "summary", "expect", "extends")
@@ -43,16 +43,17 @@ class Loaded:
         return json.dumps(self.source.tree, ensure_ascii=False)
 
 
-def load(recipe: str | os.PathLike | Mapping[str, Any], edits: Sequence[str] = ()) -> Loaded:
-    """A recipe by name (`ham_a`), by file (`recipes/ham_a.yaml`), by its text, or as a dict.
+def read(
+    recipe: str | os.PathLike | Mapping[str, Any], edits: Sequence[str] = ()
+) -> tuple[Source, Loaded | None]:
+    """The text of a recipe with its faults, and the recipe where it fits the schema.
 
     Args:
         recipe: Name, path, text (which has several lines or begins with a brace), or a dict of what the text would say.
         edits: Changes such as `attention.with.start=identity`, validated like the file.
 
     Raises:
-        RecipeError: AZ1xx with all faults of the text, and what else can be said of what is sound;
-            AZ204 when there is no recipe of that name.
+        RecipeError: AZ1xx for what ends the reading; AZ204 when there is no recipe of that name.
     """
     source, path = _read(recipe)
     whole = _inherit(source, path, ())
@@ -71,9 +72,7 @@ def load(recipe: str | os.PathLike | Mapping[str, Any], edits: Sequence[str] = (
         if checked
         else None
     )
-    if source.faults or loaded is None:
-        raise RecipeError.of(_with_others(source, loaded)[:MAX_FAULTS])
-    return loaded
+    return source, loaded
 
 
 def _read(recipe: str | os.PathLike | Mapping[str, Any]) -> tuple[Source, Path | None]:
@@ -86,22 +85,6 @@ def _read(recipe: str | os.PathLike | Mapping[str, Any]) -> tuple[Source, Path |
     path = find(text)
     shown = text if is_path(text) else str(path)
     return parse(read_text(path, shown), shown), path
-
-
-def _with_others(source: Source, loaded: Loaded | None) -> list[Diagnostic]:
-    """The faults of the text, and those of its names and options, which they must not hide."""
-    from attnzoo.recipe.resolve import other_faults, resolve
-
-    others: Sequence[Diagnostic] = ()
-    if loaded is None:
-        others = other_faults(source)
-    else:
-        try:
-            resolve(loaded)
-        except RecipeError as error:
-            others = error.diagnostics
-    places = {fault.place for fault in source.faults}
-    return [*source.faults, *(fault for fault in others if fault.place not in places)]
 
 
 def is_text(recipe: str) -> bool:

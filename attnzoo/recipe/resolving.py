@@ -1,21 +1,18 @@
-"""From a recipe to plans: names become entries of the zoo, options are checked, requirements meet claims."""
+"""From a recipe to a composition: what is put where, with every requirement of the host met."""
 
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
 from torch import nn
 
-from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Law, Mechanism, MultiHead, Pool, Site
+from attnzoo.core import Head, Law, Mechanism, Pool, Site
 from attnzoo.core.card import Given
-from attnzoo.core.fused import fused_card
-from attnzoo.core.options import options_of
-from attnzoo.errors import Diagnostic, Place, RecipeError, ZooError, did_you_mean
+from attnzoo.errors import Diagnostic, Place, RecipeError
 from attnzoo.hosts import seq2seq, sequence
 from attnzoo.hosts.info import POOL, BackboneInfo, HostInfo, unallocated
 from attnzoo.hosts.kinds import HOSTS
@@ -24,118 +21,16 @@ from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.sequence import SequenceInfo
 from attnzoo.hosts.skip import Skip
 from attnzoo.hosts.skip import check as check_skip
-from attnzoo.recipe.faults import faults_of
 from attnzoo.recipe.host import backbone_info, check_pool, host_info, sequence_info, skip_of
-from attnzoo.recipe.load import Loaded
-from attnzoo.recipe.schema import FUSE, MAX_MECHANISMS, TAGGED, Fuse, ImageHost, Spec, Use, host_tag, spec_tag
+from attnzoo.recipe.plan import Plan
+from attnzoo.recipe.planner import Planner
+from attnzoo.recipe.reading import Loaded
+from attnzoo.recipe.schema import TAGGED, ImageHost, host_tag
 from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
-from attnzoo.recipe.trial import plugin_fault, try_out
-from attnzoo.zoo import Entry, Provider, Registry, Zoo, load_zoo
-from attnzoo.zoo.blame import OURS, blaming, short
-from attnzoo.zoo.contract import Breach, built, claimed, sites_of, watching
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be put at a site.
-
-    Args:
-        entry: Mechanism, head or fusion.
-        options: Its options, as given.
-        card: What it claims with these options.
-        inside_heads: Whether it works between projections that it shares.
-        heads: Number of heads, when it differs from the host's.
-        branches: For a fusion.
-        place: Where its name stands in the recipe.
-    """
-
-    entry: Entry
-    options: Mapping[str, Any]
-    card: Card
-    inside_heads: bool
-    heads: int | None
-    branches: tuple["Plan", ...]
-    place: Place
-
-    def __str__(self) -> str:
-        """As a formula: `hadamard(softmax, soft[variant=gated])`."""
-        options = ", ".join(f"{k}={v}" for k, v in self.options.items())
-        inner = f"({', '.join(map(str, self.branches))})" if self.branches else ""
-        return f"{self.entry.name}{f'[{options}]' if options else ''}{inner}"
-
-    def leaves(self) -> list["Plan"]:
-        """The mechanisms in it, in order."""
-        return [leaf for branch in self.branches for leaf in branch.leaves()] if self.branches else [self]
-
-    def fusions(self) -> list["Plan"]:
-        """The fusions in it, outermost first."""
-        return (
-            [self, *(inner for branch in self.branches for inner in branch.fusions())]
-            if self.branches
-            else []
-        )
-
-    def starts_as_softmax(self) -> bool:
-        """Whether it equals plain attention before training."""
-        if self.branches:
-            return self.options.get("start") == "identity" and self.branches[0].starts_as_softmax()
-        return self.entry.full_name == "attnzoo/softmax"
-
-    def build(self, site: Site) -> Mechanism:
-        """The mechanism for a site.
-
-        Raises:
-            RecipeError: what the components' constructors raise, with the place of the component.
-        """
-        if self.heads is not None:
-            site = replace(site, heads=self.heads)
-        if self.inside_heads:
-            with _blame(self.entry, self.place):
-                site.head_dim  # noqa: B018 - raises AZ308 when the heads do not divide the width
-            return MultiHead(site, self._head(site))
-        if not self.branches:
-            with _blame(self.entry, self.place):
-                if issubclass(self.entry.value, Pool):
-                    site.head_dim  # noqa: B018 - raises AZ308
-                return built(self.entry, site, **self.options)
-        fusion = partial(_fusion, self)
-        return Fused(site, fusion, [partial(_branch, branch) for branch in self.branches])
-
-    def _head(self, site: Site) -> Head:
-        if not self.branches:
-            with _blame(self.entry, self.place):
-                return built(self.entry, site, **self.options)
-        return FusedHeads(site, partial(_fusion, self), [branch._head for branch in self.branches])
-
-
-def _branch(plan: Plan, site: Site) -> Mechanism:
-    return plan.build(site)
-
-
-def _fusion(plan: Plan, site: Site, arity: int) -> Fusion:
-    with _blame(plan.entry, plan.place):
-        sites_of(plan.entry, site, arity)
-        return built(plan.entry, site, arity, **plan.options)
-
-
-@contextmanager
-def _blame(entry: Entry, place: Place) -> Iterator[None]:
-    """Faults of a component get the place of its name; what else a plugin raises becomes a fault of the plugin.
-
-    Raises:
-        RecipeError: AZ215, AZ011 and AZ014 for a plugin at fault.
-    """
-    try:
-        yield
-    except ZooError as error:
-        raise RecipeError.of([d if d.place else replace(d, place=place) for d in error.diagnostics]) from None
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit too: a plugin may not end the program
-        if entry.plugin == OURS:
-            raise
-        breach = error if isinstance(error, Breach) else Breach("AZ215", f"cannot be built: {short(error)}")
-        raise plugin_fault(error, entry, place, breach.code, breach.reason) from error
+from attnzoo.recipe.trial import try_out
+from attnzoo.zoo import Entry, Zoo, load_zoo
+from attnzoo.zoo.blame import blaming
+from attnzoo.zoo.contract import watching
 
 
 def anonymous(kind: str) -> str:
@@ -279,7 +174,7 @@ def resolve(
         RecipeError: AZ2xx, AZ3xx, all of them at once; AZ311 only when nothing else is wrong.
     """
     recipe, source = loaded.recipe, loaded.source
-    planner = _Planner(zoo or load_zoo(), source)
+    planner = Planner(zoo or load_zoo(), source)
     main = planner.whole(recipe.attention, ("attention",))
     puts = [
         planner.whole(override.put, ("overrides", i, "put")) for i, override in enumerate(recipe.overrides)
@@ -336,7 +231,7 @@ def other_faults(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
         source: The recipe.
         zoo: Where names are looked up; the installed plugins when None.
     """
-    planner = _Planner(zoo or load_zoo(), source)
+    planner = Planner(zoo or load_zoo(), source)
     tree = source.tree if isinstance(source.tree, dict) else {}
     planner.look(tree.get("attention"), ("attention",))
     planner.look(tree.get("pool"), ("pool",))
@@ -471,183 +366,3 @@ def _skip_misfits(skip: Skip, plans: Mapping[str, Plan], info: HostInfo, source:
         place = source.value_place(loc) if loc in source.values else source.key_place(("host",))
         return [replace(d, place=d.place or place) for d in error.diagnostics]
     return []
-
-
-def _mechanisms(spec: Spec) -> int:
-    return sum(map(_mechanisms, spec.of)) if isinstance(spec, Fuse) else 1
-
-
-class _Planner:
-    """Turns specs into plans and gathers the faults on the way."""
-
-    def __init__(self, zoo: Zoo, source: Source):
-        self.zoo, self.source = zoo, source
-        self.faults: list[Diagnostic] = []
-        self.notes: list[Diagnostic] = []
-
-    def whole(self, spec: Spec, loc: Loc) -> Plan | None:
-        """The plan of a site, unless it merges more than anybody means to."""
-        many = _mechanisms(spec)
-        if many <= MAX_MECHANISMS:
-            return self.plan(spec, loc)
-        message = f"`{'.'.join(map(str, loc))}` merges {many:,} mechanisms; at most {MAX_MECHANISMS} can be"
-        self.fault(
-            "AZ113", message, self.source.value_place(loc), help="nest fewer fusions, of fewer branches"
-        )
-        return None
-
-    def plan(self, spec: Spec, loc: Loc) -> Plan | None:
-        return self.use(spec, loc) if isinstance(spec, Use) else self.fuse(spec, loc)
-
-    def pool(self, spec: Spec) -> Plan | None:
-        """What makes one token of all."""
-        if isinstance(spec, Use):
-            return self.use(spec, ("pool",))
-        place = self.source.value_place(("pool", "fuse"))
-        self.fault("AZ318", "pools cannot be fused", place, help="write one: `pool: NAME`")
-        return None
-
-    def look(self, spec: Any, loc: Loc) -> None:
-        """Names and options of a spec that may be malformed, and of those inside it."""
-        spec = {"use": spec} if isinstance(spec, str) else spec
-        if not isinstance(spec, dict):
-            return
-        key: Literal["use", "fuse"] = "fuse" if spec_tag(spec) == FUSE else "use"
-        name, given, branches = spec.get(key), spec.get("with", {}), spec.get("of")
-        if isinstance(name, str) and name:
-            self.component(key, name, given if isinstance(given, dict) else {}, loc)
-        for i, inner in enumerate(branches if isinstance(branches, list) else ()):
-            self.look(inner, (*loc, "of", i))
-
-    def use(self, spec: Use, loc: Loc) -> Plan | None:
-        component = self.component("use", spec.use, spec.with_, loc)
-        if component is None:
-            return None
-        entry, options, place = component
-        if issubclass(entry.value, Pool) != (loc == ("pool",)):
-            self.misplaced(entry, place)
-            return None
-        try:
-            with _blame(entry, place):
-                card = claimed(entry, options)
-        except RecipeError as error:
-            self.faults += error.diagnostics
-            return None
-        return Plan(entry, options, card, issubclass(entry.value, Head), spec.heads, (), place)
-
-    def fuse(self, spec: Fuse, loc: Loc) -> Plan | None:
-        component = self.component("fuse", spec.fuse, spec.with_, loc)
-        branches = [self.plan(inner, (*loc, "of", i)) for i, inner in enumerate(spec.of)]
-        if component is None or any(branch is None for branch in branches):
-            return None
-        entry, options, place = component
-        known = cast(list[Plan], branches)
-        on_tokens = [branch for branch in known if not branch.inside_heads]
-        inside = spec.level == "heads" or (spec.level is None and not on_tokens)
-        if inside and on_tokens:
-            names = ", ".join(f"`{branch.entry.name}`" for branch in on_tokens)
-            why, help = "what has projections of its own works on tokens", "write `level: tokens`"
-            self.fault("AZ303", f"{names} cannot be fused inside the heads", on_tokens[0].place, why, help)
-            return None
-        own = [branch for branch in known if branch.heads is not None] if inside else []
-        for branch in own:
-            message = f"`{branch.entry.name}` cannot have its own number of heads inside the heads"
-            help = "write `level: tokens`, or put `heads:` at the fusion"
-            self.fault("AZ303", message, branch.place, "the branches share queries, keys and values", help)
-        card = fused_card(entry.value.card, [branch.card for branch in known])
-        return None if own else Plan(entry, options, card, inside, spec.heads, tuple(known), place)
-
-    def misplaced(self, entry: Entry, place: Place) -> None:
-        """A pool where tokens are mixed, or what mixes tokens where one is made of all."""
-        if issubclass(entry.value, Pool):
-            message = f"`{entry.name}` makes one token of all; attention gives one for each"
-            help = f"write `pool: {entry.name}` beside `attention:`"
-        else:
-            message = f"`{entry.name}` gives a token for each token; a pool makes one of all"
-            can = [f"`{name}`" for name, one in self.zoo.mechanisms.items() if issubclass(one.value, Pool)]
-            help = f"pools are {', '.join(can)}" if can else "leave `pool:` out: no plugin offers one"
-        self.fault("AZ318", message, place, help=help)
-
-    def component(
-        self, key: Literal["use", "fuse"], name: str, given: Mapping[str, Any], loc: Loc
-    ) -> tuple[Entry, dict[str, Any], Place] | None:
-        """A mechanism or fusion with its options and the place of its name, or a fault."""
-        if len(self.faults) >= MAX_FAULTS:
-            return None
-        spot = (*loc, key)
-        place = self.source.value_place(spot if spot in self.source.values else loc)
-        entry = self.find(key, name, place)
-        if entry is None:
-            return None
-        before, schema = len(self.faults), options_of(entry.value)
-        written = self.renamed(entry, given, (*loc, "with"))
-        if len(self.faults) > before:
-            return None
-        options = {written.get(name, name): value for name, value in given.items()}
-        try:
-            checked = schema.model_validate(options)
-        except ValidationError as error:
-            old = {new: name for name, new in written.items()}
-            self.faults += faults_of(error, self.source, schema, (*loc, "with"), entry.name, old)
-            return None
-        return entry, {name: getattr(checked, name) for name in options}, place
-
-    def renamed(self, entry: Entry, given: Mapping[str, Any], loc: Loc) -> dict[str, str]:
-        """Options that are given by a name of old, with their names of today; each is noted."""
-        names: Mapping[str, str] = getattr(entry.value, "renamed", {})
-        written = {old: new for old, new in names.items() if old in given}
-        for old, new in written.items():
-            place = self.source.key_place((*loc, old))
-            if new in given:
-                message = f"`{entry.name}` is given `{old}` and `{new}`, which are one option"
-                self.fault("AZ216", message, place, f"`{old}` is its name of old", f"leave `{old}` out")
-            else:
-                message = f"the option `{old}` of `{entry.name}` is now called `{new}`"
-                self.notes.append(Diagnostic("", message, place, help=f"write `{new}`; `{old}` works still"))
-        return {old: new for old, new in written.items() if new not in given}
-
-    def find(self, key: Literal["use", "fuse"], name: str, place: Place) -> Entry | None:
-        """The entry, or a fault; names of the other kind and of absent plugins get their own."""
-        registry: Registry = self.zoo.mechanisms if key == "use" else self.zoo.fusions
-        other: Registry = self.zoo.fusions if key == "use" else self.zoo.mechanisms
-        try:
-            return registry.find(name, place)
-        except RecipeError as error:
-            plugin, slash, _ = name.partition("/")
-            provider = next((provider for provider in self.zoo.providers if provider.name == plugin), None)
-            if name in other:
-                instead = f"fuse: {name}` with `of: [...]" if key == "use" else f"use: {name}"
-                self.fault(
-                    "AZ203",
-                    f"`{name}` is a {other.kind}, not a {registry.kind}",
-                    place,
-                    help=f"write `{instead}`",
-                )
-            elif error.code == "AZ205":
-                self.faults += error.diagnostics
-            elif slash and (provider is None or not provider.works):
-                self.absent(name, plugin, provider, place)
-            elif slash:
-                names = [entry.full_name for entry in registry.values() if entry.plugin == plugin]
-                hint = did_you_mean(name, names) or f"`attnzoo list {registry.kind}s` shows what there is"
-                self.fault(error.code, error.diagnostics[0].message, place, help=hint)
-            else:
-                self.faults += error.diagnostics
-            return None
-
-    def absent(self, name: str, plugin: str, provider: Provider | None, place: Place) -> None:
-        """A name of a plugin that is not installed, switched off or broken."""
-        names = [provider.name for provider in self.zoo.providers]
-        if provider is None:
-            what = "which is not installed"
-            shown = ", ".join(f"`{name}`" for name in names)
-            help = did_you_mean(plugin, names) or f"`pip install attnzoo-{plugin}`; installed are {shown}"
-        else:
-            what = (
-                "which is switched off" if provider.status == "switched off" else "which could not be loaded"
-            )
-            help = "`attnzoo plugins` says why"
-        self.fault("AZ205", f"`{name}` belongs to the plugin `{plugin}`, {what}", place, help=help)
-
-    def fault(self, code: str, message: str, place: Place, why: str = "", help: str = "") -> None:
-        self.faults.append(Diagnostic(code, message, place, why, help))
