@@ -185,12 +185,15 @@ def wrap(text: str, width: int, hang: int = 0) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """Pieces between which a line may be broken: before spaces, and between letters of scripts that write without."""
+    """Pieces between which a line may be broken: before spaces, and between letters of scripts that write without.
+
+    A per cent sign stays with its number.
+    """
     pieces, start = [], 0
     for i in range(1, len(text)):
         before, after = text[i - 1], text[i]
         wide = after.isalpha() and cell_len(before) == cell_len(after) == 2
-        if wide or (after == " " and text[start:i].strip(" ")):
+        if wide or (after == " " and text[start:i].strip(" ") and not text.startswith(" %", i)):
             pieces.append(text[start:i])
             start = i
     return [*pieces, text[start:]]
