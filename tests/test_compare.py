@@ -3,16 +3,24 @@
 import json
 import re
 import statistics
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from test_workers import of_session
 from typer.testing import CliRunner
 
 from attnzoo.cli.app import app
+from attnzoo.train import open_run
 from attnzoo.train.compare import Comparison, Difference, Row, compare, difference, equal_flops, trials
+from attnzoo.train.lock import held
 from attnzoo.train.page import page
 from attnzoo.train.settings import prepare
+from attnzoo.workers import GRACE
 
 TINY = ["host.model.depth=1", "host.model.embed_dim=16", "host.model.num_heads=2", "train.data=synthetic",
         "train.epochs=2", "train.batch_size=500"]  # fmt: skip
@@ -49,8 +57,6 @@ def test_every_recipe_and_seed_has_run(made):
 
 
 def test_figures_are_those_of_the_runs(made):
-    from attnzoo.train import open_run
-
     folder, data = made
     best = [open_run(folder / f"ham_b-seed{k}").summary()["best_accuracy"] for k in (0, 1)]
     base = [open_run(folder / f"ham_classic-seed{k}").summary()["best_accuracy"] for k in (0, 1)]
@@ -187,6 +193,37 @@ def test_faults(arguments, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = run(*arguments, code=2).output
     assert text in output and "Traceback" not in output
+
+
+@pytest.mark.slow  # three processes import torch and train; tests/test_workers.py holds what they rest on
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are counted in /proc")
+def test_a_killed_comparison_leaves_nothing_behind(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "attnzoo",
+        "compare",
+        "ham_classic",
+        "ham_b",
+        "--seeds",
+        "2",
+        "--workers",
+        "2",
+    ]
+    edits = sets(*TINY, "train.epochs=10000")
+    parent = subprocess.Popen([*command, "--out", str(tmp_path / "c"), *edits], start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "c").glob("*/log.csv"))) < 2:
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    assert len(of_session(parent.pid)) >= 3
+    parent.kill()
+    parent.wait()
+    time.sleep(GRACE + 2)
+    assert of_session(parent.pid) == []
+    for folder in (tmp_path / "c").iterdir():  # nothing is lost, and nothing locked
+        with held(folder):
+            assert open_run(folder).notes() == []
 
 
 @pytest.mark.slow
