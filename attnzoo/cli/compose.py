@@ -87,7 +87,8 @@ def _describe(report) -> None:
         if "." not in group
     )
     say()
-    say(f"{report.takes} → {conv}{layers} → {report.gives}")
+    pool = "".join(f"{formula} → " for site, formula in _formulas(report) if site == "pool")
+    say(f"{report.takes} → {conv}{layers} → {pool}{report.gives}")
     if any(len(set(counts)) > 1 for counts in report.heads.values()):
         for group, counts in report.heads.items():
             say(f"heads of {group}: {', '.join(map(str, counts))}")
@@ -142,7 +143,7 @@ def _sublayers(report, group: str) -> list[str]:
     """What the attention of a group of layers is, as formulas: `hadamard(softmax, soft)`, `cross softmax`."""
     own: dict[str, list[str]] = {}
     for site, formula in _formulas(report):
-        first, *_, last = site.split(".")
+        first, last = site.partition(".")[0], site.rpartition(".")[2]
         if first == group:
             own.setdefault("cross " if last == "cross" else "", []).append(formula)
     return [name + " | ".join(dict.fromkeys(formulas)) for name, formulas in own.items()]

@@ -34,6 +34,8 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
         said = _told(host, arguments).model_dump(exclude={"kind"})
         return sequence_info(host.kind, said, recipe.heads, source)
     wanted = {**host.model.model_dump(exclude_unset=True, exclude_none=True), **arguments}
+    if recipe.pool and wanted.get("class_token") is False:  # timm's own pooling would look for the token
+        wanted.setdefault("global_pool", "")
     info = backbone_info(host.kind, host.base, wanted, source)
     if recipe.heads is None:
         return info
