@@ -223,6 +223,8 @@ def circles(arrows: Mapping[str, set[str]]) -> set[frozenset[str]]:
 
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
 def test_no_files_import_each_other():
     sources = {path: (ROOT / path).read_text(encoding="utf-8") for path in FILES}
     assert circles(graph(sources)) == set()

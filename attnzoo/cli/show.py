@@ -68,7 +68,7 @@ def show(
 def _part(entry, kind: str) -> dict[str, Any]:
     import inspect
 
-    from attnzoo.core import Head, options_of
+    from attnzoo.core import Head, Pool, options_of
 
     card = entry.value.card
     claims = {
@@ -76,6 +76,8 @@ def _part(entry, kind: str) -> dict[str, Any]:
         if kind == "fusion"
         else "head (inside the heads)"
         if issubclass(entry.value, Head)
+        else "pool (one token of all)"
+        if issubclass(entry.value, Pool)
         else "on tokens",
         "family": f"{card.family}: {card.family.question}" if kind == "mechanism" else "",
         "paper": str(card.paper) if card.paper else "",
@@ -104,7 +106,9 @@ def _part(entry, kind: str) -> dict[str, Any]:
         inspect.cleandoc(entry.value.__doc__ or "").partition("\nArgs:")[0].partition("\nRaises:")[0].strip()
     )
     example = (
-        f"attention: {entry.name}"
+        f"pool: {entry.name}"
+        if issubclass(entry.value, Pool)
+        else f"attention: {entry.name}"
         if kind == "mechanism"
         else f"attention: {{fuse: {entry.name}, of: [softmax, soft]}}"
     )

@@ -21,7 +21,7 @@ from attnzoo.core import Layout, Pool, Site
 from attnzoo.core.card import Given
 from attnzoo.core.component import NOTHING
 from attnzoo.errors import RecipeError, did_you_mean
-from attnzoo.hosts.given import NO_MAPS, GivenFeatures, on_grid, without_unknown
+from attnzoo.hosts.given import NO_MAPS, GivenFeatures, named, on_grid, without_unknown
 from attnzoo.hosts.info import (
     POOL,
     BackboneInfo,
@@ -283,6 +283,7 @@ class CompactTransformer(nn.Module):
             else SequencePool(embed_dim)
         )
         self.given = dict(given)
+        named(self, given)
         self.head_drop = nn.Dropout(drop_rate)
         self.grad_checkpointing = False
         self.reset_classifier(num_classes, global_pool)

@@ -1,11 +1,14 @@
 """Maps that the caller hands over with the images, brought to the grid of the tokens."""
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
 from timm.models._features import FeatureGetterNet
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from attnzoo.core.card import Given
@@ -101,6 +104,44 @@ def on_grid(
         for s, last in zip(covered, image, strict=True)
     ]
     return F.adaptive_avg_pool2d(values[:, edges[0]][:, :, edges[1]], (rows, columns))
+
+
+def named(model: nn.Module, names: Iterable[str]) -> None:
+    """Let the signature of a model's forward name the maps that it takes, as people and torch.export want to read it.
+
+    Args:
+        model: Its forward ends with `**given`; becomes of a class of its own, which copies and pickles as it should.
+        names: Of the maps.
+    """
+    cls: Any = type(model)
+    if names := tuple(names):
+        model.__class__ = _naming(cls, names)
+
+
+@cache
+def _naming(cls: Any, names: tuple[str, ...]) -> Any:
+    """`cls`, whose forward is the same code under a signature that names the maps."""
+    forward = FunctionType(*(getattr(cls.forward, f"__{part}__") for part in _PARTS))
+    forward.__doc__, forward.__qualname__ = cls.forward.__doc__, cls.forward.__qualname__
+    before = inspect.signature(cls.forward)
+    own = [p for p in before.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    maps = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Tensor) for name in names]
+    forward.__signature__ = before.replace(parameters=[*own, *maps])  # type: ignore[attr-defined]
+
+    def reduce(self: nn.Module) -> tuple:
+        return _unpickled, (cls, names), vars(self)
+
+    body = {"forward": forward, "__reduce__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), body)
+
+
+_PARTS = ("code", "globals", "name", "defaults", "closure")
+"""What a function is made of."""
+
+
+def _unpickled(cls: type, names: tuple[str, ...]) -> nn.Module:
+    made = _naming(cls, names)
+    return made.__new__(made)
 
 
 class GivenFeatures(FeatureGetterNet):

@@ -1,6 +1,7 @@
 """The kinds of host that a recipe can name."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, Protocol
 
 from torch import nn
@@ -48,3 +49,10 @@ class ImageHost(Protocol):
 
 HOSTS: dict[str, ImageHost] = {"vit": vision_transformer, "cct": compact_transformer}
 """Kind of backbone to the module that knows it. `seq2seq` and `sequence` are no backbones of timm."""
+TAKEN = frozenset(
+    parameter
+    for host in (vision_transformer.ZooVisionTransformer, compact_transformer.CompactTransformer)
+    for method in (host.forward, host.forward_features, host.forward_intermediates, host.forward_head)
+    for parameter in signature(method).parameters
+)
+"""Names of arguments of the models, which no map can have."""

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from attnzoo.core import NO_MASK, Layout, Mask, Mechanism, Site
 from attnzoo.core.card import Given
 from attnzoo.errors import LayoutMismatch, RecipeError, UnsupportedMask, did_you_mean
-from attnzoo.hosts.given import NO_MAPS, GivenFeatures, on_grid, without_unknown
+from attnzoo.hosts.given import NO_MAPS, GivenFeatures, named, on_grid, without_unknown
 from attnzoo.hosts.info import (
     POOL,
     BackboneInfo,
@@ -519,6 +519,7 @@ def _zoo_vit(
         raise RecipeError("AZ309", f"timm built a {type(model).__name__}, not a VisionTransformer",
                           help="leave `use_naflex` out")  # fmt: skip
     model.__class__, model.given = CLASSES[type(model)], dict(given)
+    named(model, given)
     if skip:
         blocks: list[Any] = [model.get_submodule(name) for name in skip.at]
         norm = partial(options["norm"], device=device, dtype=dtype)

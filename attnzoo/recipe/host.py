@@ -41,6 +41,8 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
         **host.model.model_dump(exclude_unset=True, exclude_none=True),
         **_checked_arguments(host, arguments),
     }
+    if recipe.pool and wanted.get("class_token") is False:  # timm's own pooling would look for the token
+        wanted.setdefault("global_pool", "")
     info = backbone_info(host.kind, host.base, wanted, source)
     _check_statistics(host, info, arguments, source)
     if recipe.heads is None:

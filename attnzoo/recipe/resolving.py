@@ -15,7 +15,7 @@ from attnzoo.core.card import Given
 from attnzoo.errors import Diagnostic, Place, RecipeError
 from attnzoo.hosts import seq2seq, sequence
 from attnzoo.hosts.info import POOL, BackboneInfo, HostInfo, unallocated
-from attnzoo.hosts.kinds import HOSTS
+from attnzoo.hosts.kinds import HOSTS, TAKEN
 from attnzoo.hosts.requirements import Requirements, unmet
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.sequence import SequenceInfo
@@ -327,6 +327,10 @@ def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> tupl
     wanted: dict[str, tuple[str, str]] = {}
     for leaf in {id(leaf): leaf for plan in plans.values() if plan for leaf in plan.leaves()}.values():
         for name, given in leaf.card.given.items():
+            if name in TAKEN:
+                message = f"`{leaf.entry.name}` asks for a map called `{name}`"
+                why = "the models' forward has an argument of that name"
+                faults.append(Diagnostic("AZ302", message, leaf.place, why, "rename it on the card"))
             other, earlier = wanted.setdefault(name, (leaf.entry.name, given))
             if earlier != given:
                 message = f"`{leaf.entry.name}` takes the map `{name}` as {given}, `{other}` as {earlier}"
