@@ -21,7 +21,7 @@ from attnzoo.cli.app import app
 from attnzoo.errors import MissingMap, RecipeError
 from attnzoo.hosts.given import on_grid
 from attnzoo.recipe import compose, compose_file
-from attnzoo.zoo import Entry
+from attnzoo.zoo import Entry, load_zoo
 
 VIT = """
 recipe: 1
@@ -289,14 +289,14 @@ def test_one_map_of_two_kinds():
     assert "takes the map `light` as labels, `lit` as scores" in fault.message
 
 
-def test_a_map_called_like_an_argument(own_zoo):
+def test_a_map_called_like_an_argument():
     class Clash(Lit):
         card = replace(Lit.card, name="clash", given={"norm": "scores"})
 
         def mix(self, x, source, *, mask, layout, norm):
             return x
 
-    own_zoo.mechanisms.add(Entry("clash", Clash, "own", "", ""))
+    load_zoo().mechanisms.add(Entry("clash", Clash, "own", "", ""))
     with pytest.raises(RecipeError) as caught:
         compose_file(VIT.replace("region_mean", "clash") % "")
     (fault,) = caught.value.diagnostics

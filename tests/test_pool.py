@@ -118,6 +118,14 @@ def test_a_sequence_gets_one_answer(causal):
     assert "for the whole" in describe(compose_file(STACK % "" + POOL)).gives
 
 
+def test_training_asks_at_every_position(tmp_path):
+    file = tmp_path / "pooled.yaml"
+    file.write_text(STACK.replace("attention", "train: {data: recall}\nattention") % "" + POOL)
+    done = CliRunner().invoke(app, ["train", str(file), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 2 and "AZ814" in done.output and "pool=null" in done.output
+    assert compose(str(file), edits=["pool=null"]).pool is None
+
+
 def test_taps_of_a_pool():
     model, seen = made(VIT), {}
     assert "pool.weights" in find_taps(model)
@@ -180,7 +188,7 @@ def test_another_pooling_as_an_argument(host):
     assert compose(host % "" + POOL, global_pool="pool").global_pool == "pool"
     with pytest.raises(RecipeError) as error:
         compose(host % "", global_pool="pool")
-    assert error.value.code == "AZ309"
+    assert error.value.code == "AZ113"
 
 
 @IMAGE_HOSTS

@@ -61,6 +61,13 @@ class SequenceTask(Task):
                 why="they stand further on in the sequence, and its host is not causal",
                 help="use --set host.causal=true",
             )
+        if loaded.recipe.pool is not None:
+            raise RunError(
+                "AZ814",
+                f"`{loaded.name}` gives one answer for the whole sequence",
+                why=f"`{data.name}` asks at single positions",
+                help="leave the pool out: --set pool=null",
+            )
         length = max(host.max_length, data.length) if "max_length" in host.model_fields_set else data.length
         wanted = {
             "vocab": data.vocab or 0,
