@@ -16,11 +16,11 @@ BUILDER = ("features_only", "out_indices", "feature_cls", "cache_dir", "pretrain
 """Arguments of `timm.create_model` that go to timm's builder, not to the model."""
 
 
-def compose(recipe: str | os.PathLike, *, edits: Sequence[str] = (), **arguments) -> nn.Module:
+def compose(recipe: str | os.PathLike | Mapping[str, Any], *, edits: Sequence[str] = (), **arguments) -> nn.Module:
     """The model of a recipe, as timm would hand it out.
 
     Args:
-        recipe: Name (`ham_a`), file, or text.
+        recipe: Name (`ham_a`), file, text, or the same as a mapping.
         edits: Changes such as `attention.with.start=identity`.
         arguments: What `timm.create_model` takes: `num_classes`, `img_size`, `features_only`, `device`, ...
 
@@ -30,7 +30,7 @@ def compose(recipe: str | os.PathLike, *, edits: Sequence[str] = (), **arguments
     return build(load(recipe, edits), arguments)
 
 
-def compose_file(recipe: str | os.PathLike, edits: Sequence[str] = ()) -> Composition:
+def compose_file(recipe: str | os.PathLike | Mapping[str, Any], edits: Sequence[str] = ()) -> Composition:
     """A recipe with every name known and every requirement met, not yet built; for those who want to look first."""
     return resolve(load(recipe, edits))
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,18 +43,18 @@ class Loaded:
         return json.dumps(self.source.tree, ensure_ascii=False)
 
 
-def load(recipe: str | os.PathLike, edits: Sequence[str] = ()) -> Loaded:
-    """A recipe by name (`ham_a`), by file (`recipes/ham_a.yaml`) or by its text.
+def load(recipe: str | os.PathLike | Mapping[str, Any], edits: Sequence[str] = ()) -> Loaded:
+    """A recipe by name (`ham_a`), by file (`recipes/ham_a.yaml`), by its text or as a mapping.
 
     Args:
-        recipe: Name, path, or text (which has several lines or begins with a brace).
+        recipe: Name, path, text (which has several lines or begins with a brace), or the same as a mapping.
         edits: Changes such as `attention.with.start=identity`, validated like the file.
 
     Raises:
         RecipeError: AZ1xx with all faults of the text, and what else can be said of what is sound;
             AZ204 when there is no recipe of that name.
     """
-    text, path = os.fsdecode(recipe), None
+    text, path = as_text(recipe) if isinstance(recipe, Mapping) else os.fsdecode(recipe), None
     if is_text(text):
         source = parse(text, "<recipe>")
     else:
@@ -96,6 +96,22 @@ def _with_others(source: Source, loaded: Loaded | None) -> list[Diagnostic]:
             others = error.diagnostics
     places = {fault.place for fault in source.faults}
     return [*source.faults, *(fault for fault in others if fault.place not in places)]
+
+
+def as_text(data: Mapping[str, Any]) -> str:
+    """A mapping as the text of a recipe, a value to a line.
+
+    Raises:
+        RecipeError: AZ112, when it holds something else than mappings, lists, texts, numbers, true, false and null.
+    """
+    try:
+        return json.dumps(dict(data), indent=1, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(
+            "AZ112",
+            f"a recipe holds nothing but mappings, lists, texts, numbers, true, false and null: {error}",
+            help="name components by their names in the zoo",
+        ) from None
 
 
 def is_text(recipe: str) -> bool:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Law, Mechanism, MultiHead, Site, options_of
@@ -131,6 +131,26 @@ def _blame(entry: Entry, place: Place) -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True)
+class Placed:
+    """What a component that was built from a plan remembers of it, for `attnzoo.describe`.
+
+    Args:
+        site: Name of its site; empty where it stands alone.
+        formula: The plan as a formula.
+    """
+
+    site: str
+    formula: str
+
+
+def put(plan: Plan, site: Site) -> Mechanism:
+    """The component of a plan for a site; it remembers both."""
+    component = plan.build(site)
+    vars(component)["_placed"] = Placed(site.name, str(plan))
+    return component
+
+
 def anonymous(kind: str) -> str:
     """timm's name for a composed model that no recipe registers; its recipe travels as an argument."""
     return f"attnzoo_{kind}"
@@ -154,7 +174,7 @@ class Composition:
 
     def put(self, site: Site) -> Mechanism:
         """The mechanism for a site."""
-        return self.plans[site.name].build(site)
+        return put(self.plans[site.name], site)
 
     @property
     def image(self) -> tuple[ImageHost, BackboneInfo] | None:
@@ -262,6 +282,33 @@ def resolve(
         unique = {(d.code, d.message, d.place): d for d in faults}
         raise RecipeError.of(list(unique.values())[:MAX_FAULTS])
     return Composition(loaded, info, cast(dict[str, Plan], plans), skip)
+
+
+_SPEC: TypeAdapter[Spec] = TypeAdapter(Spec)
+
+
+def resolve_spec(source: Source, zoo: Zoo | None = None) -> Plan:
+    """The plan of a spec that stands alone, without a recipe.
+
+    Args:
+        source: What says `use`, or `fuse` and `of`; or a name.
+        zoo: Where names are looked up; the installed plugins when None.
+
+    Raises:
+        RecipeError: AZ1xx, AZ2xx, AZ303, all of them at once.
+    """
+    planner = _Planner(zoo or load_zoo(), source)
+    plan, faults = None, list(source.faults)
+    try:
+        plan = planner.plan(_SPEC.validate_python(source.tree), ())
+    except ValidationError as error:
+        faults += faults_of(error, source, cast(Any, Spec))
+        planner.look(source.tree, ())
+    told = {fault.place for fault in faults}
+    faults += [fault for fault in planner.faults if fault.place not in told]
+    if faults or plan is None:
+        raise RecipeError.of(faults[:MAX_FAULTS])
+    return plan
 
 
 def other_faults(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
