@@ -9,6 +9,7 @@ from torch import nn
 
 from attnzoo.errors import RecipeError
 from attnzoo.recipe.load import Loaded, load
+from attnzoo.recipe.origin import Origin, ends
 from attnzoo.recipe.resolve import Composition, resolve
 
 BUILDER = ("features_only", "out_indices", "feature_cls", "cache_dir", "pretrained_strict", "pretrained_model_args",
@@ -16,7 +17,9 @@ BUILDER = ("features_only", "out_indices", "feature_cls", "cache_dir", "pretrain
 """Arguments of `timm.create_model` that go to timm's builder, not to the model."""
 
 
-def compose(recipe: str | os.PathLike | Mapping[str, Any], *, edits: Sequence[str] = (), **arguments) -> nn.Module:
+def compose(
+    recipe: str | os.PathLike | Mapping[str, Any], *, edits: Sequence[str] = (), **arguments
+) -> nn.Module:
     """The model of a recipe, as timm would hand it out.
 
     Args:
@@ -54,7 +57,7 @@ def build(
     composition = resolve(loaded, changed)
     _check_memory(composition)
     if composition.image is None:
-        model = composition.build(**options)
+        model = _signed(composition.build(**options), composition)
         if not changed:
             check_expectations(loaded, model)
         return model
@@ -71,12 +74,18 @@ def build(
             help=f"load a base's weights instead: {timm if is_model(base) else ''}"
             "`attnzoo compose RECIPE --init-from FILE`",
         )
-    model = composition.build(cfg, pretrained, **options)
+    model = _signed(composition.build(cfg, pretrained, **options), composition)
     if not changed and not options.get("features_only"):
         check_expectations(loaded, model)
     vars(model)["_model_args"] = {
         "recipe": loaded.text
     }  # what timm writes to config.json, so that it can build it again
+    return model
+
+
+def _signed(model: nn.Module, composition: Composition) -> nn.Module:
+    """A model that remembers its recipe, for `attnzoo.describe`."""
+    vars(model)["_origin"] = Origin(composition.loaded.name, *ends(composition.info))
     return model
 
 
