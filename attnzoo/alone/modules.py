@@ -9,6 +9,30 @@ from attnzoo.core import Layout, Mask, Mechanism, Pool
 from attnzoo.errors import LayoutMismatch, UnknownArgument, UnsupportedContext, did_you_mean
 
 
+def admit(formula: str, x: Tensor, what: str, width: int | None, axes: int, channels: int = -1) -> None:
+    """Refuse what has another number of axes or channels.
+
+    Args:
+        formula: Who takes it.
+        x: What was handed over.
+        what: What is taken, in words.
+        width: Channels; None for any.
+        axes: Number of axes.
+        channels: Which of them counts channels.
+
+    Raises:
+        LayoutMismatch: AZ401.
+    """
+    if isinstance(x, fx.Proxy):  # symbolic tracing knows no shapes
+        return
+    if x.ndim != axes or (width is not None and x.shape[channels] != width):
+        raise LayoutMismatch(
+            "AZ401",
+            f"`{formula}` takes {what}{f' of {width} channels' if width else ''}; this has shape {tuple(x.shape)}",
+            help="maps (b c y x) are taken by what is created with form='map'",
+        )
+
+
 class Alone(nn.Module):
     """A mechanism or a pool in a network that is not attnzoo's: tokens (b n c) to tokens (b n c), or to (b c).
 
@@ -67,11 +91,11 @@ class Alone(nn.Module):
                 x, context, mask, causal, given, layout, context_layout
             )
             layout = context_layout = None
-        self._admit(x, "tokens (b n c)", self.dim, 3)
+        admit(self.formula, x, "tokens (b n c)", self.dim, 3)
         layout = layout or self.layout or Layout((x.shape[1] - self.prefix,), self.prefix)
         layout.check(x)
         if context is not None:
-            self._admit(context, "a context (b m e)", getattr(self.attn, "context_dim", None), 3)
+            admit(self.formula, context, "a context (b m e)", getattr(self.attn, "context_dim", None), 3)
             context_layout = context_layout or self.context_layout or Layout((context.shape[1],))
             context_layout.check(context)
         return self._run(x, context, mask, causal, layout, context_layout, given)
@@ -116,17 +140,10 @@ class Alone(nn.Module):
             mask, causal, given = None, False, {}
         return x, context if reads else None, mask, causal, given
 
-    def _admit(self, x: Tensor, what: str, width: int | None, axes: int, channels: int = -1) -> None:
-        """Refuse what has another number of axes or channels."""
-        if isinstance(x, fx.Proxy):  # symbolic tracing knows no shapes
-            return
-        if x.ndim != axes or (width is not None and x.shape[channels] != width):
-            raise LayoutMismatch(
-                "AZ401",
-                f"`{self.formula}` takes {what}{f' of {width} channels' if width else ''}; "
-                f"this has shape {tuple(x.shape)}",
-                help="maps (b c y x) are taken by what is created with form='map'",
-            )
+    @property
+    def takes(self) -> str:
+        """What goes in, in words."""
+        return f"tokens (b {self.layout.length if self.layout else 'n'} {self.dim})"
 
     def extra_repr(self) -> str:
         arranged = str(self.layout or f"{self.prefix} + n" if self.layout or self.prefix else "n")
@@ -181,16 +198,16 @@ class FeatureMap(Alone):
                 x, context, mask, causal, given, layout, context_layout
             )
             layout = context_layout = None
-        self._admit(x, f"maps (b c {' '.join('tyx'[-self.axes :])})", self.dim, self.axes + 2, 1)
+        admit(self.formula, x, f"maps (b c {' '.join('tyx'[-self.axes :])})", self.dim, self.axes + 2, 1)
         tokens, grid = self._tokens(x, layout or self._fixed())
         read, read_grid = context, context_layout
         if context is not None:
             width = getattr(self.attn, "context_dim", None)
             if isinstance(context, fx.Proxy) or context.ndim == self.axes + 2:
-                self._admit(context, "a context (b e *grid)", width, self.axes + 2, 1)
+                admit(self.formula, context, "a context (b e *grid)", width, self.axes + 2, 1)
                 read, read_grid = self._tokens(context, context_layout)
             else:
-                self._admit(context, "a context (b m e) or (b e *grid)", width, 3)
+                admit(self.formula, context, "a context (b m e) or (b e *grid)", width, 3)
                 read_grid = context_layout or Layout((context.shape[1],))
                 read_grid.check(context)
         keys = grid if read_grid is None else read_grid
@@ -217,6 +234,12 @@ class FeatureMap(Alone):
                 help="create it for this grid: grid=(rows, columns)",
             )
         return x.flatten(2).transpose(1, 2), Layout(grid)
+
+    @property
+    def takes(self) -> str:
+        grid = self._fixed()
+        sides = " ".join(map(str, grid.grid)) if grid else " ".join("tyx"[-self.axes :])
+        return f"maps (b {self.dim} {sides})"
 
     def extra_repr(self) -> str:
         arranged = f"grid={' × '.join(map(str, self.layout.grid))}" if self.layout else f"{self.axes}-D grid"

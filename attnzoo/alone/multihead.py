@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from attnzoo.alone import masks
 from attnzoo.alone.build import component_for
+from attnzoo.alone.modules import admit
 from attnzoo.core import Layout, Mask, Mechanism, Pool, find_taps, watch
 from attnzoo.errors import UnsupportedArgument, UnsupportedMask
 
@@ -176,6 +177,8 @@ class MultiheadAttention(nn.Module):
             return self._nested(query, key, key_padding_mask, attn_mask), None
         batched = traced or query.ndim == 3
         x, context = (self._batch_first(t, batched) for t in (query, key))
+        admit(self.formula, x, "queries", self.embed_dim, 3)
+        admit(self.formula, context, "keys", self.kdim, 3)
         mask = self._mask(x, context, key_padding_mask, attn_mask, is_causal) if not traced else Mask()
         cross = self.attn.context_dim is not None
         layout = self.layout or Layout((x.shape[1] - self.prefix,), self.prefix)
@@ -275,6 +278,11 @@ class MultiheadAttention(nn.Module):
         keys = torch.arange(tokens.shape[1], device=x.device) < lengths[:, None]
         out, _ = self(*[self._batch_first(tokens, True)] * 3, key_padding_mask=~keys, need_weights=False)
         return torch._nested_tensor_from_mask(self._batch_first(out, True), keys, mask_check=False)
+
+    @property
+    def takes(self) -> str:
+        """What goes in, in words."""
+        return f"queries, keys and values ({'b n' if self.batch_first else 'n b'} {self.embed_dim})"
 
     def extra_repr(self) -> str:
         context = f", context={self.kdim}" if self.attn.context_dim is not None else ""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from attnzoo.alone.modules import Alone
+from attnzoo.alone.multihead import MultiheadAttention
 from attnzoo.catalogue.text import Sheet, Table
 from attnzoo.core import Fused, FusedHeads, Head, Mechanism, MultiHead, Pool
 from attnzoo.errors import RecipeError
@@ -58,7 +60,9 @@ def describe(model: nn.Module) -> Sheet:
     what = " + ".join(names) if names else next(iter(formulas)) if len(formulas) == 1 else ""
     kind = type(model).__name__
     title = f"{what}: {kind}, {total} parameters" if what else f"{kind}, {total} parameters"
-    takes = [f"takes {_takes(model.get_submodule(path)) or origin.takes}" for path, origin in origins.items()]
+    takes = [f"takes {_takes(model.get_submodule(path), origin.takes)}" for path, origin in origins.items()]
+    if isinstance(model, Alone | MultiheadAttention):
+        takes.append(f"takes {model.takes}")
     if not found:
         return Sheet(title, (*takes, "no mechanism of the zoo is in it"))
     rows = [
@@ -129,12 +133,18 @@ def _range(run: list[_Found]) -> str:
     return first if len(run) == 1 else f"{first} … {last} ({len(run)})"
 
 
-def _takes(model: nn.Module) -> str:
-    """The image that a backbone takes as it is now; the empty string for other models."""
+def _takes(model: nn.Module, said: str) -> str:
+    """What a composed model takes; of a backbone the image as it is now, for timm can change its size.
+
+    Args:
+        model: The composed model.
+        said: What it took when it was composed.
+    """
     inner = getattr(model, "model", model)  # features_only wraps it
     embed = getattr(inner, "patch_embed", None) or getattr(inner, "tokenizer", None)
     size, channels = getattr(embed, "img_size", None), getattr(inner, "in_chans", None)
-    return f"{channels} × {size[0]} × {size[1]} image" if size and channels else ""
+    image = f"{channels} × {size[0]} × {size[1]} image" if size and channels else ""
+    return said if said.startswith(image) else image
 
 
 def _spaced(number: int) -> str:
