@@ -3,6 +3,17 @@
     import timm, attnzoo                      # either order
     timm.create_model("ham_vit_b")
 
+What most people want:
+
+    create("softmax", dim=384, heads=6)       one mechanism, pool or fusion as a module for any network
+    as_mha("softmax", 512, 8)                 the same with the arguments and masks of nn.MultiheadAttention
+    compose("ham_b")                          the model of a recipe: a name, a file, a text or a mapping
+    list_mechanisms("*lin*", mask="causal")   names; also list_fusions and list_recipes
+    show("softmax")                           one of them: equations, options, masks, paper
+    describe(model)                           what is in a model, in a few lines
+
+Those who write mechanisms want the rest: `docs/writing-a-plugin.md`.
+
 `import attnzoo` is light: torch and timm are imported when something needs them. As soon as timm is imported, before or
 after, the models of all recipes are known to it.
 """
@@ -13,18 +24,23 @@ from attnzoo.timm_hook import register_when_timm_is_imported
 from attnzoo.zoo.hookspecs import hookimpl
 
 _LAZY = {
+    "create": "attnzoo.alone.build",
+    "as_mha": "attnzoo.alone.multihead",
+    **dict.fromkeys(["compose", "compose_file"], "attnzoo.recipe"),
+    **dict.fromkeys(["list_mechanisms", "list_fusions", "list_recipes"], "attnzoo.catalogue.lists"),
+    "show": "attnzoo.catalogue.pages",
+    "describe": "attnzoo.catalogue.models",
     **dict.fromkeys(
         ["NO_MASK", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard", "Head", "Law",
          "Layout", "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "PositiveFloat", "PositiveInt", "Site",
          "Start", "Tap", "find_taps", "watch"],
         "attnzoo.core",
     ),
-    **dict.fromkeys(["compose", "compose_file"], "attnzoo.recipe"),
     "load_zoo": "attnzoo.zoo",
     "ZooError": "attnzoo.errors",
 }  # fmt: skip
 
-__all__ = ["hookimpl", *sorted(_LAZY)]
+__all__ = [*_LAZY, "hookimpl"]
 __version__ = "0.1.0"
 
 
@@ -35,7 +51,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return list(__all__)
 
 
 register_when_timm_is_imported()

@@ -189,6 +189,10 @@ class MissingMap(ZooError):
     """A mechanism was not handed the map on the grid that its card names, or one that does not fit (AZ409)."""
 
 
+class UnsupportedArgument(ZooError):
+    """Something that `nn.MultiheadAttention` takes and a mechanism in its place cannot (AZ411)."""
+
+
 class OptionError(RecipeError):
     """Options of a component that contradict each other, or its site (AZ214). Raise it in a constructor.
 
@@ -204,6 +208,10 @@ class OptionError(RecipeError):
     @classmethod
     def of(cls, diagnostics: Iterable[Diagnostic]) -> RecipeError:  # type: ignore[override]
         return RecipeError.of(diagnostics)
+
+
+class UnknownArgument(RecipeError, TypeError):
+    """A keyword argument that nothing takes; a `TypeError` as for any other function."""
 
 
 class CheckError(ZooError):

@@ -188,7 +188,7 @@ def test_another_pooling_as_an_argument(host):
     assert compose(host % "" + POOL, global_pool="pool").global_pool == "pool"
     with pytest.raises(RecipeError) as error:
         compose(host % "", global_pool="pool")
-    assert error.value.code == "AZ309"
+    assert error.value.code == "AZ113"
 
 
 @IMAGE_HOSTS

@@ -107,6 +107,8 @@ MALFORMED = {
     "log a mapping": put("log", {}),
     "row without accuracy": without("log", 0, "test_accuracy"),
     "row with a text": put("log", 0, "test_loss", "low"),
+    "row with digits in quotes": put("log", 0, "epoch", "1"),
+    "row with more than numbers": put("log", 0, "test_exact", "0.5"),
     "row with NaN": put("log", 0, "lr", float("nan")),
     "recipe a number": put("recipe", 3),
     "recipe a path": put("recipe", "/etc/passwd"),

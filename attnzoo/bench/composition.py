@@ -24,6 +24,7 @@ from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.sequence import SequenceInfo
 from attnzoo.hosts.skip import VARIANTS
 from attnzoo.recipe import Composition, Plan
+from attnzoo.recipe.origin import ends
 from attnzoo.recipe.schema import ImageHost
 
 
@@ -137,7 +138,7 @@ def describe(composition: Composition) -> Report:
     pooled = [composition.pool] if composition.pool else []
     cards = [leaf.card for plan in (*composition.plans.values(), *pooled) for leaf in plan.leaves()]
     supports, lacks = _tools(composition, any(card.fixed_length for card in cards))
-    takes, gives = _ends(info, bool(pooled))
+    takes, gives = ends(info, bool(pooled))
     skip, host = composition.skip, loaded.recipe.host
     return Report(
         name=loaded.name,
@@ -167,29 +168,6 @@ def describe(composition: Composition) -> Report:
         supports=supports,
         lacks=lacks,
         registers=host.registers if isinstance(host, ImageHost) else None,
-    )
-
-
-def _ends(info: HostInfo, pooled: bool) -> tuple[str, str]:
-    """What goes in and what comes out, in words."""
-    if isinstance(info, Seq2SeqInfo):
-        most = f"at most {info.form.max_length} tokens"
-        return f"source, {most}, {info.form.source:,} ids", f"target, {most}, {info.form.target:,} ids"
-    if isinstance(info, SequenceInfo):
-        form = info.form
-        what = f"tokens, {form.vocab:,} ids" if form.vocab else f"vectors of {form.width} channels"
-        return (
-            f"at most {form.max_length} {what}",
-            f"{form.outputs:,} output{'' if form.outputs == 1 else 's'} "
-            f"{'for the whole' if pooled else 'at every position'}",
-        )
-    assert isinstance(info, BackboneInfo)
-    channels, rows, columns = info.image
-    grid, prefix = " × ".join(map(str, info.layout.grid)), info.layout.prefix
-    tokens = f"{grid}{f' + {prefix}' if prefix else ''} tokens"
-    return (
-        f"{channels} × {rows} × {columns} image → {tokens}",
-        f"{info.classes} classes" if info.classes else "features",
     )
 
 

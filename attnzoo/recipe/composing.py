@@ -9,6 +9,7 @@ from torch import nn
 
 from attnzoo.errors import RecipeError
 from attnzoo.recipe.loading import load
+from attnzoo.recipe.origin import Origin, ends
 from attnzoo.recipe.reading import Loaded
 from attnzoo.recipe.resolving import Composition, resolve
 
@@ -65,7 +66,7 @@ def build(
     loaded = recipe.loaded if isinstance(recipe, Composition) else recipe
     composition = recipe if isinstance(recipe, Composition) and not changed else resolve(loaded, changed)
     if composition.image is None:
-        model = composition.build(**options)
+        model = _signed(composition.build(**options), composition)
         if not changed:
             check_expectations(loaded, model)
         return model
@@ -82,12 +83,20 @@ def build(
             help=f"load a base's weights instead: {timm if is_model(base) else ''}"
             "`attnzoo compose RECIPE --init-from FILE`",
         )
-    model = composition.build(cfg, pretrained, **options)
+    model = _signed(composition.build(cfg, pretrained, **options), composition)
     if not changed and not options.get("features_only"):
         check_expectations(loaded, model)
     vars(model)["_model_args"] = {
         "recipe": loaded.text
     }  # what timm writes to config.json, so that it can build it again
+    return model
+
+
+def _signed(model: nn.Module, composition: Composition) -> nn.Module:
+    """A model that remembers its recipe, for `attnzoo.describe`."""
+    vars(model)["_origin"] = Origin(
+        composition.loaded.name, *ends(composition.info, composition.pool is not None)
+    )
     return model
 
 

@@ -253,9 +253,11 @@ def _neither(spot: Loc, value: Any, source: Source) -> Diagnostic:
     for key in value if isinstance(value, dict) else ():
         hint = "write a space after the colon" if ":" in key else did_you_mean(key, ["use", "fuse"])
         if hint:
-            message = f"unknown key `{key[:40]}` in `{_dotted(spot)}`"
+            inside = f" in `{_dotted(spot)}`" if spot else ""
+            message = f"unknown key `{key[:40]}`{inside}"
             return Diagnostic("AZ110", message, source.key_place((*spot, key)), help=hint)
-    message = f"`{_dotted(spot)}` must say `use: NAME`, or `fuse: NAME` with `of: [...]`; {_found(value)}"
+    name = f"`{_dotted(spot)}`" if spot else "a spec"
+    message = f"{name} must say `use: NAME`, or `fuse: NAME` with `of: [...]`; {_found(value)}"
     return Diagnostic("AZ114", message, source.value_place(spot), help=help)
 
 
@@ -322,7 +324,7 @@ def _found(value: Any) -> str:
             else "this is an empty text"
         )
     if isinstance(value, list):
-        text = json.dumps(value, ensure_ascii=False) if len(value) < 8 else ""
+        text = json.dumps(value, ensure_ascii=False, default=str) if len(value) < 8 else ""
         return f"this is {text}" if text and len(text) <= 40 else f"this is a list of {len(value)}"
     if isinstance(value, dict):
         keys = [key[:20] for key in value]
@@ -332,7 +334,7 @@ def _found(value: Any) -> str:
 
 def _yaml(value: Any) -> str:
     """A scalar as it is written in YAML."""
-    return value if isinstance(value, str) and value else json.dumps(value)
+    return value if isinstance(value, str) and value else json.dumps(value, default=str)
 
 
 def _or(words: list[str]) -> str:

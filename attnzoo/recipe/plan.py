@@ -134,3 +134,23 @@ def blamed(entry: Entry, place: Place) -> Iterator[None]:
             raise
         breach = error if isinstance(error, Breach) else Breach("AZ215", f"cannot be built: {short(error)}")
         raise plugin_fault(error, entry, place, breach.code, breach.reason) from error
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What a component that was built from a plan remembers of it, for `attnzoo.describe`.
+
+    Args:
+        site: Name of its site; empty where it stands alone.
+        formula: The plan as a formula.
+    """
+
+    site: str
+    formula: str
+
+
+def put(plan: Plan, site: Site) -> Mechanism:
+    """The component of a plan for a site; it remembers both."""
+    component = plan.build(site)
+    vars(component)["_placed"] = Placed(site.name, str(plan))
+    return component

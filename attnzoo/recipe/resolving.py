@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from attnzoo.core import Head, Law, Mechanism, Pool, Site
@@ -21,11 +21,12 @@ from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.sequence import SequenceInfo
 from attnzoo.hosts.skip import Skip
 from attnzoo.hosts.skip import check as check_skip
+from attnzoo.recipe.faults import faults_of
 from attnzoo.recipe.host import backbone_info, check_pool, host_info, sequence_info, skip_of
-from attnzoo.recipe.plan import Plan
+from attnzoo.recipe.plan import Plan, put
 from attnzoo.recipe.planner import Planner
 from attnzoo.recipe.reading import Loaded
-from attnzoo.recipe.schema import TAGGED, ImageHost, host_tag
+from attnzoo.recipe.schema import TAGGED, ImageHost, Spec, host_tag
 from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
 from attnzoo.recipe.trial import try_out
 from attnzoo.zoo import Entry, Zoo, load_zoo
@@ -60,7 +61,7 @@ class Composition:
 
     def put(self, site: Site) -> Mechanism:
         """The mechanism for a site."""
-        return self.plans[site.name].build(site)
+        return put(self.plans[site.name], site)
 
     @property
     def everything(self) -> list[Plan]:
@@ -220,6 +221,33 @@ def resolve(
         unique = {(d.code, d.message, d.place): d for d in faults}
         raise RecipeError.of(list(unique.values())[:MAX_FAULTS])
     return Composition(loaded, info, cast(dict[str, Plan], plans), skip, tuple(planner.notes), pool)
+
+
+_SPEC: TypeAdapter[Spec] = TypeAdapter(Spec)
+
+
+def resolve_spec(source: Source, zoo: Zoo | None = None) -> Plan:
+    """The plan of a spec that stands alone, without a recipe.
+
+    Args:
+        source: What says `use`, or `fuse` and `of`; or a name.
+        zoo: Where names are looked up; the installed plugins when None.
+
+    Raises:
+        RecipeError: AZ1xx, AZ2xx, AZ303, all of them at once.
+    """
+    planner = Planner(zoo or load_zoo(), source)
+    plan, faults = None, list(source.faults)
+    try:
+        plan = planner.whole(_SPEC.validate_python(source.tree), ())
+    except ValidationError as error:
+        faults += faults_of(error, source, cast(Any, Spec))
+        planner.look(source.tree, ())
+    told = {fault.place for fault in faults}
+    faults += [fault for fault in planner.faults if fault.place not in told]
+    if faults or plan is None:
+        raise RecipeError.of(faults[:MAX_FAULTS])
+    return plan
 
 
 def other_faults(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:

@@ -90,7 +90,7 @@ def run_check(cls: Checkable, check: Check, examples: int = EXAMPLES, *, shrink:
 
     try:
         run()
-        if wanted.share:
+        if wanted.share == 1:
             fitting = [s for s in settings_of(cls) if wanted.fits(card_of(cls, s), s)]
             for scene in edges(cls, fitting[0], wanted.large):
                 holds(scene)

@@ -204,7 +204,8 @@ class Scene:
             random = self.generator(900 + stream)
             with torch.no_grad():
                 for parameter in component.parameters():
-                    parameter.add_(torch.randn(parameter.shape, generator=random, dtype=dtype), alpha=jitter)
+                    more = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+                    parameter.add_(more.to(dtype), alpha=jitter)
         return component
 
     def random(self, *shape: int, stream: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -40,13 +40,13 @@ class Progress:
     since: Seconds = 0.0
     best: FiniteFloat | None = None
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
 
 class Row(BaseModel):
     """An epoch in the log; what tasks add are numbers too."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, FiniteFloat]
 
     epoch: Annotated[int, Field(ge=1)]

@@ -20,7 +20,7 @@ from attnzoo.testing.influence import random_mask
 from attnzoo.testing.strategies import Checkable, Scene, card_of, settings_of
 
 
-@requires("mechanism", "pool", "fusion")
+@requires("mechanism", "pool", "fusion", share=0.4)
 def check_builds(cls: Checkable, scene: Scene) -> None:
     """It builds at every site; only options other than the defaults may be refused, with a RecipeError."""
     try:

@@ -59,7 +59,7 @@ def check_incremental(cls: Checkable, scene: Scene) -> None:
             same(out, full, "incremental, so token by token `step` gives the rows of the full pass")
 
 
-@requires("mechanism", where=_decodes)
+@requires("mechanism", where=_decodes, share=0.4)
 def check_step_in_pieces(cls: Checkable, scene: Scene) -> None:
     """In pieces of several tokens `step` gives the newest rows of `forward`; a prompt at once, then tokens, too."""
     scene = _line(scene, 7)
@@ -87,7 +87,7 @@ def check_long_decoding(cls: Checkable, scene: Scene) -> None:
         )
 
 
-@requires("mechanism", where=_decodes)
+@requires("mechanism", where=_decodes, share=0.4)
 def check_cache_selected(cls: Checkable, scene: Scene) -> None:
     """After `KVCache.select` has reordered and doubled samples, `step` goes on as if they had always been so."""
     scene = _line(replace(scene, batch=max(2, scene.batch)), 6)
@@ -100,7 +100,7 @@ def check_cache_selected(cls: Checkable, scene: Scene) -> None:
     same(_steps(component, more, [1, 1], cache), expected, "after `select` samples go on as themselves")
 
 
-@requires("mechanism", where=_decodes)
+@requires("mechanism", where=_decodes, share=0.4)
 def check_caches_apart(cls: Checkable, scene: Scene) -> None:
     """Two batches in turn, with a cache each, are decoded as if each were alone, and `forward` between them too."""
     scene = _line(scene, 5)
@@ -115,7 +115,12 @@ def check_caches_apart(cls: Checkable, scene: Scene) -> None:
         same(torch.cat(rows, dim=1), _rows(component, x, [1] * 5), claimed)
 
 
-@requires("mechanism", context=True, where=lambda card: card.context_grid is None and not card.fixed_length)
+@requires(
+    "mechanism",
+    context=True,
+    where=lambda card: card.context_grid is None and not card.fixed_length,
+    share=0.4,
+)
 def check_step_with_context(cls: Checkable, scene: Scene) -> None:
     """Reading from a context, token by token, gives what the full pass gives where that looks at single tokens."""
     scene = replace(_line(scene, 4), batch=max(2, scene.batch)).across()

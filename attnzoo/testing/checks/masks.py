@@ -205,7 +205,7 @@ def check_full_keys_change_nothing(cls: Checkable, scene: Scene) -> None:
     same(masked, scene.run(component, inputs), "a mask under which all keys exist equals no mask")
 
 
-@requires("mechanism", mask="pairs")
+@requires("mechanism", mask="pairs", share=0.4)
 def check_full_pairs_change_nothing(cls: Checkable, scene: Scene) -> None:
     """A mask that allows all pairs equals no mask, and pairs are the same written once or for each sample and head."""
     component, inputs = scene.build(), scene.inputs()
@@ -225,7 +225,7 @@ def check_full_pairs_change_nothing(cls: Checkable, scene: Scene) -> None:
         same(written, expected, f"pairs written as {shape} are the same as pairs written once")
 
 
-@requires("mechanism", "pool", mask="some")
+@requires("mechanism", "pool", mask="some", share=0.4)
 def check_masks_as_views(cls: Checkable, scene: Scene) -> None:
     """How a mask lies in memory has no say: transposed, strided or expanded."""
     component, inputs = scene.build(), scene.inputs()
@@ -256,7 +256,7 @@ def check_masks_as_views(cls: Checkable, scene: Scene) -> None:
         )
 
 
-@requires("mechanism", "pool", mask="some")
+@requires("mechanism", "pool", mask="some", share=0.4)
 def check_masks_forgotten(cls: Checkable, scene: Scene) -> None:
     """A second mask of the same shape counts for itself, and so does the same mask once it was changed in place."""
     scene = scene.crowded()
@@ -338,7 +338,7 @@ def check_empty_rows_are_finite(cls: Checkable, scene: Scene) -> None:
             claim(finite, claimed, f"the gradient of `{name}` holds NaN or infinity")
 
 
-@requires("mechanism", "pool", mask="keys")
+@requires("mechanism", "pool", mask="keys", share=0.4)
 def check_padding_gets_no_gradient(cls: Checkable, scene: Scene) -> None:
     """Masked keys get no gradient from tokens that exist."""
     component, inputs = scene.build(), scene.inputs()

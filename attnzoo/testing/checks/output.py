@@ -69,7 +69,7 @@ def check_autocast(cls: Checkable, scene: Scene) -> None:
         claim(off <= AUTOCAST, "autocast gives what float32 gives, but for rounding", f"it is {off:.0%} off")
 
 
-@requires("mechanism", "pool", "fusion")
+@requires("mechanism", "pool", "fusion", share=0.4)
 def check_memory_format(cls: Checkable, scene: Scene) -> None:
     """Inputs that lie otherwise in memory give the same: transposed, strided, and one sample that is expanded."""
     component, inputs = scene.build(), scene.inputs()

@@ -29,7 +29,7 @@ def check_eval_deterministic(cls: Checkable, scene: Scene) -> None:
     same(scene.run(component, inputs), first, "in eval mode the same tokens give the same output", 0)
 
 
-@requires("mechanism", "pool", "fusion")
+@requires("mechanism", "pool", "fusion", share=0.4)
 def check_arguments_left_alone(cls: Checkable, scene: Scene) -> None:
     """Tokens, context, branches, masks and maps are left as they were, in eval and in training mode."""
     component, inputs, mask, given = scene.build(), scene.inputs(), _mask(scene), scene.given
@@ -71,7 +71,7 @@ def check_calls_forgotten(cls: Checkable, scene: Scene) -> None:
     )
 
 
-@requires("mechanism", "pool", "fusion")
+@requires("mechanism", "pool", "fusion", share=0.4)
 def check_layouts_forgotten(cls: Checkable, scene: Scene) -> None:
     """A call in one size leaves nothing behind for one in another size, dtype or number of samples."""
     if getattr(scene.card, "fixed_length", True) is True or scene.card.context_grid is not None:
@@ -102,7 +102,7 @@ def check_train_equals_eval(cls: Checkable, scene: Scene) -> None:
         same(trained, expected, "without dropout, training mode equals eval mode")
 
 
-@requires("mechanism", "pool", "fusion")
+@requires("mechanism", "pool", "fusion", share=0.4)
 def check_no_global_randomness(cls: Checkable, scene: Scene) -> None:
     """In eval mode a forward neither reads, moves nor seeds the global random numbers, nor changes settings."""
     component, inputs = scene.build(), scene.inputs()

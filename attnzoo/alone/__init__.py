@@ -1,0 +1,1 @@
+"""One mechanism alone, in somebody else's network: `attnzoo.create` and `attnzoo.as_mha`."""

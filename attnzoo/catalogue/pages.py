@@ -1,0 +1,120 @@
+"""One mechanism, fusion or recipe on a page: what it is, what it claims, its options, where it comes from."""
+
+import inspect
+import types
+import typing
+from typing import Any
+
+from attnzoo.catalogue.lists import form_of
+from attnzoo.catalogue.text import Sheet, Table, Verbatim
+from attnzoo.core import options_of
+from attnzoo.errors import RecipeError, did_you_mean
+from attnzoo.recipe.source import read_text
+from attnzoo.zoo import Entry, load_zoo
+
+_FORMS = {
+    "fusion": "fusion",
+    "head": "head (inside the heads)",
+    "mechanism": "on tokens",
+    "pool": "pool (n tokens to one)",
+}
+
+
+def show(name: str) -> Sheet:
+    """A mechanism, fusion or recipe on a page, as `attnzoo show` prints it.
+
+        attnzoo.show("softmax")
+
+    Args:
+        name: Its name, or `plugin/name`.
+
+    Raises:
+        RecipeError: AZ201 when there is nothing of this name, AZ202 when several plugins have it.
+    """
+    kind, entry = look_up(name)
+    if kind == "recipe":
+        return Sheet(f"# {entry.file}", (Verbatim(read_text(entry.value, str(entry.file)).rstrip()),))
+    page = page_of(entry, kind)
+    facts = Table([[key, value] for key, value in page["claims"].items() if value])
+    rows = [[one["name"], one["type"], one["default"], one["text"]] for one in page["options"]]
+    options = (Table(rows, ["option", "type", "default", "meaning"]),) if rows else ()
+    doc = (page["doc"],) if page["doc"] else ()
+    return Sheet(
+        page["name"], (page["summary"], *doc, facts, *options, "in a recipe:", Verbatim(page["example"]))
+    )
+
+
+def look_up(name: str) -> tuple[str, Entry]:
+    """Kind and entry of a mechanism, fusion or recipe.
+
+    Raises:
+        RecipeError: AZ201, AZ202.
+    """
+    zoo = load_zoo()
+    for registry in (zoo.mechanisms, zoo.fusions, zoo.recipes):
+        if registry.knows(name):
+            return registry.kind, registry.find(name)
+    everything = [*zoo.mechanisms, *zoo.fusions, *zoo.recipes]
+    hint = f"{did_you_mean(str(name), everything)} `attnzoo list` shows all".strip()
+    raise RecipeError("AZ201", f"there is nothing called `{name}`", help=hint)
+
+
+def page_of(entry: Entry, kind: str) -> dict[str, Any]:
+    """A mechanism or fusion as data.
+
+    Args:
+        entry: Of the zoo.
+        kind: `mechanism` or `fusion`.
+    """
+    card = entry.value.card
+    claims = {
+        "form": _FORMS[form_of(entry.value)],
+        "family": f"{card.family}: {card.family.question}" if kind == "mechanism" else "",
+        "paper": str(card.paper) if card.paper else "",
+        "fidelity": card.fidelity,
+        "time": getattr(card, "time", ""),
+        "memory": getattr(card, "memory", ""),
+        "masks": ", ".join(sorted(card.masks)) or "none" if kind == "mechanism" else "",
+        "context": "yes" if getattr(card, "context", False) else "",
+        "grid": str(getattr(card, "grid", None) or ""),
+        "taps": ", ".join(f"{name} ({axes})" for name, axes in getattr(card, "taps", {}).items()),
+        "laws": ", ".join(sorted(card.laws)),
+        "notes": card.notes,
+        "from": f"{entry.plugin} {entry.version}".strip(),
+        "file": entry.file,
+    }
+    options = [
+        {
+            "name": name,
+            "type": _type(info.annotation),
+            "default": "required" if info.is_required() else _yaml(info.default),
+            "text": info.description or "",
+        }
+        for name, info in options_of(entry.value).model_fields.items()
+    ]
+    doc = inspect.cleandoc(entry.value.__doc__ or "")
+    doc = doc.partition("\nArgs:")[0].partition("\nRaises:")[0].strip()
+    example = f"{'pool' if form_of(entry.value) == 'pool' else 'attention'}: {entry.name}"
+    if kind == "fusion":
+        example = f"attention: {{fuse: {entry.name}, of: [softmax, soft]}}"
+    return {"name": entry.name, "kind": kind, "summary": card.summary, "doc": doc, "claims": claims,
+            "options": options, "example": example}  # fmt: skip
+
+
+def _yaml(value: Any) -> str:
+    words = {True: "true", False: "false", None: "null"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _type(annotation: Any) -> str:
+    """An annotation in a researcher's words."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type(inner[0])
+    if origin is typing.Literal:
+        return " | ".join(_yaml(value) for value in inner)
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(_type(arg) for arg in inner)
+    return {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "null"}.get(
+        annotation, str(annotation)
+    )
