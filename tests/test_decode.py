@@ -402,7 +402,7 @@ def test_nothing_is_left_changed(search):
     assert found == wanted  # without dropout
     assert [part.training for part in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(source, copy) and torch.is_grad_enabled()
-    assert model.state.value is None and all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
     with pytest.raises(LayoutMismatch, match="AZ407"):
         search(model, torch.ones(1, 17, dtype=torch.long), 10)
     assert [part.training for part in model.modules()] == modes

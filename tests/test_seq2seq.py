@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from attnzoo.bench.composition import describe
 from attnzoo.cli.app import app
-from attnzoo.core import NO_MASK, Card, Family, Head, Mask, Mechanism, MultiHead
+from attnzoo.core import Card, Family, Head, Layout, Mask, Mechanism, MultiHead, Site
 from attnzoo.core.rotary import rotate
 from attnzoo.errors import LayoutMismatch
 from attnzoo.hosts import seq2seq
@@ -248,7 +248,7 @@ class MinusOne(Head):
     card = Card("minus_one", Family.DOT_PRODUCT, "What is hidden keeps a logit of -1.",
                 masks={"keys", "causal"}, context=True)  # fmt: skip
 
-    def attend(self, q, k, v, *, mask=NO_MASK, layout):
+    def attend(self, q, k, v, *, mask, layout):
         scores = q @ k.mT / q.shape[-1] ** 0.5
         allowed = mask.dense(q.shape[2], k.shape[2])
         return (scores if allowed is None else scores.masked_fill(~allowed, -(1**9))).softmax(-1) @ v
@@ -266,11 +266,11 @@ FORM = seq2seq.Form(DIM, MLP, 2, 2, VOCAB, VOCAB, LENGTH, dropout=0.0)
 
 def test_the_mask_of_the_released_code_is_caught():
     """-1 ** 9 is -1: two hidden among three equal logits keep 21 % each."""
-    one = MinusOne()
+    one = MinusOne(Site("alone", 1, 1, Layout((3,))))
     one_query, three_keys = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 3, 1)
-    weights = one(one_query, three_keys, torch.eye(3)[None, None], mask=Mask(keys=torch.tensor([[True, False, False]])), layout=None)  # fmt: skip
+    weights = one(one_query, three_keys, torch.eye(3)[None, None], mask=Mask(keys=torch.tensor([[True, False, False]])), layout=Layout((3,)))  # fmt: skip
     torch.testing.assert_close(weights.flatten(), torch.tensor([0.5761, 0.2119, 0.2119]), rtol=0, atol=1e-4)
-    bad = built(FORM, lambda site: MultiHead(site, MinusOne()))
+    bad = built(FORM, lambda site: MultiHead(site, MinusOne(site)))
     assert future_leaks(bad) and pads_matter(bad)
     good = built(FORM)
     assert not future_leaks(good) and not pads_matter(good)
@@ -657,7 +657,7 @@ class Still(Mechanism):
     def init_weights(self):
         nn.init.zeros_(self.linear.weight)
 
-    def forward(self, x, context=None, *, mask=NO_MASK, layout):
+    def mix(self, x, source, *, mask, layout):
         return self.linear(x)
 
 
