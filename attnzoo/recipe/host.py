@@ -28,8 +28,8 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ309, AZ310, AZ317 for a backbone; AZ112 and AZ113 for arguments and statistics; AZ308,
-            AZ313 and AZ316 for heads; AZ311, without a place, for what is too large.
+        RecipeError: AZ301, AZ309, AZ310, AZ317 for a backbone; AZ112 and AZ113 for arguments; AZ318 for statistics;
+            AZ308, AZ313 and AZ316 for heads; AZ311, without a place, for what is too large.
     """
     host = recipe.host
     if isinstance(host, Seq2SeqHost | SequenceHost):
@@ -87,12 +87,12 @@ def _check_statistics(
     """Hold the recipe's mean and standard deviation to the number of channels that the recipe says.
 
     Raises:
-        RecipeError: AZ113.
+        RecipeError: AZ318.
     """
     channels = info.image[0]
     faults = [
         Diagnostic(
-            "AZ113",
+            "AZ318",
             f"the length of `host.{name}` is {len(values)}, the number of channels {channels}",
             source.value_place(("host", name)),
             help="write one number for each channel",

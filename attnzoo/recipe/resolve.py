@@ -415,7 +415,7 @@ class _Planner:
             return self.plan(spec, loc)
         message = f"`{'.'.join(map(str, loc))}` merges {many:,} mechanisms; at most {MAX_MECHANISMS} can be"
         self.fault(
-            "AZ113", message, self.source.value_place(loc), help="nest fewer fusions, of fewer branches"
+            "AZ312", message, self.source.value_place(loc), help="nest fewer fusions, of fewer branches"
         )
         return None
 
