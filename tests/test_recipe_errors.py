@@ -285,7 +285,7 @@ NAMES = {
     "option_of_fusion": (attention("{fuse: low_rank, with: {⟦rnk: 3}, of: [softmax, soft]}"), "AZ210 did you mean `rank`?"),
     "option_listed": (attention("{use: grouped_query, with: {⟦zzz: 3}}"), "AZ210 its options are `groups`"),
     "option_heads": (attention("{use: softmax, with: {⟦heads: 3}}"), "AZ210 `softmax` has no option `heads`"),
-    "option_by_both_names": (attention("{use: soft, with: {⟦reading: gated, variant: gated}}"), "AZ216 which are one option"),
+    "option_by_both_names": (attention("{use: soft, with: {⟦reading: gated, variant: gated}}"), "AZ217 which are one option"),
     "option_by_its_old_name": (attention("{use: soft, with: {reading: ⟦gatd}}"), "AZ212 `attention.with.reading` must be `pooled`"),
     "old_name_of_another": (attention("{use: softmax, with: {⟦reading: gated}}"), "AZ210 `softmax` has no option `reading`"),
     "use_and_fuse": (attention("{⟦use: softmax, fuse: add, of: [softmax]}"), "AZ114 `use` and `fuse` cannot stand in one spec"),
@@ -315,25 +315,25 @@ COMPOSING = {
     "host_heads_do_not_divide": (model("num_heads: ⟦5"), "AZ308 5 heads do not divide a width of 192"),
     "host_width_not_divided": (model("embed_dim: ⟦100"), "AZ308 3 heads do not divide a width of 100"),
     "norm_eps_without_layernorm": (host("kind: vit, model: ⟦{norm_eps: 0.1, norm_layer: rmsnorm}"), "AZ309 `norm_eps` belongs to"),
-    "image_smaller_than_a_patch": (model("img_size: ⟦8"), "AZ317 an image of 8 × 8 pixels holds no patch of 16 × 16"),
-    "side_smaller_than_a_patch": (model("img_size: ⟦[224, 15]"), "AZ317 an image of 224 × 15 pixels"),
-    "patch_larger_than_the_image": (model("patch_size: ⟦300"), "AZ317 let `img_size` be 300 or more"),
-    "small_dynamic_image": (model("img_size: ⟦15, dynamic_img_size: true, dynamic_img_pad: true"), "AZ317 holds no patch"),
-    "dynamic_image_that_cannot_be_cut": (model("img_size: ⟦100, dynamic_img_size: true"), "AZ317 write `dynamic_img_pad: true` too"),
-    "padded_image_of_one_size": (model("img_size: ⟦100, dynamic_img_pad: true"), "AZ317 write `dynamic_img_size: true` too"),
+    "image_smaller_than_a_patch": (model("img_size: ⟦8"), "AZ320 an image of 8 × 8 pixels holds no patch of 16 × 16"),
+    "side_smaller_than_a_patch": (model("img_size: ⟦[224, 15]"), "AZ320 an image of 224 × 15 pixels"),
+    "patch_larger_than_the_image": (model("patch_size: ⟦300"), "AZ320 let `img_size` be 300 or more"),
+    "small_dynamic_image": (model("img_size: ⟦15, dynamic_img_size: true, dynamic_img_pad: true"), "AZ320 holds no patch"),
+    "dynamic_image_that_cannot_be_cut": (model("img_size: ⟦100, dynamic_img_size: true"), "AZ320 write `dynamic_img_pad: true` too"),
+    "padded_image_of_one_size": (model("img_size: ⟦100, dynamic_img_pad: true"), "AZ320 write `dynamic_img_size: true` too"),
     "token_without_a_class_token": (
         host("kind: vit, model: ⟦{class_token: false}"), "AZ309 write `global_pool: avg`, or leave `class_token: false` out",
     ),
     "registers_without_a_class_token": (
         host("kind: vit, model: ⟦{class_token: false, reg_tokens: 4, global_pool: token}"), "AZ309 write `global_pool: avg`",
     ),
-    "mean_of_one": (host("kind: vit, mean: ⟦[0.5]"), "AZ318 the length of `host.mean` is 1, the number of channels 3"),
-    "std_of_four": (host("kind: vit, std: ⟦[1, 1, 1, 1]"), "AZ318 the length of `host.std` is 4, the number of channels 3"),
+    "mean_of_one": (host("kind: vit, mean: ⟦[0.5]"), "AZ321 the length of `host.mean` is 1, the number of channels 3"),
+    "std_of_four": (host("kind: vit, std: ⟦[1, 1, 1, 1]"), "AZ321 the length of `host.std` is 4, the number of channels 3"),
     "mean_and_std_of_colours_in_grey": (
         host("kind: vit, mean: ⟦[0, 0, 0], std: ⟦[1, 1, 1], model: {in_chans: 1}"),
-        "AZ318 the number of channels 1", "AZ318 write one number for each channel",
+        "AZ321 the number of channels 1", "AZ321 write one number for each channel",
     ),
-    "mean_of_cct": (f"{R}host: {{kind: cct, mean: ⟦[0.5, 0.5]}}\n{A}", "AZ318 the length of `host.mean` is 2"),
+    "mean_of_cct": (f"{R}host: {{kind: cct, mean: ⟦[0.5, 0.5]}}\n{A}", "AZ321 the length of `host.mean` is 2"),
     "arity_of_difference": (attention("{fuse: ⟦difference, of: [softmax]}"), "AZ312 it was given 1"),
     "arity_nested": (attention("{fuse: add, of: [softmax, {fuse: ⟦difference, of: [soft]}]}"), "AZ312 it was given 1"),
     "groups_do_not_divide": (attention("{use: ⟦grouped_query, with: {groups: 2}}"), "AZ214 2 groups do not divide 3 heads"),
@@ -647,11 +647,11 @@ EDITS = {
     "hidden_in_value": (["attention=soft\u200bmax"], 15, "AZ104 U+200B (zero width space)"),
     "hidden_in_path": (["attention\u00a0=softmax"], 10, "AZ104 U+00A0 (no-break space)"),
     "joiner_in_name": (["name=ham_a\u200d_base"], 11, "AZ104 U+200D"),
-    "small_image": (["host.model.img_size=8"], 21, "AZ317 holds no patch"),
+    "small_image": (["host.model.img_size=8"], 21, "AZ320 holds no patch"),
     "old_and_new_name": (
         ["attention.of.1.with.reading=gated", "attention.of.1.with.variant=gated"],
         21,
-        "AZ216 leave `reading` out",
+        "AZ217 leave `reading` out",
     ),
     "tag": (["attention=!foo softmax"], 11, "AZ107 tags (`!foo`)"),
     "control": (["summary=\x1b[2J"], 9, "AZ104 U+001B"),
@@ -883,7 +883,7 @@ def test_force_tries_what_is_only_too_large(monkeypatch):
     monkeypatch.setenv("ATTNZOO_FORCE", "1")
     info = compose_file(f"{R}host: {{kind: sequence, dim: 65536, layers: 2}}\n{A}").info
     assert info.params > 2 * 4 * 65536**2
-    assert faults_of(model("img_size: 8"))[0].code == "AZ317"
+    assert faults_of(model("img_size: 8"))[0].code == "AZ320"
     assert faults_of(attention(nested(2, 9)))[0].code == "AZ312"
 
 
@@ -911,8 +911,8 @@ def test_unallocated_models_are_as_allocated_ones():
 # ------------------------------------------------------------------------------------------------------- arguments
 
 ARGUMENTS = {
-    "small_image": ({"img_size": 8}, "img_size", "AZ317 holds no patch of 16 × 16"),
-    "small_side": ({"img_size": (8, 224)}, "img_size", "AZ317 8 × 224"),
+    "small_image": ({"img_size": 8}, "img_size", "AZ320 holds no patch of 16 × 16"),
+    "small_side": ({"img_size": (8, 224)}, "img_size", "AZ320 8 × 224"),
     "image_text": ({"img_size": "big"}, "img_size", "AZ112 this is the text `big`"),
     "depth_bomb": ({"depth": 10**6}, "depth", "AZ113 from 1 to 96; this is 1000000"),
     "depth_true": ({"depth": True}, "depth", "AZ112 this is true"),

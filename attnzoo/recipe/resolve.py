@@ -501,7 +501,7 @@ class _Planner:
             place = self.source.key_place((*loc, old))
             if new in given:
                 message = f"`{entry.name}` is given `{old}` and `{new}`, which are one option"
-                self.fault("AZ216", message, place, f"`{old}` is its name of old", f"leave `{old}` out")
+                self.fault("AZ217", message, place, f"`{old}` is its name of old", f"leave `{old}` out")
             else:
                 message = f"the option `{old}` of `{entry.name}` is now called `{new}`"
                 self.notes.append(Diagnostic("", message, place, help=f"write `{new}`; `{old}` works still"))
