@@ -9,6 +9,7 @@ import re
 import pytest
 import timm
 import torch
+from attnzoo.mechanisms.dot_product.grouped_query import GroupedQuery
 from torch import nn
 from typer.testing import CliRunner
 
@@ -17,7 +18,6 @@ from attnzoo.cli.app import app
 from attnzoo.core import Fused, Layout, MultiHead, Site
 from attnzoo.errors import ZooError
 from attnzoo.fusions.add import Add
-from attnzoo.mechanisms.dot_product.grouped_query import GroupedQuery
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 from attnzoo.zoo import load_zoo
 

@@ -28,8 +28,8 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ309, AZ310, AZ319 for a backbone; AZ112 and AZ113 for arguments and statistics; AZ308,
-            AZ313 and AZ316 for heads; AZ311, without a place, for what is too large.
+        RecipeError: AZ301, AZ309, AZ310, AZ320 for a backbone; AZ112 and AZ113 for arguments; AZ321 for statistics;
+            AZ308, AZ313 and AZ316 for heads; AZ311, without a place, for what is too large.
     """
     host = recipe.host
     if isinstance(host, Seq2SeqHost | SequenceHost):
@@ -89,12 +89,12 @@ def _check_statistics(
     """Hold the recipe's mean and standard deviation to the number of channels that the recipe says.
 
     Raises:
-        RecipeError: AZ113.
+        RecipeError: AZ321.
     """
     channels = info.image[0]
     faults = [
         Diagnostic(
-            "AZ113",
+            "AZ321",
             f"the length of `host.{name}` is {len(values)}, the number of channels {channels}",
             source.value_place(("host", name)),
             help="write one number for each channel",
@@ -251,7 +251,7 @@ def _place(loc: Loc, source: Source) -> Place:
 
 _ABOUT = {
     "AZ308": ("num_heads", "embed_dim"),
-    "AZ319": ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad"),
+    "AZ320": ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad"),
 }
 """Arguments of the model that a fault is about, the likeliest first."""
 
@@ -266,7 +266,7 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ319.
+        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ320.
     """
     look = HOSTS[kind].host_info
     try:
