@@ -84,6 +84,15 @@ class LitLabels(Mechanism):
         return x
 
 
+class LitNorm(Mechanism):
+    """As `Lit`, of a map that is called like an argument of the models."""
+
+    card = Card("lit_norm", Family.MIXING, "A bad name.", grid="any", given={"norm": "scores"})
+
+    def mix(self, x, source, *, mask, layout, norm):
+        return x
+
+
 class Plugin:
     """What a plugin's module offers."""
 
@@ -91,7 +100,7 @@ class Plugin:
     @hookimpl
     def attnzoo_mechanisms():
         """All of the above."""
-        return [ScoredPool, RowPool, LitPool, RegionMean, Lit, LitLabels]
+        return [ScoredPool, RowPool, LitPool, RegionMean, Lit, LitLabels, LitNorm]
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,11 @@ import json
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import timm
 import torch
-from own_components import Lit, own_zoo  # noqa: F401 - the zoo is for all tests here
+from own_components import own_zoo  # noqa: F401 - for all tests here
 from timm.models import save_for_hf
 from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -21,7 +20,6 @@ from attnzoo.cli.app import app
 from attnzoo.errors import MissingMap, RecipeError
 from attnzoo.hosts.given import on_grid
 from attnzoo.recipe import compose, compose_file
-from attnzoo.zoo import Entry, load_zoo
 
 VIT = """
 recipe: 1
@@ -290,15 +288,8 @@ def test_one_map_of_two_kinds():
 
 
 def test_a_map_called_like_an_argument():
-    class Clash(Lit):
-        card = replace(Lit.card, name="clash", given={"norm": "scores"})
-
-        def mix(self, x, source, *, mask, layout, norm):
-            return x
-
-    load_zoo().mechanisms.add(Entry("clash", Clash, "own", "", ""))
     with pytest.raises(RecipeError) as caught:
-        compose_file(VIT.replace("region_mean", "clash") % "")
+        compose_file(VIT.replace("region_mean", "lit_norm") % "")
     (fault,) = caught.value.diagnostics
     assert (fault.code, fault.place.line) == ("AZ302", 5) and "`norm`" in fault.message
 
