@@ -5,6 +5,7 @@ from attnzoo.testing import check, parametrize_with_checks
 
 from typing import TYPE_CHECKING, Any
 
+from attnzoo.testing.oracle import against, compare
 from attnzoo.testing.report import CheckResult
 from attnzoo.testing.runner import check, checks_for, load_file
 from attnzoo.testing.strategies import Scene, scenes
@@ -12,7 +13,10 @@ from attnzoo.testing.strategies import Scene, scenes
 if TYPE_CHECKING:
     from attnzoo.testing.pytest import parametrize_with_checks
 
-__all__ = ["CheckResult", "Scene", "check", "checks_for", "load_file", "parametrize_with_checks", "scenes"]
+__all__ = [
+    "CheckResult", "Scene", "against", "check", "checks_for", "compare", "load_file", "parametrize_with_checks",
+    "scenes",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

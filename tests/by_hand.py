@@ -1,0 +1,99 @@
+"""What the files of single mechanisms and fusions share: small inputs, closeness, and wrong versions to be caught."""
+
+import torch
+from torch import nn
+
+from attnzoo.core import Layout, Site, watch
+
+
+def place(dim: int, heads: int = 1, tokens: int = 2, **fields) -> Site:
+    """A site for a line of tokens."""
+    return Site("hand", dim, heads, Layout((tokens,)), **fields)
+
+
+def row(*values: float) -> torch.Tensor:
+    """One sample, one head, one channel, these tokens: (1 1 n 1)."""
+    return torch.tensor(values, dtype=torch.float64).reshape(1, 1, -1, 1)
+
+
+def line(*values: float) -> torch.Tensor:
+    """One sample, one channel, these tokens: (1 n 1)."""
+    return torch.tensor(values, dtype=torch.float64).reshape(1, -1, 1)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    """Standard normal numbers in float64."""
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def near(found, wanted, tolerance: float = 1e-12) -> None:
+    """Equal to numbers that were worked out by hand, or in another way."""
+    wanted = torch.as_tensor(wanted, dtype=torch.float64).detach()
+    torch.testing.assert_close(found.detach().double().reshape(wanted.shape), wanted, rtol=0, atol=tolerance)
+
+
+def spread(module: nn.Module, std: float = 0.7) -> nn.Module:
+    """The module in float64 and eval mode with parameters of a size that matters."""
+    module = module.double().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=std)
+    return module
+
+
+def set_all(module: nn.Module, value: float) -> nn.Module:
+    """Every parameter to one number, in float64."""
+    module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(value)
+    return module
+
+
+def seen(module: nn.Module, *inputs, tap: str = "weights", **arguments) -> torch.Tensor:
+    """What the only tap of that name sees."""
+    found = []
+    with watch(
+        module, None, lambda name, w: found.append(w.detach()) if name.rpartition(".")[2] == tap else None
+    ):
+        module(*inputs, **arguments)
+    (weights,) = found
+    return weights
+
+
+def count(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def wrong(cls: type, **members) -> type:
+    """The class with some of its methods replaced by wrong ones."""
+    return type(f"Wrong{cls.__name__}", (cls,), members)
+
+
+def caught(oracle_test, mutant: type) -> None:
+    """The comparison of a test made by `against` fails for a wrong version, and for no other reason."""
+    result = oracle_test.compare(mutant, shrink=False)
+    assert result.status == "failed", "a wrong version was not noticed"
+    assert result.reason.startswith("claimed: equals its oracle; but"), result.reason
+
+
+def narrow(cls: type, shapes: list[tuple[int, ...]], *, site: Site, **options) -> None:
+    """float32 and bfloat16 stay near float64, with the same rounded parameters and inputs.
+
+    Args:
+        cls: A head or a mechanism.
+        shapes: Of its inputs.
+        site: Where it is put.
+        options: Its options.
+    """
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for _ in range(3):
+            component = (
+                spread(cls(site, **options), 0.3).to(dtype).double()
+            )  # what is left is the arithmetic's
+            inputs = [normal(*shape).to(dtype).double() for shape in shapes]
+            wanted = component(*inputs, layout=site.layout).detach()
+            found = component.to(dtype)(*(t.to(dtype) for t in inputs), layout=site.layout)
+            assert found.dtype == dtype
+            near(found, wanted, tolerance * max(1.0, float(wanted.abs().max())))
