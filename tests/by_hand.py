@@ -97,3 +97,24 @@ def narrow(cls: type, shapes: list[tuple[int, ...]], *, site: Site, **options) -
             found = component.to(dtype)(*(t.to(dtype) for t in inputs), layout=site.layout)
             assert found.dtype == dtype
             near(found, wanted, tolerance * max(1.0, float(wanted.abs().max())))
+
+
+def from_first(component, options, branches, merged):
+    """What a fusion gives for a merge: with `start: identity` the first branch + γ (merge − first), per channel."""
+    if options["start"] == "free":
+        return merged
+    if len(branches) == 1:
+        return branches[0]
+    return branches[0] + component.gamma * (merged - branches[0])
+
+
+def merging(cls, change):
+    """The fusion whose merge is changed, from the component, the branches and x."""
+    return wrong(cls, merge=lambda self, branches, x: change(self, branches, x))
+
+
+def fused(cls, arity, *branches, start="free", x=None, **options):
+    """The merge of these numbers, one token of one channel each; parameters of one."""
+    fusion = set_all(cls(place(1), arity, **({} if start is None else {"start": start}), **options), 1.0)
+    tokens = [line(value) for value in branches]
+    return fusion(tokens, line(0.0) if x is None else x)

@@ -286,9 +286,12 @@ def cases(cls: type, options: Callable[[dict[str, Any]], bool] | None = None) ->
     """
 
     def case(drawn: tuple) -> Case:
-        scene, grown, chosen, crossed, length, sides, (spare, watched) = drawn
+        scene, more, chosen, crossed, length, sides, (spare, watched) = drawn
         scene = replace(scene, site=replace(scene.site, context_dim=None, context_layout=None))
-        if grown:  # once in a while more tokens than a window or a chunk holds
+        if more == "heads":  # enough to form groups
+            heads = 2 * scene.site.heads
+            scene = replace(scene, site=replace(scene.site, heads=heads, dim=heads * scene.site.head_dim))
+        if more == "tokens":  # than a window or a chunk holds
             grid = scene.layout.grid
             scene = replace(scene.with_layout((grid[0] + 11, *(min(side, 2) for side in grid[1:]))), batch=1)
         rows = scene.site.heads * scene.layout.length
@@ -319,7 +322,7 @@ def cases(cls: type, options: Callable[[dict[str, Any]], bool] | None = None) ->
     flags = st.sampled_from([(a, b, c) for a in (False, True) for b in (False, True) for c in (False, True)])
     return st.tuples(
         scenes(cls, keep),
-        st.sampled_from([False] * 7 + [True]),
+        st.sampled_from(["", "", "", "", "", "heads", "heads", "tokens"]),
         flags,
         st.sampled_from([0, 1, 2]),  # without a context, with one, with one of another width
         st.integers(1, 7),

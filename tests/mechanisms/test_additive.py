@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from by_hand import caught, count, line, narrow, near, place, seen, set_all, wrong
+from by_hand import caught, count, line, narrow, near, normal, place, seen, set_all, wrong
 from torch import nn
 
 from attnzoo.core import Layout, Mask

@@ -20,7 +20,7 @@ def linear(layer, x):
     return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
 
 
-@against(GroupedQuery)
+@against(GroupedQuery, examples=40)
 def test_oracle(component, options, x, source, allowed):
     """Query head h reads keys and values of group ⌊h g / heads⌋; then heads side by side, projected."""
     (b, n, c), heads, groups = x.shape, component.heads, options["groups"]

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import wraps
 
 import pytest
 import torch
@@ -58,10 +59,10 @@ def test_oracle(options, q, k, v, layout, allowed):
 def built_with(change):
     """The head built with other options than asked for."""
 
-    def init(self, site, *, window=7, stride=1, dilation=1, causal=False):
-        options = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
+    @wraps(Neighborhood.__init__)  # the same options
+    def init(self, site, **options):
         Neighborhood.__init__(self, site, **options)
-        vars(self).update(change(**options))
+        vars(self).update(change(**{"window": 7, "stride": 1, "dilation": 1, "causal": False} | options))
 
     return wrong(Neighborhood, __init__=init)
 

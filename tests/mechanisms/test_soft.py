@@ -69,7 +69,9 @@ def over_channels(self, v):
 
 
 def no_bias(self, v):
-    return Soft._value_scores(self, v) - Soft._value_scores(self, 0 * v)
+    with torch.no_grad():
+        self.value_bias.zero_()
+    return Soft._value_scores(self, v)
 
 
 def of_all_tokens(self, q, k, v, *, mask, layout):
