@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from attnzoo.core import Layout, Site, watch
+from attnzoo.core import Layout, Mask, Site, watch
 
 
 def place(dim: int, heads: int = 1, tokens: int = 2, **fields) -> Site:
@@ -78,23 +78,33 @@ def caught(oracle_test, mutant: type) -> None:
     assert result.reason.startswith("claimed: equals its oracle; but"), result.reason
 
 
-def narrow(cls: type, shapes: list[tuple[int, ...]], *, site: Site, **options) -> None:
-    """float32 and bfloat16 stay near float64, with the same rounded parameters and inputs.
+def narrow(cls: type, shapes: list[tuple[int, ...]], *, site: Site, given=None, **options) -> None:
+    """float32 and bfloat16 stay near float64, with the same rounded parameters and inputs, under masks and without.
 
     Args:
         cls: A head or a mechanism.
-        shapes: Of its inputs.
+        shapes: Of its inputs, all of one length.
         site: Where it is put.
+        given: Maps that it needs, by name.
         options: Its options.
     """
+    b, n = shapes[0][0], shapes[0][-2]
+    where = {"layout": site.layout, "given": given or {}}
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        for _ in range(3):
+        for masked in (False, True, True):
             component = (
                 spread(cls(site, **options), 0.3).to(dtype).double()
             )  # what is left is the arithmetic's
+            kinds = component.card.masks if masked else ()
+            heads = 1 if component.card.one_head else site.heads
+            mask = Mask(
+                keys=torch.rand(b, n) < 0.7 if "keys" in kinds else None,
+                pairs=torch.rand(b, heads, n, n) < 0.7 if "pairs" in kinds else None,
+                causal="causal" in kinds,
+            )
             inputs = [normal(*shape).to(dtype).double() for shape in shapes]
-            wanted = component(*inputs, layout=site.layout).detach()
-            found = component.to(dtype)(*(t.to(dtype) for t in inputs), layout=site.layout)
+            wanted = component(*inputs, mask=mask, **where).detach()
+            found = component.to(dtype)(*(t.to(dtype) for t in inputs), mask=mask, **where)
             assert found.dtype == dtype
             near(found, wanted, tolerance * max(1.0, float(wanted.abs().max())))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from by_hand import caught, count, fused, line, merging, near, normal, place, wrong
+from by_hand import caught, count, fused, line, merging, near, normal, place
 
 from attnzoo.fusions.add import Add
 from attnzoo.fusions.weighted_sum import WeightedSum
@@ -29,9 +29,6 @@ MUTANTS = {
         lambda self, branches, x: (
             branches[0] + sum(w * s for w, s in zip(self.weight[1:], branches[1:], strict=True))
         ),
-    ),
-    "other weights at the start": wrong(
-        WeightedSum, init_weights=lambda self: torch.nn.init.zeros_(self.weight)
     ),
     "weights made convex": merging(
         WeightedSum,

@@ -175,11 +175,5 @@ def test_a_missing_map_or_one_of_another_grid_is_refused():
 
 
 def test_narrow_numbers_stay_near():
-    class Halves(Region):
-        """Region attention with a map of its own."""
-
-        def forward(self, *heads, layout):
-            labels = (torch.arange(7) // 4)[None].expand(2, 7)
-            return super().forward(*heads, layout=layout, given={"regions": labels})
-
-    narrow(Halves, [(2, 3, 7, 4)] * 3, site=place(12, 3, 7))
+    labels = (torch.arange(7) // 4)[None].expand(2, 7)
+    narrow(Region, [(2, 3, 7, 4)] * 3, site=place(12, 3, 7), given={"regions": labels})
