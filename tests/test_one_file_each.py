@@ -17,7 +17,7 @@ FILES = [
 ]
 
 
-def tests_of(kind, name):
+def functions_of(kind, name):
     """The test functions of a file by name."""
     module = importlib.import_module(f"{kind}.test_{name}")
     return {n: f for n, f in vars(module).items() if n.startswith("test_") and inspect.isfunction(f)}, module
@@ -25,14 +25,14 @@ def tests_of(kind, name):
 
 def oracles(kind, name):
     """Those that compare with an oracle."""
-    return {n: f for n, f in tests_of(kind, name)[0].items() if hasattr(f, "oracle")}
+    return {n: f for n, f in functions_of(kind, name)[0].items() if hasattr(f, "oracle")}
 
 
 @pytest.mark.parametrize("kind,file", FILES, ids=lambda v: getattr(v, "stem", v))
 def test_every_mechanism_and_fusion_has_its_file(kind, file):
     own = f"tests/{kind}/test_{file.stem}.py"
     assert (ROOT / own).is_file(), f"{file.relative_to(ROOT)} wants {own}"
-    tests, module = tests_of(kind, file.stem)
+    tests, module = functions_of(kind, file.stem)
     for start, what in (("test_hand_", "numbers worked out by hand"), ("test_identity_", "an identity")):
         assert any(name.startswith(start) for name in tests), f"{own} has no {start}...: {what}"
     home = ".".join(file.relative_to(ROOT).with_suffix("").parts)
