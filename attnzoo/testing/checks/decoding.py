@@ -169,7 +169,7 @@ def check_fused_decoding(cls: Checkable, scene: Scene) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(scene.seed)
-        fused = Fused(site, lambda s, k: cls(s, k, **scene.options), [branch] * scene.arity)  # type: ignore[arg-type, call-arg]
+        fused = Fused(site, lambda s, k: cls(s, k, **scene.options), [branch] * scene.arity)  # type: ignore[arg-type, call-arg, return-value]
     fused = fused.double().eval()
     with torch.no_grad():
         for parameter in fused.parameters():
