@@ -96,6 +96,13 @@ def test_the_command_line_refuses_the_same(flags):
     assert result.exit_code == 2 and "AZ605" in result.output
 
 
+def test_what_claims_no_laws_meets_none():
+    found = json.loads(run("list", "--law", "stochastic", "--json"))
+    assert found["recipes"] == found["fusions"] == [] and "softmax" in [
+        row["name"] for row in found["mechanisms"]
+    ]
+
+
 # --- show
 
 
