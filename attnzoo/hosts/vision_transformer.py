@@ -78,7 +78,7 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
             f"timm has no model called `{base}`",
             help=f"{hint} timm.list_models('vit*') shows them".strip(),
         )
-    with on_meta(base, "timm", _HINTS):
+    with on_meta(base, "timm", VisionTransformer, _HINTS):
         model = model_entrypoint(base)(pretrained=False, **timm_arguments(arguments))
     _check_host(base, model)
     _check_image(model)
