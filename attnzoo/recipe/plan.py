@@ -9,7 +9,7 @@ from typing import Any
 from attnzoo.core import Card, Fused, FusedHeads, Fusion, Head, Mechanism, MultiHead, Pool, Site
 from attnzoo.errors import Place, RecipeError, ZooError
 from attnzoo.zoo import Entry
-from attnzoo.zoo.blame import OURS, short
+from attnzoo.zoo.blame import OURS, blame, short
 from attnzoo.zoo.contract import Breach, built, sites_of
 
 
