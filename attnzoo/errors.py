@@ -8,7 +8,7 @@ import difflib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,7 @@ class ZooError(Exception):
                 (files.index(d.place.file), d.place.line, d.place.column) if d.place else (-1, 0, 0)
             ),
         )
-        error = cls(ordered[0].code, ordered[0].message)
-        error.diagnostics = tuple(ordered)
-        return error
+        return _rebuild(cls, tuple(ordered))
 
     @property
     def exit_code(self) -> int:
@@ -161,8 +159,12 @@ class ZooError(Exception):
         return _rebuild, (type(self), self.diagnostics)
 
 
-def _rebuild(cls: type[ZooError], diagnostics: tuple[Diagnostic, ...]) -> ZooError:
-    return cls.of(diagnostics)
+def _rebuild(cls: type["ZooError"], diagnostics: tuple[Diagnostic, ...]) -> Any:
+    """An error with these faults, past a constructor that may want something else."""
+    error = cls.__new__(cls)
+    Exception.__init__(error, diagnostics[0].code, diagnostics[0].message)
+    error.diagnostics = diagnostics
+    return error
 
 
 class PluginError(ZooError):
@@ -204,11 +206,6 @@ class OptionError(RecipeError):
 
     def __init__(self, message: str, *, why: str = "", help: str = ""):
         super().__init__("AZ214", message, why=why, help=help)
-
-    @classmethod
-    def of(cls, diagnostics: Iterable[Diagnostic]) -> RecipeError:  # type: ignore[override]
-        return RecipeError.of(diagnostics)
-
 
 class UnknownArgument(RecipeError, TypeError):
     """A keyword argument that nothing takes; a `TypeError` as for any other function."""

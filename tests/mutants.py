@@ -150,7 +150,7 @@ def _put(owner: ast.AST, name: str, index: int | None, child: ast.AST) -> None:
         getattr(owner, name)[index] = child
 
 
-def tests_of(file: str) -> list[list[str]]:
+def matter_for(file: str) -> list[list[str]]:
     """Which tests matter for a file, as arguments of pytest, the quickest first."""
     path = Path(file)
     own = path.stem
@@ -212,7 +212,7 @@ def _run(file: str) -> int:
     sys.dont_write_bytecode = True
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
     try:
-        for arguments in tests_of(file):
+        for arguments in matter_for(file):
             if pytest.main([*options, *arguments]) not in (0, 5):  # 5: there are none
                 return 1
     except BaseException:  # a fault while tests are collected is noticed too

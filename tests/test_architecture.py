@@ -49,7 +49,6 @@ MAY_IMPORT = {
         "data",
         "train",
         "eval",
-        "bench",
         "lab",
         "testing",
         "scaffold",

@@ -336,8 +336,14 @@ def test_fx_traces_it():
         def forward(self, x):
             return self.mix(x, x, x, need_weights=False)[0]
 
+    class Causal(Net):
+        def forward(self, x):
+            return self.mix(x, x, x, need_weights=False, is_causal=True)[0]
+
     net, x = Net(), torch.randn(N, B, C)
     torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
+    with pytest.raises(UnsupportedMask, match="traced"):  # and not without its mask
+        torch.fx.symbolic_trace(Causal())(x)
 
 
 # --- other mechanisms

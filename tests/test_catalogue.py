@@ -9,6 +9,7 @@ import re
 import pytest
 import timm
 import torch
+from attnzoo.mechanisms.dot_product.grouped_query import GroupedQuery
 from torch import nn
 from typer.testing import CliRunner
 
@@ -17,7 +18,6 @@ from attnzoo.cli.app import app
 from attnzoo.core import Fused, Layout, MultiHead, Site
 from attnzoo.errors import ZooError
 from attnzoo.fusions.add import Add
-from attnzoo.mechanisms.dot_product.grouped_query import GroupedQuery
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 from attnzoo.zoo import load_zoo
 
@@ -94,6 +94,13 @@ def test_an_unknown_filter_is_an_error_with_a_hint(call, said):
 def test_the_command_line_refuses_the_same(flags):
     result = CliRunner().invoke(app, ["list", "mechanisms", *flags])
     assert result.exit_code == 2 and "AZ605" in result.output
+
+
+def test_what_claims_no_laws_meets_none():
+    found = json.loads(run("list", "--law", "stochastic", "--json"))
+    assert found["recipes"] == found["fusions"] == [] and "softmax" in [
+        row["name"] for row in found["mechanisms"]
+    ]
 
 
 # --- show

@@ -1,10 +1,12 @@
-"""Every built-in mechanism and fusion is held to its card, with 200 scenes for each check."""
+"""Every built-in mechanism, pool and fusion is held to its card: 25 scenes for each check, 200 in the slow run."""
+
+import pytest
 
 from attnzoo import load_zoo
 from attnzoo.testing import parametrize_with_checks
 
 ZOO = load_zoo()
-PARTS = [
+COMPONENTS = [
     entry.value
     for registry in (ZOO.mechanisms, ZOO.fusions)
     for entry in registry.values()
@@ -12,6 +14,12 @@ PARTS = [
 ]
 
 
-@parametrize_with_checks(PARTS, examples=200)
+@parametrize_with_checks(COMPONENTS)
 def test_conformance(check):
+    check()
+
+
+@pytest.mark.slow
+@parametrize_with_checks(COMPONENTS, examples=200)
+def test_conformance_in_many_scenes(check):
     check()

@@ -610,6 +610,40 @@ def test_export_with_any_batch(name):
     torch.testing.assert_close(program.module()(x, **more), m(x, **more))
 
 
+class Told(nn.Module):
+    """A network that tells its module more than the tokens."""
+
+    def __init__(self, told, **options):
+        super().__init__()
+        self.mix, self.told = attnzoo.create("softmax", DIM, HEADS, **options), told
+
+    def forward(self, x):
+        return self.mix(x, **self.told)
+
+
+def test_what_is_told_is_not_lost_in_tracing():
+    x = torch.randn(2, N, DIM)
+    net = Told({"layout": Layout((2, 10))}, grid=GRID)
+    assert torch.equal(fx.symbolic_trace(net)(x), net(x))
+    for told in ({"causal": True}, {"mask": Mask(causal=True)}):
+        net = Told(told)
+        try:
+            traced = fx.symbolic_trace(net)
+        except fx.proxy.TraceError:  # a causal softmax asks for lengths: refused is as good
+            continue
+        assert torch.equal(traced(x), net(x))
+
+    class Shaped(Told):
+        def forward(self, x):
+            return self.mix(x, mask=x.sum(dim=2) > 0)
+
+    with pytest.raises(UnsupportedMask, match="traced"):
+        fx.symbolic_trace(Shaped({}))(x)
+    cross = Told({}, form="map", grid=GRID, context_dim=16, context_grid=(2, 3)).mix
+    image, context = torch.randn(2, DIM, *GRID), torch.randn(2, 16, 2, 3)
+    assert torch.equal(fx.symbolic_trace(cross)(image, context), cross(image, context))
+
+
 class Net(nn.Module):
     """A network that does not know of us."""
 

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
-from attnzoo.core import NO_MASK, Mask, Tap
+from attnzoo.core import NO_MASK, Layout, Mask, Site
 from attnzoo.functional import (
     additive_scores,
     attention_from_scores,
@@ -19,6 +19,7 @@ from attnzoo.functional import (
     split_heads,
 )
 from attnzoo.functional.additive import LIMIT, ROWS
+from attnzoo.mechanisms.dot_product.softmax import Softmax
 
 
 def double(*shape: int) -> torch.Tensor:
@@ -100,14 +101,19 @@ def test_what_is_hidden_does_not_matter():
     )
 
 
+def softmax_head(tokens: int = 3, heads: int = 1, attn_drop: float = 0.0) -> Softmax:
+    """A component with taps for scores and weights."""
+    return Softmax(Site("here", heads * 4, heads, Layout((tokens,)), attn_drop=attn_drop))
+
+
 def test_dropout_falls_on_the_weights_after_the_tap():
-    seen, tap = [], Tap("b h n m")
-    tap.register_forward_hook(lambda _module, _args, out: seen.append(out))
+    seen, dropped = [], softmax_head(50, attn_drop=0.5)
+    dropped.weights.register_forward_hook(lambda _module, _args, out: seen.append(out))
     scores, v = torch.zeros(1, 1, 400, 50), torch.ones(1, 1, 50, 1)
-    out = attention_from_scores(scores, v, None, Tap("b h n m"), tap, dropout=0.5)
+    out = attention_from_scores(dropped, scores, v, None)
     torch.testing.assert_close(seen[0], torch.full((1, 1, 400, 50), 1 / 50))
     assert 0.95 < out.mean() < 1.05 and out.std() > 0.05
-    assert torch.equal(attention_from_scores(scores, v, None, Tap(""), Tap("")), seen[0] @ v)
+    assert torch.equal(attention_from_scores(dropped.eval(), scores, v, None), seen[0] @ v)
 
 
 @pytest.mark.parametrize("kinds", [(), ("keys",), ("causal",), ("pairs",), ("keys", "causal", "pairs")])
@@ -119,11 +125,11 @@ def test_both_paths_of_dot_product_attention_agree(kinds, n, m):
         pairs=torch.rand(2, 1, n, m) < 0.5 if "pairs" in kinds else None,
         causal="causal" in kinds,
     )
-    watched = Tap("b h n m")
-    watched.register_forward_hook(lambda *_: None)
+    watched = softmax_head(m, 3)
+    watched.weights.register_forward_hook(lambda *_: None)
     outs, gradients = [], []
-    for tap in (Tap("b h n m"), watched):
-        out = dot_product_attention(q, k, v, mask, tap, tap)
+    for component in (softmax_head(m, 3), watched):
+        out = dot_product_attention(component, q, k, v, mask)
         outs.append(out)
         gradients.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
         assert out.isfinite().all() and all(g.isfinite().all() for g in gradients[-1])
@@ -135,11 +141,11 @@ def test_both_paths_of_dot_product_attention_agree(kinds, n, m):
 def test_dot_product_attention_of_nothing_to_attend_to_is_zero():
     q, k, v = double(2, 1, 3, 4), double(2, 1, 3, 4), double(2, 1, 3, 4)
     keys = torch.tensor([[True, True, True], [False, False, False]])
-    out = dot_product_attention(q, k, v, Mask(keys=keys), Tap(""), Tap(""))
+    out = dot_product_attention(softmax_head(), q, k, v, Mask(keys=keys))
     assert not out[1].any() and out[0].all()
     out.sum().backward()
     assert not q.grad[1].any() and not v.grad[1].any() and v.grad[0].any()
-    assert dot_product_attention(q, k, v, NO_MASK, Tap(""), Tap("")).all()
+    assert dot_product_attention(softmax_head(), q, k, v, NO_MASK).all()
 
 
 # Additive scores

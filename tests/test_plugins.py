@@ -61,6 +61,7 @@ BROKEN = {
         """,
     ),
     "other_version": ("AZ004", "ATTNZOO_API = 99"),
+    "version_before": ("AZ004", "ATTNZOO_API = 1"),
     "hook_raises": ("AZ005", HOOK.format(hook="fusions", body="raise TypeError('inside')")),
     "hook_exits": ("AZ005", HOOK.format(hook="recipes", body="raise SystemExit")),
     "generator_raises": ("AZ005", HOOK.format(hook="mechanisms", body="yield 1 / 0")),

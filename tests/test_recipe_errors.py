@@ -11,19 +11,26 @@ import re
 import string
 import subprocess
 import sys
+import threading
 import time
 
+import numpy as np
 import pytest
+import timm
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.modules.module import _global_parameter_registration_hooks
 from typer.testing import CliRunner
 
 from attnzoo.cli.app import app
 from attnzoo.core import options_of
 from attnzoo.errors import RecipeError, ZooError
+from attnzoo.hosts.info import training_bytes, unallocated
 from attnzoo.recipe import compose, compose_file, load
 from attnzoo.recipe.faults import _fields
 from attnzoo.recipe.schema import CctHost, CctModel, Expect, Fuse, Override, Recipe, Use, VitHost, VitModel
+from attnzoo.train.check import checked, train_faults
 from attnzoo.zoo import load_zoo
 
 H = "recipe: 1\nhost: {kind: vit, base: vit_tiny_patch16_224, model: {depth: 2}}\n"
@@ -49,6 +56,13 @@ def attention(text: str) -> str:
 def put(text: str) -> str:
     """A recipe with this override."""
     return f"{H}{A}overrides:\n  - {text}\n"
+
+
+def nested(levels: int, branches: int) -> str:
+    """A fusion of fusions of ... mechanisms."""
+    return (
+        f"{{fuse: add, of: [{', '.join([nested(levels - 1, branches)] * branches)}]}}" if levels else "soft"
+    )
 
 
 KEYS = {
@@ -176,6 +190,19 @@ TYPES = {
     "at_number": (put("{at: ⟦0, put: softmax}"), 'AZ112 write it in quotes: "0"'),
     "expect_number": (f"{H}{A}expect: ⟦5\n", "AZ112 `expect` must be a mapping"),
     "params_text": (f"{H}{A}expect: {{params: ⟦many}}\n", "AZ112 whole number from 0 on"),
+    "recipe_bool": (f"recipe: ⟦true\n{H[10:]}{A}", "AZ112 must be `1`; this is true"),
+    "recipe_float": (f"recipe: ⟦1.0\n{H[10:]}{A}", "AZ112 must be `1`; this is 1.0"),
+    "heads_bool": (attention("{use: softmax, heads: ⟦true}"), "AZ112 from 1 to 1024; this is true"),
+    "heads_float": (attention("{use: softmax, heads: ⟦3.0}"), "AZ112 this is 3.0"),
+    "heads_of_layers_bool": (f"{H}{A}heads: [⟦true, 3]\n", "AZ112 this is true"),
+    "params_bool": (f"{H}{A}expect: {{params: ⟦true}}\n", "AZ112 this is true"),
+    "causal_text": (f"{R}host: {{kind: sequence, causal: ⟦\"no\"}}\n{A}", "AZ112 `no` is text here: write false"),
+    "causal_number": (f"{R}host: {{kind: sequence, causal: ⟦0}}\n{A}", "AZ112 must be `true` or `false`; this is 0"),
+    "layers_float": (f"{R}host: {{kind: sequence, layers: ⟦2.0}}\n{A}", "AZ112 this is 2.0"),
+    "option_bool_for_number": (attention("{use: neighborhood, with: {window: ⟦true}}"), "AZ211 this is true"),
+    "option_float_for_whole": (attention("{use: neighborhood, with: {window: ⟦3.0}}"), "AZ211 this is 3.0"),
+    "option_number_for_bool": (attention("{use: neighborhood, with: {causal: ⟦1}}"), "AZ211 this is 1"),
+    "betas_bool": (f"{H}{A}train: {{optimizer: {{betas: [0.9, ⟦true]}}}}\n", "AZ112 this is true"),
     "recipe_quoted": (f'recipe: ⟦"1"\n{H[10:]}{A}', "AZ113 write it without quotes: 1"),
     "option_text_for_number": (attention("{use: grouped_query, with: {groups: ⟦one}}"), "AZ211 `attention.with.groups` must be a whole number from 1 to 65536"),
     "option_quoted_bool": (attention("{use: neighborhood, with: {causal: ⟦no}}"), "AZ211 write false"),
@@ -195,8 +222,12 @@ RANGES = {
     "img_size_zero": (model("img_size: ⟦0"), "AZ113 or a list of 2 entries"),
     "img_size_three": (model("img_size: ⟦[32, 32, 32]"), "AZ113 this is [32, 32, 32]"),
     "img_size_one": (model("img_size: ⟦[32]"), "AZ113 this is [32]"),
-    "mean_empty": (host("kind: vit, mean: ⟦[]"), "AZ113 a list of 1 to 64 entries"),
+    "mean_empty": (host("kind: vit, mean: ⟦[]"), "AZ113 a list of 1 to 1024 entries"),
     "mean_far": (host("kind: vit, mean: [0.5, ⟦128, 0.5]"), "AZ113 `host.mean.1` must be a number from -10 to 10; this is 128"),
+    "std_of_zeros": (host("kind: vit, std: [⟦0, ⟦0.0, 1]"), "AZ113 from 0.0001 to 10; this is 0", "AZ113 this is 0.0"),
+    "std_negative": (host("kind: vit, std: [1, 1, ⟦-1]"), "AZ113 this is -1"),
+    "std_tiny": (host("kind: vit, std: [⟦1e-30, 1, 1]"), "AZ113 this is 1e-30"),
+    "std_of_zeros_in_cct": (f"{R}host: {{kind: cct, std: [1, ⟦0, 1]}}\n{A}", "AZ113 `host.std.1`"),
     "kind_misspelt": (host("kind: ⟦vitt"), "AZ113 did you mean `vit`?"),
     "kind_other": (host("kind: ⟦resnet"), "AZ113 must be `vit`, `cct`, `seq2seq` or `sequence`; this is the text `resnet`"),
     "kind_misspelt_cct": (f"{R}host: {{kind: ⟦ccct}}\n{A}", "AZ113 did you mean `cct`?"),
@@ -254,6 +285,9 @@ NAMES = {
     "option_of_fusion": (attention("{fuse: low_rank, with: {⟦rnk: 3}, of: [softmax, soft]}"), "AZ210 did you mean `rank`?"),
     "option_listed": (attention("{use: grouped_query, with: {⟦zzz: 3}}"), "AZ210 its options are `groups`"),
     "option_heads": (attention("{use: softmax, with: {⟦heads: 3}}"), "AZ210 `softmax` has no option `heads`"),
+    "option_by_both_names": (attention("{use: soft, with: {⟦reading: gated, variant: gated}}"), "AZ217 which are one option"),
+    "option_by_its_old_name": (attention("{use: soft, with: {reading: ⟦gatd}}"), "AZ212 `attention.with.reading` must be `pooled`"),
+    "old_name_of_another": (attention("{use: softmax, with: {⟦reading: gated}}"), "AZ210 `softmax` has no option `reading`"),
     "use_and_fuse": (attention("{⟦use: softmax, fuse: add, of: [softmax]}"), "AZ114 `use` and `fuse` cannot stand in one spec"),
     "use_and_of": (attention("{⟦use: add, of: [softmax]}"), "AZ114 `use` and `of` cannot stand in one spec"),
     "nothing_known": (attention("⟦{mechanism: softmax}"), "AZ114 `use: NAME`, or `fuse: NAME`"),
@@ -281,6 +315,25 @@ COMPOSING = {
     "host_heads_do_not_divide": (model("num_heads: ⟦5"), "AZ308 5 heads do not divide a width of 192"),
     "host_width_not_divided": (model("embed_dim: ⟦100"), "AZ308 3 heads do not divide a width of 100"),
     "norm_eps_without_layernorm": (host("kind: vit, model: ⟦{norm_eps: 0.1, norm_layer: rmsnorm}"), "AZ309 `norm_eps` belongs to"),
+    "image_smaller_than_a_patch": (model("img_size: ⟦8"), "AZ320 an image of 8 × 8 pixels holds no patch of 16 × 16"),
+    "side_smaller_than_a_patch": (model("img_size: ⟦[224, 15]"), "AZ320 an image of 224 × 15 pixels"),
+    "patch_larger_than_the_image": (model("patch_size: ⟦300"), "AZ320 let `img_size` be 300 or more"),
+    "small_dynamic_image": (model("img_size: ⟦15, dynamic_img_size: true, dynamic_img_pad: true"), "AZ320 holds no patch"),
+    "dynamic_image_that_cannot_be_cut": (model("img_size: ⟦100, dynamic_img_size: true"), "AZ320 write `dynamic_img_pad: true` too"),
+    "padded_image_of_one_size": (model("img_size: ⟦100, dynamic_img_pad: true"), "AZ320 write `dynamic_img_size: true` too"),
+    "token_without_a_class_token": (
+        host("kind: vit, model: ⟦{class_token: false}"), "AZ309 write `global_pool: avg`, or leave `class_token: false` out",
+    ),
+    "registers_without_a_class_token": (
+        host("kind: vit, model: ⟦{class_token: false, reg_tokens: 4, global_pool: token}"), "AZ309 write `global_pool: avg`",
+    ),
+    "mean_of_one": (host("kind: vit, mean: ⟦[0.5]"), "AZ321 the length of `host.mean` is 1, the number of channels 3"),
+    "std_of_four": (host("kind: vit, std: ⟦[1, 1, 1, 1]"), "AZ321 the length of `host.std` is 4, the number of channels 3"),
+    "mean_and_std_of_colours_in_grey": (
+        host("kind: vit, mean: ⟦[0, 0, 0], std: ⟦[1, 1, 1], model: {in_chans: 1}"),
+        "AZ321 the number of channels 1", "AZ321 write one number for each channel",
+    ),
+    "mean_of_cct": (f"{R}host: {{kind: cct, mean: ⟦[0.5, 0.5]}}\n{A}", "AZ321 the length of `host.mean` is 2"),
     "arity_of_difference": (attention("{fuse: ⟦difference, of: [softmax]}"), "AZ312 it was given 1"),
     "arity_nested": (attention("{fuse: add, of: [softmax, {fuse: ⟦difference, of: [soft]}]}"), "AZ312 it was given 1"),
     "groups_do_not_divide": (attention("{use: ⟦grouped_query, with: {groups: 2}}"), "AZ214 2 groups do not divide 3 heads"),
@@ -291,6 +344,29 @@ COMPOSING = {
         f"{R}host: {{kind: vit, base: vit_tiny_patch16_224, model: {{patch_drop_rate: 0.5}}}}\nattention: ⟦neighborhood\n",
         "AZ302 `neighborhood` needs every token in its place",
     ),
+    "order_with_patch_drop": (
+        f"{R}host: {{kind: vit, base: vit_tiny_patch16_224, model: {{patch_drop_rate: 0.5}}}}\nattention: ⟦fourier\n",
+        "AZ302 `fourier` may depend on the order of the tokens; `patch_drop_rate` drops some in training and shuffles",
+    ),
+    "window_with_patch_drop": (
+        f"{R}host: {{kind: vit, base: vit_tiny_patch16_224, model: {{patch_drop_rate: 0.01}}}}\n"
+        "attention: {fuse: mean, level: tokens, of: [softmax, ⟦luong_local]}\n",
+        "AZ302 who can: `additive`",
+    ),
+    "override_with_patch_drop": (
+        f"{R}host: {{kind: vit, base: vit_tiny_patch16_224, model: {{patch_drop_rate: 0.5}}}}\n{A}"
+        "overrides: [{at: blocks.3, put: ⟦fourier}]\n",
+        "AZ302 `fourier` cannot be put at blocks.3",
+    ),
+    "many_mechanisms": (
+        attention(f"⟦{{fuse: add, of: [{', '.join(['{fuse: mean, of: [softmax, soft, softmax, soft, soft]}'] * 13)}]}}"),
+        "AZ312 `attention` merges 65 mechanisms; at most 64 can be",
+    ),
+    "many_mechanisms_in_depth": (
+        put("{at: blocks.0, put: ⟦" + "{fuse: add, of: [softmax, softmax, softmax, softmax, softmax, " * 13 + "soft" + "]}" * 13 + "}"),
+        "AZ312 `overrides.0.put` merges 66 mechanisms",
+    ),
+    "thousands_of_mechanisms": (attention("⟦" + nested(3, 16)), "AZ312 `attention` merges 4,096 mechanisms"),
     "name_of_a_text": (f"{H}{A}name: x\noverrides:\n  - {{at: ⟦b, put: softmax}}\n", "AZ304 `b` matches no site"),
 }  # fmt: skip
 YAML = {
@@ -330,6 +406,28 @@ YAML = {
     "c1_control": (f"{H}{A}summary: a⟦\x9bb\n", "AZ104 U+009B"),
     "right_to_left_override": (f"{H}{A}summary: a⟦\u202eb\n", "AZ104 U+202E"),
     "line_separator": (f"{H}{A}summary: a⟦\u2028b\n", "AZ104 U+2028"),
+    "zero_width_space": (attention("soft⟦\u200bmax"), "AZ104 U+200B (zero width space) does not show"),
+    "zero_width_space_in_prose": (f"{H}{A}summary: a⟦\u200bb\n", "AZ104 U+200B"),
+    "zero_width_space_escaped": (attention('⟦"soft\\u200bmax"'), "AZ104 U+200B"),
+    "soft_hyphen": (attention("soft⟦\u00admax"), "AZ104 U+00AD (soft hyphen)"),
+    "soft_hyphen_in_a_key": (f"{H}atten⟦\u00adtion: softmax\n", "AZ104 U+00AD"),
+    "word_joiner": (attention("softmax⟦\u2060"), "AZ104 U+2060 (word joiner)"),
+    "tag_character": (attention("softmax⟦\U000e0041"), "AZ104 U+E0041 (tag latin capital letter a)"),
+    "language_tag": (f"{H}{A}summary: a⟦\U000e0001b\n", "AZ104 U+E0001 (language tag)"),
+    "right_to_left_mark": (f"{H}{A}summary: a⟦\u200fb\n", "AZ104 U+200F (right-to-left mark)"),
+    "arabic_letter_mark": (f"{H}{A}# ⟦\u061c\n", "AZ104 U+061C"),
+    "isolate": (f"{H}{A}source: a⟦\u2067b\n", "AZ104 U+2067"),
+    "hangul_filler": (f"{H}{A}name: ⟦\u3164\n", "AZ104 U+3164 (hangul filler)"),
+    "no_break_space_in_a_name": (attention("soft⟦\u00a0max"), "AZ104 U+00A0 (no-break space) looks like a space and is none"),
+    "no_break_space_after_a_colon": (f"recipe:⟦\u00a01\n{H[10:]}{A}", "AZ104 U+00A0"),
+    "no_break_space_in_an_option": (attention("{use: soft, with: {variant: gated⟦\u00a0}}"), "AZ104 U+00A0"),
+    "ideographic_space": (f"{H}attention:⟦\u3000softmax\n", "AZ104 U+3000 (ideographic space)"),
+    "thin_space_in_a_number": (model("embed_dim: 19⟦\u20092"), "AZ104 U+2009 (thin space)"),
+    "joiner_in_a_name": (attention("soft⟦\u200dmax"), "AZ104 U+200D (zero width joiner)"),
+    "joiner_in_a_key": (f"{H}{A}sum⟦\u200dmary: x\n", "AZ104 U+200D"),
+    "variation_selector_in_a_name": (attention("softmax⟦\ufe0f"), "AZ104 U+FE0F (variation selector-16)"),
+    "ideographic_variation_in_a_name": (attention("softmax⟦\U000e0101"), "AZ104 U+E0101"),
+    "selector_in_data": (f"{H}{A}train: {{data: cifar10⟦\ufe0e}}\n", "AZ104 U+FE0E"),
     "bom_inside": (f"{H}{A}summary: a⟦\ufeffb\n", "AZ104 U+FEFF"),
     "surrogate": (f"{H}{A}summary: a⟦\ud800b\n", "AZ104 U+D800"),
     "33_levels": (f"{H}attention: {'[' * 30}[⟦[x]]{']' * 30}\n", "AZ108 more than 32 levels deep"),
@@ -545,6 +643,16 @@ EDITS = {
     "wrong_type": (["host.model.depth=two"], 18, "AZ112 from 1 to 96"),
     "out_of_range": (["host.model.depth=0"], 18, "AZ113 this is 0"),
     "broken_value": (["host.model.depth=[1"], 18, "AZ105 a closing bracket is missing"),
+    "true_for_version": (["recipe=true"], 8, "AZ112 must be `1`; this is true"),
+    "hidden_in_value": (["attention=soft\u200bmax"], 15, "AZ104 U+200B (zero width space)"),
+    "hidden_in_path": (["attention\u00a0=softmax"], 10, "AZ104 U+00A0 (no-break space)"),
+    "joiner_in_name": (["name=ham_a\u200d_base"], 11, "AZ104 U+200D"),
+    "small_image": (["host.model.img_size=8"], 21, "AZ320 holds no patch"),
+    "old_and_new_name": (
+        ["attention.of.1.with.reading=gated", "attention.of.1.with.variant=gated"],
+        21,
+        "AZ217 leave `reading` out",
+    ),
     "tag": (["attention=!foo softmax"], 11, "AZ107 tags (`!foo`)"),
     "control": (["summary=\x1b[2J"], 9, "AZ104 U+001B"),
 }
@@ -652,6 +760,192 @@ print(round(grown))
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- train
+
+
+def train(text: str, kind: str = "vit, base: vit_tiny_patch16_224, model: {depth: 1}") -> str:
+    """A recipe that is trained so."""
+    return f"{R}host: {{kind: {kind}}}\n{A}train: {{{text}}}\n"
+
+
+TRAIN = {
+    "data_misspelt": (train("data: ⟦cifar11"), "AZ701 did you mean `cifar10`?"),
+    "folder_without_a_path": (train("data: '⟦folder:'".replace("'⟦", "⟦'")), "AZ701 there is no data set `folder:`"),
+    "pairs_for_images": (train("data: ⟦reverse"), "AZ814 these are pairs of sequences"),
+    "sequences_for_images": (train("data: ⟦'recall:pairs=2'"), "AZ814 these are single sequences"),
+    "sequences_misspelt": (train("data: ⟦recal", "sequence"), "AZ701 did you mean `recall`?"),
+    "sequence_option": (train("data: ⟦'recall:par=2'", "sequence"), "AZ715 did you mean `pairs`?"),
+    "sequence_options_that_do_not_go_together": (train("data: ⟦'recall:length=31'", "sequence"), "AZ715 the length 31 is odd"),
+    "markov_option": (train("data: ⟦'markov:order=99'", "sequence"), "AZ715 `order` of `markov`"),
+    "regression_option": (train("data: ⟦'regression:dim=0'", "sequence"), "AZ715 `dim` of `regression`"),
+    "switching_option": (train("data: ⟦'switching:x=0'", "sequence"), "AZ715 `switching` has no option `x`"),
+    "fitting_option": (train("data: ⟦'fitting:positions=no'", "sequence"), "AZ715 `true` or `false`"),
+    "strings_option": (train("data: ⟦'sort:symbol=3'", "seq2seq"), "AZ715 did you mean `symbols`?"),
+    "too_many_strings": (train("data: ⟦'copy:length=2,symbols=2'", "seq2seq"), "AZ715 are too many"),
+    "opus_pair": (train("data: ⟦'opus_books:en-xx'", "seq2seq"), "AZ712 OPUS Books has no pair `en-xx`"),
+    "opus_form": (train("data: ⟦'opus:Tatoeba:en-es'", "seq2seq"), "AZ712 is not of the form"),
+    "one_aligned_file": (train("data: ⟦'aligned:x'", "seq2seq"), "AZ712 names 1 file, not 2"),
+    "moses_pair": (train("data: ⟦'moses:x.zip:en_es'", "seq2seq"), "AZ712 did you mean `en-es`?"),
+    "tsv_without_a_file": (train("data: ⟦'tsv:'", "seq2seq"), "AZ712 names no file"),
+    "gettext_without_a_file": (train("data: ⟦'gettext:'", "seq2seq"), "AZ712 names no file"),
+    "pairs_misspelt": (train("data: ⟦revers", "seq2seq"), "AZ701 did you mean `reverse`?"),
+    "step_misspelt": (train("augment: [horizontal_flip, ⟦random_crp]"), "AZ705 did you mean `random_crop`?"),
+    "long_step": (train(f"augment: [⟦{'x' * 100}]"), "AZ705 the steps are random_crop"),
+    "step_option": (train("augment: [{use: random_crop, with: {⟦paddin: 3}}]"), "AZ706 did you mean `padding`?"),
+    "step_option_of_the_wrong_type": (train("augment: [{use: random_crop, with: {⟦padding: many}}]"), "AZ706 `padding` of `random_crop`"),
+    "step_order": (train("augment: [mixup, ⟦random_crop]"), "AZ707 put `random_crop` earlier"),
+    "optimiser_misspelt": (train("optimizer: {use: ⟦adamww}"), "AZ806 did you mean `adamw`?"),
+    "schedule_misspelt": (train("schedule: {use: ⟦cosin}"), "AZ113 did you mean `cosine`?"),
+    "key_misspelt": (train("⟦epoch: 3"), "AZ110 did you mean `epochs`?"),
+    "with_other_faults": (
+        f"{H}attention: ⟦sofmax\ntrain: {{data: ⟦cifar11, augment: [⟦x, mixup, {{use: ⟦resize, with: {{⟦a: 1, ⟦b: 2}}}}], optimizer: {{use: ⟦x}}}}\n",
+        "AZ201 softmax", "AZ701 cifar10", "AZ705 no augmentation step", "AZ707 earlier", "AZ706 `a`", "AZ706 `b`", "AZ806 called `x`",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(text, expected) for text, *expected in TRAIN.values()], ids=TRAIN
+)
+def test_bad_training(text, expected, tmp_path):
+    clean, spots = marked(text)
+    agree(faults_of(clean, run=lambda recipe, edits: checked(load(recipe, edits))), spots, expected)
+    (tmp_path / "bad.yaml").write_text(clean)
+    for verb in ("compose", "train"):
+        result = CliRunner().invoke(app, [verb, str(tmp_path / "bad.yaml")])
+        assert result.exit_code == 2 and f"error[{expected[0][:5]}]" in result.output, result.output
+        assert verb == "train" or f"bad.yaml:{spots[0][0]}:{spots[0][1]}" in result.output
+
+
+@pytest.mark.parametrize("text", [train(""), train("", "sequence"), train("", "seq2seq"), train("data: folder:/no/such/folder"),
+                                  train("data: tsv:no_such_file.tsv, optimizer: {use: lion}", "seq2seq")])  # fmt: skip
+def test_what_is_not_said_or_not_here_is_no_fault(text):
+    checked(load(text))
+
+
+def test_all_recipes_can_be_trained_as_they_say():
+    for name in load_zoo().recipes:
+        assert train_faults(load(name)) == [], name
+
+
+# ------------------------------------------------------------------------------------------------------- too large
+
+HUGE = {
+    "sequence": (f"{R}host: ⟦{{kind: sequence, dim: 65536, layers: 256}}\n{A}"),
+    "seq2seq": (f"{R}host: ⟦{{kind: seq2seq, dim: 65536, layers: 256}}\n{A}"),
+    "seq2seq_tied": (f"{R}host: ⟦{{kind: seq2seq, dim: 65536, layers: 256, tie: all}}\n{A}"),
+    "vocab": (f"{R}host: ⟦{{kind: seq2seq, dim: 65536, vocab: 10000000}}\n{A}"),
+    "outputs": (f"{R}host: ⟦{{kind: sequence, dim: 65536, outputs: 10000000}}\n{A}"),
+    "length": (f"{R}host: ⟦{{kind: sequence, dim: 65536, layers: 256, max_length: 1000000, positions: sinusoidal, mlp_dim: 0}}\n{A}"),
+    "positions": (f"{R}host: ⟦{{kind: sequence, dim: 65536, max_length: 1000000, positions: learned}}\n{A}"),
+    "mlp": (f"{R}host: ⟦{{kind: sequence, dim: 65536, layers: 256, mlp_dim: 1000000}}\n{A}"),
+    "vit": (f"{R}host: {{kind: vit, model: ⟦{{embed_dim: 8192, depth: 96, num_heads: 1, mlp_ratio: 64}}}}\n{A}"),
+    "vit_patches": (f"{R}host: {{kind: vit, model: ⟦{{img_size: 4096, patch_size: 1, embed_dim: 8192, num_heads: 1, depth: 96}}}}\n{A}"),
+    "vit_patch": (f"{R}host: {{kind: vit, model: ⟦{{img_size: 1024, patch_size: 1024, in_chans: 1024, embed_dim: 8192, num_heads: 1}}}}\n{A}"),
+    "cct": (f"{R}host: {{kind: cct, model: ⟦{{embed_dim: 8192, num_heads: 1, depth: 96, kernel_size: 31, n_conv_layers: 8, mlp_ratio: 64}}}}\n{A}"),
+    "branches": (
+        f"{R}host: {{kind: vit, model: ⟦{{embed_dim: 8192, depth: 96, num_heads: 1, mlp_ratio: 0.1}}}}\n"
+        f"attention: {nested(2, 8).replace('fuse: add', 'fuse: add, level: tokens')}\n"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HUGE.values(), ids=HUGE)
+def test_what_cannot_be_built_here_is_refused_at_once(text, monkeypatch):
+    monkeypatch.delenv("ATTNZOO_FORCE", raising=False)
+    clean, spots = marked(text)
+    agree(faults_of(clean), spots, ["AZ311 ATTNZOO_FORCE=1 tries all the same"])
+    assert not _global_parameter_registration_hooks
+
+
+def test_branches_count(monkeypatch):
+    """What fits with one mechanism at a site may not fit with many; a mechanism without weights counts as none."""
+    monkeypatch.delenv("ATTNZOO_FORCE", raising=False)
+    text = f"{R}host: {{kind: vit, base: vit_tiny_patch16_224}}\nattention: %s\n"
+    one = "{fuse: add, level: tokens, of: [softmax]}"
+    many = f"{{fuse: add, level: tokens, of: [{', '.join(['softmax'] * 16)}]}}"
+    params = {
+        name: sum(p.numel() for p in compose(text % name).parameters()) for name in (one, many, "fourier")
+    }
+    need = {name: training_bytes(count, 16 * 12 * 197 * 192) for name, count in params.items()}
+    monkeypatch.setattr("attnzoo.hosts.info.available_memory", lambda: int(need[one] / 0.8) + 1000)
+    compose_file(text % one)
+    compose_file(text % "fourier")
+    assert faults_of(text % many)[0].why == f"{params[many]:,} parameters, 197 tokens"
+    monkeypatch.setattr("attnzoo.hosts.info.available_memory", lambda: int(need["fourier"] / 0.8) + 1000)
+    compose_file(text % "fourier")
+    assert faults_of(text % one)[0].code == "AZ311"
+
+
+def test_force_tries_what_is_only_too_large(monkeypatch):
+    monkeypatch.setenv("ATTNZOO_FORCE", "1")
+    info = compose_file(f"{R}host: {{kind: sequence, dim: 65536, layers: 2}}\n{A}").info
+    assert info.params > 2 * 4 * 65536**2
+    assert faults_of(model("img_size: 8"))[0].code == "AZ320"
+    assert faults_of(attention(nested(2, 9)))[0].code == "AZ312"
+
+
+def test_only_what_this_thread_builds_is_counted(monkeypatch):
+    monkeypatch.delenv("ATTNZOO_FORCE", raising=False)
+    monkeypatch.setattr("attnzoo.hosts.info.available_memory", lambda: 10_000)
+    built = []
+    with unallocated():
+        thread = threading.Thread(target=lambda: built.append(torch.nn.Linear(100, 100)))
+        thread.start()
+        thread.join()
+        with pytest.raises(RecipeError, match="AZ311"):
+            torch.nn.Linear(100, 100)
+    assert not built[0].weight.is_meta
+
+
+def test_unallocated_models_are_as_allocated_ones():
+    with unallocated():
+        quick = timm.create_model("vit_tiny_patch16_224", depth=2)
+    plain = timm.create_model("vit_tiny_patch16_224", depth=2)
+    shapes = [{name: (p.shape, p.dtype) for name, p in model.named_parameters()} for model in (quick, plain)]
+    assert shapes[0] == shapes[1] and all(p.is_meta for p in quick.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+ARGUMENTS = {
+    "small_image": ({"img_size": 8}, "img_size", "AZ320 holds no patch of 16 × 16"),
+    "small_side": ({"img_size": (8, 224)}, "img_size", "AZ320 8 × 224"),
+    "image_text": ({"img_size": "big"}, "img_size", "AZ112 this is the text `big`"),
+    "depth_bomb": ({"depth": 10**6}, "depth", "AZ113 from 1 to 96; this is 1000000"),
+    "depth_true": ({"depth": True}, "depth", "AZ112 this is true"),
+    "depth_array": ({"depth": np.int64(3)}, "depth", "AZ112 `numpy.int64`"),
+    "width_bomb": ({"embed_dim": 10**9}, "embed_dim", "AZ113 from 1 to 8192"),
+    "width": ({"embed_dim": 100}, "embed_dim", "AZ308 3 heads do not divide"),
+    "classes": ({"num_classes": -1}, "num_classes", "AZ113 from 0"),
+    "pool": ({"global_pool": "tokn"}, "global_pool", "AZ113 did you mean `token`?"),
+    "hidden": ({"global_pool": "tok\u200ben"}, "global_pool", "AZ104 U+200B"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "name", "expected"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_bad_arguments(given, name, expected):
+    text = f"{R}host: {{kind: vit, base: vit_tiny_patch16_224}}\n{A}"
+    for run in (lambda recipe, edits: compose(recipe, **given),
+                lambda recipe, edits: timm.create_model("attnzoo_vit", recipe=recipe, **given)):  # fmt: skip
+        (fault,) = faults_of(text, run=run)
+        assert str(fault.place) == f"<arguments>: {name}" and fault.code == expected[:5]
+        assert expected[6:] in f"{fault.message} | {fault.why} | {fault.help}"
+
+
+def test_good_arguments():
+    text = f"{R}host: {{kind: vit, base: vit_tiny_patch16_224, mean: [0, 0, 0], model: {{depth: 1}}}}\n{A}"
+    given = {
+        "img_size": torch.Size([32, 48]),
+        "norm_layer": torch.nn.LayerNorm,
+        "in_chans": 1,
+        "num_classes": 3,
+    }
+    assert compose(text, **given)(torch.zeros(2, 1, 32, 48)).shape == (2, 3)
+    with pytest.raises(RecipeError, match="AZ302"):
+        compose(text.replace("softmax", "fourier"), patch_drop_rate=0.5)
 
 
 # ------------------------------------------------------------------------------------------------------------- typos

@@ -1,12 +1,22 @@
 """Recipe text: scalars by YAML 1.2, places of keys and values, `extends`, edits."""
 
+import copy
+import enum
 import json
+import time
+import types
 
+import numpy as np
 import pytest
+import timm
+import torch
+from typer.testing import CliRunner
 
-from attnzoo.errors import RecipeError
-from attnzoo.recipe import compose_file, load
+from attnzoo.cli.app import app
+from attnzoo.errors import RecipeError, ZooError
+from attnzoo.recipe import compose, compose_file, load
 from attnzoo.recipe.source import MAX_BYTES, parse
+from attnzoo.train.check import checked
 
 SCALARS = {
     "null": None, "~": None, "Null": None, "NULL": None, "": None,
@@ -210,3 +220,145 @@ def test_places_of_edits():
         "attention", "of", 1, "with", "variant"
     ]
     assert (str(place), place.text) == ("--set:1:31", "attention.of.1.with={variant: gated}")
+
+
+# --------------------------------------------------------------------------------------------------------- prose
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ein Überblick über große Köpfe", "¿Qué mira la atención?", "注意力\u3000機構", "שלום עולם", "می\u200cخواهم", "10\u00a0% schneller",
+        "👨\u200d👩\u200d👧 ❤\ufe0f", "葛\U000e0100飾", "e\u0301",
+    ],
+)  # fmt: skip
+def test_people_write_as_they_do_elsewhere(text):
+    recipe = f"{TEXT}summary: {text} # {text}\nsource: '{text}'\n"
+    for loaded in (load(recipe), load(TEXT, [f"summary={text}", f"source={text}"])):
+        assert (loaded.recipe.summary, loaded.recipe.source) == (text, text)
+        assert load(loaded.text).recipe == loaded.recipe
+
+
+def test_a_strange_space_in_prose_is_not_blamed_for_a_fault_of_syntax():
+    with pytest.raises(RecipeError, match="AZ105"):
+        load(f"{TEXT}summary: 10\u00a0%\nname: [a\n")
+
+
+# ---------------------------------------------------------------------------------------------------------- dicts
+
+TREE = {
+    "recipe": 1,
+    "host": {"kind": "vit", "base": "vit_tiny_patch16_224", "model": {"depth": 2, "img_size": [32, 64]}},
+    "attention": {"fuse": "add", "of": ["softmax", {"use": "soft", "with": {"variant": "gated"}}]},
+}
+
+
+class Count(enum.IntEnum):
+    """A whole number that is more than one."""
+
+    TWO = 2
+
+
+class Word(str):
+    """A text that is more than one."""
+
+
+def changed(loc, value) -> dict:
+    """The tree with another value."""
+    tree = copy.deepcopy(TREE)
+    inner = tree
+    for step in loc[:-1]:
+        inner = inner[step]
+    inner[loc[-1]] = value
+    return tree
+
+
+DEPTH = ("host", "model", "depth")
+DICTS = {
+    "range": (changed(DEPTH, 10**6), "host.model.depth", "AZ113 from 1 to 96; this is 1000000"),
+    "bool": (changed(DEPTH, True), "host.model.depth", "AZ112 this is true"),
+    "array": (changed(DEPTH, np.int64(3)), "host.model.depth", "AZ112 `numpy.int64`"),
+    "array_of_float": (changed(DEPTH, np.float64(3)), "host.model.depth", "AZ112 `numpy.float64`"),
+    "tensor": (changed(DEPTH, torch.tensor(3)), "host.model.depth", "AZ112 `torch.Tensor`"),
+    "enum": (changed(DEPTH, Count.TWO), "host.model.depth", "AZ112 Count`"),
+    "huge": (changed(DEPTH, 10**30), "host.model.depth", "AZ113 more than 20 digits"),
+    "not_finite": (changed(("host", "model", "drop_rate"), float("nan")), "host.model.drop_rate", "AZ113 not a finite"),
+    "text": (changed(("attention",), Word("softmax")), "attention", "AZ112 Word`"),
+    "bytes": (changed(("attention",), b"softmax"), "attention", "AZ112 `builtins.bytes`"),
+    "set": (changed(("attention", "of"), {"softmax"}), "attention.of", "AZ112 `builtins.set`"),
+    "function": (changed(("attention", "of", 0), len), "attention.of.0", "AZ112 a recipe cannot hold"),
+    "none": (changed(("attention",), None), "attention", "AZ114 nothing stands here"),
+    "unknown_key": ({**TREE, "attenton": 1}, "attenton", "AZ110 did you mean `attention`?"),
+    "number_as_key": ({**TREE, 1: 2}, "", "AZ109 `builtins.int`"),
+    "empty_key": (changed(("host", ""), 2), "host", "AZ109 an empty key"),
+    "hidden": (changed(("attention",), "soft\u200bmax"), "attention", "AZ104 U+200B"),
+    "hidden_key": (changed(("host", "bas\u00ade"), "x"), "host.bas\u00b7e", "AZ104 U+00AD"),
+    "option": (changed(("attention", "of", 1, "with"), {"variant": "gatd"}), "attention.of.1.with.variant", "AZ212 `gated`?"),
+    "mechanism": (changed(("attention", "of", 0), "sofmax"), "attention.of.0", "AZ201 did you mean `softmax`?"),
+    "both_names": (changed(("attention", "of", 1, "with"), {"variant": "gated", "reading": "gated"}),
+                   "attention.of.1.with.reading", "AZ217 leave `reading` out"),
+    "image": (changed(("host", "model", "img_size"), (8, 8)), "host.model.img_size", "AZ320 no patch"),
+    "extends_file": ({"recipe": 1, "extends": "x.yaml"}, "extends", "AZ116 has no folder"),
+    "long": ({**TREE, "summary": "x" * MAX_BYTES}, "summary", "AZ102 more than 65,536 characters"),
+    "wide": (changed(("attention", "of"), [0] * 20_000), "attention.of.", "AZ108 more than 10,000 values"),
+    "data": ({**TREE, "train": {"data": "cifar11"}}, "train.data", "AZ701 did you mean `cifar10`?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tree", "keys", "expected"), DICTS.values(), ids=DICTS)
+def test_a_bad_dict(tree, keys, expected):
+    began = time.process_time()
+    with pytest.raises(ZooError) as caught:
+        checked(load(tree))
+    assert time.process_time() - began < 1
+    fault = caught.value.diagnostics[0]
+    assert fault.code == expected[:5] and expected[6:] in f"{fault.message} | {fault.help}"
+    assert str(fault.place).startswith(f"<recipe>: {keys}" if keys else "<recipe>")
+    assert fault.as_dict()["place"].keys() == {"file", "keys"}
+
+
+def test_a_dict_that_holds_itself():
+    tree = copy.deepcopy(TREE)
+    tree["host"]["model"]["img_size"] = tree
+    with pytest.raises(RecipeError, match="AZ108.*32 levels"):
+        load(tree)
+    tree["attention"] = {"fuse": "add", "of": []}
+    tree["attention"]["of"] += [tree["attention"]] * 16
+    with pytest.raises(RecipeError, match="AZ108"):
+        load(tree)
+
+
+def test_a_good_dict():
+    before = copy.deepcopy(TREE)
+    loaded = load(TREE, ["host.model.depth=1", "attention.of.0=soft"])
+    assert before == TREE and loaded.edited and loaded.name == "recipe"
+    assert load(types.MappingProxyType(TREE)).recipe == load(json.dumps(TREE)).recipe
+    assert load(changed(("host", "model", "img_size"), (32, 64))).recipe == load(TREE).recipe
+    assert load({"recipe": 1, "extends": "ham_a"}).recipe.attention == load("ham_a").recipe.attention
+    model = timm.create_model("attnzoo_vit", recipe=TREE, num_classes=3)
+    assert compose(TREE, num_classes=3)(torch.zeros(1, 3, 32, 64)).shape == (1, 3)
+    assert load(model._model_args["recipe"]).recipe == load(TREE).recipe
+
+
+# ---------------------------------------------------------------------------------------------------------- notes
+
+
+def test_an_option_by_its_old_name_works_with_a_note(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(f"{TEXT.replace('variant', 'reading')}")
+    composition = compose_file(str(file))
+    assert str(composition.plans["blocks.0"]) == "add(softmax, soft[variant=gated])"
+    (note,) = composition.notes
+    assert note.message == "the option `reading` of `soft` is now called `variant`"
+    assert str(note.place) == f"{file}:10:26" and note.lines()[0].startswith("note: ")
+    result = CliRunner().invoke(app, ["compose", str(file), "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["name"] == "r"
+    assert "note: the option `reading`" in result.stderr and "r.yaml:10:26" in result.stderr
+    assert compose_file(TEXT).notes == ()
+
+
+def test_an_edit_by_an_old_name():
+    composition = compose_file("ham_a", ["attention.of.1.with={reading: gated}"])
+    (note,) = composition.notes
+    assert str(note.place) == "--set:1:22"
+    assert "soft[variant=gated]" in str(composition.plans["blocks.0"])

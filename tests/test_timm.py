@@ -16,8 +16,10 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torchvision.models.feature_extraction import create_feature_extractor
+from typer.testing import CliRunner
 
 import attnzoo
+from attnzoo.cli.app import app
 from attnzoo.errors import ZooError
 
 MODELS = sorted(name for name in timm.list_models("*ham*"))
@@ -522,3 +524,50 @@ def test_distilled_and_plain_are_timms(base):
 def test_unknown_arguments_of_a_forward():
     with pytest.raises(TypeError, match="'regions'; this model takes no maps"):
         grid_model()(torch.randn(1, 3, 32, 32), regions=torch.zeros(1, 4, 4))
+
+
+POOLED = """\
+recipe: 1
+host: {kind: vit, base: vit_tiny_patch16_224, model: {depth: 3, img_size: 32, num_classes: 5, %s}}
+attention: {fuse: hadamard, of: [softmax, soft]}
+"""
+"""A recipe whose tokens are pooled in a way of its own."""
+
+
+@pytest.mark.parametrize(
+    "more", ["", ", class_token: false", ", reg_tokens: 2", ", class_token: false, reg_tokens: 2"]
+)
+@pytest.mark.parametrize("pool", ["map", "prr", "avg"])
+def test_attention_pooling_works_in_every_way(pool, more, tmp_path):
+    text = POOLED % f"global_pool: {pool}{more}"
+    model = attnzoo.compose(text)
+    (tmp_path / "r.yaml").write_text(text)
+    result = CliRunner().invoke(app, ["compose", str(tmp_path / "r.yaml")])
+    assert result.exit_code == 0 and "received a finite one" in result.output, result.output
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    optimizer.step()
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.grad.any())
+    assert model.no_weight_decay() <= set(before) | {"dist_token", "cls_token", "reg_token"}
+    features = attnzoo.compose(text, features_only=True)(torch.randn(1, 3, 32, 32))
+    assert [tuple(one.shape) for one in features] == [(1, 192, 2, 2)] * 3
+    assert model.forward_head(model.forward_features(torch.randn(2, 3, 32, 32)), pre_logits=True).shape == (
+        2,
+        192,
+    )
+    model.reset_classifier(7)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("name", ["softmax", "squeeze_excite", "{fuse: mean, of: [softmax, squeeze_excite]}"])
+def test_dropped_patches_have_a_layout(name):
+    text = f"recipe: 1\nhost: {{kind: vit, base: vit_tiny_patch16_224, model: {{depth: 2, img_size: 64, patch_drop_rate: 0.5}}}}\nattention: {name}\n"
+    model, seen = attnzoo.compose(text), []
+    model.blocks[1].attn.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["layout"]), with_kwargs=True
+    )
+    model.train()(torch.randn(2, 3, 64, 64)).sum().backward()
+    model.eval()(torch.randn(2, 3, 64, 64))
+    assert seen == [attnzoo.Layout((8,), prefix=1), attnzoo.Layout((4, 4), prefix=1)]

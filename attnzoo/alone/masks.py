@@ -39,7 +39,7 @@ def mask_of(mask: Mask | Tensor | None, causal: bool, card: Card, b: int, n: int
         )
     if mask.ndim == 2:
         return _of_two_axes(mask, causal, card, b, n, m)
-    if mask.ndim == 3 and tuple(mask.shape[1:]) == (n, m) and mask.shape[0] in (1, b):
+    if mask.ndim == 3:
         return Mask(pairs=mask[:, None], causal=causal)
     if mask.ndim == 4:
         return Mask(pairs=mask, causal=causal)

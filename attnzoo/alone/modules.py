@@ -87,10 +87,9 @@ class Alone(nn.Module):
                 mask that cannot be honoured or is none; AZ404 a context too many or too few; AZ409 a missing map.
         """
         if isinstance(x, fx.Proxy):
-            x, context, mask, causal, given = self._traced(
-                x, context, mask, causal, given, layout, context_layout
+            x, context, mask, causal, layout, context_layout, given = self._traced(
+                x, context, mask, causal, layout, context_layout, given
             )
-            layout = context_layout = None
         admit(self.formula, x, "tokens (b n c)", self.dim, 3)
         layout = layout or self.layout or Layout((x.shape[1] - self.prefix,), self.prefix)
         layout.check(x)
@@ -119,26 +118,28 @@ class Alone(nn.Module):
                 f"`{self.formula}` takes no `{name}` when it is called",
                 help=f"{did_you_mean(name, takes)} it takes {', '.join(f'`{one}`' for one in takes)}".strip(),
             )
-        if not isinstance(x, fx.Proxy):
-            m = x.shape[1] if context is None else context.shape[1]
-            mask = masks.mask_of(mask, causal, card, x.shape[0], x.shape[1], m)
-        where: dict[str, Any] = {"layout": layout, "given": given}
-        if isinstance(mask, Mask):
-            where["mask"] = mask
+        m = x.shape[1] if context is None else context.shape[1]
+        mask = masks.mask_of(mask, causal, card, x.shape[0], x.shape[1], m)
+        where: dict[str, Any] = {"mask": mask, "layout": layout, "given": given}
         if isinstance(self.attn, Pool):
             if context is not None:
                 raise UnsupportedContext("AZ404", f"`{card.name}` pools tokens; it cannot read a context")
             return self.attn(x, **where)
         return self.attn(x, context, context_layout=context_layout, **where)
 
-    def _traced(self, x, context, mask, causal, given, *others):
-        """What may be handed over while torch.fx traces; the rest is refused when the graph runs."""
+    def _traced(self, x, context, mask, causal, layout, context_layout, given):
+        """What can be followed while torch.fx traces; what cannot is refused when the graph runs."""
+        others = [mask, causal, layout, context_layout, given]
         reads = getattr(self.attn, "context_dim", None) is not None
-        rest = [mask, causal, given, *others, *([] if reads else [context])]
-        if any(isinstance(one, fx.Proxy) for one in rest):
-            x = masks.bare(x, *rest)
-            mask, causal, given = None, False, {}
-        return x, context if reads else None, mask, causal, given
+        if not reads:
+            others.append(context)
+        if any(isinstance(other, fx.Proxy | Tensor) for other in others):
+            x, (mask, causal, layout, context_layout, given) = (
+                masks.bare(x, *others),
+                (None, False, None, None, {}),
+            )
+            context = context if reads else None
+        return x, context, mask, causal, layout, context_layout, given
 
     @property
     def takes(self) -> str:
@@ -194,18 +195,17 @@ class FeatureMap(Alone):
             ZooError: As for `Alone`.
         """
         if isinstance(x, fx.Proxy):
-            x, context, mask, causal, given = self._traced(
-                x, context, mask, causal, given, layout, context_layout
+            x, context, mask, causal, layout, context_layout, given = self._traced(
+                x, context, mask, causal, layout, context_layout, given
             )
-            layout = context_layout = None
         admit(self.formula, x, f"maps (b c {' '.join('tyx'[-self.axes :])})", self.dim, self.axes + 2, 1)
-        tokens, grid = self._tokens(x, layout or self._fixed())
+        tokens, grid = self._tokens(x, layout or self._fixed(), self.layout)
         read, read_grid = context, context_layout
         if context is not None:
             width = getattr(self.attn, "context_dim", None)
             if isinstance(context, fx.Proxy) or context.ndim == self.axes + 2:
                 admit(self.formula, context, "a context (b e *grid)", width, self.axes + 2, 1)
-                read, read_grid = self._tokens(context, context_layout)
+                read, read_grid = self._tokens(context, context_layout, self.context_layout)
             else:
                 admit(self.formula, context, "a context (b m e) or (b e *grid)", width, 3)
                 read_grid = context_layout or Layout((context.shape[1],))
@@ -220,11 +220,17 @@ class FeatureMap(Alone):
         """The only layout that will do, if its weights belong to positions."""
         return self.layout if self.attn.card.fixed_length else None
 
-    def _tokens(self, x: Tensor, wanted: Layout | None) -> tuple[Tensor, Layout]:
-        """A map as tokens (b n c), and how they lie."""
+    def _tokens(self, x: Tensor, wanted: Layout | None, usual: Layout | None) -> tuple[Tensor, Layout]:
+        """A map as tokens (b n c), and how they lie.
+
+        Args:
+            x: The map.
+            wanted: The only layout that will do; None for any.
+            usual: What it is created for, which must do while torch.fx traces.
+        """
         if isinstance(x, fx.Proxy):
             grid = tuple(x.shape[2 + axis] for axis in range(self.axes))
-            return x.flatten(2).transpose(1, 2), self.layout or Layout(grid)
+            return x.flatten(2).transpose(1, 2), wanted or usual or Layout(grid)
         grid = tuple(x.shape[2:])
         if wanted is not None and (wanted.grid != grid or wanted.prefix):
             raise LayoutMismatch(

@@ -170,7 +170,7 @@ class MultiheadAttention(nn.Module):
         """
         self._same(query, key, value, need_weights)
         traced = isinstance(query, fx.Proxy)
-        if traced and any(isinstance(one, fx.Proxy) for one in (key_padding_mask, attn_mask, is_causal)):
+        if traced and not (key_padding_mask is attn_mask is None and is_causal is False):
             query = masks.bare(query, key_padding_mask, attn_mask, is_causal)
             key_padding_mask, attn_mask, is_causal = None, None, False
         if not traced and query.is_nested:

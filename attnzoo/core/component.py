@@ -36,6 +36,11 @@ class Component(nn.Module, ABC):
     gate: Tap
     state: Tap
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = inspect.signature(cls.__init__)  # what people see, in the place of that of `__new__`
+        cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])  # type: ignore[attr-defined]
+
     def __new__(cls, site: Site | None = None, *_: Any, **options: Any) -> Self:
         self = super().__new__(cls)
         if site is not None and hasattr(

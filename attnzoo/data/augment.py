@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 from torch import Tensor, nn
 
 from attnzoo.core import options_of
@@ -179,14 +178,17 @@ def _options(step: Step) -> BaseModel:
     return options_of(STEPS[step.use]).model_validate(step.with_)
 
 
-def _wrong_option(step: Step, fault: ErrorDetails) -> DataError:
+def _wrong_option(step: Step, fault: Any) -> DataError:
     name, known = str(fault["loc"][0]), list(options_of(STEPS[step.use]).model_fields)
     if fault["type"] == "extra_forbidden":
         text = f"`{step.use}` has no option `{name}`"
         listed = f"its options are {', '.join(known)}" if known else "it has none"
         return DataError("AZ706", text, help=did_you_mean(name, known) or listed)
-    text = f"option `{name}` of `{step.use}`: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-    return DataError("AZ706", text, help=f"see `{step.use}` in docs/data.md")
+    said = fault["msg"].replace("Input should", "it must").replace("valid integer", "whole number")
+    said = f"{said[0].lower()}{said[1:]}".replace("valid ", "")
+    return DataError(
+        "AZ706", f"option `{name}` of `{step.use}`: {said}", help=f"see `{step.use}` in docs/data.md"
+    )
 
 
 def _made(step: Step, frame: Frame) -> Geometric | Effect | Mixer:

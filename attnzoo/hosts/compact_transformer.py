@@ -487,7 +487,7 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
             f"there is no CCT called `{base}`",
             help=did_you_mean(base, list(BASES)) or f"there are {names}",
         )
-    with on_meta(base, "attnzoo"):
+    with on_meta(base, "attnzoo", CompactTransformer):
         model = CompactTransformer(**{**BASES[base], **arguments})
     return BackboneInfo(
         family="CCT",

@@ -1,11 +1,13 @@
 """What every kind of host has in common: what is known of it before it is built, and timm's words about it."""
 
 import os
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
@@ -16,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from attnzoo.core import Card, Component, Family, Fusion, Head, Layout, Mechanism, MultiHead, Pool, Site
-from attnzoo.errors import RecipeError
+from attnzoo.errors import Place, RecipeError, UnknownArgument, did_you_mean
 from attnzoo.hosts.requirements import Requirements
 
 Put = Callable[[Site], Mechanism]
@@ -262,16 +264,20 @@ class BackboneInfo(HostInfo):
 
 
 @contextmanager
-def on_meta(base: str, builder: str, hints: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+def on_meta(
+    base: str, builder: str, takes: Callable, hints: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[None]:
     """Build on the meta device; whatever a constructor raises becomes a fault of its arguments.
 
     Args:
         base: Name of the model.
         builder: Who builds it.
+        takes: What has the arguments, to suggest one.
         hints: What to do about a complaint of the builder, by a part of its text.
 
     Raises:
         RecipeError: AZ309, AZ311.
+        UnknownArgument: AZ309, when it is one that nothing takes.
     """
     try:
         with unallocated():
@@ -280,6 +286,16 @@ def on_meta(base: str, builder: str, hints: Mapping[str, str] = MappingProxyType
         raise
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+        if isinstance(error, TypeError) and unknown:
+            known = [name for name in signature(takes).parameters if name != "self"]
+            raise UnknownArgument(
+                "AZ309",
+                f"`{base}` takes no argument `{unknown[1]}`",
+                place=Place("<arguments>", keys=unknown[1]),  # a recipe's own are held to its schema
+                help=did_you_mean(unknown[1], known)
+                or f"help({takes.__module__}.{takes.__qualname__}) shows them",
+            ) from None
         help = next((hint for part, hint in hints.items() if part in text), "look at `host.model`")
         raise RecipeError(
             "AZ309", f"{builder} cannot build `{base}` with these arguments: {text}", help=help

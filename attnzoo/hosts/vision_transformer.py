@@ -68,7 +68,7 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
 
     Raises:
         RecipeError: AZ301 no such model, AZ309 timm refuses the arguments, AZ310 not a model that can be a host,
-            AZ311 too many parameters for this machine, AZ319 an image that cannot be cut into patches.
+            AZ311 too many parameters for this machine, AZ320 an image that cannot be cut into patches.
     """
     if not is_model(base):
         names = timm.list_models()
@@ -78,7 +78,7 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
             f"timm has no model called `{base}`",
             help=f"{hint} timm.list_models('vit*') shows them".strip(),
         )
-    with on_meta(base, "timm", _HINTS):
+    with on_meta(base, "timm", VisionTransformer, _HINTS):
         model = model_entrypoint(base)(pretrained=False, **timm_arguments(arguments))
     _check_host(base, model)
     _check_image(model)
@@ -126,7 +126,7 @@ def _check_image(model: VisionTransformer) -> None:
     image, piece = f"{rows} × {columns} pixels", f"{patch[0]} × {patch[1]}"
     if 0 in embed.grid_size:
         raise RecipeError(
-            "AZ319",
+            "AZ320",
             f"an image of {image} holds no patch of {piece}",
             help=f"let `img_size` be {max(patch)} or more, or make `patch_size` smaller",
         )
@@ -134,7 +134,7 @@ def _check_image(model: VisionTransformer) -> None:
         alone = "dynamic_img_pad" if embed.dynamic_img_pad else "dynamic_img_size"
         other = "dynamic_img_size" if embed.dynamic_img_pad else "dynamic_img_pad"
         raise RecipeError(
-            "AZ319",
+            "AZ320",
             f"an image of {image} cannot be cut into patches of {piece} with `{alone}` alone",
             help=f"let `img_size` be a multiple of `patch_size`, or write `{other}: true` too",
         )

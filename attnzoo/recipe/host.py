@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from attnzoo.core import Layout, Site
-from attnzoo.errors import Diagnostic, Place, RecipeError
+from attnzoo.errors import Diagnostic, Place, RecipeError, UnknownArgument, did_you_mean
 from attnzoo.hosts import seq2seq, sequence
 from attnzoo.hosts.info import BackboneInfo, HostInfo
 from attnzoo.hosts.kinds import HOSTS
@@ -28,8 +28,8 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ309, AZ310, AZ319 for a backbone; AZ112 and AZ113 for arguments and statistics; AZ308,
-            AZ313 and AZ316 for heads; AZ311, without a place, for what is too large.
+        RecipeError: AZ301, AZ309, AZ310, AZ320 for a backbone; AZ112 and AZ113 for arguments; AZ321 for statistics;
+            AZ308, AZ313 and AZ316 for heads; AZ311, without a place, for what is too large.
     """
     host = recipe.host
     if isinstance(host, Seq2SeqHost | SequenceHost):
@@ -38,7 +38,7 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
     places = {("host", "model", name): Place("<arguments>", keys=name) for name in arguments}
     source = replace(source, values=source.values | places)
     wanted = {
-        **host.model.model_dump(exclude_unset=True, exclude_none=True),
+        **host.arguments,
         **_checked_arguments(host, arguments),
     }
     if recipe.pool and wanted.get("class_token") is False:  # timm's own pooling would look for the token
@@ -89,12 +89,12 @@ def _check_statistics(
     """Hold the recipe's mean and standard deviation to the number of channels that the recipe says.
 
     Raises:
-        RecipeError: AZ113.
+        RecipeError: AZ321.
     """
     channels = info.image[0]
     faults = [
         Diagnostic(
-            "AZ113",
+            "AZ321",
             f"the length of `host.{name}` is {len(values)}, the number of channels {channels}",
             source.value_place(("host", name)),
             help="write one number for each channel",
@@ -111,21 +111,23 @@ def _told(host: Seq2SeqHost | SequenceHost, arguments: Mapping[str, Any]) -> Seq
 
     Raises:
         RecipeError: AZ309, when an argument does not fit.
+        UnknownArgument: AZ309, when nothing takes it.
     """
     try:
         return type(host).model_validate(host.model_dump() | dict(arguments))
     except ValidationError as error:
         name = next((str(item["loc"][0]) for item in error.errors() if item["loc"]), ", ".join(arguments))
-        what = (
-            f"takes no argument `{name}`"
-            if name not in type(host).model_fields
-            else f"cannot be built with this `{name}`: {arguments.get(name)!r}"
-        )
-        raise RecipeError(
-            "AZ309",
-            f"a model of kind {host.kind} {what}",
-            help="`attnzoo schema` shows what `host:` takes",
-        ) from None
+        help = "`attnzoo schema` shows what `host:` takes"
+        fields = list(type(host).model_fields)
+        if name not in fields:
+            raise UnknownArgument(
+                "AZ309",
+                f"a model of kind {host.kind} takes no argument `{name}`",
+                place=Place("<arguments>", keys=name),
+                help=did_you_mean(name, fields) or help,
+            ) from None
+        message = f"a model of kind {host.kind} cannot be built with this `{name}`: {arguments.get(name)!r}"
+        raise RecipeError("AZ309", message, help=help) from None
 
 
 def sequence_info(kind: str, said: Mapping[str, Any], heads: Any, source: Source) -> HostInfo:
@@ -251,7 +253,7 @@ def _place(loc: Loc, source: Source) -> Place:
 
 _ABOUT = {
     "AZ308": ("num_heads", "embed_dim"),
-    "AZ319": ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad"),
+    "AZ320": ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad"),
 }
 """Arguments of the model that a fault is about, the likeliest first."""
 
@@ -266,7 +268,7 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ319.
+        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ320.
     """
     look = HOSTS[kind].host_info
     try:
@@ -285,7 +287,7 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
         keys = _ABOUT.get(error.code, ())
         loc = next((spot for key in keys if (spot := (*loc, key)) in source.values), loc)
         place = source.value_place(loc) if loc in source.values else source.key_place(("host",))
-        raise RecipeError.of([replace(d, place=place) for d in error.diagnostics]) from None
+        raise type(error).of([replace(d, place=d.place or place) for d in error.diagnostics]) from None
 
 
 def check_pool(recipe: Recipe, info: HostInfo, source: Source) -> None:

@@ -36,7 +36,7 @@ class Planner:
             return self.plan(spec, loc)
         message = f"`{'.'.join(map(str, loc))}` merges {many:,} mechanisms; at most {MAX_MECHANISMS} can be"
         self.fault(
-            "AZ113", message, self.source.value_place(loc), help="nest fewer fusions, of fewer branches"
+            "AZ312", message, self.source.value_place(loc), help="nest fewer fusions, of fewer branches"
         )
         return None
 
@@ -144,7 +144,7 @@ class Planner:
             place = self.source.key_place((*loc, old))
             if new in given:
                 message = f"`{entry.name}` is given `{old}` and `{new}`, which are one option"
-                self.fault("AZ216", message, place, f"`{old}` is its name of old", f"leave `{old}` out")
+                self.fault("AZ217", message, place, f"`{old}` is its name of old", f"leave `{old}` out")
             else:
                 message = f"the option `{old}` of `{entry.name}` is now called `{new}`"
                 self.notes.append(Diagnostic("", message, place, help=f"write `{new}`; `{old}` works still"))

@@ -88,12 +88,12 @@ class Composition:
         )
 
     def model_cfg(self) -> dict[str, Any]:
-        """timm's configuration of the model; empty for a model of sequences."""
+        """timm's configuration of the recipe's own model, whatever was asked for besides; empty for sequences."""
         if self.image is None:
             return {}
-        host, info = self.image
+        host, _ = self.image
         name = host.registers or anonymous(host.kind)
-        return HOSTS[host.kind].model_cfg(name, host.base, info.arguments, host.mean, host.std)
+        return HOSTS[host.kind].model_cfg(name, host.base, host.arguments, host.mean, host.std)
 
     def build(
         self, pretrained_cfg: Mapping[str, Any] | None = None, pretrained: bool = False, **timm_options
@@ -192,7 +192,7 @@ def resolve(
         if recipe.pool:
             check_pool(recipe, info, source)
     except RecipeError as error:
-        raise RecipeError.of([*faults, *_at_host(error.diagnostics, source)]) from None
+        raise type(error).of([*faults, *_at_host(error.diagnostics, source)]) from None
     try:
         skip = skip_of(recipe, info, source)
     except RecipeError as error:
@@ -281,7 +281,7 @@ def other_faults(source: Source, zoo: Zoo | None = None) -> list[Diagnostic]:
             if "heads" not in tree:
                 sequence_info(host.kind, host.model_dump(exclude={"kind"}), None, source)
         else:
-            wanted = host.model.model_dump(exclude_unset=True, exclude_none=True) if host else {}
+            wanted = host.arguments if host else {}
             base = said.get("base", kind.model_fields["base"].default)
             backbone_info(host_tag(said).strip("()"), base, wanted, source)
     except RecipeError as error:

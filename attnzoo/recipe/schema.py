@@ -154,6 +154,11 @@ class _Host(_Strict):
     std: Deviations | None = Field(None, description="Standard deviation of the images by channel, of 1.")
     registers: Name | None = Field(None, description="Name under which timm.create_model knows the model.")
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the recipe says of `model`, and nothing else."""
+        return self.model.model_dump(exclude_unset=True, exclude_none=True)
+
 
 class VitHost(_Host):
     """A timm backbone built on `VisionTransformer`."""

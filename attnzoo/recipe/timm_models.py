@@ -5,7 +5,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm.models
-from timm.models import generate_default_cfgs, is_model, model_entrypoint, register_model
+from timm.models import (
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    model_entrypoint,
+    register_model,
+)
+from timm.models._registry import _deprecated_models
 from torch import nn
 
 from attnzoo.errors import RecipeError, ZooError
@@ -30,6 +38,8 @@ def register_models() -> None:
         if anonymous(kind) not in registered:
             registered[anonymous(kind)] = ""
             register_model(_entry_point(anonymous(kind), kind, None))
+            # They cannot be built bare, so they stand in no list: timm's lists leave out what is deprecated.
+            _deprecated_models[anonymous(kind)] = None
     for name, entry in sorted(zoo.recipes.items(), key=lambda item: item[1].plugin != OURS):  # ours first
         try:
             loaded = load(str(entry.value))
@@ -80,8 +90,7 @@ def _known_to_timm(entry_point: Callable[..., nn.Module]) -> None:
 def _register(name: str, loaded: Loaded) -> None:
     host = loaded.recipe.host
     assert isinstance(host, ImageHost)
-    arguments = host.model.model_dump(exclude_unset=True, exclude_none=True)
-    cfg = HOSTS[host.kind].model_cfg(name, host.base, arguments, host.mean, host.std)
+    cfg = HOSTS[host.kind].model_cfg(name, host.base, host.arguments, host.mean, host.std)
     HOSTS[host.kind].default_cfgs.update(generate_default_cfgs({name: cfg}))
     _known_to_timm(_entry_point(name, host.kind, loaded))
 
@@ -90,9 +99,13 @@ def _entry_point(name: str, kind: str, loaded: Loaded | None) -> Callable[..., n
     """The function timm calls for a model name."""
 
     def entry_point(
-        pretrained: bool = False, *, recipe: str | Mapping[str, Any] | None = None, **arguments: Any
+        pretrained: bool = False,
+        *,
+        recipe: str | Mapping[str, Any] | None = None,
+        pretrained_cfg: str | PretrainedCfg | Mapping[str, Any] | None = None,
+        **arguments: Any,
     ) -> nn.Module:
-        cfg = arguments.pop("pretrained_cfg", None)
+        cfg = pretrained_cfg
         if recipe is None and loaded is None:
             raise RecipeError(
                 "AZ111", f"`{name}` needs `recipe=`", help="hand the name or the text of a recipe"
@@ -102,9 +115,9 @@ def _entry_point(name: str, kind: str, loaded: Loaded | None) -> Callable[..., n
             load_zoo().recipes.find(recipe)
         source = loaded if recipe is None else load(recipe)
         assert source is not None
-        return build(
-            source, arguments, pretrained=pretrained, pretrained_cfg=cfg if isinstance(cfg, dict) else None
-        )
+        if isinstance(cfg, str):  # a tag
+            cfg = get_pretrained_cfg(f"{name}.{cfg}", allow_unregistered=False) if cfg else None
+        return build(source, arguments, pretrained=pretrained, pretrained_cfg=cfg)
 
     summary = loaded.recipe.summary if loaded else "A composed model; its recipe is an argument."
     entry_point.__name__ = entry_point.__qualname__ = name

@@ -6,6 +6,7 @@ from attnzoo.testing import check, parametrize_with_checks
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.testing.checks import CHECKS
+from attnzoo.testing.oracle import against, compare
 from attnzoo.testing.report import CheckResult
 from attnzoo.testing.runner import check, checks_for, load_file
 from attnzoo.testing.strategies import Scene, scenes
@@ -14,15 +15,9 @@ if TYPE_CHECKING:
     from attnzoo.testing.pytest import parametrize_with_checks
 
 __all__ = [
-    "CHECKS",
-    "CheckResult",
-    "Scene",
-    "check",
-    "checks_for",
-    "load_file",
-    "parametrize_with_checks",
-    "scenes",
-]
+    "CHECKS", "CheckResult", "Scene", "against", "check", "checks_for", "compare", "load_file",
+    "parametrize_with_checks", "scenes",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -56,7 +56,8 @@ def run_check(cls: Checkable, check: Check, examples: int = EXAMPLES, *, shrink:
         examples: Number of scenes.
         shrink: Whether a failing scene is made small, which takes a second or two.
 
-    After the drawn scenes come a few at the edges: everything once, and more tokens than a chunk may hold.
+    After the drawn scenes come a few at the edges: everything once, and more tokens than a chunk may hold; not for
+    checks that ask for a share of the scenes.
     """
     name, wanted = check.__name__, requirement(check)
     phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]

@@ -6,15 +6,13 @@ The checks are those of training itself: of the data's name, of the augmentation
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from torch import nn
-
 from attnzoo.data import Step, check_images, check_steps
 from attnzoo.data.parallel import check_pairs
 from attnzoo.data.sequences import check_sequences
 from attnzoo.errors import Diagnostic, RecipeError, ZooError
 from attnzoo.recipe import Composition, Loaded, resolve
 from attnzoo.recipe.source import MAX_FAULTS, Loc
-from attnzoo.train.optimizer import make_optimizer
+from attnzoo.train.optimizer import check_optimizer
 from attnzoo.train.settings import Kind, kind_of
 
 NAMES: dict[Kind, Callable[[str], None]] = {
@@ -70,6 +68,6 @@ def _errors(loaded: Loaded) -> Iterator[tuple[Loc, ZooError]]:
     for loc, fault in check_steps(steps):
         yield ("augment", *loc), fault
     try:
-        make_optimizer(nn.Linear(2, 2), train.optimizer)
+        check_optimizer(train.optimizer)
     except ZooError as error:
         yield ("optimizer", "use"), error

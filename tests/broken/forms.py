@@ -1,6 +1,7 @@
 """Pools, maps that are handed over, contexts on a grid, fixed lengths: broken, and healthy."""
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -136,7 +137,7 @@ class HealthyLearnedPlaces(HealthyTokens):
 
     card = claims(HealthyTokens, fixed_length=True, laws=set())
 
-    def __init__(self, site, *, gate="open"):
+    def __init__(self, site: Site, *, gate: Literal["open", "shut"] = "open"):
         super().__init__(site, gate=gate)
         self.places = nn.Parameter(torch.randn(site.layout.length, 1))
 

@@ -51,7 +51,8 @@ class MapPool(Pool):
 
     def pool(self, x, *, mask, layout):
         layers = self.layers
-        q = repeat(layers.q(layers.latent), "1 r (h d) -> b h r d", b=x.shape[0], h=self.heads)
+        q = layers.q(repeat(layers.latent, "1 r c -> b r c", b=x.shape[0]))  # timm's bits, too
+        q = rearrange(q, "b r (h d) -> b h r d", h=self.heads)
         k, v = rearrange(layers.kv(x), "b m (two h d) -> two b h m d", two=2, h=self.heads)
         read = dot_product_attention(self, layers.q_norm(q), layers.k_norm(k), v, mask)
         y = layers.proj(merge_heads(read))

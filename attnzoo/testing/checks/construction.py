@@ -98,7 +98,7 @@ def check_options_matter(cls: Checkable, scene: Scene) -> None:
     """Every value of every option changes something, whatever the others are: the card, parameters, or an output."""
     settings = settings_of(cls)
     base = scene.roomy(6)
-    base = base.at(replace(base.site, heads=2, dim=8)) if not issubclass(cls, Fusion) else base
+    base = base.at(replace(base.site, heads=2, dim=32)) if not issubclass(cls, Fusion) else base
     names = sorted({name for setting in settings for name in setting})
     traits: dict[int, Any] = {}
 

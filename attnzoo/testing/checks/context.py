@@ -11,10 +11,16 @@ from attnzoo.testing.influence import ANY, hard, influence, partial, random_mask
 from attnzoo.testing.strategies import Checkable, Scene
 
 
+def _across(scene: Scene) -> Scene:
+    """The scene with a context; on a grid, of more than one token: between one and another there is a choice."""
+    across = scene.across()
+    return across if scene.card.context_grid is None else across.roomy()
+
+
 @requires("mechanism", context=True)
 def check_context(cls: Checkable, scene: Scene) -> None:
     """It reads from a context of another length, width and arrangement, and the context matters."""
-    scene = scene.across()
+    scene = _across(scene)
     component, (x, context) = scene.build(), scene.inputs()
     out = scene.run(component, [x, context.requires_grad_()])
     claim(
@@ -34,7 +40,7 @@ def check_context(cls: Checkable, scene: Scene) -> None:
 @requires("mechanism", context=True)
 def check_context_counts(cls: Checkable, scene: Scene) -> None:
     """Every token of a context has influence on some output, and every output token is under some influence."""
-    scene = scene.across()
+    scene = _across(scene)
     component, inputs = scene.build(), scene.inputs()
     if hard(scene) or partial(scene, component, inputs):
         return
@@ -96,11 +102,3 @@ def check_context_like_tokens(cls: Checkable, scene: Scene) -> None:
     other = scene.run(component, [x, context])
     reads = not torch.allclose(other, itself, rtol=0, atol=1e-9)
     claim(reads, "a context of the tokens' own shape is read", "another one of that shape changes nothing")
-    more = torch.cat([context, context[:, :1]], dim=1)
-    longer = replace(scene, site=replace(scene.site, context_layout=Layout((more.shape[1],))))
-    if "keys" in scene.card.masks and not scene.card.fixed_length:
-        mask = random_mask(longer, {"keys"})
-        assert mask.keys is not None
-        keys = torch.cat([torch.ones_like(mask.keys[:, :-1]), torch.zeros_like(mask.keys[:, -1:])], dim=1)
-        padded = longer.run(component, [x, more], replace(mask, keys=keys))
-        same(padded, other, "a padded context of another length gives what the context gives")

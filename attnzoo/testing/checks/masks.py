@@ -31,8 +31,8 @@ def check_unclaimed_masks_refused(cls: Checkable, scene: Scene) -> None:
     """A kind of mask that the card does not claim is refused with AZ402, alone and beside one that it claims."""
     ways = scene.ways()
     for kind in set(KINDS) - scene.card.masks:
-        for beside in (frozenset[str](), scene.card.masks):
-            mask = random_mask(scene, beside | {kind}, heads=False)
+        for kinds in ({kind}, {kind} | scene.card.masks):
+            mask = random_mask(scene, kinds, heads=False)
             claimed = f"a mask of kind `{kind}`, which the card does not claim,"
             for way in ways:
                 refused("AZ402", claimed, way, scene, mask)

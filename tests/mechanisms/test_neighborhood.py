@@ -1,0 +1,198 @@
+"""Neighborhood attention, arXiv:2204.07143 and arXiv:2504.16922."""
+
+import itertools
+import math
+from dataclasses import replace
+from functools import wraps
+
+import pytest
+import torch
+from by_hand import caught, narrow, near, normal, place, wrong
+
+from attnzoo.core import Layout, Mask, Site
+from attnzoo.errors import RecipeError
+from attnzoo.mechanisms.dot_product.softmax import Softmax
+from attnzoo.mechanisms.local.neighborhood import Neighborhood, windows
+from attnzoo.testing import against
+
+
+def window_of(
+    i: int, length: int, window: int, stride: int = 1, dilation: int = 1, causal: bool = False
+) -> list[int]:
+    """The keys of token i along one dimension."""
+    group = [j for j in range(length) if j % dilation == i % dilation]
+    a, members = group.index(i), len(group)
+    window = min(window, members)
+    left, right = window // 2, window - 1 - window // 2
+    if causal:
+        leader = min((a // stride) * stride + stride - 1, members - 1)
+        start, end = max(leader - window + 1, 0), a + 1
+    else:
+        leader = min((a // stride) * stride + stride // 2, members - 1)
+        start = max(leader - left, 0)
+        if leader + right >= members:
+            start = members - window
+        end = start + window
+    return group[start:end]
+
+
+@against(Neighborhood)
+def test_oracle(options, q, k, v, layout, allowed):
+    """Token i sees token j when j lies in its window along every dimension, or when one of them is special."""
+    grid, p = layout.grid, layout.prefix
+    places = list(itertools.product(*(range(side) for side in grid)))
+    boxes = [
+        [set(window_of(at, side, **options)) for at, side in zip(here, grid, strict=True)] for here in places
+    ]
+    near = torch.ones(layout.length, layout.length, dtype=torch.bool)
+    for i, j in itertools.product(range(len(places)), repeat=2):
+        near[p + i, p + j] = all(at in box for at, box in zip(places[j], boxes[i], strict=True))
+    out = torch.zeros_like(q)
+    for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        see = allowed[b, h, i] & near[i]
+        if see.any():
+            weights = (k[b, h, see] @ q[b, h, i] / math.sqrt(q.shape[-1])).softmax(0)
+            out[b, h, i] = weights @ v[b, h, see]
+    return out
+
+
+test_oracle_of_small_windows = against(Neighborhood, options=lambda options: options.get("window") in (2, 3))(
+    test_oracle.oracle
+)
+
+
+def built_with(change):
+    """The head built with other options than asked for."""
+
+    @wraps(Neighborhood.__init__)  # the same options
+    def init(self, site, **options):
+        Neighborhood.__init__(self, site, **options)
+        vars(self).update(change(**{"window": 7, "stride": 1, "dilation": 1, "causal": False} | options))
+
+    return wrong(Neighborhood, __init__=init)
+
+
+def attending(change):
+    """The head with its mask or layout changed."""
+
+    def attend(self, q, k, v, *, mask, layout):
+        mask, layout = change(mask, layout)
+        return Neighborhood.attend(self, q, k, v, mask=mask, layout=layout)
+
+    return wrong(Neighborhood, attend=attend)
+
+
+def neighbours(change):
+    """The head with who sees whom (1 1 n n) changed."""
+
+    def seen(self, layout, device):
+        return change(Neighborhood.neighbours(self, layout, device).clone(), layout)
+
+    return wrong(Neighborhood, neighbours=seen)
+
+
+def special_blind(seen, layout):
+    seen[..., : layout.prefix, layout.prefix :] = False
+    return seen
+
+
+MUTANTS = {
+    "a window too wide": built_with(lambda window, **_: {"window": window + 1}),
+    "a window too narrow": built_with(lambda window, **_: {"window": max(window - 1, 1)}),
+    "no stride": built_with(lambda **_: {"stride": 1}),
+    "no dilation": built_with(lambda **_: {"dilation": 1}),
+    "not causal": built_with(lambda **_: {"causal": False}),
+    "stride and dilation swapped": built_with(
+        lambda stride, dilation, **_: {"stride": dilation, "dilation": stride}
+    ),
+    "special tokens are blind": neighbours(special_blind),
+    "who is seen sees": neighbours(lambda seen, layout: seen.mT),
+    "columns first": attending(lambda mask, layout: (mask, Layout(layout.grid[::-1], layout.prefix))),
+    "pairs ignored": attending(lambda mask, layout: (replace(mask, pairs=None), layout)),
+    "a line": attending(lambda mask, layout: (mask, Layout((layout.length - layout.prefix,), layout.prefix))),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
+def test_mutants(mutant):
+    caught(test_oracle_of_small_windows, mutant)
+
+
+# By hand
+
+
+WINDOWS = [
+    (8, {"window": 3}, "03 03 14 25 36 47 58 58"),
+    (8, {"window": 4}, "04 04 04 15 26 37 48 48"),
+    (8, {"window": 4, "stride": 2}, "04 04 15 15 37 37 48 48"),
+    (8, {"window": 4, "stride": 4}, "04 04 04 04 48 48 48 48"),
+    (8, {"window": 4, "stride": 2, "causal": True}, "01 02 03 04 25 26 47 48"),
+]
+"""Length, options, and start and end of each token's window."""
+
+
+def keys_of(
+    length: int, window: int, stride: int = 1, dilation: int = 1, causal: bool = False
+) -> list[list[int]]:
+    """The keys that each token sees."""
+    return [line.nonzero().flatten().tolist() for line in windows(length, window, stride, dilation, causal)]
+
+
+@pytest.mark.parametrize("length,options,table", WINDOWS)
+def test_hand_windows(length, options, table):
+    wanted = [list(range(int(pair[0]), int(pair[1]))) for pair in table.split()]
+    assert keys_of(length, **options) == wanted
+    assert [window_of(i, length, **options) for i in range(length)] == wanted
+
+
+def test_hand_dilated():
+    keys = keys_of(7, 3, dilation=2)
+    assert keys[0] == [0, 2, 4] and keys[6] == [2, 4, 6] and keys[5] == [1, 3, 5]
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 8])
+def test_limits_of_windows(length):
+    assert windows(length, length, 1, 1, False).all()
+    assert torch.equal(windows(length, length, 1, 1, True), torch.ones(length, length).tril().bool())
+    for window in range(1, length + 1):
+        for stride in range(1, window + 1):
+            seen = windows(length, window, stride, 1, False)
+            assert (seen.sum(dim=1) == window).all()
+            assert torch.equal(seen[:-1:stride], seen[: length - 1 : stride])
+            assert all(
+                torch.equal(seen[i], seen[i - i % stride]) for i in range(length)
+            )  # one stride, one window
+
+
+def test_hand_counts_on_a_plane_and_special_tokens():
+    layout = Layout((4, 5), prefix=2)
+    head = Neighborhood(Site("hand", 2, 1, layout), window=3)
+    seen = head.neighbours(layout, torch.device("cpu"))[0, 0]
+    assert seen[:2].all() and seen[:, :2].all()
+    assert (seen[2:, 2:].sum(dim=1) == 9).all()
+    assert seen[2, 2:].nonzero().flatten().tolist() == [0, 1, 2, 5, 6, 7, 10, 11, 12]
+
+
+# Identities
+
+
+def test_identity_the_whole_window_is_softmax():
+    q, k, v = normal(3, 1, 2, 13, 3)
+    layout = Layout((3, 4), 1)
+    site = Site("hand", 6, 2, layout)
+    near(Neighborhood(site, window=4)(q, k, v, layout=layout), Softmax(site)(q, k, v, layout=layout).tolist())
+    causal = Neighborhood(Site("hand", 6, 2, Layout((13,))), window=13, causal=True)
+    wanted = Softmax(site)(q, k, v, mask=Mask(causal=True), layout=Layout((13,)))
+    near(causal(q, k, v, layout=Layout((13,))), wanted.tolist())
+
+
+# Refusals
+
+
+def test_a_stride_longer_than_the_window_is_refused():
+    with pytest.raises(RecipeError, match="AZ214.*stride of 4.*window of 3"):
+        Neighborhood(place(2), window=3, stride=4)
+
+
+def test_narrow_numbers_stay_near():
+    narrow(Neighborhood, [(2, 3, 7, 4)] * 3, site=place(12, 3, 7), window=3)

@@ -1,0 +1,154 @@
+"""Composed models among the tools of others: timm's weights, peft, captum, torchvision, transformers, timm's own tests."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg, save_for_hf
+
+import attnzoo
+from attnzoo.errors import RecipeError, UnknownArgument, ZooError
+
+SIZES = {"vit_ham_b_tiny_patch16_224": {"depth": 1}, "vit_tiny_patch16_224": {"depth": 1}}
+"""Arguments that make a model small; the plain ViT is timm's own, for comparison."""
+NAMES = ["ham_vit_b", "vit_ham_b_tiny_patch16_224", "cct_7_3x1_32_c100", "vit_tiny_patch16_224"]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"num_classes": 3}, {"num_classes": 0}, {"in_chans": 1}, {"img_size": 64}, {}], ids=str
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_of_a_file(name, asked, tmp_path):
+    """They are for so many classes and channels as the registered model has, whatever is asked for."""
+    small = SIZES.get(name, {})
+    source = timm.create_model(name, **small)
+    file = tmp_path / "weights.safetensors"
+    save_file(source.state_dict(), file)
+    model = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **small, **asked
+    )
+    mine, theirs = model.state_dict(), source.state_dict()
+    same = {key for key in mine if mine[key].shape == theirs[key].shape}
+    other = mine.keys() - same
+    assert all(torch.equal(mine[key], theirs[key]) for key in same)
+    assert {key.partition(".")[0] for key in other} <= {"head", "patch_embed", "tokenizer", "pos_embed"}
+    if "in_chans" in asked:
+        (first,) = other
+        assert torch.equal(mine[first], theirs[first].sum(dim=1, keepdim=True))
+    wanted = asked.get("num_classes", source.num_classes)
+    image = (1, asked.get("in_chans", 3), *source.pretrained_cfg["input_size"][1:])
+    if "img_size" in asked:
+        image = (1, 3, 64, 64)
+    assert model(torch.randn(image)).shape[-1] == (wanted or model.num_features)
+    assert model.num_classes == wanted
+    for key in ("num_classes", "input_size"):
+        assert (
+            model.pretrained_cfg[key] == source.pretrained_cfg[key] == getattr(get_pretrained_cfg(name), key)
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_overlay_says_what_weights_are_for(name, tmp_path):
+    """Weights for ten classes, as a fine-tuned model has them."""
+    small = SIZES.get(name, {})
+    source = timm.create_model(name, num_classes=10, in_chans=1, **small)
+    file = tmp_path / "weights.safetensors"
+    save_file(source.state_dict(), file)
+    rows, columns = source.pretrained_cfg["input_size"][1:]
+    overlay = {"file": str(file), "num_classes": 10, "input_size": (1, rows, columns)}
+    for asked, classes in ({}, 10), ({"num_classes": 3}, 3), ({"num_classes": 0}, 0), ({"in_chans": 3}, 10):
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **small, **asked)
+        assert model.num_classes == classes
+        mine, theirs = model.state_dict(), source.state_dict()
+        same = [key for key in mine if mine[key].shape == theirs[key].shape]
+        assert all(torch.equal(mine[key], theirs[key]) for key in same)
+        assert mine.keys() - set(same) == (
+            {key for key in mine if key.startswith("head.")} if classes == 3 else
+            {key for key in mine if theirs[key].ndim == 4 and theirs[key].shape[1] == 1} if "in_chans" in asked else set()
+        )  # fmt: skip
+    cfg = {**source.pretrained_cfg, **overlay, "custom_load": False}
+    for handed in cfg, get_pretrained_cfg(name).__class__(**cfg):
+        model = timm.create_model(name, pretrained=True, pretrained_cfg=handed, num_classes=3, **small)
+        assert model.num_classes == 3 and model.pretrained_cfg["num_classes"] == 10
+
+
+def test_an_overlay_with_another_size_of_images():
+    model = timm.create_model(
+        "vit_ham_b_tiny_patch16_224", depth=1, pretrained_cfg_overlay={"input_size": (3, 64, 96)}
+    )
+    assert model.layout.grid == model.blocks[0].layout.grid == (4, 6)
+    assert model(torch.randn(1, 3, 64, 96)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "ham_b",
+        "cct_7_3x1",
+        "{recipe: 1, host: {kind: vit, model: {embed_dim: 48, num_heads: 2, depth: 1, img_size: 32}}, attention: soft}",
+    ],
+)
+def test_compose_loads_weights(recipe, tmp_path):
+    source = attnzoo.compose(recipe, num_classes=10)
+    file = tmp_path / "weights.safetensors"
+    save_file(source.state_dict(), file)
+    overlay = {"file": str(file), "num_classes": 10}
+    for asked in {"num_classes": 3}, {"num_classes": 0}, {"in_chans": 1}, {}:
+        model = attnzoo.compose(recipe, pretrained=True, pretrained_cfg_overlay=overlay, **asked)
+        assert model.num_classes == asked.get("num_classes", 10)
+        assert torch.equal(model.blocks[-1].mlp.fc1.weight, source.blocks[-1].mlp.fc1.weight)
+    with pytest.raises(RecipeError, match="no published weights"):
+        attnzoo.compose("recall", pretrained=True)
+
+
+def test_what_was_asked_for_travels_in_the_configuration(tmp_path):
+    model = attnzoo.compose("ham_b", depth=1, img_size=48, in_chans=1, num_classes=5).eval()
+    model.reset_classifier(7)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 1, 48, 48)
+    assert torch.equal(again(x), model(x)) and again.num_classes == 7 and len(again.blocks) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kw: timm.create_model("ham_vit_b", **kw),
+        lambda **kw: timm.create_model("cct_7_3x1_32_c100", **kw),
+        lambda **kw: timm.create_model("attnzoo_vit", recipe="ham_b", **kw),
+        lambda **kw: attnzoo.compose("ham_b", **kw),
+        lambda **kw: attnzoo.compose("ham_b", features_only=True, **kw),
+        lambda **kw: attnzoo.compose("recall", **kw),
+        lambda **kw: attnzoo.compose("transformer", **kw),
+    ],
+)
+def test_unknown_arguments_are_type_errors_too(make):
+    for error in (UnknownArgument, TypeError, RecipeError, ZooError):
+        with pytest.raises(error, match="takes no argument `nonsense`"):
+            make(nonsense=1)
+
+
+def test_unknown_arguments_are_corrected():
+    with pytest.raises(UnknownArgument, match="did you mean `num_classes`"):
+        timm.create_model("ham_vit_b", num_clases=1)
+    with pytest.raises(UnknownArgument, match="takes no `features_only`"):
+        attnzoo.compose("recall", features_only=True)
+    with pytest.raises(RecipeError) as error:  # known, but not so
+        timm.create_model("ham_vit_b", num_classes="many")
+    assert not isinstance(error.value, TypeError)
+
+
+def test_all_that_is_listed_can_be_built():
+    modules = ("vision_transformer", "compact_transformer")
+    listed = {
+        n
+        for n in timm.list_models(module=modules)
+        if timm.models.model_entrypoint(n).__module__.startswith("attnzoo")
+    }
+    assert {"ham_vit_b", "cct_7_3x1_32_c100"} <= listed
+    assert not [name for name in timm.list_models() if name.startswith("attnzoo_")]
+    with torch.device("meta"):
+        for name in listed:
+            timm.create_model(name)
+    assert timm.is_model("attnzoo_vit") and timm.is_model("attnzoo_cct")
+    assert timm.create_model("attnzoo_cct", recipe="cct_7_3x1").num_classes == 100
