@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from attnzoo.core import Card, Law
+from attnzoo.core import Card, Family, Law
 
 
 @dataclass(frozen=True)
@@ -12,6 +12,7 @@ class Requirements:
     Args:
         masks: Kinds of mask that must be honoured.
         context: Whether there is a context to read from.
+        context_grid: Number of its grid dimensions.
         grid: Number of grid dimensions on offer.
         varying_length: Why the number of tokens may change from call to call; empty when it may not.
         open_end: Why the last token is not where the grid ends; empty when it is.
@@ -23,6 +24,7 @@ class Requirements:
 
     masks: frozenset[str] = frozenset()
     context: bool = False
+    context_grid: int = 1
     grid: int = 1
     varying_length: str = ""
     open_end: str = ""
@@ -45,6 +47,13 @@ def unmet(card: Card, required: Requirements) -> list[str]:
         )
     if required.context and not card.context:
         reasons.append(f"the site reads from a context; `{card.name}` cannot")
+    if card.family is Family.CROSS and not required.context:
+        reasons.append(f"`{card.name}` reads from a second stream; the site has none")
+    if required.context and isinstance(card.context_grid, int) and card.context_grid != required.context_grid:
+        reasons.append(
+            f"`{card.name}` needs a context on a {card.context_grid}-D grid; that of the site is "
+            f"{required.context_grid}-D"
+        )
     if isinstance(card.grid, int) and card.grid != required.grid:
         reasons.append(f"`{card.name}` needs a {card.grid}-D grid; the site has a {required.grid}-D grid")
     if card.fixed_length is True and required.varying_length:

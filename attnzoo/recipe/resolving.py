@@ -317,13 +317,14 @@ def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> tupl
     told: set[tuple[Place, Requirements]] = set()
     for (_, required, _), (plan, names) in kinds.items():
         name = names[0]
-        before = len(faults)
+        met = True
         for leaf in plan.leaves():
             whys = unmet(leaf.card, required)
-            if required.rotary and not leaf.inside_heads:
+            if required.rotary and not (leaf.inside_heads or "rotary" in leaf.card.honours):
                 whys.append(
                     f"rotary positions are turned inside the heads; `{leaf.entry.name}` has projections of its own"
                 )
+            met = met and not whys
             if (leaf.place, required) in told:
                 continue
             for why in whys:
@@ -341,11 +342,13 @@ def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> tupl
                 ]
                 help = f"who can: {', '.join(f'`{one}`' for one in can)}"
                 faults.append(Diagnostic("AZ302", message, fusion.place, why, help))
+                met = False
+        if not met:  # what is built there may rely on what it requires
+            continue
         try:
             with unallocated():
                 size = _size(plan.build(sites[name]))
-            if len(faults) == before:
-                try_out(plan, sites[name], required)
+            try_out(plan, sites[name], required)
         except RecipeError as error:
             known = {(fault.code, fault.place) for fault in faults}
             found = [replace(d, place=d.place or plan.place) for d in error.diagnostics]
@@ -382,7 +385,7 @@ def _who_can(required: Requirements, zoo: Zoo, refused: Entry) -> str:
         if name != refused.name
         and issubclass(entry.value, Pool) == issubclass(refused.value, Pool)
         and not unmet(entry.value.card, required)
-        and (issubclass(entry.value, Head) or not required.rotary)
+        and (not required.rotary or issubclass(entry.value, Head) or "rotary" in entry.value.card.honours)
     ]
     return f"who can: {', '.join(f'`{name}`' for name in can)}" if can else "no mechanism of the zoo can"
 
