@@ -165,8 +165,9 @@ class Card:
         family: What it changes relative to softmax attention.
         summary: One line.
         paper: Source; None for what has none.
-        time: Multiplications in the shape letters, as implemented: `n m c`.
-        memory: Largest temporary in the shape letters, as implemented.
+        time: Operations in the shape letters, as implemented: `n m c`. How they grow with tokens, channels and heads is
+            measured, with many tokens beside channels; factors are not, and what calls an unknown kernel is not.
+        memory: Largest temporary in the shape letters, as implemented, taps watched; measured likewise.
         masks: Which kinds of `Mask` are honoured, of keys, pairs, causal; the base class refuses the others.
         one_head: Whether it is one head whatever the site says: pairs that differ by head are refused.
         context: Whether it can read from a context (cross-attention).

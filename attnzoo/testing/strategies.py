@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -81,7 +81,7 @@ class Scene:
         """How the tokens are arranged."""
         return self.site.layout
 
-    @property
+    @cached_property
     def card(self) -> Any:
         """What the component claims under these options: a `Card` or a `FusionCard`."""
         return card_of(self.component, self.options)

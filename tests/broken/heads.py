@@ -374,3 +374,12 @@ class PermutesWhenSmall(Healthy):
     def score(self, q, k):
         scores = super().score(q, k)
         return scores if k.shape[2] <= 32 else scores + (torch.arange(k.shape[2], device=k.device) >= 32)
+
+
+class DetachesReplacements(Healthy):
+    """What replaces the weights is used, and gets no gradient."""
+
+    def attend(self, q, k, v, *, mask, layout):
+        made = self.normalise(self.score(q, k), self.allowed(mask, q.shape[2], k.shape[2]))
+        shown = self.weights(made)
+        return (shown if shown is made else shown.detach()) @ v

@@ -6,6 +6,7 @@ import itertools
 import pickle
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -243,20 +244,32 @@ def unmoved(before: dict[str, Any], what: str) -> None:
         claim(value == before[name], f"{what} leaves {name} as it was", "it changed")
 
 
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """The global random numbers of PyTorch and Python start from this seed; afterwards they are as they were."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
 @requires("mechanism", "pool", "fusion", share=0.4)
 def check_construction_seeds(cls: Checkable, scene: Scene) -> None:
     """A constructor draws from the global random numbers, and neither seeds them nor changes settings of PyTorch."""
     states = []
     for seed in (scene.seed + 1, scene.seed + 2):
-        before = settings_of_process()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with drawn_from(seed):
+            before = settings_of_process()
             if issubclass(cls, Fusion):
                 cls(scene.site, scene.arity, **scene.options)
             else:
                 cls(scene.site, **scene.options)  # type: ignore[call-arg]
             states.append(torch.get_rng_state())
-        unmoved(before, "a constructor")
+            unmoved(before, "a constructor")
     claim(
         not torch.equal(*states),
         "a constructor leaves the seed of the global random numbers alone",

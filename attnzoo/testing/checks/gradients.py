@@ -92,7 +92,7 @@ def check_every_entry_learns(cls: Checkable, scene: Scene) -> None:
     claim(False, "every entry of every parameter learns", happened)
 
 
-@requires("mechanism", "pool", "fusion", wide=True, share=0.4)
+@requires("mechanism", "pool", "fusion", wide=True)
 def check_every_input_counts(cls: Checkable, scene: Scene) -> None:
     """Every channel of every token that is given, of a context and of the branches too, has influence."""
     scene = scene.roomy()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.core import Fusion, Mask
-from attnzoo.testing.checks.construction import settings_of_process, unmoved
+from attnzoo.testing.checks.construction import drawn_from, settings_of_process, unmoved
 from attnzoo.testing.claim import Inapplicable, claim, requires, same
 from attnzoo.testing.influence import random_mask
 from attnzoo.testing.strategies import Checkable, Scene
@@ -106,15 +106,14 @@ def check_train_equals_eval(cls: Checkable, scene: Scene) -> None:
 def check_no_global_randomness(cls: Checkable, scene: Scene) -> None:
     """In eval mode a forward neither reads, moves nor seeds the global random numbers, nor changes settings."""
     component, inputs = scene.build(), scene.inputs()
-    before, outs = settings_of_process(), []
+    outs = []
     for seed in (scene.seed + 11, scene.seed + 12):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            state = torch.get_rng_state()
+        with drawn_from(seed):
+            before, state = settings_of_process(), torch.get_rng_state()
             outs.append(scene.run(component, inputs))
+            unmoved(before, "a forward")
             moved = not torch.equal(state, torch.get_rng_state())
         claim(not moved, "a forward in eval mode leaves the global random state alone", "it moved it")
-    unmoved(before, "a forward")
     same(outs[1], outs[0], "in eval mode the global random state has no say", 0)
 
 
@@ -125,8 +124,7 @@ def check_training_seeds(cls: Checkable, scene: Scene) -> None:
         scene = scene.at(replace(scene.site, attn_drop=0.5, proj_drop=0.5))
     component, inputs, states = scene.build().train(), scene.inputs(), []
     for seed in (scene.seed + 21, scene.seed + 22):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with drawn_from(seed):
             scene.run(component, inputs)
             states.append(torch.get_rng_state())
     seeded = torch.equal(*states)

@@ -61,7 +61,7 @@ def check_taps(cls: Checkable, scene: Scene) -> None:
 
 @requires("mechanism", "pool", "fusion", wide=True)
 def check_taps_live(cls: Checkable, scene: Scene) -> None:
-    """Replacing what a tap shows changes the output, and replacing it by itself changes nothing: it is what is used."""
+    """Replacing what a tap shows changes the output: it is what is used."""
     scene = scene.roomy()
     component, inputs = scene.build(), scene.inputs()
     expected = scene.run(component, inputs)
@@ -71,8 +71,34 @@ def check_taps_live(cls: Checkable, scene: Scene) -> None:
         )
         changes = not torch.allclose(out, expected, rtol=0, atol=1e-9)
         claim(changes, f"the tap `{name}` shows what is used", "replacing what it shows changes nothing")
-        out = with_tap(component, scene, inputs, name, lambda seen: seen.clone())
-        same(out, expected, f"replacing what the tap `{name}` shows by the same changes nothing")
+
+
+@requires("mechanism", "pool", "fusion", share=0.4)
+def check_taps_transparent(cls: Checkable, scene: Scene) -> None:
+    """Replacing what taps show by the same changes neither the output nor its gradients; what they show has one."""
+    scene = scene.roomy()
+    component, inputs = scene.build(), [x.requires_grad_() for x in scene.inputs()]
+    if not find_taps(component):
+        return
+    shown: dict[str, Tensor] = {}
+
+    def keep(name: str, seen: Tensor) -> Tensor:
+        shown[name] = seen.clone()
+        return shown[name]
+
+    expected = scene.run(component, inputs)
+    with watch(component, None, keep):
+        out = scene.run(component, inputs)
+    same(out, expected, "replacing what taps show by the same changes nothing")
+    weight = scene.random(*out.shape, stream=5)
+    wanted = [*inputs, *component.parameters()]
+    before = torch.autograd.grad((expected * weight).sum(), wanted, allow_unused=True)
+    after = torch.autograd.grad((out * weight).sum(), [*wanted, *shown.values()], allow_unused=True)
+    for a, b in zip(after, before, strict=False):
+        none = torch.zeros(1) if b is None else torch.zeros_like(b)
+        same(none if a is None else a, none if b is None else b, "replacing by the same changes no gradient")
+    for name, gradient in zip(shown, after[len(wanted) :], strict=True):
+        claim(gradient is not None, f"what the tap `{name}` shows has a gradient", "it has none")
 
 
 @requires("mechanism", "pool", weights=True, wide=True)
