@@ -3,11 +3,16 @@
 import pytest
 import timm
 import torch
+from capabilities import TRIALS, images, made, maps, recipe
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg, save_for_hf
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import attnzoo
+from attnzoo.bench.composition import describe
 from attnzoo.errors import RecipeError, UnknownArgument, ZooError
+from attnzoo.recipe import compose_file
+from attnzoo.zoo import load_zoo
 
 SIZES = {"vit_ham_b_tiny_patch16_224": {"depth": 1}, "vit_tiny_patch16_224": {"depth": 1}}
 """Arguments that make a model small; the plain ViT is timm's own, for comparison."""
@@ -152,3 +157,52 @@ def test_all_that_is_listed_can_be_built():
             timm.create_model(name)
     assert timm.is_model("attnzoo_vit") and timm.is_model("attnzoo_cct")
     assert timm.create_model("attnzoo_cct", recipe="cct_7_3x1").num_classes == 100
+
+
+MECHANISMS = list(load_zoo().mechanisms)
+NEEDS_A_CONTEXT = {"window_cross"}
+"""They read a second stream on a grid, which a ViT has not."""
+IN_A_VIT = [name for name in MECHANISMS if name not in NEEDS_A_CONTEXT]
+
+
+def test_what_cannot_be_in_a_vit_is_refused():
+    for name in NEEDS_A_CONTEXT:
+        with pytest.raises(RecipeError, match="needs a context"):
+            attnzoo.compose(recipe(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_A_VIT)
+def test_supports_is_what_works(name):
+    """Every word of the line `supports: ...   not: ...`, tried; no capability is left out of it."""
+    report = describe(compose_file(recipe(name)))
+    assert set(report.supports) | set(report.lacks) == TRIALS.keys() and not set(report.supports) & set(
+        report.lacks
+    )
+    works = []
+    for word, trial in TRIALS.items():
+        if word in report.supports:
+            trial(name)
+            works.append(word)
+        else:
+            with pytest.raises(Exception):  # noqa: B017 - each tool refuses in its own way
+                trial(name)
+    assert sorted(works) == sorted(report.supports)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("softmax", "additive") else pytest.mark.slow)
+        for name in IN_A_VIT
+    ],
+)
+def test_torchvisions_feature_extractor(name):
+    """Maps are handed to the model by keyword, which a symbolic trace follows too."""
+    model, x = made(name, depth=1), images(2)
+    extractor = create_feature_extractor(model, return_nodes={"blocks.0.attn": "mixed", "head": "out"})
+    given = maps(name, x)
+    with torch.no_grad():
+        out = extractor(x, **given)
+        assert torch.allclose(out["out"], model(x, **given), atol=1e-6)
+    assert out["mixed"].shape == (2, 17, 32)
