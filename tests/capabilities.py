@@ -18,7 +18,7 @@ SIZES = (24, 32), (40, 48)
 """Of other images, in pixels: fewer tokens, and more."""
 
 
-def recipe(attention: str, **model) -> dict:
+def recipe(attention: str | dict, **model) -> dict:
     """A ViT of two small blocks, as a mapping."""
     small = {
         "img_size": SIDE,
@@ -39,7 +39,7 @@ def images(batch: int, rows: int = SIDE, columns: int = SIDE) -> Tensor:
     return torch.randn(batch, 3, rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-def made(attention: str, **arguments):
+def made(attention: str | dict, **arguments):
     """A model in eval mode with the same weights for the same arguments."""
     torch.manual_seed(0)
     return attnzoo.compose(recipe(attention), **arguments).eval()

@@ -1,5 +1,10 @@
 """Composed models among the tools of others: timm's weights, peft, captum, torchvision, transformers, timm's own tests."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -206,3 +211,122 @@ def test_torchvisions_feature_extractor(name):
         out = extractor(x, **given)
         assert torch.allclose(out["out"], model(x, **given), atol=1e-6)
     assert out["mixed"].shape == (2, 17, 32)
+
+
+TIMM_SUITE = {
+    "test_model_forward_torchscript": "TorchScript reads the source of mechanisms, which is Python that it does not know",
+    "test_model_forward_fx_torchscript": "the same, of the traced model",
+}
+"""What of timm's own tests is left out, and why."""
+
+
+@pytest.mark.slow
+def test_timms_own_suite():
+    """timm's tests/test_models.py on every model that a recipe registers."""
+    folder = os.environ.get("ATTNZOO_TIMM_TESTS")
+    if not folder:
+        pytest.skip(
+            f"ATTNZOO_TIMM_TESTS names no unpacked sdist of timm: `pip download --no-deps --no-binary :all: "
+            f"timm=={timm.__version__}`, unpack it, and set the variable to the folder"
+        )
+    file = Path(folder, "tests", "test_models.py")
+    assert file.is_file(), f"ATTNZOO_TIMM_TESTS: there is no {file}"
+    here = Path(__file__).parent
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    }
+    left_out = " or ".join(TIMM_SUITE)
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "timm_suite",
+        "-n",
+        "0",
+        "-k",
+        f"not ({left_out})",
+    ]
+    done = subprocess.run(
+        [sys.executable, *command, str(file)], cwd=folder, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+PLAIN = {"img_size": 32, "depth": 2, "num_classes": 5}
+TARGETS = [["qkv"], ["proj"], ["fc1"], ["fc2"], ["qkv", "proj"], "all-linear"]
+
+
+def trained(model, targets) -> set[str]:
+    """Names of what LoRA trains, and the classifier with it."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=targets, modules_to_save=["head"])
+    return {name for name, p in get_peft_model(model, config).named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize(
+    "attention", ["softmax", "{fuse: add, of: [softmax, soft]}", "{fuse: gated, of: [softmax, soft]}"]
+)
+def test_lora_trains_what_it_does_on_timms_vit(targets, attention):
+    text = f"{{recipe: 1, host: {{kind: vit, base: vit_tiny_patch16_224}}, attention: {attention}}}"
+    mine = trained(attnzoo.compose(text, **PLAIN), targets)
+    theirs = trained(timm.create_model("vit_tiny_patch16_224", **PLAIN), targets)
+    assert any("head.modules_to_save" in name for name in mine) and any("lora_A" in name for name in mine)
+    own = {
+        f"base_model.model.blocks.{i}.attn.inner.fusion.gate.lora_{side}.default.weight"
+        for i in range(2)
+        for side in "AB"
+    }
+    assert mine - theirs == (own if "gated" in attention and targets == "all-linear" else set())
+    assert not theirs - mine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_A_VIT)
+def test_lora_on_every_mechanism(name):
+    """`all-linear` meets nothing that it cannot adapt, and the model answers and learns with it."""
+    model, x = made(name), images(2)
+    given, before = maps(name, x), model(x, **maps(name, x))
+    names = trained(model, "all-linear")
+    assert torch.allclose(model(x, **given), before, atol=1e-5)
+    assert {name for name in names if "head." in name} == {
+        "base_model.model.head.modules_to_save.default.weight",
+        "base_model.model.head.modules_to_save.default.bias",
+    }
+    assert {
+        name.split(".modules_to")[0].split(".lora_")[0]
+        for name in names
+        if ".blocks." in name and ".mlp." in name
+    } == {f"base_model.model.blocks.{i}.mlp.fc{j}" for i in range(2) for j in (1, 2)}
+
+
+def test_captums_integrated_gradients():
+    """What is attributed to the pixels sums to what the class gained over a black image."""
+    from captum.attr import IntegratedGradients
+
+    model, x = made({"fuse": "add", "of": ["softmax", "soft"]}), images(2)
+    found, _ = IntegratedGradients(model).attribute(x, target=1, n_steps=64, return_convergence_delta=True)
+    with torch.no_grad():
+        gained = (model(x) - model(torch.zeros_like(x)))[:, 1]
+    assert torch.allclose(found.sum(dim=(1, 2, 3)).float(), gained, atol=1e-4) and gained.abs().min() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture, arguments", [("ham_vit_b", {}), ("attnzoo_vit", {"recipe": "ham_a"})])
+def test_transformers_timm_wrapper(architecture, arguments, tmp_path):
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    config = TimmWrapperConfig(architecture=architecture, num_labels=5, model_args=arguments or None)
+    model, x = TimmWrapperForImageClassification(config).eval(), images(2)
+    plain = timm.create_model(architecture, num_classes=5, **arguments).eval()
+    plain.load_state_dict(model.timm_model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, plain(x))
+        model.save_pretrained(tmp_path)
+        again = TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
+        assert torch.equal(again(x).logits, plain(x))
