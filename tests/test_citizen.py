@@ -1,6 +1,7 @@
 """Composed models among the tools of others: timm's weights, peft, captum, torchvision, transformers, timm's own tests."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -330,3 +331,49 @@ def test_transformers_timm_wrapper(architecture, arguments, tmp_path):
         model.save_pretrained(tmp_path)
         again = TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
         assert torch.equal(again(x).logits, plain(x))
+
+
+SCRIPT = """
+import argparse, timm
+from timm.utils import ParseKwargs
+parser = argparse.ArgumentParser()
+parser.add_argument("--model")
+parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)  # as timm's own train.py
+said = parser.parse_args()
+print(sum(p.numel() for p in timm.create_model(said.model, **said.model_kwargs).parameters()))
+"""
+MINE = (
+    "recipe: 1\nhost: {kind: vit, base: vit_tiny_patch16_224, model: {depth: 1}}\nattention: soft  # ours\n"
+)
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_lines_for_somebodys_script(tmp_path):
+    """Those of the README, which docs/recipes.md repeats, run in a shell as they stand."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "my.yaml").write_text(MINE)
+    command = f"{shlex.quote(sys.executable)} -m attnzoo"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+    def run(line: str) -> subprocess.CompletedProcess:
+        line = command + line.removeprefix("attnzoo")
+        return subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    lines = [
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("attnzoo run train.py")
+    ]
+    assert [line for line in lines if "recipe=" in line] == [
+        line
+        for line in (ROOT / "docs" / "recipes.md").read_text().splitlines()
+        if line.startswith("attnzoo run")
+    ]
+    models = [timm.create_model("ham_vit_b"), attnzoo.compose("ham_a"), attnzoo.compose(MINE)]
+    sizes = [sum(p.numel() for p in model.parameters()) for model in models]
+    assert [run(line).stdout.strip() for line in lines] == [str(size) for size in sizes]
+    refused = run("attnzoo run train.py --model attnzoo_vit --model-kwargs recipe=my.yaml")
+    assert (
+        "error[AZ204]: `my.yaml` is a path" in refused.stderr and 'recipe="$(cat my.yaml)"' in refused.stderr
+    )
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
