@@ -192,7 +192,7 @@ def _tools(composition: Composition, fixed_length: bool) -> tuple[tuple[str, ...
     lacks = ("TorchScript",)
     if info.resizes and not fixed_length:
         return (*supports, "dynamic_img_size", "set_input_size"), lacks
-    return supports, (*lacks, "dynamic_img_size")
+    return supports, (*lacks, "dynamic_img_size", "set_input_size")
 
 
 def _heads(composition: Composition) -> dict[str, tuple[int, ...]]:

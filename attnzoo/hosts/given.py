@@ -11,6 +11,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from attnzoo.core import Component
 from attnzoo.core.card import Given
 from attnzoo.errors import MissingMap
 
@@ -30,6 +31,7 @@ def without_unknown(x: Tensor, given: Mapping[str, Tensor], known: Mapping[str, 
         TypeError: As Python does for a function without such a parameter.
     """
     if isinstance(x, fx.Proxy):
+        _keep_components_whole(x.tracer)
         return x.tracer.create_proxy("call_function", without_unknown, (x, given, dict(known)), {})  # type: ignore[return-value]
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -38,6 +40,12 @@ def without_unknown(x: Tensor, given: Mapping[str, Tensor], known: Mapping[str, 
             f"forward() got an unexpected keyword argument '{unknown[0]}'; this model takes {takes}"
         )
     return x
+
+
+def _keep_components_whole(tracer: Any) -> None:
+    """Let a symbolic trace call components instead of looking into them, where it could not follow everything."""
+    is_leaf = tracer.is_leaf_module
+    tracer.is_leaf_module = lambda module, path: isinstance(module, Component) or is_leaf(module, path)
 
 
 def on_grid(

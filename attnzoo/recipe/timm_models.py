@@ -112,6 +112,14 @@ def _entry_point(name: str, kind: str, loaded: Loaded | None) -> Callable[..., n
             )
         if isinstance(recipe, str) and not is_text(recipe):
             # a name of the zoo: a saved configuration never makes us open files
+            if recipe.endswith((".yaml", ".yml")) or "/" in recipe or "\\" in recipe:
+                raise RecipeError(
+                    "AZ204",
+                    f"`{recipe[:200]}` is a path; a model takes a recipe's name or its text",
+                    why="arguments are saved with weights, and nobody else has this file",
+                    help=f'hand the text: recipe="$(cat {recipe[:200]})" in a shell, Path(...).read_text() in Python; '
+                    "or attnzoo.compose(PATH)",
+                )
             load_zoo().recipes.find(recipe)
         source = loaded if recipe is None else load(recipe)
         assert source is not None
