@@ -39,7 +39,7 @@ NOISY = """
         card = Card(name="noisy", family=Family.MIXING, summary="Gives back its tokens.")
 
         def __init__(self, site):
-            super().__init__()
+            super().__init__(site)
             shout("in __init__")
             self.weight = nn.Parameter(torch.ones(site.dim))
 
@@ -48,7 +48,7 @@ NOISY = """
             shout("in claims")
             return cls.card
 
-        def forward(self, x, context=None, *, mask, layout):
+        def mix(self, x, source, *, mask, layout):
             print("noise of print in forward", flush=True)
             os.write(1, b"noise of os.write in forward\\n")
             return x * self.weight

@@ -35,7 +35,7 @@ PLUGIN = """
         card = Card(name="inner", family=Family.MIXING, summary="Gives back its values.")
 
         def __init__(self, site, *, scale: float = 1.0):
-            super().__init__()
+            super().__init__(site)
             {init}
 
         @classmethod
@@ -59,10 +59,10 @@ PLUGIN = """
         card = Card(name="outer", family=Family.MIXING, summary="Gives back its tokens.")
 
         def __init__(self, site):
-            super().__init__()
+            super().__init__(site)
             self.weight = nn.Parameter(torch.ones(site.dim))
 
-        def forward(self, x, context=None, *, mask, layout):
+        def mix(self, x, source, *, mask, layout):
             out = x * self.weight
             {forward}
             return out
@@ -84,7 +84,7 @@ PLUGIN = """
         card = Card(name="good", family=Family.MIXING, summary="Gives back its values.")
 
         def __init__(self, site):
-            super().__init__()
+            super().__init__(site)
 
         def attend(self, q, k, v, *, mask, layout):
             return v

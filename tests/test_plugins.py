@@ -28,7 +28,7 @@ PART = """
         card = Card(name="{name}", family=Family.MIXING, summary="What it is.")
 
         def __init__(self, site):
-            super().__init__()
+            super().__init__(site)
 
         def attend(self, q, k, v, *, mask, layout):
             return v
