@@ -9,7 +9,8 @@ import sys
 
 RUN = """
 import jaxtyping
-HOOKED = ["core.layout", "core.mask", "core.fusion", "core.mechanism", "functional", "mechanisms", "fusions"]
+HOOKED = ["core.layout", "core.mask", "core.fusion", "core.head", "core.mechanism", "core.pool", "core.multi_head",
+          "core.fused", "functional", "mechanisms", "fusions"]
 with jaxtyping.install_import_hook([f"attnzoo.{name}" for name in HOOKED], "beartype.beartype"):
     import torch
     torch.set_num_threads(1)
@@ -34,7 +35,7 @@ with jaxtyping.install_import_hook([f"attnzoo.{name}" for name in HOOKED], "bear
         from attnzoo.mechanisms.dot_product.softmax import Softmax
 
         head = Softmax(Site("check", 4, 2, Layout((3,))))
-        head.attend(torch.zeros(1, 2, 3, 2), torch.zeros(1, 2, 3, 2), torch.zeros(1, 2, 9, 2), layout=Layout((3,)))
+        head(torch.zeros(1, 2, 3, 2), torch.zeros(1, 2, 3, 2), torch.zeros(1, 2, 9, 2), layout=Layout((3,)))
     except jaxtyping.TypeCheckError:
         pass
     else:
