@@ -306,6 +306,16 @@ def test_lora_on_every_mechanism(name):
     } == {f"base_model.model.blocks.{i}.mlp.fc{j}" for i in range(2) for j in (1, 2)}
 
 
+@pytest.mark.parametrize("skip", ["merged", "merged_raw", "merged_post", "probs_pairmean", "logits_pairmean"])
+def test_torchvisions_feature_extractor_with_a_skip(skip):
+    """What blocks hand on is in the graph, and each call has its own."""
+    model, x = attnzoo.compose(recipe("softmax") | {"skip": skip}).eval(), images(2)
+    extractor = create_feature_extractor(model, return_nodes=["head"])
+    with torch.no_grad():
+        for image in x, x.flip(0) + 1:
+            assert torch.allclose(extractor(image)["head"], model(image), atol=1e-6)
+
+
 def test_captums_integrated_gradients():
     """What is attributed to the pixels sums to what the class gained over a black image."""
     from captum.attr import IntegratedGradients

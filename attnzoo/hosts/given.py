@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from attnzoo.core import Component
 from attnzoo.core.card import Given
 from attnzoo.errors import MissingMap
+from attnzoo.hosts.skip import AddNorm, PairMean
 
 NO_MAPS: Mapping[str, Given] = {}
 """No component asks for a map."""
@@ -43,9 +44,18 @@ def without_unknown(x: Tensor, given: Mapping[str, Tensor], known: Mapping[str, 
 
 
 def _keep_components_whole(tracer: Any) -> None:
-    """Let a symbolic trace call components instead of looking into them, where it could not follow everything."""
+    """Let a symbolic trace call components instead of looking into them, where it could not follow everything.
+
+    Those that hand something on to the next layer stay open: the trace has to see what goes from one to the other.
+    """
     is_leaf = tracer.is_leaf_module
-    tracer.is_leaf_module = lambda module, path: isinstance(module, Component) or is_leaf(module, path)
+
+    def whole(module: nn.Module) -> bool:
+        return isinstance(module, Component) and not any(
+            isinstance(m, AddNorm | PairMean) for m in module.modules()
+        )
+
+    tracer.is_leaf_module = lambda module, path: whole(module) or is_leaf(module, path)
 
 
 def on_grid(
