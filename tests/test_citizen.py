@@ -173,7 +173,7 @@ IN_A_VIT = [name for name in MECHANISMS if name not in NEEDS_A_CONTEXT]
 
 def test_what_cannot_be_in_a_vit_is_refused():
     for name in NEEDS_A_CONTEXT:
-        with pytest.raises(RecipeError, match="needs a context"):
+        with pytest.raises(RecipeError, match="second stream; the site has none"):
             attnzoo.compose(recipe(name))
 
 

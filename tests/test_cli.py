@@ -47,7 +47,7 @@ def test_compose_as_json():
         and not data["lost_tensors"]
     )
     assert data["run"]["shape"] == [1, 1000] and data["run"]["without_gradient"] == []
-    assert [part["what"] for part in data["parts"]] == ["add start=identity", "softmax", "soft"]
+    assert [row["what"] for row in data["rows"]] == ["add start=identity", "softmax", "soft"]
     assert (
         data["flops"] > data["base_flops"] == pytest.approx(2.507e9, rel=0.002)
     )  # ViT-Ti, two per multiply-add
@@ -153,7 +153,7 @@ def test_list_and_show_everything():
     causal = json.loads(run("list", "mechanisms", "--mask", "causal", "--json").stdout)["mechanisms"]
     assert "softmax" in {row["name"] for row in causal} and "fourier" not in {row["name"] for row in causal}
     linear = json.loads(run("list", "--family", "linear", "--json").stdout)["mechanisms"]
-    assert [row["name"] for row in linear] == ["elu_linear"]
+    assert [row["name"] for row in linear] == ["agent", "elu_linear", "linformer"]
     models = json.loads(run("list", "models", "--json").stdout)["models"]
     assert "ham_vit_b" in {row["name"] for row in models}
     for kind in ("mechanisms", "fusions", "recipes"):
