@@ -207,6 +207,7 @@ class OptionError(RecipeError):
     def __init__(self, message: str, *, why: str = "", help: str = ""):
         super().__init__("AZ214", message, why=why, help=help)
 
+
 class UnknownArgument(RecipeError, TypeError):
     """A keyword argument that nothing takes; a `TypeError` as for any other function."""
 

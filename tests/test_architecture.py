@@ -87,7 +87,15 @@ MAY_NEED = {
 """Package -> libraries of `HEAVY` that it may import at module level."""
 EXCEPTIONS = {"core/options.py": {"pydantic"}, "cli/render.py": {"rich"}}
 MECHANISM_LIBRARIES = {"torch", "jaxtyping", "attnzoo"} | sys.stdlib_module_names
-LIGHT = {"errors.py", "__init__.py", "__main__.py", "timm_hook.py", "zoo/__init__.py", "zoo/hookspecs.py"}
+LIGHT = {
+    "errors.py",
+    "__init__.py",
+    "__main__.py",
+    "timm_hook.py",
+    "zoo/__init__.py",
+    "zoo/hookspecs.py",
+    "zoo/shipped.py",
+}
 """Files that `import attnzoo` or `attnzoo --help` reads: they must not wait for torch."""
 MEANINGLESS = {"utils", "util", "helpers", "common", "base", "misc"}
 MAX_LINES, MAX_FILES = 150, 12

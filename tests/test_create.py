@@ -25,7 +25,6 @@ from attnzoo.errors import (
     UnsupportedMask,
     ZooError,
 )
-from attnzoo.mechanisms.latent.map_pool import MapPool
 from attnzoo.zoo import Entry, Zoo, load_zoo
 from attnzoo.zoo.registry import Registry
 
@@ -64,8 +63,10 @@ def more(monkeypatch):
     """The zoo with a pool and a mechanism whose options clash."""
     zoo, mechanisms = load_zoo(), Registry("mechanism")
     entries = {entry.full_name: entry for entry in zoo.mechanisms.values()}
-    for cls in (MapPool, Clash):
-        entries[f"attnzoo/{cls.card.name}"] = Entry(cls.card.name, cls, "attnzoo", "", __file__)
+    for cls in (Clash,):
+        entries[f"attnzoo/{cls.card.name}"] = Entry(
+            cls.card.name, cls, "attnzoo", "", __file__, card=cls.card
+        )
     for entry in entries.values():
         mechanisms.add(entry)
     wider = replace(zoo, mechanisms=mechanisms)
@@ -381,7 +382,7 @@ def test_an_unknown_argument_is_a_type_error_with_a_hint():
         ({"mechanism": "nobody/softmax"}, "AZ205", "not installed"),
         ({"mechanism": ""}, "AZ113", "empty"),
         ({"mechanism": None}, "AZ112", "NoneType"),
-        ({"mechanism": {"use": Head}}, "AZ112", "not JSON serializable"),
+        ({"mechanism": {"use": Head}}, "AZ112", "cannot hold a value"),
         ({"mechanism": {"fuse": "add", "of": ["softmax", "sft"]}}, "AZ201", "did you mean `soft`"),
         ({"mechanism": {"fuse": "head_split", "of": ["softmax", "soft"]}, "heads": 3}, "AZ312", "heads"),
         ({"mechanism": {"fuse": "add", "of": []}}, "AZ113", "`of`"),
@@ -719,7 +720,7 @@ def test_recipes_are_mappings_too():
     with pytest.raises(RecipeError) as caught:
         attnzoo.compose(said | {"attention": "softmx"})
     assert caught.value.code == "AZ201" and caught.value.diagnostics[0].place.line > 1
-    for strange in ({"recipe": 1, "host": object()}, said | {"heads": float("nan")}):
+    for strange in (said | {"host": object()}, said | {"heads": float("nan")}):
         with pytest.raises(RecipeError) as caught:
             attnzoo.compose(strange)
-        assert caught.value.code == "AZ112"
+        assert caught.value.code in ("AZ112", "AZ113")

@@ -410,7 +410,9 @@ def fixed_model(recipe: str) -> torch.nn.Module:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
-                normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(weight.shape))
+                normal = np.random.RandomState(
+                    zlib.crc32(name.replace(".inner.", ".head.").encode())
+                ).standard_normal(tuple(weight.shape))
                 weight.copy_(torch.from_numpy(1.5 * normal / weight[0].numel() ** 0.5))
     return model
 

@@ -167,8 +167,8 @@ def _place() -> Path:
 
 def _key() -> str:
     """Changes with the installed plugins, with their files, and with what switches them off."""
-    from attnzoo.zoo.builtin import recipes_folder
     from attnzoo.zoo.hookspecs import PROJECT
+    from attnzoo.zoo.shipped import recipes_folder
 
     parts = [
         attnzoo.__version__,

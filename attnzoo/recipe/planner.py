@@ -68,7 +68,7 @@ class Planner:
         if component is None:
             return None
         entry, options, place = component
-        if issubclass(entry.value, Pool) != (loc == ("pool",)):
+        if loc and issubclass(entry.value, Pool) != (loc == ("pool",)):  # a spec alone may be either
             self.misplaced(entry, place)
             return None
         try:

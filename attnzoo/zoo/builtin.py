@@ -7,8 +7,7 @@ from pathlib import Path
 from attnzoo.zoo.blame import OURS, place_in
 from attnzoo.zoo.contract import FUSION, MECHANISM, Kind, Unimportable, concrete
 from attnzoo.zoo.hookspecs import hookimpl
-
-PACKAGE = Path(__file__).parent.parent
+from attnzoo.zoo.shipped import PACKAGE, recipes_folder
 
 
 def _offered(package: str, kind: Kind) -> list[type | Unimportable]:
@@ -35,12 +34,6 @@ def _where(file: Path, error: BaseException) -> str:
     if place is None or place.file == __file__:
         return str(file.relative_to(PACKAGE.parent))
     return f"{os.path.relpath(place.file, PACKAGE.parent)}:{place.line}"
-
-
-def recipes_folder() -> Path:
-    """Where the shipped recipes are: beside the code in a wheel, at the top of the repository otherwise."""
-    shipped = PACKAGE / "_recipes"
-    return shipped if shipped.is_dir() else PACKAGE.parent / "recipes"
 
 
 @hookimpl
