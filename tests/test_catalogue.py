@@ -9,7 +9,6 @@ import re
 import pytest
 import timm
 import torch
-from attnzoo.mechanisms.dot_product.grouped_query import GroupedQuery
 from torch import nn
 from typer.testing import CliRunner
 
@@ -19,6 +18,7 @@ from attnzoo.core import Fused, Layout, MultiHead, Site
 from attnzoo.errors import ZooError
 from attnzoo.fusions.add import Add
 from attnzoo.mechanisms.dot_product.softmax import Softmax
+from attnzoo.mechanisms.projection.grouped_query import GroupedQuery
 from attnzoo.zoo import load_zoo
 
 

@@ -222,14 +222,10 @@ class Shifted(Head):
     """Hand-made: in head k, query i looks at key i + k alone, at the last where there is none; with a causal mask at
     i - k, at the first where there is none."""
 
-    card = Card("shifted", Family.DOT_PRODUCT, "For this test.", weights="b h n m", masks={"keys", "causal"},
+    card = Card("shifted", Family.DOT_PRODUCT, "For this test.", taps={"weights": "b h n m"}, masks={"keys", "causal"},
                 context=True, laws={Law.STOCHASTIC})  # fmt: skip
 
-    def __init__(self, site):
-        super().__init__()
-        self.weights = Tap("b h n m")
-
-    def attend(self, q, k, v, *, mask=None, layout):
+    def attend(self, q, k, v, *, mask, layout):
         b, h, n, _ = q.shape
         wanted = torch.stack(
             [target(i, head, k.shape[2], mask.causal) for head in range(h) for i in range(n)]
