@@ -155,7 +155,7 @@ def lines(model):
 
 def test_a_composed_backbone_is_described():
     text = lines(timm.create_model("ham_vit_b"))
-    assert text[0] == "ham_b: VisionTransformer, 121 786 parameters"
+    assert text[0] == "ham_b: ZooVisionTransformer, 121 786 parameters"
     assert "takes 3 × 32 × 32 image → 8 × 8 + 1 tokens" in text
     (row,) = [line for line in text if line.startswith("blocks")]
     assert row == "blocks.0 … blocks.3 (4)  add(softmax, soft[variant=pooled])  10 080 parameters each"
