@@ -102,7 +102,7 @@ def test_through_a_pipe(tmp_path):
 
 
 def test_a_schedule_of_one_step_says_nothing(tmp_path, monkeypatch, caplog, capsys):
-    monkeypatch.setattr("attnzoo.train.task.load_images", images)
+    monkeypatch.setattr("attnzoo.train.kinds.load_images", images)
     train(RECIPE, settings(epochs=1, batch_size=40, schedule={"use": "cosine"}), tmp_path / "run")
     assert caplog.records == [] and capsys.readouterr().err == ""
     (tmp_path / "tiny.yaml").write_text(RECIPE)

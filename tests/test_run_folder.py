@@ -24,14 +24,14 @@ from attnzoo.train.lock import LOCK, held
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr("attnzoo.train.task.load_images", images)
+    monkeypatch.setattr("attnzoo.train.kinds.load_images", images)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A finished run with all its checkpoints: steps 0, 4, 8 and 12."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnzoo.train.task.load_images", images)
+        patch.setattr("attnzoo.train.kinds.load_images", images)
         folder = tmp_path_factory.mktemp("whole") / "run"
         tiny(folder, keep=99)
     return folder
