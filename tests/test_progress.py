@@ -69,7 +69,7 @@ def test_data_stay_alone_on_stdout(capsys):
 
 SCRIPT = """
 import sys
-import attnzoo.cli.render as render, attnzoo.train.task as task
+import attnzoo.cli.render as render, attnzoo.train.kinds as task
 from attnzoo.cli.app import main
 from training import images
 task.load_images, render.EVERY = images, 0.0

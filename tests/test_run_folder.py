@@ -288,7 +288,7 @@ def test_time_that_was_over_before_the_first_epoch(tmp_path):
 
 CHILD = """
 import os, sys, time
-import attnzoo.train.task as task
+import attnzoo.train.kinds as task
 from training import images, tiny
 task.load_images = images
 def report(event):

@@ -364,7 +364,7 @@ def _lines(quiet: bool = False) -> Callable[[dict[str, Any]], None]:
             reached = event["epoch_step"] * PER_EPOCH // event["epoch_steps"]
             if share < reached < PER_EPOCH and now - said >= EVERY:
                 said, share = now, reached
-                console(err=True).print(Text(_progress_line(event)))
+                console(err=True).print(Text(_progress_line(event).replace(GLUE, " ")))
         elif not quiet and (step["seconds"] - shown >= EVERY or step["step"] == step["steps"]):
             shown = step["seconds"]
             say(_progress_line(step | event))
