@@ -198,7 +198,9 @@ def test_the_command_line_ends_with_2_and_without_a_traceback(tmp_path):
 def test_bad_arguments(arguments, words):
     with pytest.raises(RecipeError) as caught:
         compose(pair("dim: 16, max_length: 8"), **arguments)
-    assert caught.value.code == ("AZ306" if "pretrained" in arguments else "AZ309") and words in str(caught.value)
+    assert caught.value.code == ("AZ306" if "pretrained" in arguments else "AZ309") and words in str(
+        caught.value
+    )
 
 
 def test_arguments_change_a_model_of_sequences():
