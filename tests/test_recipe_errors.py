@@ -1086,9 +1086,9 @@ def written(value) -> str:
 
 
 def only_zoo_errors(recipe, edits=()):
-    """Load; nothing but a ZooError may come out, and it can be printed."""
+    """Load and look at the training; nothing but a ZooError may come out, and it can be printed."""
     try:
-        load(recipe, edits)
+        train_faults(load(recipe, edits))
     except ZooError as error:
         assert str(error) and error.diagnostics and all(f.code.startswith("AZ") for f in error.diagnostics)
 
@@ -1100,6 +1100,7 @@ fuzz = settings(max_examples=300, deadline=None, suppress_health_check=list(Heal
 @given(mutated())
 def test_fuzz_trees(tree):
     only_zoo_errors(written(tree) + "\n")
+    only_zoo_errors(tree)
 
 
 @fuzz
