@@ -1,6 +1,7 @@
 """Who may import whom, and how files are named: an AST walk over the package, and proof that it catches violations."""
 
 import ast
+import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -394,3 +395,14 @@ def test_the_walk_catches(path, source, said):
 
 def test_a_file_without_a_docstring_is_caught():
     assert violations("core/layout.py", "import math\n") == ["core/layout.py: no docstring"]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_name_what_is_there(path):
+    """Inside functions too, where a module that moved is noticed by its first user otherwise."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "attnzoo":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")

@@ -75,7 +75,7 @@ def eval_(
 def _figures(run: Any, which: Any, data: str | None, beams: int, what: dict[str, str], as_json: bool) -> None:
     """What the log says of the test side, for pairs and sequences; of pairs also how good the translations are."""
     from attnzoo.cli.render import Column, percent, say, say_json, say_next, table
-    from attnzoo.lab.translation import evaluate_translations
+    from attnzoo.eval.translation import evaluate_translations
 
     figures = {name.removeprefix("test_"): value for name, value in run.figures(which, data).items()}
     scores = evaluate_translations(run, which, data, beams) if run.kind == "pairs" else None

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.core import Card, Family, Fused, Head, KVCache, Layout, Mask, Mechanism, MultiHead, Site
+from attnzoo.core import Card, Family, Fused, Head, KVCache, Law, Layout, Mask, Mechanism, MultiHead, Site
 from attnzoo.testing.claim import claim, requires, same
 from attnzoo.testing.influence import random_mask
 from attnzoo.testing.strategies import Checkable, Scene
@@ -160,7 +160,10 @@ class _Plain(Head):
 
 @requires("fusion", share=0.4)
 def check_fused_decoding(cls: Checkable, scene: Scene) -> None:
-    """With branches that decode token by token the fusion does, too, and gives the rows of the full pass."""
+    """With branches that decode token by token the fusion does, too.
+
+    A fusion of tokens by themselves gives the rows of the full pass; one that mixes tokens, those of the tokens so far.
+    """
     scene = replace(scene, inside=False).with_layout((5,), prefix=0)
     site = scene.site
 
@@ -179,6 +182,12 @@ def check_fused_decoding(cls: Checkable, scene: Scene) -> None:
     claim(
         tuple(full.shape) == tuple(x.shape), "fused mechanisms give tokens", f"they give {tuple(full.shape)}"
     )
+    if Law.TOKEN_LOCAL not in scene.card.laws:
+        parts = [
+            fused(x[:, :end], mask=Mask(causal=True), layout=Layout((end,)))[:, start:]
+            for start, end in ((0, 1), (1, 4), (4, 5))
+        ]
+        full = torch.cat(parts, dim=1)
     same(
         _steps(fused, x, [1, 3, 1], KVCache()), full, "a fusion of what decodes step by step decodes so, too"
     )
