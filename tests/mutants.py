@@ -14,6 +14,7 @@ import argparse
 import ast
 import atexit
 import copy
+import math
 import os
 import random
 import shutil
@@ -27,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("core", "functional", "mechanisms", "fusions")
-TIMEOUT = 120  # seconds that the tests of one mutant may take
+LONGER = 3  # a mutant hangs when its tests take this many times as long as without it
 
 SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -169,23 +170,24 @@ def matter_for(file: str) -> list[list[str]]:
     ]
 
 
-def survives(mutant: Mutant, overlay: Path) -> bool:
+def survives(mutant: Mutant, overlay: Path, limit: float) -> bool:
     """Whether all tests that matter pass with it.
 
     Args:
         mutant: What to try.
         overlay: A copy of the repository in which it may be written.
+        limit: Seconds after which the tests count as hanging.
     """
     there, kept = overlay / mutant.file, (ROOT / mutant.file).read_text(encoding="utf-8")
     there.write_text(mutant.source, encoding="utf-8")
     try:
-        return _passes(mutant.file)
+        return _passes(mutant.file, limit)
     finally:
         there.write_text(kept, encoding="utf-8")
 
 
-def _passes(file: str) -> bool:
-    """Whether the tests that matter for a file pass, in a process of their own."""
+def _passes(file: str, limit: float = math.inf) -> bool:
+    """Whether the tests that matter for a file pass, in a process of their own, within so many seconds."""
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
@@ -198,7 +200,7 @@ def _passes(file: str) -> bool:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status) == 0
-        if time.monotonic() - began > TIMEOUT:
+        if time.monotonic() - began > limit:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return False
@@ -235,6 +237,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, help="how many, drawn at random; all when left out")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    for file in given.files:
+        if not file.is_file():
+            parser.error(f"there is no file {file}")
     os.chdir(ROOT)
     files = [file.resolve() for file in given.files] or [
         file for folder in FOLDERS for file in sorted((ROOT / "attnzoo" / folder).rglob("*.py"))
@@ -252,16 +257,19 @@ def main() -> int:
     atexit.register(shutil.rmtree, overlay, ignore_errors=True)
     _copy(overlay)
     sys.path.insert(0, str(overlay))
+    limits = {}
     for file in dict.fromkeys(mutant.file for mutant in mutants):
+        began = time.monotonic()
         if not _passes(file):
             print(f"the tests that matter for {file} fail without a mutant")
             return 2
+        limits[file] = LONGER * (time.monotonic() - began)
     killed, survived, equal = 0, [], 0
     for number, mutant in enumerate(mutants, 1):
         reason = EQUIVALENT.get(f"{mutant.file}: {mutant.what.partition(': ')[2]}")
         if reason is not None:
             equal += 1
-        elif survives(mutant, overlay):
+        elif survives(mutant, overlay, limits[mutant.file]):
             survived.append(mutant)
             print(f"survived {mutant}", flush=True)
         else:
