@@ -92,6 +92,11 @@ def test_mutants(mutant):
 # By hand
 
 
+def test_default_rank():
+    """256 slots when nothing is said: E and F are 256 × 9."""
+    assert count(Linformer(place(1, tokens=9))) == 2 * 256 * 9
+
+
 def test_hand_one_slot_gives_its_value_to_all():
     part = Linformer(place(1), rank=1).double()
     with torch.no_grad():
