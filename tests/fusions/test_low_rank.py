@@ -111,3 +111,8 @@ def test_identity_at_the_start_it_is_the_first_branch_bit_for_bit():
     assert torch.equal(
         LowRank(place(6), 3, start="identity").double()(list(branches), branches[0]), branches[0]
     )
+
+
+def test_a_branch_too_few_is_no_product_of_the_others():
+    with pytest.raises(ValueError, match="shorter"):
+        LowRank(place(6), 3).double()([normal(1, 2, 6)] * 2, normal(1, 2, 6))
