@@ -1,11 +1,11 @@
 """Composed models among the tools of others: timm's weights, peft, captum, torchvision, transformers, timm's own tests."""
 
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import timm
 import torch
@@ -362,12 +362,16 @@ def test_the_lines_for_somebodys_script(tmp_path):
     """Those of the README, which docs/recipes.md repeats, run in a shell as they stand."""
     (tmp_path / "train.py").write_text(SCRIPT)
     (tmp_path / "my.yaml").write_text(MINE)
-    command = f"{shlex.quote(sys.executable)} -m attnzoo"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
     def run(line: str) -> subprocess.CompletedProcess:
-        line = command + line.removeprefix("attnzoo")
-        return subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True)
+        words = subprocess.run(  # the shell's own, for a line may ask for the content of a file
+            ["bash", "-c", f"printf '%s\\0' {line.removeprefix('attnzoo')}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        return processes.run("-m", "attnzoo", *words.stdout.split("\0")[:-1], cwd=tmp_path, env=env)
 
     lines = [
         line

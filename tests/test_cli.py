@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -26,8 +27,7 @@ def run(*arguments: str, code: int = 0):
 
 def spawn(*arguments: str, **options) -> subprocess.CompletedProcess:
     """A verb in a process of its own."""
-    command = [sys.executable, "-m", "attnzoo", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
+    return processes.run("-m", "attnzoo", *arguments, cwd=ROOT, **options)
 
 
 def test_compose_shows_the_model():
@@ -240,7 +240,7 @@ def test_help_is_quick():
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        spawn("--help")
+        subprocess.run([sys.executable, "-m", "attnzoo", "--help"], capture_output=True, check=True)
         times.append(time.perf_counter() - began)
     assert min(times) < 2.0
 

@@ -6,9 +6,9 @@ import pty
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
+import processes
 import pytest
 from test_plugins import write_plugin
 
@@ -101,15 +101,15 @@ def folder(tmp_path_factory):
 def attnzoo(folder, *arguments, **options):
     """A verb in a process of its own, with the plugin installed."""
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "attnzoo", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment | options.pop("env", {}), **options)
+    environment |= options.pop("env", {})
+    return processes.run("-m", "attnzoo", *arguments, cwd=folder, env=environment, **options)
 
 
 @pytest.mark.parametrize(
     "arguments", [*VERBS, *(pytest.param(verb, marks=pytest.mark.slow) for verb in MORE)], ids=" ".join
 )
 def test_json_is_json_whatever_a_plugin_prints(folder, arguments):
-    done = attnzoo(folder, *arguments, capture_output=True, text=True)
+    done = attnzoo(folder, *arguments)
     assert json.loads(done.stdout), done.stderr
     for noise in (
         "print at import",
@@ -125,15 +125,15 @@ def test_json_is_json_whatever_a_plugin_prints(folder, arguments):
 
 
 def test_plain_answers_are_clean_too(folder):
-    noisy = attnzoo(folder, "list", "mechanisms", capture_output=True, text=True)
-    silent = attnzoo(folder, "list", "mechanisms", capture_output=True, text=True, env={"SILENT": "1"})
+    noisy = attnzoo(folder, "list", "mechanisms")
+    silent = attnzoo(folder, "list", "mechanisms", env={"SILENT": "1"})
     assert noisy.stdout == silent.stdout and "noisy" in noisy.stdout and "noise" in noisy.stderr
 
 
 def test_a_script_has_its_own_standard_output(folder):
     script = folder / "script.py"
     script.write_text("import os, timm\nprint('the script')\nos.write(1, b'writes\\n')\n")
-    done = attnzoo(folder, "run", "script.py", capture_output=True, text=True, env={"SILENT": "1"})
+    done = attnzoo(folder, "run", "script.py", env={"SILENT": "1"})
     assert sorted(done.stdout.split("\n")) == ["", "the script", "writes"]
 
 
@@ -144,7 +144,7 @@ def test_help_and_what_is_written_by_new_are_answers(folder, tmp_path):
         ("--version",),
         ("new", "recipe", "mine", "--into", str(tmp_path)),
     ):
-        done = attnzoo(folder, *arguments, capture_output=True, text=True)
+        done = attnzoo(folder, *arguments)
         assert done.returncode == 0 and done.stdout and not done.stderr
 
 
@@ -163,9 +163,7 @@ def test_closed_streams_do_no_harm(folder, closed):
 def test_nobody_reads_any_more(folder, form):
     reader, writer = os.pipe()
     os.close(reader)
-    done = attnzoo(
-        folder, "list", *form, stdout=writer, stderr=subprocess.PIPE, text=True, env={"SILENT": "1"}
-    )
+    done = attnzoo(folder, "list", *form, stdout=writer, env={"SILENT": "1"})
     os.close(writer)
     assert done.returncode == 1 and not done.stderr
 
@@ -176,9 +174,7 @@ def test_nobody_reads_any_more(folder, form):
 )
 def test_a_full_disk_is_said(folder, arguments):
     with open("/dev/full", "w") as full:
-        done = attnzoo(
-            folder, *arguments, stdout=full, stderr=subprocess.PIPE, text=True, env={"SILENT": "1"}
-        )
+        done = attnzoo(folder, *arguments, stdout=full, env={"SILENT": "1"})
     assert done.returncode == 2 and "AZ602" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -191,7 +187,7 @@ def test_a_terminal_is_still_one(folder):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 132, 0, 0))
     environment = {"SILENT": "1", "TERM": "xterm-256color", "NO_COLOR": "", "COLUMNS": ""}
-    streams = {"stdin": subprocess.DEVNULL, "stdout": theirs, "stderr": subprocess.PIPE}
+    streams = {"stdin": processes.DEVNULL, "stdout": theirs, "stderr": processes.PIPE}
     done = attnzoo(folder, "list", "fusions", env=environment, **streams)
     os.close(theirs)
     text = b""
@@ -219,6 +215,5 @@ assert result.exit_code == 0 and '"hadamard"' in result.stdout
 os.write(1, b"file 1 is what it was")
 """
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "SILENT": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    done = processes.run("-c", code, cwd=folder, env=environment)
     assert done.stdout == "file 1 is what it was", done.stderr

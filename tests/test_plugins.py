@@ -12,6 +12,7 @@ import venv
 from importlib.metadata import distributions
 from pathlib import Path
 
+import processes
 import pytest
 
 from attnzoo.errors import RecipeError
@@ -127,9 +128,12 @@ def run(*command, python=sys.executable, path=None, code=0, **environment):
         {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"} if path else {}) | environment
     )
     where = tempfile.gettempdir()
-    done = subprocess.run(
-        [python, *command], capture_output=True, text=True, env=os.environ | extra, cwd=where
-    )
+    if python == sys.executable:
+        done = processes.run(*command, env=os.environ | extra, cwd=where)
+    else:
+        done = subprocess.run(
+            [python, *command], capture_output=True, text=True, env=os.environ | extra, cwd=where
+        )
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

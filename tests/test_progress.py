@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from training import RECIPE, images, settings
 from typer.testing import CliRunner
@@ -92,10 +91,7 @@ def test_through_a_pipe(tmp_path):
         "train.batch_size=4",
         "--json",
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *verb], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = processes.run("-c", SCRIPT, *verb, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, check=True)
     assert json.loads(done.stdout)["last_epoch"] == 1
     lines = done.stderr.splitlines()
     assert lines and all(line.startswith("epoch 1  step ") for line in lines), done.stderr

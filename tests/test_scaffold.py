@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 from typer.testing import CliRunner
 
@@ -156,12 +157,12 @@ zoo = Zoo.of(plugins=[("mine", attnzoo_mine)])
 assert not zoo.problems, zoo.problems
 resolve(load(str(zoo.recipes["mine_vit"].value)), zoo=zoo)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run("-c", code, check=True)
 
 
 def test_all_python_of_the_guide_runs():
     code = "\n".join(blocks("python"))
-    subprocess.run([sys.executable, "-c", f"__file__ = {str(ROOT / 'x.py')!r}\n{code}"], check=True)
+    processes.run("-c", f"__file__ = {str(ROOT / 'x.py')!r}\n{code}", check=True)
 
 
 def test_the_guide_names_what_there_is():

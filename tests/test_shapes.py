@@ -3,9 +3,7 @@
 In a process of its own, because the hook must be there before attnzoo is imported and gets in the way of tracing.
 """
 
-import os
-import subprocess
-import sys
+import processes
 
 RUN = """
 import jaxtyping
@@ -44,10 +42,5 @@ with jaxtyping.install_import_hook([f"attnzoo.{name}" for name in HOOKED], "bear
 
 
 def test_shapes_are_as_annotated():
-    done = subprocess.run(
-        [sys.executable, "-c", RUN],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = processes.run("-c", RUN)
     assert done.returncode == 0, done.stderr[-4000:]

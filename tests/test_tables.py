@@ -4,11 +4,13 @@ import io
 import os
 import pty
 import re
-import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import processes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -351,22 +353,23 @@ def on_a_terminal(width: int, *arguments: str, **environment: str) -> str:
     clean = {
         name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "attnzoo", *arguments], stdin=slave, stdout=slave, stderr=slave, cwd=ROOT,
-        env=clean | {"TERM": "xterm-256color"} | environment)  # fmt: skip
+    seen = []
+
+    def read() -> None:
+        with suppress(OSError):  # the other end is closed
+            while part := os.read(master, 4096):
+                seen.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+    clean |= {"TERM": "xterm-256color"} | environment
+    done = processes.run("-m", "attnzoo", *arguments, cwd=ROOT, env=clean, **streams)
     os.close(slave)
-    seen = b""
-    while True:
-        try:
-            part = os.read(master, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        seen += part
+    reader.join()
     os.close(master)
-    assert process.wait() == 0, seen
-    return seen.decode()
+    assert done.returncode == 0, seen
+    return b"".join(seen).decode()
 
 
 def test_a_real_terminal_has_its_width_and_colours():

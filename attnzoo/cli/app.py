@@ -1,5 +1,6 @@
 """The command line put together. `--help` and usage errors import neither torch nor timm."""
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -149,3 +150,4 @@ def main() -> None:
         app(prog_name="attnzoo", obj=PROGRAM)
     finally:
         output.close()
+        gc.freeze()  # or the end of the process looks for cycles in all that was imported, for more than a second
