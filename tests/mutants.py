@@ -4,17 +4,19 @@
     python tests/mutants.py --count 100 --seed 1       # a sample
     python tests/mutants.py attnzoo/core/mask.py       # one file
 
-A mutant changes one operator, comparison, constant or order of arguments, drops a `not`, or removes a statement. For
-each, a forked process runs the tests that matter on a copy of the package that holds the change; the mutant is killed
-when one fails, or when they hang. Mutants that cannot be noticed,
-because they compute the same, stand in `EQUIVALENT` with the reason.
+A mutant changes one operator, comparison, constant or order of arguments, drops a `not`, or removes a statement. The
+tests that matter run once without a mutant, to see which of them reach which line. For each mutant a forked process then
+runs those that reach its line, the quickest first, on a copy of the package that holds the change; the mutant is killed
+when one fails, or when they hang. Mutants that cannot be noticed, because they compute the same, stand in `EQUIVALENT`
+with the reason.
 """
 
 import argparse
 import ast
 import atexit
+import compileall
 import copy
-import math
+import json
 import os
 import random
 import shutil
@@ -22,13 +24,20 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("core", "functional", "mechanisms", "fusions")
-LONGER = 3  # a mutant hangs when its tests take this many times as long as without it
+LONGER, GRACE = (
+    5,
+    30,
+)  # a mutant hangs when its tests take so many times as long as without it, and so many seconds
+FIRST = 25  # as many of the quickest tests run before the others are looked for
 
 SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -151,83 +160,210 @@ def _put(owner: ast.AST, name: str, index: int | None, child: ast.AST) -> None:
         getattr(owner, name)[index] = child
 
 
-def matter_for(file: str) -> list[list[str]]:
-    """Which tests matter for a file, as arguments of pytest, the quickest first."""
+@dataclass
+class Reach:
+    """What the tests that matter do when nothing is changed.
+
+    Args:
+        seconds: How long each takes, by its pytest id.
+        lines: Which tests run a line, by file (from the top of the repository) and number.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    lines: dict[str, dict[int, list[str]]] = field(default_factory=dict)
+
+    def of(self, mutant: Mutant) -> list[str]:
+        """The tests that run a mutant's line, the quickest first; all, where it runs when the module is imported."""
+        lines = self.lines.get(mutant.file, {})
+        # where a line of a longer statement is not known by itself, the one before tells
+        line = next((n for n in range(mutant.line, 0, -1) if n in lines), 0)
+        found = [test for test in lines.get(line, []) if test]
+        return sorted(found or self.seconds, key=lambda test: self.seconds.get(test, 0.0))
+
+
+def matter_for(file: str) -> tuple[str, ...]:
+    """Which tests matter for a file, as arguments of pytest.
+
+    Args:
+        file: Path from the top of the repository.
+    """
     path = Path(file)
-    own = path.stem
-    kind = path.parts[1]
-    conformance = ["tests/test_conformance.py", "-k"]
-    if kind in ("mechanisms", "fusions"):
-        return [[f"tests/{kind}/test_{own}.py"], [*conformance, f"{own}-"]]
-    quick = [f"tests/test_{own}.py"] if (ROOT / f"tests/test_{own}.py").exists() else []
-    runs = [[*quick, "tests/test_fused.py", "tests/test_functional.py"]]
-    some = "softmax- or soft- or linformer- or map_pool- or region- or window_cross- or add- or head_split-"
-    return [
-        *runs,
-        [*conformance, some],
-        ["tests/test_checks_catch.py"],
-        ["tests/mechanisms", "tests/fusions"],
+    if path.parts[1] in ("mechanisms", "fusions"):
+        return f"tests/{path.parts[1]}/test_{path.stem}.py", f"tests/test_conformance.py::{path.stem}"
+    stems = {
+        file.stem for folder in ("core", "functional") for file in (ROOT / "attnzoo" / folder).glob("*.py")
+    }
+    own = sorted(f"tests/test_{stem}.py" for stem in stems if (ROOT / f"tests/test_{stem}.py").exists())
+    more = [
+        f"tests/test_{name}.py"
+        for name in ("conformance", "checks_catch", "functional", "ham", "given", "decode")
     ]
+    return (*own, *more, "tests/mechanisms", "tests/fusions")
 
 
-def survives(mutant: Mutant, overlay: Path, limit: float) -> bool:
-    """Whether all tests that matter pass with it.
+class Selected:
+    """A plugin of pytest: only these tests, in this order.
+
+    Args:
+        wanted: Ids of tests, or None for all of them.
+        component: Keep only this component's conformance tests.
+    """
+
+    def __init__(self, wanted: Sequence[str] | None, component: str = ""):
+        self.order = None if wanted is None else {test: i for i, test in enumerate(wanted)}
+        self.component = component
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        kept = [item for item in items if self._keeps(item.nodeid)]
+        items[:] = kept if self.order is None else sorted(kept, key=lambda item: self.order[item.nodeid])
+
+    def _keeps(self, test: str) -> bool:
+        if self.component and "test_conformance" in test and f"[{self.component}-" not in test:
+            return False
+        return self.order is None or test in self.order
+
+
+class Recorded:
+    """A plugin of pytest: how long each test takes and which lines it runs."""
+
+    def __init__(self, coverage):
+        self.coverage, self.seconds, self.failed = coverage, {}, []
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.coverage.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+def _pytest(arguments: Sequence[str], *plugins: object) -> int:
+    """pytest's exit status; 0 when there were no tests."""
+    import pytest
+
+    sys.dont_write_bytecode = True
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+    return pytest.main([*options, *arguments], list(plugins)) % 5  # 5: there are none
+
+
+def _component(arguments: Sequence[str]) -> tuple[list[str], str]:
+    """The arguments without the name of a component, and that name."""
+    names = [argument.partition("::")[2] for argument in arguments if "::" in argument]
+    return [argument.partition("::")[0] for argument in arguments], "".join(names)
+
+
+def reach(arguments: tuple[str, ...], overlay: Path) -> Reach | None:
+    """Run tests without a mutant, in a process of their own; None when one fails.
+
+    Args:
+        arguments: What `matter_for` said.
+        overlay: A copy of the package.
+    """
+    result = overlay / "reach.json"
+
+    def run() -> int:
+        from coverage import Coverage
+
+        folders = [str(overlay / "attnzoo" / folder) for folder in FOLDERS]
+        coverage = Coverage(data_file=None, config_file=False, source=folders)
+        recorded = Recorded(coverage)
+        files, component = _component(arguments)
+        with coverage.collect():
+            status = _pytest(files, Selected(None, component), recorded)
+        if status:
+            print(f"failed without a mutant: {', '.join(recorded.failed)}", file=sys.__stderr__)
+            return status
+        data = coverage.get_data()
+        lines = {
+            str(Path(file).relative_to(overlay)): data.contexts_by_lineno(file)
+            for file in data.measured_files()
+        }
+        result.write_text(json.dumps([recorded.seconds, lines]))
+        return 0
+
+    if _forked(run) != 0:
+        return None
+    seconds, lines = json.loads(result.read_text())
+    return Reach(seconds, {file: {int(n): tests for n, tests in of.items()} for file, of in lines.items()})
+
+
+def survives(mutant: Mutant, overlay: Path, tests: Sequence[str], seconds: float) -> bool:
+    """Whether all of the tests pass with it.
 
     Args:
         mutant: What to try.
-        overlay: A copy of the repository in which it may be written.
-        limit: Seconds after which the tests count as hanging.
+        overlay: A copy of the package in which it may be written.
+        tests: Ids of tests, the most telling first.
+        seconds: How long they take without it.
     """
-    there, kept = overlay / mutant.file, (ROOT / mutant.file).read_text(encoding="utf-8")
+    there = overlay / mutant.file
+    kept, times = there.read_bytes(), there.stat()
+
+    def run() -> int:
+        for some in (tests[:FIRST], tests[FIRST:]):
+            files = list(dict.fromkeys(test.partition("::")[0] for test in some))
+            if some and _pytest(files, Selected(some)):
+                return 1
+        return 0
+
     there.write_text(mutant.source, encoding="utf-8")
     try:
-        return _passes(mutant.file, limit)
+        return _forked(run, LONGER * seconds + GRACE) == 0
     finally:
-        there.write_text(kept, encoding="utf-8")
+        there.write_bytes(kept)
+        os.utime(there, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def _passes(file: str, limit: float = math.inf) -> bool:
-    """Whether the tests that matter for a file pass, in a process of their own, within so many seconds."""
+def _forked(run: Callable[[], int], limit: float = float("inf")) -> int:
+    """Exit status of a function in a silent process of its own; 1 when it raises or takes longer than so many seconds."""
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
-        os.dup2(silent, 2)
-        os._exit(_run(file))
+        status = 1
+        try:
+            status = run()
+        finally:
+            os._exit(status)
     began = time.monotonic()
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status) == 0
+            return os.waitstatus_to_exitcode(status)
         if time.monotonic() - began > limit:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return False
+            return 1
         time.sleep(0.02)
 
 
-def _run(file: str) -> int:
-    """0 when every test passes."""
-    import pytest
-
-    sys.dont_write_bytecode = True
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
-    try:
-        for arguments in matter_for(file):
-            if pytest.main([*options, *arguments]) not in (0, 5):  # 5: there are none
-                return 1
-    except BaseException:  # a fault while tests are collected is noticed too
-        return 1
-    return 0
-
-
-def _copy(overlay: Path) -> None:
-    """The package, to be changed, and what it finds beside itself."""
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "attnzoo", overlay / "attnzoo", ignore=ignore)
+def copied() -> Path:
+    """A compiled copy of the package, to be changed, with what it finds beside itself; it goes when the process ends."""
+    overlay = Path(tempfile.mkdtemp(prefix="attnzoo-mutants-")).resolve()
+    atexit.register(shutil.rmtree, overlay, ignore_errors=True)
+    shutil.copytree(ROOT / "attnzoo", overlay / "attnzoo", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("recipes", "docs", "plugins"):
         (overlay / name).symlink_to(ROOT / name)
+    compileall.compile_dir(overlay / "attnzoo", quiet=1)
+    return overlay
+
+
+OVERLAY: list[Path] = []
+"""The copy of this process."""
+
+
+def _own_copy() -> None:
+    """Give a worker a copy of its own, and let its forks import it."""
+    sys.path[:] = [str(copied()), *(path for path in sys.path if path not in map(str, OVERLAY))]
+    OVERLAY[:] = [Path(sys.path[0])]
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 2)
+
+
+def _judge(mutant: Mutant, tests: list[str], seconds: float) -> bool:
+    return survives(mutant, OVERLAY[0], tests, seconds)
 
 
 def main() -> int:
@@ -236,6 +372,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--count", type=int, help="how many, drawn at random; all when left out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args()
     for file in given.files:
         if not file.is_file():
@@ -253,32 +390,37 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    overlay = Path(tempfile.mkdtemp(prefix="attnzoo-mutants-"))
-    atexit.register(shutil.rmtree, overlay, ignore_errors=True)
-    _copy(overlay)
-    sys.path.insert(0, str(overlay))
-    limits = {}
-    for file in dict.fromkeys(mutant.file for mutant in mutants):
-        began = time.monotonic()
-        if not _passes(file):
-            print(f"the tests that matter for {file} fail without a mutant")
+    OVERLAY.append(copied())
+    sys.path.insert(0, str(OVERLAY[0]))
+    reached: dict[tuple[str, ...], Reach] = {}
+    for arguments in dict.fromkeys(matter_for(mutant.file) for mutant in mutants):
+        found = reach(arguments, OVERLAY[0])
+        if found is None:
             return 2
-        limits[file] = LONGER * (time.monotonic() - began)
-    killed, survived, equal = 0, [], 0
-    for number, mutant in enumerate(mutants, 1):
-        reason = EQUIVALENT.get(f"{mutant.file}: {mutant.what.partition(': ')[2]}")
-        if reason is not None:
-            equal += 1
-        elif survives(mutant, overlay, limits[mutant.file]):
-            survived.append(mutant)
-            print(f"survived {mutant}", flush=True)
-        else:
-            killed += 1
-        if number % 25 == 0:
-            print(f"{number} of {len(mutants)}: {killed} killed, {len(survived)} survived", flush=True)
-    judged = killed + len(survived)
-    share = 100 * killed / judged if judged else 100.0
-    print(f"{killed} of {judged} killed ({share:.1f} %), {equal} equivalent, {len(survived)} survived")
+        reached[arguments] = found
+    tally, survived = Counter[str](), []
+    with ProcessPoolExecutor(given.workers, get_context("fork"), _own_copy) as pool:
+        tried = {}
+        for mutant in mutants:
+            if f"{mutant.file}: {mutant.what.partition(': ')[2]}" in EQUIVALENT:
+                tally["equivalent"] += 1
+                continue
+            known = reached[matter_for(mutant.file)]
+            tests = known.of(mutant)
+            tried[pool.submit(_judge, mutant, tests, sum(known.seconds.get(t, 0.0) for t in tests))] = mutant
+        for number, future in enumerate(as_completed(tried), 1):
+            tally["survived" if future.result() else "killed"] += 1
+            if future.result():
+                survived.append(tried[future])
+                print(f"survived {tried[future]}", flush=True)
+            if number % 25 == 0:
+                print(f"{number} of {len(tried)}: {tally['survived']} survived", flush=True)
+    judged = tally["killed"] + tally["survived"]
+    share = 100 * tally["killed"] / judged if judged else 100.0
+    print(f"{tally['killed']} of {judged} killed ({share:.1f} %), {tally['equivalent']} equivalent, "
+          f"{len(survived)} survived")  # fmt: skip
+    for mutant in sorted(survived, key=str):
+        print(f"  {mutant}")
     return int(share < 95)
 
 

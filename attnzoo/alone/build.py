@@ -194,8 +194,10 @@ def component_for(
     place = _place(said)
     plan = _planned(mechanism, options, said)
     if place.form == "map" and place.prefix:
-        raise OptionError("a map has no special tokens: `form='map'` and `prefix` contradict each other",
-                          help="leave `prefix` out")  # fmt: skip
+        raise OptionError(
+            "a map has no special tokens: `form='map'` and `prefix` contradict each other",
+            help="leave `prefix` out",
+        )
     if place.context_dim is not None and not plan.card.context:
         raise UnsupportedContext(
             "AZ404",
@@ -214,8 +216,11 @@ def component_for(
         else 1
     )
     if isinstance(wanted, int) and axes != wanted:
-        raise LayoutMismatch("AZ401", f"`{plan}` needs a {wanted}-D grid; this one has {axes} dimensions",
-                             help=f"say grid=({', '.join(['14'] * wanted)})")  # fmt: skip
+        raise LayoutMismatch(
+            "AZ401",
+            f"`{plan}` needs a {wanted}-D grid; this one has {axes} dimensions",
+            help=f"say grid=({', '.join(['14'] * wanted)})",
+        )
     layout = Layout(place.grid, prefix) if place.grid else None
     context_layout = Layout(place.context_grid) if place.context_grid else None
     site = Site(
@@ -256,8 +261,11 @@ def _place(said: Mapping[str, Any]) -> _Place:
     except ValidationError as error:
         raise _nowhere(faults_of(error, _arguments(told), _Place, (), "create")) from None
     if place.norm_layer is not None and not callable(place.norm_layer):
-        raise RecipeError("AZ211", f"`norm_layer` builds a norm for a width; this is {place.norm_layer!r}",
-                          help="hand a class, such as nn.LayerNorm")  # fmt: skip
+        raise RecipeError(
+            "AZ211",
+            f"`norm_layer` builds a norm for a width; this is {place.norm_layer!r}",
+            help="hand a class, such as nn.LayerNorm",
+        )
     return place
 
 
@@ -285,8 +293,9 @@ def _planned(mechanism: Any, options: Mapping[str, Any], said: Mapping[str, Any]
             own = tree.get("with")
             twice = sorted(options.keys() & own.keys()) if isinstance(own, dict) else []
             if twice:
-                raise OptionError(f"`{twice[0]}` stands in the spec's `with` and among the arguments",
-                                  help="say it once")  # fmt: skip
+                raise OptionError(
+                    f"`{twice[0]}` stands in the spec's `with` and among the arguments", help="say it once"
+                )
             if options:
                 tree = {**tree, "with": {**(own if isinstance(own, dict) else {}), **options}}
         source.tree = tree
@@ -371,8 +380,12 @@ def _unheard(plan: Plan, said: Mapping[str, Any]) -> None:
 
 
 def _wish(plan: Plan, wish: str, why: str) -> RecipeError:
-    return RecipeError("AZ317", f"`{plan}` cannot honour `{wish}`", why=f"{why}, and a wish that is ignored changes "
-                       "the model silently", help="leave it out")  # fmt: skip
+    return RecipeError(
+        "AZ317",
+        f"`{plan}` cannot honour `{wish}`",
+        why=f"{why}, and a wish that is ignored changes the model silently",
+        help="leave it out",
+    )
 
 
 def _fitted(plan: Plan, site: Site) -> bool:

@@ -84,8 +84,9 @@ def as_mha(
     if isinstance(component, Pool) or component.card.given:
         what = "gives one token" if isinstance(component, Pool) else "needs maps that are handed over"
         raise _unsupported(f"`{part.formula}` {what}", "attnzoo.create takes it")
-    return MultiheadAttention(component, part.formula, embed_dim, num_heads, dropout, kdim, batch_first,
-                              part.layout, part.prefix)  # fmt: skip
+    return MultiheadAttention(
+        component, part.formula, embed_dim, num_heads, dropout, kdim, batch_first, part.layout, part.prefix
+    )
 
 
 _ELSEWHERE = ("context_grid", "proj_drop", "qk_norm", "scale_norm", "rotary", "norm_layer", "layer", "depth")
@@ -316,8 +317,12 @@ def _allowed(mask: Tensor, name: str) -> Tensor:
     if torch.compiler.is_compiling():  # a question that a graph cannot ask is asked when it runs
         torch._assert_async(plain, f"`{name}` holds values other than 0 and -inf: {why}")
     elif not bool(plain):
-        raise UnsupportedMask("AZ405", f"`{name}` holds values other than 0 and -inf", why=why,
-                              help="hand a boolean mask in which True hides")  # fmt: skip
+        raise UnsupportedMask(
+            "AZ405",
+            f"`{name}` holds values other than 0 and -inf",
+            why=why,
+            help="hand a boolean mask in which True hides",
+        )
     return allowed
 
 

@@ -298,8 +298,11 @@ def open_image(path: str | os.PathLike, model: nn.Module) -> Tensor:
     try:
         rgb = read_image_file(path)
     except OSError as error:
-        raise RecipeError("AZ604", f"cannot open `{os.fspath(path)}`: {(error.strerror or str(error)).lower()}",
-                          help="name a PNG or JPEG file") from None  # fmt: skip
+        raise RecipeError(
+            "AZ604",
+            f"cannot open `{os.fspath(path)}`: {(error.strerror or str(error)).lower()}",
+            help="name a PNG or JPEG file",
+        ) from None
     config = resolve_data_config({}, model=model)
     channels, rows, columns = config["input_size"]
     if channels not in (1, 3):

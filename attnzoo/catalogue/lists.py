@@ -160,8 +160,12 @@ def _models(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str, An
     for model, recipe in registered.items():
         if recipe in known and fnmatch.fnmatchcase(model, pattern):
             row = known[recipe]
-            yield {"name": model, "base": row["base"], "summary": row["summary"],
-                   **_provided(zoo, zoo.recipes[recipe])}  # fmt: skip
+            yield {
+                "name": model,
+                "base": row["base"],
+                "summary": row["summary"],
+                **_provided(zoo, zoo.recipes[recipe]),
+            }
 
 
 _MAKERS = {"mechanisms": _mechanisms, "fusions": _fusions, "recipes": _recipes, "models": _models}

@@ -97,8 +97,15 @@ def page_of(entry: Entry, kind: str) -> dict[str, Any]:
     example = f"{'pool' if form_of(entry.value) == 'pool' else 'attention'}: {entry.name}"
     if kind == "fusion":
         example = f"attention: {{fuse: {entry.name}, of: [softmax, soft]}}"
-    return {"name": entry.name, "kind": kind, "summary": card.summary, "doc": doc, "claims": claims,
-            "options": options, "example": example}  # fmt: skip
+    return {
+        "name": entry.name,
+        "kind": kind,
+        "summary": card.summary,
+        "doc": doc,
+        "claims": claims,
+        "options": options,
+        "example": example,
+    }
 
 
 def _yaml(value: Any) -> str:

@@ -134,7 +134,7 @@ def compare(
             ]
             for r in result.rows
         ],
-    )  # fmt: skip
+    )
     for difference, text in zip(result.differences, result.sentences(), strict=True):
         say(text, style={"better": "green", "worse": "red", "noise": ""}[difference.verdict])
     if (epochs_to := result.speed()) is not None:

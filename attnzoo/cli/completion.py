@@ -137,8 +137,14 @@ def _survey(switches: dict[str, str]) -> dict[str, list[str]]:
         target = Path(folder) / "names.json"
         command = [sys.executable, "-P", "-c", _SURVEY, str(target)]
         with suppress(OSError, ValueError, subprocess.TimeoutExpired):
-            subprocess.run(command, env=environment, timeout=PATIENCE, stdin=subprocess.DEVNULL,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+            subprocess.run(
+                command,
+                env=environment,
+                timeout=PATIENCE,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
             return json.loads(target.read_text(encoding="utf-8"))
     return {}
 

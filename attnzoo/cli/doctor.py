@@ -10,8 +10,20 @@ import typer
 from attnzoo.cli.list import AsJson
 from attnzoo.cli.plugins import say_problems
 
-CORE = ("torch", "torchvision", "timm", "pluggy", "pydantic", "pyyaml", "typer", "rich", "hypothesis", "jaxtyping",
-        "safetensors", "pillow")  # fmt: skip
+CORE = (
+    "torch",
+    "torchvision",
+    "timm",
+    "pluggy",
+    "pydantic",
+    "pyyaml",
+    "typer",
+    "rich",
+    "hypothesis",
+    "jaxtyping",
+    "safetensors",
+    "pillow",
+)
 EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 

@@ -58,16 +58,21 @@ def eval_(
         say_json(what | result.as_dict())
         return
     low, high = result.interval
-    say(f"{run}: {percent(result.accuracy)} ({100 * low:.2f} to {percent(high)}) "
-        f"of {result.images} images, loss {result.loss:.4f}", style="bold")  # fmt: skip
+    say(
+        f"{run}: {percent(result.accuracy)} ({100 * low:.2f} to {percent(high)}) "
+        f"of {result.images} images, loss {result.loss:.4f}",
+        style="bold",
+    )
     table(
         [
             Column("class", wrap=20),
             *(Column(name, right=True) for name in ("images", "correct", "accuracy", "loss")),
         ],
-        [[c.name, str(c.images), str(c.correct), percent(c.correct / max(1, c.images)), f"{c.loss:.4f}"]
-         for c in result.classes],
-    )  # fmt: skip
+        [
+            [c.name, str(c.images), str(c.correct), percent(c.correct / max(1, c.images)), f"{c.loss:.4f}"]
+            for c in result.classes
+        ],
+    )
     say("95 % interval by Wilson's score; it knows of the test images only, not of other seeds", style="dim")
     say_next(f"attnzoo heatmap {run}")
 

@@ -329,8 +329,13 @@ def progress(quiet: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
                 elif event["event"] == "step":
                     text = f"epoch {event['epoch']}"
                     figures = _figures(event, out.width - drawn - len(text) - 2).replace(GLUE, " ")
-                    bar.update(task, description=text, completed=event["step"], total=event["steps"],
-                               figures=escape(figures))  # fmt: skip
+                    bar.update(
+                        task,
+                        description=text,
+                        completed=event["step"],
+                        total=event["steps"],
+                        figures=escape(figures),
+                    )
 
             yield draw
     else:

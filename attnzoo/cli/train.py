@@ -135,8 +135,11 @@ def _show(figures: dict[str, Any]) -> None:
     for name in ("best", "last"):
         exact = figures.get(f"{name}_exact")
         strings = "" if exact is None else f", {percent(exact)} exact"
-        say(f"{name}: {percent(figures[f'{name}_accuracy'])} test accuracy{strings}, "
-            f"loss {figures[f'{name}_loss']:.4f}, epoch {figures[f'{name}_epoch']}", style="bold")  # fmt: skip
+        say(
+            f"{name}: {percent(figures[f'{name}_accuracy'])} test accuracy{strings}, "
+            f"loss {figures[f'{name}_loss']:.4f}, epoch {figures[f'{name}_epoch']}",
+            style="bold",
+        )
     say(f"{time}, {figures['images_per_second']:,.0f} {examples}/s in training")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from attnzoo.core.card import Card
 from attnzoo.core.layout import Layout
 from attnzoo.core.mask import Mask
+from attnzoo.core.options import defaults_of
 from attnzoo.core.site import Site
 from attnzoo.core.tap import Tap, kind_of
 from attnzoo.errors import LayoutMismatch, MissingMap
@@ -43,9 +44,8 @@ class Component(nn.Module, ABC):
 
     def __new__(cls, site: Site | None = None, *_: Any, **options: Any) -> Self:
         self = super().__new__(cls)
-        if site is not None and hasattr(
-            cls, "card"
-        ):  # a copy brings its own, a wrapper has that of its content
+        # a copy brings its own card, a wrapper has that of its content
+        if site is not None and hasattr(cls, "card"):
             self.card = cls.card_for(**options)
         return self
 
@@ -64,11 +64,7 @@ class Component(nn.Module, ABC):
     @classmethod
     def card_for(cls, **options: Any) -> Card:
         """`claims` for these options and the defaults of the others."""
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        defaults = {
-            p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
-        }
-        return cls.claims(**defaults | options)
+        return cls.claims(**{**defaults_of(cls), **options})
 
     def init_weights(self) -> None:
         """Special initialisation. Call it in `__init__`; hosts call it again after their own initialisation."""

@@ -40,9 +40,8 @@ class Fusion(nn.Module, ABC):
         super().__init__()
         self._check_arity(arity)
         self.arity, self.start = arity, start
-        self.head_axis = (
-            -1
-        )  # where heads lie: among the channels on tokens; `FusedHeads` sets 1, an axis of their own
+        # where heads lie: among the channels on tokens; `FusedHeads` sets 1, an axis of their own
+        self.head_axis = -1
         gamma = nn.Parameter(torch.zeros(site.dim)) if start == "identity" and arity > 1 else None
         self.register_parameter("gamma", gamma)
 
@@ -50,16 +49,10 @@ class Fusion(nn.Module, ABC):
     def _check_arity(cls, arity: int) -> None:
         fewest, most = cls.card.arity
         if arity < fewest or (most is not None and arity > most):
-            wanted = (
-                f"{fewest}"
-                if most == fewest
-                else f"{fewest} or more"
-                if most is None
-                else f"{fewest} to {most}"
-            )
+            more = " or more" if most is None else "" if most == fewest else f" to {most}"
             raise RecipeError(
                 "AZ312",
-                f"`{cls.card.name}` merges {wanted} branches; it was given {arity}",
+                f"`{cls.card.name}` merges {fewest}{more} branches; it was given {arity}",
                 help="change the list under `of:` or choose another fusion",
             )
 

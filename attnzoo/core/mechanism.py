@@ -28,7 +28,7 @@ class Mechanism(Component):
     def __init__(self, site: Site):
         super().__init__(site)
         self.context_dim = site.context_dim
-        self.proj_drop = nn.Dropout(site.proj_drop) if site.proj_drop else nn.Identity()
+        self.proj_drop = nn.Dropout(site.proj_drop)
         unheard = sorted(site.wishes - self.card.honours) if hasattr(type(self), "card") else []
         if unheard:
             raise RecipeError(

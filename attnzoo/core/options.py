@@ -3,7 +3,9 @@
 import inspect
 import re
 import textwrap
+from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -34,6 +36,18 @@ def options_of(cls: type) -> type[BaseModel]:
         fields[name] = (parameter.annotation, Field(default, description=texts.get(name, "")))
     config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
     return create_model(f"{cls.__name__}Options", __config__=config, **fields)
+
+
+@cache
+def defaults_of(cls: type) -> Mapping[str, Any]:
+    """The default of every option that has one.
+
+    Args:
+        cls: A mechanism, head or fusion.
+    """
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    found = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    return MappingProxyType(found)
 
 
 def option_texts(cls: type) -> dict[str, str]:

@@ -17,10 +17,13 @@ class Add(Fusion):
     card = FusionCard(
         name="add",
         summary="Sum of the branches: Σ sᵢ (HAM B).",
-        paper=Paper("Transformer Architecture Reconfiguration Using Heterogeneous Attention", "Martínez-Marín et al.",
-                    where="§3"),
+        paper=Paper(
+            "Transformer Architecture Reconfiguration Using Heterogeneous Attention",
+            "Martínez-Marín et al.",
+            where="§3",
+        ),
         laws={Law.SINGLE, Law.SYMMETRIC, Law.ADDITIVE, Law.NEUTRAL_ZERO, Law.IDENTITY_START, Law.TOKEN_LOCAL},
-    )  # fmt: skip
+    )
 
     def merge(self, branches, x):
         return reduce(add, branches)

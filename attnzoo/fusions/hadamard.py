@@ -15,10 +15,13 @@ class Hadamard(Fusion):
     card = FusionCard(
         name="hadamard",
         summary="Element-wise product of the branches: Π sᵢ (HAM A).",
-        paper=Paper("Transformer Architecture Reconfiguration Using Heterogeneous Attention", "Martínez-Marín et al.",
-                    where="§3"),
+        paper=Paper(
+            "Transformer Architecture Reconfiguration Using Heterogeneous Attention",
+            "Martínez-Marín et al.",
+            where="§3",
+        ),
         laws={Law.SINGLE, Law.SYMMETRIC, Law.IDENTITY_START, Law.TOKEN_LOCAL},
-    )  # fmt: skip
+    )
 
     def merge(self, branches, x):
         return reduce(mul, branches)

@@ -27,10 +27,15 @@ class LowRank(Fusion):
     card = FusionCard(
         name="low_rank",
         summary="Low-rank bilinear pooling: P (σ(U₁ s₁) ⊙ … ⊙ σ(Uₖ sₖ)) + b.",
-        paper=Paper("Hadamard Product for Low-rank Bilinear Pooling", "Kim et al.", 2017, "arXiv:1610.04325",
-                    where="§3, eq. 6-8"),
+        paper=Paper(
+            "Hadamard Product for Low-rank Bilinear Pooling",
+            "Kim et al.",
+            2017,
+            "arXiv:1610.04325",
+            where="§3, eq. 6-8",
+        ),
         laws={Law.IDENTITY_START, Law.TOKEN_LOCAL},
-    )  # fmt: skip
+    )
 
     def __init__(
         self,

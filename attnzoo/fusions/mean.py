@@ -12,9 +12,17 @@ class Mean(Fusion):
     card = FusionCard(
         name="mean",
         summary="Mean of the branches: Σ sᵢ / k.",
-        laws={Law.SINGLE, Law.AGREE, Law.CONVEX, Law.SYMMETRIC, Law.ADDITIVE, Law.FAIR_START, Law.IDENTITY_START,
-              Law.TOKEN_LOCAL},
-    )  # fmt: skip
+        laws={
+            Law.SINGLE,
+            Law.AGREE,
+            Law.CONVEX,
+            Law.SYMMETRIC,
+            Law.ADDITIVE,
+            Law.FAIR_START,
+            Law.IDENTITY_START,
+            Law.TOKEN_LOCAL,
+        },
+    )
 
     def merge(self, branches, x):
         return reduce(add, branches) / self.arity

@@ -32,8 +32,14 @@ POOL = "pool"
 class PlainHead(Head):
     """Scaled dot-product attention, so that a model can be inspected and counted before any mechanism is chosen."""
 
-    card = Card("plain", Family.DOT_PRODUCT, "Attention as it was before any zoo.",
-                masks={"keys", "pairs", "causal"}, context=True, incremental=True)  # fmt: skip
+    card = Card(
+        "plain",
+        Family.DOT_PRODUCT,
+        "Attention as it was before any zoo.",
+        masks={"keys", "pairs", "causal"},
+        context=True,
+        incremental=True,
+    )
 
     def attend(self, q, k, v, *, mask, layout):
         allowed = mask.dense(q.shape[2], k.shape[2], q.device)

@@ -516,8 +516,11 @@ def _zoo_vit(
         **arguments | ({"global_pool": ""} if pool else {}),
     )
     if type(model) not in CLASSES:
-        raise RecipeError("AZ309", f"timm built a {type(model).__name__}, not a VisionTransformer",
-                          help="leave `use_naflex` out")  # fmt: skip
+        raise RecipeError(
+            "AZ309",
+            f"timm built a {type(model).__name__}, not a VisionTransformer",
+            help="leave `use_naflex` out",
+        )
     model.__class__, model.given = CLASSES[type(model)], dict(given)
     named(model, given)
     if skip:

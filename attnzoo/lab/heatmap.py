@@ -273,8 +273,11 @@ def read_image(path: str | os.PathLike, size: tuple[int, int, int]) -> UInt8[Ten
     try:
         plain = read_image_file(path, "RGB" if channels == 3 else "L")
     except OSError as error:
-        raise ZooError("AZ902", f"cannot open `{os.fspath(path)}`: {(error.strerror or str(error)).lower()}",
-                       help="name a PNG or JPEG file") from None  # fmt: skip
+        raise ZooError(
+            "AZ902",
+            f"cannot open `{os.fspath(path)}`: {(error.strerror or str(error)).lower()}",
+            help="name a PNG or JPEG file",
+        ) from None
     small = plain.resize((columns, rows), Image.Resampling.BICUBIC)
     values = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
     return values.view(rows, columns, channels).permute(2, 0, 1)

@@ -13,8 +13,19 @@ from attnzoo.recipe.origin import Origin, ends
 from attnzoo.recipe.reading import Loaded
 from attnzoo.recipe.resolving import Composition, resolve
 
-BUILDER = ("features_only", "out_indices", "feature_cls", "cache_dir", "pretrained_strict", "pretrained_model_args",
-           "pretrained_cfg_overlay", "device", "dtype", "pruned", "use_naflex")  # fmt: skip
+BUILDER = (
+    "features_only",
+    "out_indices",
+    "feature_cls",
+    "cache_dir",
+    "pretrained_strict",
+    "pretrained_model_args",
+    "pretrained_cfg_overlay",
+    "device",
+    "dtype",
+    "pruned",
+    "use_naflex",
+)
 """Arguments of `timm.create_model` that go to timm's builder, not to the model."""
 
 

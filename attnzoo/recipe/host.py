@@ -213,8 +213,12 @@ def _scheduled(said: HeadSchedule, layers: int, place: Place | None) -> tuple[in
     first, last = said.first, said.last
     if said.schedule == "constant":
         if last not in (None, first):
-            raise RecipeError("AZ313", f"a constant schedule cannot begin with {first} heads and end with {last}",
-                              place=place, help="leave `last` out, or write `schedule: halving`")  # fmt: skip
+            raise RecipeError(
+                "AZ313",
+                f"a constant schedule cannot begin with {first} heads and end with {last}",
+                place=place,
+                help="leave `last` out, or write `schedule: halving`",
+            )
         return (first,) * layers
     counts = [first]
     while len(counts) < layers:
@@ -222,8 +226,12 @@ def _scheduled(said: HeadSchedule, layers: int, place: Place | None) -> tuple[in
         if here == last:
             counts.append(here)
         elif here % 2:
-            raise RecipeError("AZ313", f"half of {here} is no number of heads for layer {len(counts) + 1} of {layers}",
-                              place=place, help=f"stop with `last: {here}`, or begin with more heads")  # fmt: skip
+            raise RecipeError(
+                "AZ313",
+                f"half of {here} is no number of heads for layer {len(counts) + 1} of {layers}",
+                place=place,
+                help=f"stop with `last: {here}`, or begin with more heads",
+            )
         else:
             counts.append(here // 2)
     if last is not None and counts[-1] != last:
@@ -342,27 +350,51 @@ def skip_of(recipe: Recipe, info: HostInfo, source: Source) -> Skip:
             if recipe.host.kind == "cct"
             else "only a seq2seq model has cross-attention"
         )
-        raise RecipeError("AZ314", f"`skip: {said.use}` cannot be put here: {what}",
-                          place=_place(("skip",), source), help="use `merged`, or another kind of host")  # fmt: skip
+        raise RecipeError(
+            "AZ314",
+            f"`skip: {said.use}` cannot be put here: {what}",
+            place=_place(("skip",), source),
+            help="use `merged`, or another kind of host",
+        )
     glob = said.at or info.skip_default(said.use)
     at = tuple(fnmatch.filter(names, glob))
     place = _place(("skip", "at"), source)
     if not at:
-        raise RecipeError("AZ304", f"`{glob}` matches no site", place=place,
-                          help=f"the sites are {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")  # fmt: skip
+        raise RecipeError(
+            "AZ304",
+            f"`{glob}` matches no site",
+            place=place,
+            help=f"the sites are {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}",
+        )
     kinds = {(name.split(".")[0], name.rpartition(".")[2] if name.count(".") == 2 else "") for name in at}
     if len(kinds) > 1:
         shown = ", ".join(".".join(filter(None, (side, "*", kind))) for side, kind in sorted(kinds))
-        raise RecipeError("AZ314", f"`{glob}` matches sites of several kinds: {shown}", place=place,
-                          why="a layer hands on to the next of its kind", help=f"write one of {shown}")  # fmt: skip
+        raise RecipeError(
+            "AZ314",
+            f"`{glob}` matches sites of several kinds: {shown}",
+            place=place,
+            why="a layer hands on to the next of its kind",
+            help=f"write one of {shown}",
+        )
     if said.use == "cross" and not all(name.endswith(".cross") for name in at):
-        raise RecipeError("AZ314", f"`skip: cross` goes between sites decoder.*.cross; `{glob}` matches others",
-                          place=place, help="leave `at` out, or use `merged` there")  # fmt: skip
+        raise RecipeError(
+            "AZ314",
+            f"`skip: cross` goes between sites decoder.*.cross; `{glob}` matches others",
+            place=place,
+            help="leave `at` out, or use `merged` there",
+        )
     if "encoders" in said.model_fields_set and said.use != "encoder_stack":
-        raise RecipeError("AZ314", f"`skip: {said.use}` forms no encoders",
-                          place=_place(("skip", "encoders"), source),
-                          help="leave `encoders` out, or write `use: encoder_stack`")  # fmt: skip
+        raise RecipeError(
+            "AZ314",
+            f"`skip: {said.use}` forms no encoders",
+            place=_place(("skip", "encoders"), source),
+            help="leave `encoders` out, or write `use: encoder_stack`",
+        )
     if len(at) < 2:
-        raise RecipeError("AZ314", f"`{glob}` matches one site, and there is nobody to hand on to", place=place,
-                          help="let it match two or more")  # fmt: skip
+        raise RecipeError(
+            "AZ314",
+            f"`{glob}` matches one site, and there is nobody to hand on to",
+            place=place,
+            help="let it match two or more",
+        )
     return Skip(said.use, at, said.encoders)

@@ -197,8 +197,12 @@ def _other(word: str, path: Path | None, chain: tuple[Path, ...], place: Place) 
                 "AZ116", f"`extends` names `{word[:60]}`, which is no file here", place=place, help=help
             )
         if file.resolve().parent != path.resolve().parent:
-            raise RecipeError("AZ116", f"`{word[:60]}` is a link out of its folder", place=place,
-                              why="opening a recipe never reads outside its folder")  # fmt: skip
+            raise RecipeError(
+                "AZ116",
+                f"`{word[:60]}` is a link out of its folder",
+                place=place,
+                why="opening a recipe never reads outside its folder",
+            )
     if file.resolve() in chain:
         names = " -> ".join(f"`{one.name}`" for one in (*chain, file))
         raise RecipeError("AZ116", f"the recipes extend each other in a circle: {names}", place=place)

@@ -369,10 +369,22 @@ class SkipSpec(_Strict):
         return {"use": value} if isinstance(value, str) else value
 
 
-TAGGED: dict[str, Any] = {USE: Use, FUSE: Fuse, VIT: VitHost, CCT: CctHost, SEQ2SEQ: Seq2SeqHost,
-                          SEQUENCE: SequenceHost, COUNT: Heads, LIST: HeadList, HALVING: HeadSchedule,
-                          SIDES: SideHeads, LAYERS: Layers, SIDE_LAYERS: SideLayers, VOCAB: Vocab,
-                          SIDE_VOCAB: SideVocab}  # fmt: skip
+TAGGED: dict[str, Any] = {
+    USE: Use,
+    FUSE: Fuse,
+    VIT: VitHost,
+    CCT: CctHost,
+    SEQ2SEQ: Seq2SeqHost,
+    SEQUENCE: SequenceHost,
+    COUNT: Heads,
+    LIST: HeadList,
+    HALVING: HeadSchedule,
+    SIDES: SideHeads,
+    LAYERS: Layers,
+    SIDE_LAYERS: SideLayers,
+    VOCAB: Vocab,
+    SIDE_VOCAB: SideVocab,
+}
 """What a tag stands for."""
 
 

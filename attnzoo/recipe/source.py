@@ -300,8 +300,12 @@ class _Reader:
                 "AZ107", f"aliases (`*{event.anchor}`) are not allowed", place, help="write the value out"
             )
         elif event.anchor:
-            self.source.fault("AZ107", f"anchors (`&{event.anchor}`) are not allowed", place,
-                              help="write the value out where it is used")  # fmt: skip
+            self.source.fault(
+                "AZ107",
+                f"anchors (`&{event.anchor}`) are not allowed",
+                place,
+                help="write the value out where it is used",
+            )
         elif tag not in (None, "!"):
             shown = tag.replace("tag:yaml.org,2002:", "!!")[:40]
             self.source.fault(

@@ -163,8 +163,12 @@ def _text(template: str, words: Mapping[str, str]) -> str:
 
 def _exists(path: Path) -> ZooError:
     kind = "folder" if path.is_dir() else "file"
-    return ZooError("AZ602", f"the {kind} `{path}` exists already", why="nothing is ever overwritten",
-                    help="choose another name, or another place with `--into`")  # fmt: skip
+    return ZooError(
+        "AZ602",
+        f"the {kind} `{path}` exists already",
+        why="nothing is ever overwritten",
+        help="choose another name, or another place with `--into`",
+    )
 
 
 def _write_one(path: Path, text: str) -> Path:

@@ -26,7 +26,7 @@ from attnzoo.core import (
     MultiHead,
     Pool,
     Site,
-)  # fmt: skip
+)
 from attnzoo.core.fusion import inside_heads
 
 Checkable = type[Component] | type[Fusion]
@@ -318,8 +318,13 @@ class Scene:
     def __repr__(self) -> str:
         text = f"Scene({self.component.__name__}, {_site_text(self.site)}"
         for name, usual in (
-            ("options", {}), ("batch", 1), ("seed", 0), ("arity", 1), ("inside", False), ("scale", 1.0),
-        ):  # fmt: skip
+            ("options", {}),
+            ("batch", 1),
+            ("seed", 0),
+            ("arity", 1),
+            ("inside", False),
+            ("scale", 1.0),
+        ):
             if getattr(self, name) != usual:
                 text += f", {name}={getattr(self, name)!r}"
         return f"{text})"
@@ -448,9 +453,13 @@ def scenes(
 
     # few draws from tables, simplest first: a draw costs as much as a small forward
     return st.tuples(
-        st.sampled_from(kept), st.sampled_from(places), st.sampled_from(levels), st.sampled_from(across),
-        st.sampled_from(grids), st.integers(0, 2**16),
-    ).map(scene)  # fmt: skip
+        st.sampled_from(kept),
+        st.sampled_from(places),
+        st.sampled_from(levels),
+        st.sampled_from(across),
+        st.sampled_from(grids),
+        st.integers(0, 2**16),
+    ).map(scene)
 
 
 def edges(cls: Checkable, options: dict[str, Any], large: bool) -> list[Scene]:

@@ -148,8 +148,11 @@ def damage(folder: Path) -> str:
     try:
         manifest = read_file(folder / MANIFEST, most=2**20)
         written = {name: (entry["bytes"], entry["sha256"]) for name, entry in json.loads(manifest).items()}
-        found = {path.name: _size_and_sha256(path, written.get(path.name)) for path in folder.iterdir()
-                 if path.name != MANIFEST}  # fmt: skip
+        found = {
+            path.name: _size_and_sha256(path, written.get(path.name))
+            for path in folder.iterdir()
+            if path.name != MANIFEST
+        }
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {(error.strerror or str(error)).lower()}"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

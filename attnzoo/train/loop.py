@@ -411,9 +411,12 @@ class _Training:
     def _restore(self, found: Checkpoint) -> None:
         state = found.state()
         if others := [key for key, fact in self.task.facts().items() if state.get(key) != fact]:
-            raise RunError("AZ802", f"`{self.folder}` holds a run on other data",
-                           why=f"their {', '.join(others)} differ",
-                           help="bring the data back as they were, or name another folder with --out")  # fmt: skip
+            raise RunError(
+                "AZ802",
+                f"`{self.folder}` holds a run on other data",
+                why=f"their {', '.join(others)} differ",
+                help="bring the data back as they were, or name another folder with --out",
+            )
         with reading(found):
             self.net.load_state_dict(found.tensors("model"))
             moments: dict[int, dict[str, Any]] = {int(i): dict(own) for i, own in state["optimizer"].items()}

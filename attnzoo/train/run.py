@@ -105,8 +105,11 @@ class Run:
             RunError: AZ805, when no checkpoint is sound; AZ814, when it is no run on pairs.
         """
         if self.kind != "pairs":
-            raise RunError("AZ814", f"`{self.folder}` does not translate: it was trained on {self.kind}",
-                           help="take a run whose recipe has a host of kind `seq2seq`")  # fmt: skip
+            raise RunError(
+                "AZ814",
+                f"`{self.folder}` does not translate: it was trained on {self.kind}",
+                help="take a run whose recipe has a host of kind `seq2seq`",
+            )
         saved = self._newest()
         with reading(saved):
             made = [Vocabulary.of(data) for data in saved.state()["vocabularies"]]
@@ -155,8 +158,11 @@ class Run:
                 images.
         """
         if self.kind != "images":
-            raise RunError("AZ814", f"`{self.folder}` has no classes: it was trained on {self.kind}",
-                           help="`figures` has its loss and accuracy")  # fmt: skip
+            raise RunError(
+                "AZ814",
+                f"`{self.folder}` has no classes: it was trained on {self.kind}",
+                help="`figures` has its loss and accuracy",
+            )
         known = self._newest().state().get("classes") or []
         model = self.model(which)
         channels, *_ = image = tuple(model.pretrained_cfg["input_size"])  # type: ignore[union-attr, arg-type, index]
@@ -227,9 +233,12 @@ def usable(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             or checkpoint.damage(other)
         ):
             continue
-        raise RunError("AZ802", f"`{folder}` holds checkpoints of two runs: {other.name} and {found.folder.name}",
-                       why="their recipes or settings differ",
-                       help="move the one that is not of this run elsewhere")  # fmt: skip
+        raise RunError(
+            "AZ802",
+            f"`{folder}` holds checkpoints of two runs: {other.name} and {found.folder.name}",
+            why="their recipes or settings differ",
+            help="move the one that is not of this run elsewhere",
+        )
     return found, notes
 
 
@@ -252,8 +261,12 @@ def reading(saved: Checkpoint) -> Iterator[None]:
         raise
     except Exception as error:  # of torch, safetensors and tokenizers: whatever they stumble over
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise RunError("AZ802", f"`{saved.folder}` is none of this run", why=reason,
-                       help="move that folder elsewhere: the one before it is used then") from None  # fmt: skip
+        raise RunError(
+            "AZ802",
+            f"`{saved.folder}` is none of this run",
+            why=reason,
+            help="move that folder elsewhere: the one before it is used then",
+        ) from None
 
 
 def newest(folder: Path) -> Checkpoint:
@@ -266,11 +279,19 @@ def newest(folder: Path) -> Checkpoint:
     if found:
         return found
     if notes and all(checkpoint.damage(path) for _, path in checkpoint.steps(folder)):
-        raise RunError("AZ805", f"no checkpoint of `{folder}` is sound", why=notes[0].partition(";")[0],
-                       help="train again into another folder with --out")  # fmt: skip
+        raise RunError(
+            "AZ805",
+            f"no checkpoint of `{folder}` is sound",
+            why=notes[0].partition(";")[0],
+            help="train again into another folder with --out",
+        )
     if notes:
-        raise RunError("AZ802", f"no checkpoint in `{folder}` is of a run", why=notes[0].rpartition(";")[0],
-                       help="bring the folder back as it was, or train again into another one with --out")  # fmt: skip
+        raise RunError(
+            "AZ802",
+            f"no checkpoint in `{folder}` is of a run",
+            why=notes[0].rpartition(";")[0],
+            help="bring the folder back as it was, or train again into another one with --out",
+        )
     there = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
     hint = f"`{folder.parent}` holds {', '.join(sorted(there)[:5])}" if there and not folder.exists() else ""
     raise RunError(
@@ -293,6 +314,10 @@ def open_run(folder: str | Path) -> Run:
         if not error.code.startswith("AZ1"):  # a mechanism or plugin that is not here is no fault of the run
             raise
         why = "; ".join(each.message for each in error.diagnostics)[:300]
-        raise RunError("AZ802", f"`{saved.folder}` holds no sound recipe", why=why,
-                       help="move that folder elsewhere: the one before it is used then") from None  # fmt: skip
+        raise RunError(
+            "AZ802",
+            f"`{saved.folder}` holds no sound recipe",
+            why=why,
+            help="move that folder elsewhere: the one before it is used then",
+        ) from None
     return Run(folder, loaded, Settings.model_validate(state["settings"]))

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -252,16 +253,26 @@ def watching(
     """
     owners = _owners(entries)
 
+    def refuse(component: nn.Module, wrong: str) -> None:
+        name = owners[type(component)].full_name
+        help = f"this is a fault of the plugin; `attnzoo check {name}` shows more"
+        raise PluginError("AZ014", f"`{name}` {wrong}", place=places.get(name), help=help)
+
     def look(component: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-        wrong, name = output_breach(component, given, out), owners[type(component)].full_name
-        if wrong:
-            help = f"this is a fault of the plugin; `attnzoo check {name}` shows more"
-            raise PluginError("AZ014", f"`{name}` {wrong}", place=places.get(name), help=help)
+        if wrong := output_breach(component, given, out):
+            refuse(component, wrong)
+
+    def look_before_dropout(component: nn.Module, _drop: nn.Module, given: tuple[Any, ...]) -> None:
+        if not isinstance(given[0], Tensor):  # which dropout would trip over, in words of its own
+            refuse(component, f"gives back {_what(given[0])}, which is no tensor")
 
     with ExitStack() as hooks:
         for module in model.modules():
             if type(module) in owners:
                 hooks.enter_context(module.register_forward_hook(look))
+                if isinstance(module, Mechanism | Pool):
+                    before = partial(look_before_dropout, module)
+                    hooks.enter_context(module.proj_drop.register_forward_pre_hook(before))
         yield
 
 

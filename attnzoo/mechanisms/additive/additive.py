@@ -26,8 +26,13 @@ class Additive(Mechanism):
         name="additive",
         family=Family.ADDITIVE,
         summary="Bahdanau's attention: scores by a small network, values are the annotations themselves.",
-        paper=Paper("Neural Machine Translation by Jointly Learning to Align and Translate", "Bahdanau et al.", 2014,
-                    "arXiv:1409.0473", where="§3.1, appendix A.1.2"),
+        paper=Paper(
+            "Neural Machine Translation by Jointly Learning to Align and Translate",
+            "Bahdanau et al.",
+            2014,
+            "arXiv:1409.0473",
+            where="§3.1, appendix A.1.2",
+        ),
         time="n m c",
         memory="n m + m c",
         masks={"keys", "causal", "pairs"},
@@ -37,7 +42,7 @@ class Additive(Mechanism):
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
         fidelity="adapted",
         notes="Weights start at N(0, 0.02²): the paper's v = 0 gives W and U no gradient at the first step.",
-    )  # fmt: skip
+    )
 
     def __init__(self, site: Site, *, hidden: PositiveInt | None = None):
         super().__init__(site)

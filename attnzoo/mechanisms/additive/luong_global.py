@@ -35,8 +35,13 @@ class LuongGlobal(Mechanism):
         name="luong_global",
         family=Family.ADDITIVE,
         summary="Luong's attention over all positions, with scores dot, general, concat or location.",
-        paper=Paper("Effective Approaches to Attention-based Neural Machine Translation", "Luong et al.", 2015,
-                    "arXiv:1508.04025", where="§3.1, eq. 5-8"),
+        paper=Paper(
+            "Effective Approaches to Attention-based Neural Machine Translation",
+            "Luong et al.",
+            2015,
+            "arXiv:1508.04025",
+            where="§3.1, eq. 5-8",
+        ),
         time="n m c",
         memory="n m",
         masks={"keys", "causal", "pairs"},
@@ -44,7 +49,7 @@ class LuongGlobal(Mechanism):
         context=True,
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
-    )  # fmt: skip
+    )
 
     @classmethod
     def claims(cls, *, score: Score, **options) -> Card:

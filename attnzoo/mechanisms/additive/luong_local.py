@@ -37,8 +37,13 @@ class LuongLocal(Mechanism):
         name="luong_local",
         family=Family.ADDITIVE,
         summary="Luong's attention in a window around an aligned position, monotonic or predicted.",
-        paper=Paper("Effective Approaches to Attention-based Neural Machine Translation", "Luong et al.", 2015,
-                    "arXiv:1508.04025", where="§3.2, eq. 9-10"),
+        paper=Paper(
+            "Effective Approaches to Attention-based Neural Machine Translation",
+            "Luong et al.",
+            2015,
+            "arXiv:1508.04025",
+            where="§3.2, eq. 9-10",
+        ),
         time="n m c",
         memory="n m",
         masks={"keys", "causal", "pairs"},
@@ -47,7 +52,7 @@ class LuongLocal(Mechanism):
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.LOCAL},
         notes="Computed as dense attention under a window mask. Special tokens count as positions.",
-    )  # fmt: skip
+    )
 
     @classmethod
     def claims(cls, *, alignment: Alignment, **options) -> Card:

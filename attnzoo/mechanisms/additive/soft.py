@@ -35,8 +35,11 @@ class Soft(Head):
         name="soft",
         family=Family.ADDITIVE,
         summary="HAM's soft attention: one additive map over the tokens pools each head's values.",
-        paper=Paper("Transformer Architecture Reconfiguration Using Heterogeneous Attention", "Martínez-Marín et al.",
-                    where="§3"),
+        paper=Paper(
+            "Transformer Architecture Reconfiguration Using Heterogeneous Attention",
+            "Martínez-Marín et al.",
+            where="§3",
+        ),
         time="n c d",
         memory="h n d",
         masks={"keys"},
@@ -46,7 +49,7 @@ class Soft(Head):
         fidelity="adapted",
         notes="The paper does not say how the one map meets the tokens: `pooled` is our reading. It is linear in the "
         "values only where the map does not come from them (bahdanau, cls_query).",
-    )  # fmt: skip
+    )
     renamed = {"reading": "variant"}
 
     @classmethod

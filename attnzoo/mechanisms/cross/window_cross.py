@@ -29,8 +29,13 @@ class WindowCross(Mechanism):
         name="window_cross",
         family=Family.CROSS,
         summary="A small second map asks each window of the first: queries from the context, keys from the window.",
-        paper=Paper("ARBEx: Attentive Feature Extraction with Reliability Balancing", "Wasi et al.", 2023,
-                    "arXiv:2305.01486", where="§3.2"),
+        paper=Paper(
+            "ARBEx: Attentive Feature Extraction with Reliability Balancing",
+            "Wasi et al.",
+            2023,
+            "arXiv:2305.01486",
+            where="§3.2",
+        ),
         time="n m c + n c c",
         memory="h n m",
         context=True,
@@ -42,7 +47,7 @@ class WindowCross(Mechanism):
         fidelity="adapted",
         notes="Special tokens lie in no window: they give and receive nothing. The paper's windows are as large as the "
         "whole map; here any size that tiles it. In its taps r counts windows, w and m the tokens of one.",
-    )  # fmt: skip
+    )
 
     def __init__(self, site: Site):
         super().__init__(site)

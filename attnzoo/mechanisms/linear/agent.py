@@ -59,18 +59,28 @@ class Agent(Mechanism):
         name="agent",
         family=Family.LINEAR,
         summary="A small grid of pooled queries collects from all tokens and hands out to all.",
-        paper=Paper("Agent Attention: On the Integration of Softmax and Linear Attention", "Han et al.", 2023,
-                    "arXiv:2312.08874", where="§3.3, eq. 3-5"),
+        paper=Paper(
+            "Agent Attention: On the Integration of Softmax and Linear Attention",
+            "Han et al.",
+            2023,
+            "arXiv:2312.08874",
+            where="§3.3, eq. 3-5",
+        ),
         time="n r c + n c c",
         memory="h n r",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},
-        taps={"scores_agents": "b h r m", "weights_agents": "b h r m", "scores": "b h n r", "weights": "b h n r"},
+        taps={
+            "scores_agents": "b h r m",
+            "weights_agents": "b h r m",
+            "scores": "b h n r",
+            "weights": "b h n r",
+        },
         laws={Law.STOCHASTIC},
         notes="Special tokens attend and are attended to, but are neither pooled nor convolved. On another grid than "
         "it was built for, the biases are resized.",
-    )  # fmt: skip
+    )
 
     scores_agents: Tap
     weights_agents: Tap

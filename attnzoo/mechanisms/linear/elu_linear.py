@@ -21,8 +21,13 @@ class EluLinear(Head):
         name="elu_linear",
         family=Family.LINEAR,
         summary="Kernelised attention with φ = elu + 1; cost linear in the number of tokens.",
-        paper=Paper("Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
-                    "Katharopoulos et al.", 2020, "arXiv:2006.16236", where="§3.2-3.3, eq. 4-12"),
+        paper=Paper(
+            "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
+            "Katharopoulos et al.",
+            2020,
+            "arXiv:2006.16236",
+            where="§3.2-3.3, eq. 4-12",
+        ),
         time="n c d",
         memory="h n d²",
         masks={"keys", "causal"},
@@ -32,7 +37,7 @@ class EluLinear(Head):
         fidelity="adapted",
         notes="The causal form materialises all prefix sums, h n d² memory; the paper's kernel does not. Below some "
         "400 tokens softmax is as fast.",
-    )  # fmt: skip
+    )
 
     def __init__(self, site: Site, *, eps: PositiveFloat = 1e-6):
         super().__init__(site)

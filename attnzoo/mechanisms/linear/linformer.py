@@ -25,8 +25,13 @@ class Linformer(Head):
         name="linformer",
         family=Family.LINEAR,
         summary="Keys and values projected along the tokens to r slots: cost linear in the number of tokens.",
-        paper=Paper("Linformer: Self-Attention with Linear Complexity", "Wang et al.", 2020, "arXiv:2006.04768",
-                    where="§4, eq. 7"),
+        paper=Paper(
+            "Linformer: Self-Attention with Linear Complexity",
+            "Wang et al.",
+            2020,
+            "arXiv:2006.04768",
+            where="§4, eq. 7",
+        ),
         time="n r c + m r c",
         memory="h n r + r m",
         masks={"keys"},
@@ -36,7 +41,7 @@ class Linformer(Head):
         laws={Law.STOCHASTIC, Law.LINEAR_IN_VALUES},
         notes="Shorter inputs use the first columns of E and F. Keys that do not exist enter the slots as zeros. "
         "Sharing across layers, which the paper offers too, would tie sites and is left out.",
-    )  # fmt: skip
+    )
 
     def __init__(self, site: Site, *, rank: PositiveInt = 256, share: Literal["headwise", "kv"] = "headwise"):
         super().__init__(site)

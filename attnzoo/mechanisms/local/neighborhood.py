@@ -60,8 +60,13 @@ class Neighborhood(Head):
         name="neighborhood",
         family=Family.LOCAL,
         summary="Each token attends to the window around it on the grid; the window shifts at the borders.",
-        paper=Paper("Neighborhood Attention Transformer", "Hassani et al.", 2023, "arXiv:2204.07143",
-                    where="§3.1; strides and causal windows: arXiv:2504.16922, §3"),
+        paper=Paper(
+            "Neighborhood Attention Transformer",
+            "Hassani et al.",
+            2023,
+            "arXiv:2204.07143",
+            where="§3.1; strides and causal windows: arXiv:2504.16922, §3",
+        ),
         time="n m c",
         memory="h n m",
         masks={"keys", "causal", "pairs"},
@@ -69,7 +74,7 @@ class Neighborhood(Head):
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.LOCAL, Law.SHIFT_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED},
         notes="Computed as dense attention under a window mask: it saves nothing over softmax here.",
-    )  # fmt: skip
+    )
 
     @classmethod
     def claims(cls, *, stride: int, **options) -> Card:

@@ -24,8 +24,13 @@ class Region(Head):
         name="region",
         family=Family.LOCAL,
         summary="Each grid token attends to the tokens of its own region, by a map of labels that is handed over.",
-        paper=Paper("Region Attention Transformer for Medical Image Restoration", "Yang et al.", 2024, "MICCAI 2024",
-                    where="R-MSA"),
+        paper=Paper(
+            "Region Attention Transformer for Medical Image Restoration",
+            "Yang et al.",
+            2024,
+            "MICCAI 2024",
+            where="R-MSA",
+        ),
         time="n m c",
         memory="h n m",
         masks={"keys", "causal", "pairs"},
@@ -35,7 +40,7 @@ class Region(Head):
         laws={Law.STOCHASTIC, Law.LINEAR_IN_VALUES, Law.BOUNDED},
         notes="`regions` holds a whole number for each grid token; which numbers has no say. Other regions are hidden "
         "exactly, where the authors' code lowers their scores by 1000.",
-    )  # fmt: skip
+    )
 
     def __init__(self, site: Site, *, scale: Literal["dim", "heads"] = "dim"):
         super().__init__(site)

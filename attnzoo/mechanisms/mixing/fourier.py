@@ -23,12 +23,17 @@ class Fourier(Mechanism):
         name="fourier",
         family=Family.MIXING,
         summary="FNet: the real part of a Fourier transform over tokens and channels; no weights.",
-        paper=Paper("FNet: Mixing Tokens with Fourier Transforms", "Lee-Thorp et al.", 2021, "arXiv:2105.03824",
-                    where="§3.2, eq. 3"),
+        paper=Paper(
+            "FNet: Mixing Tokens with Fourier Transforms",
+            "Lee-Thorp et al.",
+            2021,
+            "arXiv:2105.03824",
+            where="§3.2, eq. 3",
+        ),
         time="n c log(n)",
         memory="n c",
         notes="All tokens, special ones included, are one sequence. It cannot honour a mask: every token reaches all.",
-    )  # fmt: skip
+    )
 
     def __init__(self, site: Site, *, norm: Literal["none", "ortho"] = "none"):
         super().__init__(site)

@@ -25,8 +25,13 @@ class GroupedQuery(Mechanism):
         name="grouped_query",
         family=Family.PROJECTION,
         summary="Softmax attention whose query heads share keys and values in groups.",
-        paper=Paper("GQA: Training Generalized Multi-Query Transformer Models", "Ainslie et al.", 2023,
-                    "arXiv:2305.13245", where="§2.2"),
+        paper=Paper(
+            "GQA: Training Generalized Multi-Query Transformer Models",
+            "Ainslie et al.",
+            2023,
+            "arXiv:2305.13245",
+            where="§2.2",
+        ),
         time="n m c",
         memory="h n m",
         masks={"keys", "causal", "pairs"},
@@ -34,7 +39,7 @@ class GroupedQuery(Mechanism):
         honours={"qkv_bias", "proj_bias", "qk_norm"},
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
-    )  # fmt: skip
+    )
 
     def __init__(self, site: Site, *, groups: PositiveInt = 1):
         super().__init__(site)

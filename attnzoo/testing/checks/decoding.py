@@ -131,14 +131,26 @@ def check_step_with_context(cls: Checkable, scene: Scene) -> None:
         piece = x[:, i : i + 1]
         site = replace(scene.site, layout=Layout((i + 1,)))
         expected = replace(scene, site=site).run(component, [x[:, : i + 1], context], Mask(keys=keys))[:, -1:]
-        out = component.step(piece, cache, context, mask=Mask(keys=keys), layout=Layout((i + 1,)),
-                             context_layout=scene.site.context_layout)  # fmt: skip
+        out = component.step(
+            piece,
+            cache,
+            context,
+            mask=Mask(keys=keys),
+            layout=Layout((i + 1,)),
+            context_layout=scene.site.context_layout,
+        )
         same(out, expected, f"with a context, step {i + 1} gives the last row of `forward`")
         rows.append(out)
     order = torch.arange(scene.batch).flip(0)
     cache.select(order)
-    out = component.step(x[order, :1], cache, context[order], mask=Mask(keys=None if keys is None else keys[order]),
-                         layout=Layout((5,)), context_layout=scene.site.context_layout)  # fmt: skip
+    out = component.step(
+        x[order, :1],
+        cache,
+        context[order],
+        mask=Mask(keys=None if keys is None else keys[order]),
+        layout=Layout((5,)),
+        context_layout=scene.site.context_layout,
+    )
     tokens = torch.cat([x, x[:, :1]], dim=1)[order]
     site = replace(scene.site, layout=Layout((5,)))
     mask = Mask(keys=None if keys is None else keys[order])
