@@ -177,7 +177,8 @@ class Reach:
         lines = self.lines.get(mutant.file, {})
         # where a line of a longer statement is not known by itself, the one before tells
         line = next((n for n in range(mutant.line, 0, -1) if n in lines), 0)
-        found = [test for test in lines.get(line, []) if test]
+        found = lines.get(line, [""])
+        found = [] if "" in found else found  # "" is the import, which all tests rest on
         return sorted(found or self.seconds, key=lambda test: self.seconds.get(test, 0.0))
 
 
