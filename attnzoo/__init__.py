@@ -21,6 +21,7 @@ after, the models of all recipes are known to it.
 from importlib import import_module
 
 from attnzoo.timm_hook import register_when_timm_is_imported
+from attnzoo.version import VERSION
 from attnzoo.zoo.hookspecs import hookimpl
 
 _LAZY = {
@@ -41,7 +42,7 @@ _LAZY = {
 }  # fmt: skip
 
 __all__ = [*_LAZY, "hookimpl"]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def __getattr__(name: str):

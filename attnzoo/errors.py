@@ -61,11 +61,8 @@ class Diagnostic:
     help: str = ""
 
     def __post_init__(self) -> None:
-        for name in (
-            "message",
-            "why",
-            "help",
-        ):  # they quote what was written, which may be made to rule a terminal
+        # they quote what was written, which may be made to rule a terminal
+        for name in ("message", "why", "help"):
             object.__setattr__(self, name, _visible(getattr(self, name)))
 
     def lines(self) -> list[str]:

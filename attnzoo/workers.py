@@ -69,9 +69,8 @@ def _end_with_caller(lifeline: Connection) -> None:
         time.sleep(GRACE)
         os._exit(1)
 
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: None
-    )  # between two jobs; a training has its own answer
+    # between two jobs; a training has its own answer
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     threading.Thread(target=watch, daemon=True).start()
 
 

@@ -17,17 +17,18 @@ ROOT = Path(attnzoo.__file__).parent
 
 NOUNS = {"errors", "core"}
 MAY_IMPORT = {
+    "version": set(),
     "errors": set(),
     "files": set(),
     "workers": {"errors"},
-    "__init__": {"timm_hook", "zoo"},  # the rest by name, when asked for
+    "__init__": {"timm_hook", "version", "zoo"},  # the rest by name, when asked for
     "__main__": {"cli"},
     "timm_hook": {"recipe", "zoo"},  # inside a function: only once timm is imported
     "core": NOUNS,
     "functional": {*NOUNS, "functional"},
     "mechanisms": {*NOUNS, "functional"},
     "fusions": {*NOUNS, "functional"},
-    "zoo": {*NOUNS, "zoo", "attnzoo"},
+    "zoo": {*NOUNS, "version", "zoo"},
     "hosts": {*NOUNS, "hosts"},
     "recipe": {*NOUNS, "files", "zoo", "hosts", "recipe"},
     "alone": {*NOUNS, "zoo", "recipe", "alone"},
@@ -54,13 +55,14 @@ MAY_IMPORT = {
         "testing",
         "scaffold",
         "cli",
-        "attnzoo",
+        "version",
     },
 }
 """Package -> packages that it may import, at any level; `attnzoo` is the root itself. Nobody else may import `cli`."""
 
 HEAVY = {"timm", "torchvision", "yaml", "pydantic", "pydantic_core", "typer", "rich", "hypothesis", "pluggy"}
 MAY_NEED = {
+    "version": set(),
     "errors": set(),
     "files": set(),
     "workers": set(),
@@ -89,6 +91,7 @@ MAY_NEED = {
 EXCEPTIONS = {"core/options.py": {"pydantic"}, "cli/render.py": {"rich"}}
 MECHANISM_LIBRARIES = {"torch", "jaxtyping", "attnzoo"} | sys.stdlib_module_names
 LIGHT = {
+    "version.py",
     "errors.py",
     "__init__.py",
     "__main__.py",
@@ -251,7 +254,7 @@ def test_the_drawing_of_imports_is_the_table():
     drawing = text.partition("Imports go one way")[2].split("```")[1].removeprefix("text\n")
     rows = [line.partition("─►")[::2] for line in drawing.splitlines()]
     drawn = {room: set(below.split()) for rooms, below in rows for room in rooms.split()}
-    root = {"__init__", "__main__", "timm_hook", "attnzoo"}
+    root = {"__init__", "__main__", "timm_hook", "attnzoo", "version"}
     table = {
         room: may - NOUNS - {room} - root for room, may in MAY_IMPORT.items() if room not in NOUNS | root
     }

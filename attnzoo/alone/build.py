@@ -281,9 +281,8 @@ def _planned(mechanism: Any, options: Mapping[str, Any], said: Mapping[str, Any]
     zoo = load_zoo()
     named = _is_name(mechanism)
     source = _source(mechanism, named)
-    tree = (
-        {"use": source.tree} if isinstance(source.tree, str) else source.tree
-    )  # YAML text may be a name alone
+    # YAML text may be a name alone
+    tree = {"use": source.tree} if isinstance(source.tree, str) else source.tree
     if isinstance(tree, dict):
         fuses = "fuse" in tree or "of" in tree
         registry: Registry = zoo.fusions if fuses else zoo.mechanisms

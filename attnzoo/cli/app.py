@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-import attnzoo
 from attnzoo.cli import (
     bench,
     check,
@@ -29,6 +28,7 @@ from attnzoo.cli import (
     translate,
 )
 from attnzoo.errors import ZooError
+from attnzoo.version import VERSION
 
 PROGRAM = "program"
 """Marks that the program itself runs, and not somebody who calls a verb."""
@@ -135,7 +135,7 @@ def root(
 ) -> None:
     """A zoo of attention mechanisms that compose into timm backbones."""
     if version:
-        typer.echo(f"attnzoo {attnzoo.__version__}")
+        typer.echo(f"attnzoo {VERSION}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         from attnzoo.cli.render import facts, say

@@ -18,7 +18,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-import attnzoo
+from attnzoo.version import VERSION
 
 PATIENCE = 20.0
 """Seconds that plugins have for their import; after that only what is built in is completed."""
@@ -177,10 +177,10 @@ def _key() -> str:
     from attnzoo.zoo.shipped import recipes_folder
 
     parts = [
-        attnzoo.__version__,
+        VERSION,
         *(os.environ.get(f"ATTNZOO_{name}", "-") for name in ("PLUGINS", "DISABLE_PLUGINS")),
     ]
-    places = {Path(attnzoo.__file__).parent, recipes_folder()}
+    places = {Path(__file__).parent.parent, recipes_folder()}
     for point in sorted(entry_points(group=PROJECT)):
         parts += [point.name, point.value]
         with suppress(Exception):  # whatever broken metadata makes importlib raise

@@ -284,9 +284,8 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
             return look(base, arguments)
         except RecipeError as error:
             if error.code == "AZ309" and arguments:
-                plain = look(
-                    base, {}
-                )  # what is no host at all takes other arguments: say the first, not the second
+                # what is no host at all takes other arguments: say the first, not the second
+                plain = look(base, {})
                 dim, heads = arguments.get("embed_dim", plain.dim), arguments.get("num_heads", plain.heads[0])
                 Site("blocks.0", dim, heads, plain.layout).head_dim  # noqa: B018 - AZ308 has both numbers
             raise

@@ -72,9 +72,7 @@ def _content(file: str | os.PathLike, own: Mapping[str, Tensor]) -> Any:
     most = 2**26 + 16 * sum(tensor.nbytes for tensor in own.values())
     try:
         with open_file(file, most=most) as stream, warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch on old formats and sparse tensors, which are refused below
+            warnings.simplefilter("ignore")  # torch on formats that are refused below
             if name.endswith(".safetensors"):
                 return load_file(file)
             if zipfile.is_zipfile(stream):
@@ -82,9 +80,8 @@ def _content(file: str | os.PathLike, own: Mapping[str, Tensor]) -> Any:
                     if sum(entry.file_size for entry in archive.infolist()) > most:
                         raise OSError(f"it unpacks to more than {most:,} bytes")
             stream.seek(0)
-            with torch.serialization.safe_globals(
-                [argparse.Namespace]
-            ):  # arguments of timm's script: plain values
+            # arguments of timm's script: plain values
+            with torch.serialization.safe_globals([argparse.Namespace]):
                 return torch.load(stream, map_location="cpu", weights_only=True)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()

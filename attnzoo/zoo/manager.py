@@ -10,9 +10,9 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-import attnzoo
 from attnzoo.core import Fusion, Head, Mechanism
 from attnzoo.errors import PluginError
+from attnzoo.version import VERSION
 from attnzoo.zoo import builtin
 from attnzoo.zoo.admission import Offer, Refusal, components, recipes, register
 from attnzoo.zoo.blame import OURS, details, short
@@ -99,7 +99,7 @@ class Zoo:
             points: Entry points; each is loaded on its own.
         """
         zoo = cls()
-        zoo._admit(OURS, attnzoo.__version__, lambda: builtin, dist=OURS)
+        zoo._admit(OURS, VERSION, lambda: builtin, dist=OURS)
         for name, plugin in plugins:
             zoo._admit(name, "", lambda plugin=plugin: plugin)
         for dist, number, point in sorted((*_distribution(p), p) for p in points):

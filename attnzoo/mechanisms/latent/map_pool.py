@@ -32,9 +32,8 @@ class MapPool(Pool):
 
     def __init__(self, site: Site, *, mlp_ratio: PositiveFloat = 4.0):
         super().__init__(site)
-        from timm.layers import (
-            AttentionPoolLatent,
-        )  # here, so that a list of mechanisms does not wait for timm
+        # here, so that a list of mechanisms does not wait for timm
+        from timm.layers import AttentionPoolLatent
 
         self.layers = AttentionPoolLatent(
             site.dim,

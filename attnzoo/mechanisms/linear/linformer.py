@@ -45,8 +45,8 @@ class Linformer(Head):
 
     def __init__(self, site: Site, *, rank: PositiveInt = 256, share: Literal["headwise", "kv"] = "headwise"):
         super().__init__(site)
-        self.key_slots = nn.Parameter(torch.empty(rank, self.length))  # E
-        # F
+        # E and F
+        self.key_slots = nn.Parameter(torch.empty(rank, self.length))
         self.value_slots = nn.Parameter(torch.empty(rank, self.length)) if share == "headwise" else None
         self.init_weights()
 

@@ -210,9 +210,12 @@ def check_taps_before_dropout(cls: Checkable, scene: Scene) -> None:
     for training in (False, True):
         component.train(training)
         seen: list[Tensor] = []
-        with watch(
-            component, "weights", lambda name, t, seen=seen: seen.append(t) if name in firsts else None
-        ):  # type: ignore[misc]
+
+        def look(name: str, weights: Tensor, seen: list[Tensor] = seen) -> None:
+            if name in firsts:
+                seen.append(weights)
+
+        with watch(component, "weights", look):
             scene.run(component, inputs)
         shown.append(seen)
     for a, b in zip(*shown, strict=True):
