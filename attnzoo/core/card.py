@@ -167,7 +167,7 @@ class Card:
         paper: Source; None for what has none.
         time: Operations in the shape letters, as implemented: `n m c`. How they grow with tokens, channels and heads is
             measured, with many tokens beside channels; factors are not, and what calls an unknown kernel is not.
-        memory: Largest temporary in the shape letters, as implemented, taps watched; measured likewise.
+        memory: What a forward holds at its peak, in the shape letters, as implemented, taps watched; measured likewise.
         masks: Which kinds of `Mask` are honoured, of keys, pairs, causal; the base class refuses the others.
         one_head: Whether it is one head whatever the site says: pairs that differ by head are refused.
         context: Whether it can read from a context (cross-attention).

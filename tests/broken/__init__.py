@@ -152,6 +152,7 @@ BROKEN = [
     ("check_time", heads.ClaimsLittleWidth, heads.Healthy),
     ("check_memory", heads.ClaimsLittleMemory, heads.Healthy),
     ("check_memory", heads.ClaimsFewHeads, heads.Healthy),
+    ("check_memory", heads.HoldsEveryChunk, heads.Healthy),
     ("check_stochastic", heads.SigmoidWeights, heads.Healthy),
     ("check_stochastic", heads.WrongAxis, heads.Healthy),
     ("check_stochastic", heads.StochasticWhenSmall, heads.Healthy),

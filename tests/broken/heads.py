@@ -359,6 +359,16 @@ class ClaimsLittleMemory(Healthy):
     card = claims(Healthy, memory="n c")
 
 
+class HoldsEveryChunk(Healthy):
+    """No tensor is large, but all chunks of the weights are there at once."""
+
+    card = claims(Healthy, memory="n c", masks=set(), incremental=False, laws=set(), taps={})
+
+    def attend(self, q, k, v, *, mask, layout):
+        chunks = [(part @ k.mT / self.temperature.exp()).softmax(-1) for part in q.split(16, dim=2)]
+        return torch.cat([weights @ v for weights in chunks], dim=2)
+
+
 class StochasticWhenSmall(Healthy):
     """Scores are cut, so that large ones no longer count for themselves."""
 

@@ -67,7 +67,7 @@ class Agent(Mechanism):
             where="§3.3, eq. 3-5",
         ),
         time="n r c + n c c",
-        memory="h n r",
+        memory="h n r + n c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

@@ -1,6 +1,7 @@
-"""Claims about cost: how operations and the largest tensor grow, with tokens, channels per head, and heads."""
+"""Claims about cost: how operations and memory grow, with tokens, channels per head, and heads."""
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,10 +39,25 @@ def degree(cost: str, letters: str) -> int:
 
 @dataclass
 class _Spent:
-    """What a forward cost: multiplications and numbers written, and the numbers of the largest new tensor."""
+    """What a forward cost: multiplications and numbers written, and the most numbers that were held at once."""
 
     work: float = 0.0
-    largest: int = 0
+    held: int = 0
+    most: int = 0
+
+    def hold(self, storage: torch.UntypedStorage, numbers: int) -> None:
+        """Count a new storage until it is freed.
+
+        Args:
+            storage: What was allocated.
+            numbers: How many numbers it has room for.
+        """
+        self.held += numbers
+        self.most = max(self.most, self.held)
+        weakref.finalize(storage, self._free, numbers)
+
+    def _free(self, numbers: int) -> None:
+        self.held -= numbers
 
 
 class _Meter(TorchDispatchMode):
@@ -57,8 +73,8 @@ class _Meter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         packet, tensors = func._overloadpacket, [t for t in _flat(out) if isinstance(t, Tensor)]
         owned = {t.untyped_storage()._cdata for t in _flat([args, kwargs]) if isinstance(t, Tensor)}
-        new = [t for t in tensors if t.untyped_storage()._cdata not in owned]
-        numbers = sum(t.untyped_storage().nbytes() // t.element_size() for t in new)
+        new = {t.untyped_storage()._cdata: t for t in tensors if t.untyped_storage()._cdata not in owned}
+        sizes = {t.untyped_storage(): t.untyped_storage().nbytes() // t.element_size() for t in new.values()}
         if packet in flop_registry:
             self.spent.work += flop_registry[packet](*args, **(kwargs or {}), out_val=out) / 2
         elif "fft" in func.__name__:
@@ -66,10 +82,9 @@ class _Meter(TorchDispatchMode):
         elif func.namespace not in ("aten", "prim", "prims"):
             self.strange.add(func.__name__)
         else:
-            self.spent.work += numbers
-        self.spent.largest = max(
-            [self.spent.largest, *(t.untyped_storage().nbytes() // t.element_size() for t in new)]
-        )
+            self.spent.work += sum(sizes.values())
+        for storage, numbers in sizes.items():
+            self.spent.hold(storage, numbers)
         return out
 
 
@@ -147,5 +162,5 @@ def check_time(cls: Checkable, scene: Scene) -> None:
 
 @requires("mechanism", "pool", share=0)
 def check_memory(cls: Checkable, scene: Scene) -> None:
-    """The largest tensor that a forward makes grows no faster than `memory` claims; taps are watched."""
-    _grows(cls, scene, "memory", lambda spent: spent.largest)
+    """What a forward holds at once, at its peak, grows no faster than `memory` claims; taps are watched."""
+    _grows(cls, scene, "memory", lambda spent: spent.most)
