@@ -52,29 +52,39 @@ _QUESTIONS = {
 class Law(StrEnum):
     """An algebraic claim that a check can falsify. The first group is for mechanisms, the second for fusions."""
 
-    STOCHASTIC = (
-        "stochastic"  # tapped weights are non-negative and sum to 1 over the axis they are normalised over
-    )
-    SUBSTOCHASTIC = "substochastic"  # the same with a sum of at most 1
-    PERMUTATION_EQUIVARIANT = "permutation_equivariant"  # permuting grid tokens permutes the output
-    SHIFT_EQUIVARIANT = (
-        "shift_equivariant"  # on a 1-D grid, away from the ends, shifting tokens shifts the output
-    )
-    LINEAR_IN_VALUES = "linear_in_values"  # of a head: linear in v for fixed q and k
-    LOCAL = "local"  # nothing beyond `reach()` grid steps has influence
-    BOUNDED = "bounded"  # of a head: the output lies in the convex hull of the values
+    # tapped weights are non-negative and sum to 1 over the axis they are normalised over
+    STOCHASTIC = "stochastic"
+    # the same with a sum of at most 1
+    SUBSTOCHASTIC = "substochastic"
+    # permuting grid tokens permutes the output
+    PERMUTATION_EQUIVARIANT = "permutation_equivariant"
+    # on a 1-D grid, away from the ends, shifting tokens shifts the output
+    SHIFT_EQUIVARIANT = "shift_equivariant"
+    # of a head: linear in v for fixed q and k
+    LINEAR_IN_VALUES = "linear_in_values"
+    # nothing beyond `reach()` grid steps has influence
+    LOCAL = "local"
+    # of a head: the output lies in the convex hull of the values
+    BOUNDED = "bounded"
 
-    SINGLE = "single"  # one branch -> that branch
-    AGREE = "agree"  # equal branches -> that value
-    CONVEX = "convex"  # elementwise between the branches' minimum and maximum
-    SYMMETRIC = "symmetric"  # permuting branches changes nothing
-    ADDITIVE = "additive"  # linear in the branches for fixed x
-    NEUTRAL_ZERO = "neutral_zero"  # an extra zero branch changes nothing
-    FAIR_START = "fair_start"  # at initialisation equals the mean of the branches
-    IDENTITY_START = (
-        "identity_start"  # with `start: identity`, bit for bit the first branch at initialisation
-    )
-    TOKEN_LOCAL = "token_local"  # token i of the output depends on token i of the inputs only
+    # one branch -> that branch
+    SINGLE = "single"
+    # equal branches -> that value
+    AGREE = "agree"
+    # elementwise between the branches' minimum and maximum
+    CONVEX = "convex"
+    # permuting branches changes nothing
+    SYMMETRIC = "symmetric"
+    # linear in the branches for fixed x
+    ADDITIVE = "additive"
+    # an extra zero branch changes nothing
+    NEUTRAL_ZERO = "neutral_zero"
+    # at initialisation equals the mean of the branches
+    FAIR_START = "fair_start"
+    # with `start: identity`, bit for bit the first branch at initialisation
+    IDENTITY_START = "identity_start"
+    # token i of the output depends on token i of the inputs only
+    TOKEN_LOCAL = "token_local"
 
 
 MECHANISM_LAWS = frozenset(list(Law)[: list(Law).index(Law.SINGLE)])
