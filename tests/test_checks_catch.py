@@ -23,8 +23,13 @@ def test_a_broken_part_is_caught(name, broken, healthy):
 
 @pytest.mark.parametrize("healthy", HEALTHY, ids=lambda cls: cls.__name__)
 def test_healthy_parts_pass(healthy):
-    results = check(healthy)
-    assert [str(result) for result in results if not result.ok] == []
+    assert [str(result) for result in check(healthy, 8) if not result.ok] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("healthy", HEALTHY, ids=lambda cls: cls.__name__)
+def test_healthy_parts_pass_in_more_scenes(healthy):
+    assert [str(result) for result in check(healthy, 50) if not result.ok] == []
 
 
 def test_every_check_catches_something():

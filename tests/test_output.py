@@ -148,7 +148,9 @@ def test_help_and_what_is_written_by_new_are_answers(folder, tmp_path):
         assert done.returncode == 0 and done.stdout and not done.stderr
 
 
-@pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
+@pytest.mark.parametrize(
+    "closed", ["both", *(pytest.param(one, marks=pytest.mark.slow) for one in ("stdout", "stderr"))]
+)
 def test_closed_streams_do_no_harm(folder, closed):
     """As `attnzoo list >&-`: nothing is written elsewhere, nothing is traced."""
     redirect = {"stdout": ">&-", "stderr": "2>&-", "both": ">&- 2>&-"}[closed]

@@ -515,7 +515,7 @@ def test_many_threads(recipe, _args):
     sys.setswitchinterval(1e-5)  # threads take turns within a layer
     try:
         with ThreadPoolExecutor(8) as threads:
-            assert all(threads.map(call, range(160)))
+            assert all(threads.map(call, range(64)))
     finally:
         sys.setswitchinterval(interval)
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 
+import processes
 import pytest
 import timm
 import torch
@@ -25,6 +26,8 @@ from attnzoo.errors import ZooError
 MODELS = sorted(name for name in timm.list_models("*ham*"))
 SMALL = [name for name in MODELS if "base" not in name and "small" not in name]
 """One of each recipe and mechanism; the larger ones differ in width alone."""
+EVERY = [pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for name in MODELS]
+"""The small ones always, the larger ones in the slow run."""
 
 
 def size(name: str) -> int:
@@ -70,7 +73,7 @@ def test_the_registered_models():
 )
 def test_both_import_orders(order):
     code = f"{order}\nimport timm; print(sum(p.numel() for p in timm.create_model('ham_vit_b').parameters()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run("-c", code)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "121786", "")
 
 
@@ -87,7 +90,7 @@ def test_parameters(name, params):
     assert sum(p.numel() for p in timm.create_model(name).parameters()) == params
 
 
-PLAIN = '{"recipe": 1, "host": {"kind": "vit", "base": "%s"}, "attention": "softmax"}'
+PLAIN = '{"recipe": 1, "host": {"kind": "vit", "base": "%s", "model": {"depth": 2}}, "attention": "softmax"}'
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,7 @@ def test_softmax_is_timms_vit(base):
         assert error.code == "AZ310" and base in ("vit_base_patch16_rpn_224", "vit_tiny_r_s16_p8_224"), error
         return
     torch.manual_seed(3)
-    plain = timm.create_model(base).eval()
+    plain = timm.create_model(base, depth=2).eval()
     assert list(model.state_dict()) == list(plain.state_dict())
     model.load_state_dict(plain.state_dict())
     x = torch.randn(1, *plain.pretrained_cfg["input_size"])
@@ -147,7 +150,7 @@ def layouts(model):
     handle.remove()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY)
 class TestEveryModel:
     """What timm's own tests ask of timm's own models."""
 
@@ -359,9 +362,7 @@ def test_compile_with_inductor(name):
         assert torch.allclose(compiled(image(name)), made(name)(image(name)), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in SMALL else pytest.mark.slow) for n in MODELS]
-)
+@pytest.mark.parametrize("name", EVERY)
 def test_onnx(name):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     buffer = io.BytesIO()
@@ -512,7 +513,7 @@ def test_blocks_compiled_one_by_one(attention):
 @pytest.mark.parametrize("base", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
 def test_distilled_and_plain_are_timms(base):
     """What becomes a class of ours keeps timm's arithmetic and pickles."""
-    model, plain = attnzoo.compose(PLAIN % base).eval(), timm.create_model(base).eval()
+    model, plain = attnzoo.compose(PLAIN % base).eval(), timm.create_model(base, depth=2).eval()
     model.load_state_dict(plain.state_dict())
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():

@@ -105,7 +105,14 @@ linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="process
 
 
 @linux
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        signal.SIGTERM,
+        *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGHUP, signal.SIGINT)),
+    ],
+)
 def test_nothing_is_left_of_a_killed_process(number, tmp_path):
     parent, workers = started("stay_deaf" if number == signal.SIGKILL else "stay", tmp_path)
     assert len(set(workers)) == 2 and all(alive(pid) for pid in workers)

@@ -21,7 +21,7 @@ def _mask(scene: Scene) -> Mask:
     return Mask() if issubclass(scene.component, Fusion) else random_mask(scene, scene.card.masks)
 
 
-@requires("mechanism", "pool", "fusion")
+@requires("mechanism", "pool", "fusion", share=0.4)
 def check_eval_deterministic(cls: Checkable, scene: Scene) -> None:
     """In eval mode the same tokens give the same output."""
     component, inputs = scene.build(), scene.inputs()
@@ -47,7 +47,7 @@ def check_arguments_left_alone(cls: Checkable, scene: Scene) -> None:
             claim(torch.equal(tensor, before[name]), "arguments are left as they were", f"{name} was changed")
 
 
-@requires("mechanism", "pool", "fusion")
+@requires("mechanism", "pool", "fusion", share=0.4)
 def check_calls_forgotten(cls: Checkable, scene: Scene) -> None:
     """A call leaves nothing behind: after tokens A, B gives what it gives a fresh copy, and so does A again."""
     component, a, b = scene.build(), scene.inputs(), scene.inputs(3)
@@ -92,7 +92,7 @@ def check_layouts_forgotten(cls: Checkable, scene: Scene) -> None:
     same(scene.run(component, scene.inputs(), _mask(scene)), expected, claimed, 0)
 
 
-@requires("mechanism", "pool", "fusion")
+@requires("mechanism", "pool", "fusion", share=0.4)
 def check_train_equals_eval(cls: Checkable, scene: Scene) -> None:
     """Without dropout, training mode gives what eval mode gives, under masks too."""
     component, inputs = scene.build(), scene.inputs()

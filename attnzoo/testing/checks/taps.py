@@ -59,7 +59,7 @@ def check_taps(cls: Checkable, scene: Scene) -> None:
         claim(found == dict(scene.card.taps), f"the taps are {dict(scene.card.taps)}", f"there are {found}")
 
 
-@requires("mechanism", "pool", "fusion", wide=True)
+@requires("mechanism", "pool", "fusion", wide=True, share=0.4)
 def check_taps_live(cls: Checkable, scene: Scene) -> None:
     """Replacing what a tap shows changes the output: it is what is used."""
     scene = scene.roomy()
@@ -101,7 +101,7 @@ def check_taps_transparent(cls: Checkable, scene: Scene) -> None:
         claim(gradient is not None, f"what the tap `{name}` shows has a gradient", "it has none")
 
 
-@requires("mechanism", "pool", weights=True, wide=True)
+@requires("mechanism", "pool", weights=True, wide=True, share=0.4)
 def check_every_weight_is_used(cls: Checkable, scene: Scene) -> None:
     """Every head and row of tapped weights is used: changing it alone changes the output, of its sample alone."""
     scene = scene.crowded().roomy()
