@@ -13,7 +13,6 @@ with the reason.
 
 import argparse
 import ast
-import atexit
 import compileall
 import copy
 import json
@@ -38,6 +37,8 @@ LONGER, GRACE = (
     30,
 )  # a mutant hangs when its tests take so many times as long as without it, and so many seconds
 FIRST = 25  # as many of the quickest tests run before the others are looked for
+SOME = "softmax soft agent linformer map_pool region window_cross add gated head_split"
+"""Whose conformance matters for what all components share."""
 
 SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -173,17 +174,25 @@ class Reach:
     lines: dict[str, dict[int, list[str]]] = field(default_factory=dict)
 
     def of(self, mutant: Mutant) -> list[str]:
-        """The tests that run a mutant's line, the quickest first; all, where it runs when the module is imported."""
+        """The tests that run a mutant's line; all, where it runs when the module is imported.
+
+        The quickest come first, then those of the file itself, then the others in no order: those alike are not neighbours.
+        """
         lines = self.lines.get(mutant.file, {})
         # where a line of a longer statement is not known by itself, the one before tells
         line = next((n for n in range(mutant.line, 0, -1) if n in lines), 0)
         found = lines.get(line, [""])
         found = [] if "" in found else found  # "" is the import, which all tests rest on
-        return sorted(found or self.seconds, key=lambda test: self.seconds.get(test, 0.0))
+        tests = sorted(found or self.seconds, key=lambda test: self.seconds.get(test, 0.0))
+        others = tests[FIRST:]
+        random.Random(0).shuffle(others)
+        return tests[:FIRST] + sorted(
+            others, key=lambda test: f"test_{Path(mutant.file).stem}.py" not in test
+        )
 
 
 def matter_for(file: str) -> tuple[str, ...]:
-    """Which tests matter for a file, as arguments of pytest.
+    """Which tests matter for a file, as arguments of pytest; after the last, `::` and the components to conform.
 
     Args:
         file: Path from the top of the repository.
@@ -195,11 +204,8 @@ def matter_for(file: str) -> tuple[str, ...]:
         file.stem for folder in ("core", "functional") for file in (ROOT / "attnzoo" / folder).glob("*.py")
     }
     own = sorted(f"tests/test_{stem}.py" for stem in stems if (ROOT / f"tests/test_{stem}.py").exists())
-    more = [
-        f"tests/test_{name}.py"
-        for name in ("conformance", "checks_catch", "functional", "ham", "given", "decode")
-    ]
-    return (*own, *more, "tests/mechanisms", "tests/fusions")
+    more = [f"tests/test_{name}.py" for name in ("checks_catch", "functional", "ham", "given", "decode")]
+    return (*own, *more, "tests/mechanisms", "tests/fusions", f"tests/test_conformance.py::{SOME}")
 
 
 class Selected:
@@ -207,19 +213,19 @@ class Selected:
 
     Args:
         wanted: Ids of tests, or None for all of them.
-        component: Keep only this component's conformance tests.
+        components: Of the conformance tests, keep only those of these.
     """
 
-    def __init__(self, wanted: Sequence[str] | None, component: str = ""):
+    def __init__(self, wanted: Sequence[str] | None, components: Sequence[str] = ()):
         self.order = None if wanted is None else {test: i for i, test in enumerate(wanted)}
-        self.component = component
+        self.components = tuple(f"test_conformance[{name}-" for name in components)
 
     def pytest_collection_modifyitems(self, items: list) -> None:
         kept = [item for item in items if self._keeps(item.nodeid)]
         items[:] = kept if self.order is None else sorted(kept, key=lambda item: self.order[item.nodeid])
 
     def _keeps(self, test: str) -> bool:
-        if self.component and "test_conformance" in test and f"[{self.component}-" not in test:
+        if self.components and "::test_conformance[" in test and not any(c in test for c in self.components):
             return False
         return self.order is None or test in self.order
 
@@ -248,12 +254,6 @@ def _pytest(arguments: Sequence[str], *plugins: object) -> int:
     return pytest.main([*options, *arguments], list(plugins)) % 5  # 5: there are none
 
 
-def _component(arguments: Sequence[str]) -> tuple[list[str], str]:
-    """The arguments without the name of a component, and that name."""
-    names = [argument.partition("::")[2] for argument in arguments if "::" in argument]
-    return [argument.partition("::")[0] for argument in arguments], "".join(names)
-
-
 def reach(arguments: tuple[str, ...], overlay: Path) -> Reach | None:
     """Run tests without a mutant, in a process of their own; None when one fails.
 
@@ -262,6 +262,7 @@ def reach(arguments: tuple[str, ...], overlay: Path) -> Reach | None:
         overlay: A copy of the package.
     """
     result = overlay / "reach.json"
+    result.unlink(missing_ok=True)
 
     def run() -> int:
         from coverage import Coverage
@@ -269,11 +270,11 @@ def reach(arguments: tuple[str, ...], overlay: Path) -> Reach | None:
         folders = [str(overlay / "attnzoo" / folder) for folder in FOLDERS]
         coverage = Coverage(data_file=None, config_file=False, source=folders)
         recorded = Recorded(coverage)
-        files, component = _component(arguments)
+        files, _, names = " ".join(arguments).partition("::")
         with coverage.collect():
-            status = _pytest(files, Selected(None, component), recorded)
+            status = _pytest(files.split(), Selected(None, names.split()), recorded)
         if status:
-            print(f"failed without a mutant: {', '.join(recorded.failed)}", file=sys.__stderr__)
+            result.write_text(json.dumps(recorded.failed))
             return status
         data = coverage.get_data()
         lines = {
@@ -284,6 +285,7 @@ def reach(arguments: tuple[str, ...], overlay: Path) -> Reach | None:
         return 0
 
     if _forked(run) != 0:
+        print(f"without a mutant fail {result.read_text() if result.exists() else arguments}", flush=True)
         return None
     seconds, lines = json.loads(result.read_text())
     return Reach(seconds, {file: {int(n): tests for n, tests in of.items()} for file, of in lines.items()})
@@ -323,6 +325,7 @@ def _forked(run: Callable[[], int], limit: float = float("inf")) -> int:
         os.setpgid(0, 0)
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
+        os.dup2(silent, 2)
         status = 1
         try:
             status = run()
@@ -340,10 +343,13 @@ def _forked(run: Callable[[], int], limit: float = float("inf")) -> int:
         time.sleep(0.02)
 
 
-def copied() -> Path:
-    """A compiled copy of the package, to be changed, with what it finds beside itself; it goes when the process ends."""
-    overlay = Path(tempfile.mkdtemp(prefix="attnzoo-mutants-")).resolve()
-    atexit.register(shutil.rmtree, overlay, ignore_errors=True)
+def copied(folder: str) -> Path:
+    """A compiled copy of the package, to be changed, with what it finds beside itself.
+
+    Args:
+        folder: Where to put it.
+    """
+    overlay = Path(tempfile.mkdtemp(dir=folder)).resolve()
     shutil.copytree(ROOT / "attnzoo", overlay / "attnzoo", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("recipes", "docs", "plugins"):
         (overlay / name).symlink_to(ROOT / name)
@@ -355,12 +361,14 @@ OVERLAY: list[Path] = []
 """The copy of this process."""
 
 
-def _own_copy() -> None:
+def _own_copy(folder: str) -> None:
     """Give a worker a copy of its own, and let its forks import it."""
-    sys.path[:] = [str(copied()), *(path for path in sys.path if path not in map(str, OVERLAY))]
-    OVERLAY[:] = [Path(sys.path[0])]
-    silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 2)
+    OVERLAY.append(copied(folder))
+    sys.path.insert(0, str(OVERLAY[0]))
+
+
+def _reach(arguments: tuple[str, ...]) -> Reach | None:
+    return reach(arguments, OVERLAY[0])
 
 
 def _judge(mutant: Mutant, tests: list[str], seconds: float) -> bool:
@@ -391,16 +399,15 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    OVERLAY.append(copied())
-    sys.path.insert(0, str(OVERLAY[0]))
-    reached: dict[tuple[str, ...], Reach] = {}
-    for arguments in dict.fromkeys(matter_for(mutant.file) for mutant in mutants):
-        found = reach(arguments, OVERLAY[0])
-        if found is None:
-            return 2
-        reached[arguments] = found
     tally, survived = Counter[str](), []
-    with ProcessPoolExecutor(given.workers, get_context("fork"), _own_copy) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="attnzoo-mutants-") as folder,
+        ProcessPoolExecutor(given.workers, get_context("fork"), _own_copy, (folder,)) as pool,
+    ):
+        wanted = list(dict.fromkeys(matter_for(mutant.file) for mutant in mutants))
+        reached = dict(zip(wanted, pool.map(_reach, wanted), strict=True))
+        if None in reached.values():
+            return 2
         tried = {}
         for mutant in mutants:
             if f"{mutant.file}: {mutant.what.partition(': ')[2]}" in EQUIVALENT:
