@@ -80,6 +80,25 @@ def test_changing_a_card_is_held_to_the_same_rules():
         made.name = "other"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda taps: taps.update(scores="b h n m"),
+        lambda taps: taps.pop("weights"),
+        lambda taps: taps.popitem(),
+        lambda taps: taps.setdefault("scores", "b h n m"),
+        lambda taps: taps.__setitem__("weights", "b n"),
+        lambda taps: taps.__delitem__("weights"),
+        lambda taps: taps.__ior__({"scores": "b h n m"}),
+    ],
+)
+def test_mappings_are_kept_frozen(change):
+    made = card(taps={"weights": "b h n m"})
+    with pytest.raises(TypeError, match=r"replace\(card"):
+        change(made.taps)
+    assert made.taps == {"weights": "b h n m"}
+
+
 def test_sets_are_kept_frozen():
     made = card(masks={"keys"}, laws=[Law.PERMUTATION_EQUIVARIANT], extra={"fla"})
     assert all(isinstance(getattr(made, name), frozenset) for name in ("masks", "laws", "extra"))
