@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from attnzoo.core import Family
 from attnzoo.zoo import Zoo
 
 README = Path(__file__).parent.parent / "README.md"
@@ -11,14 +12,20 @@ README = Path(__file__).parent.parent / "README.md"
 def tables() -> str:
     """What the built-in plugin offers, as Markdown."""
     zoo = Zoo.of()
-    lines = ["| mechanism | family | what it does | grows | masks | paper |", "|---|---|---|---|---|---|"]
-    for name, entry in zoo.mechanisms.items():
-        card = entry.value.card
-        masks = ", ".join(kind for kind in ("keys", "causal", "pairs") if kind in card.masks) or "none"
-        source = (card.paper.authors, str(card.paper.year or ""), card.paper.ref) if card.paper else ()
-        paper = ", ".join(part for part in source if part)
-        lines.append(f"| `{name}` | {card.family} | {card.summary} | {card.grows} | {masks} | {paper} |")
-    lines += ["", "| fusion | what it does | laws |", "|---|---|---|"]
+    lines = []
+    for family in Family:
+        cards = [entry.value.card for entry in zoo.mechanisms.values() if entry.value.card.family is family]
+        if not cards:
+            continue
+        lines += [f"**`{family}`**: {family.question}", ""]
+        lines += ["| mechanism | what it does | grows | masks | paper |", "|---|---|---|---|---|"]
+        for card in sorted(cards, key=lambda card: card.name):
+            masks = ", ".join(kind for kind in ("keys", "causal", "pairs") if kind in card.masks) or "none"
+            source = (card.paper.authors, str(card.paper.year or ""), card.paper.ref) if card.paper else ()
+            paper = ", ".join(part for part in source if part)
+            lines.append(f"| `{card.name}` | {card.summary} | {card.grows} | {masks} | {paper} |")
+        lines.append("")
+    lines += ["| fusion | what it does | laws |", "|---|---|---|"]
     for name, entry in zoo.fusions.items():
         card = entry.value.card
         lines.append(f"| `{name}` | {card.summary} | {', '.join(sorted(card.laws))} |")

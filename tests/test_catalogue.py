@@ -64,6 +64,11 @@ def test_lists_hold_what_they_should():
     assert sorted(sum((attnzoo.list_mechanisms(form=f) for f in ("head", "mechanism", "pool")), [])) == every
     assert sorted(attnzoo.list_mechanisms(context=True) + attnzoo.list_mechanisms(context=False)) == every
     assert attnzoo.list_mechanisms("nothing*") == []
+    assert attnzoo.list_mechanisms(search="VASWANI") == ["softmax"]  # of the paper
+    assert (
+        attnzoo.list_mechanisms(search="n linear windows") == [] != attnzoo.list_mechanisms(search="window")
+    )
+    assert attnzoo.list_mechanisms("s*", search="timm") == ["squeeze_excite"]
     assert attnzoo.list_fusions(law="convex") == ["gated", "max", "mean"]
     assert attnzoo.list_recipes("ham_?") == ["ham_a", "ham_b"]
     assert attnzoo.list_recipes(plugin="attnzoo") == attnzoo.list_recipes() == sorted(load_zoo().recipes)

@@ -295,6 +295,18 @@ def test_wrapped_lines_hold_all_words_in_order(text, width):
     assert all(cell_len(line) <= width or " " not in line.replace(" %", "") for line in lines)
 
 
+@pytest.mark.parametrize("width", [20, 80])
+def test_lines_stand_above_their_rows(width):
+    columns, rows = [Column("name"), Column("number", 1)], [["one", "1"], ["two", "2"], ["three", "3"]]
+    text = drawn(
+        width, lambda: render.table(columns, rows, above={0: "those at first", 2: "and the last of all"})
+    )
+    lines = [line.split("  ")[0] for line in text.splitlines()]
+    assert lines.index("those at first") + 1 == lines.index("one") < lines.index("two")
+    assert not too_long(text, width) and lines.index("two") < lines.index("three")
+    assert lines[lines.index("three") - 1] in ("and the last of all", "all")
+
+
 def test_lines_are_broken_as_late_as_possible():
     assert render.wrap("one two three four", 9) == ["one two", "three", "four"]
     assert render.wrap("  └ one two", 8) == ["  └ one", "    two"]
@@ -377,7 +389,12 @@ def test_a_real_terminal_has_its_width_and_colours():
     coloured = on_a_terminal(80, "list", "mechanisms")
     assert "left out at 80 columns" in plain and "left out at 80 columns" in coloured
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", plain) and "\x1b[" in coloured
-    assert not too_long(ESCAPE.sub("", plain).replace("\r", ""), 80)
+    lines = ESCAPE.sub("", plain).replace("\r", "").splitlines()
+    assert not too_long("\n".join(lines), 80)
+    family, name = (
+        next(i for i, line in enumerate(lines) if line.startswith(w)) for w in ("linear: ", "agent ")
+    )
+    assert lines[family] == "linear: how to avoid n × m?" and name == family + 1 and not lines[family - 1]
 
 
 @pytest.mark.parametrize(

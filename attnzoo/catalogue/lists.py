@@ -24,6 +24,7 @@ def list_mechanisms(
     context: bool | None = None,
     form: str | None = None,
     plugin: str | None = None,
+    search: str = "",
 ) -> list[str]:
     """Names of mechanisms, sorted, as `attnzoo list mechanisms` shows them.
 
@@ -37,13 +38,15 @@ def list_mechanisms(
         context: Whether they can read from a context.
         form: `head`, `mechanism` or `pool`.
         plugin: Who provides them.
+        search: Words that must all stand in its name, summary, notes, family or paper.
 
     Raises:
         ZooError: AZ605, for a value that there is not.
     """
     _known("law of mechanisms", law, sorted(MECHANISM_LAWS))
     claims = {"family": family, "mask": mask, "law": law, "context": context, "form": form}
-    return [row["name"] for row in rows(load_zoo(), "mechanisms", pattern, plugin=plugin, **claims)]
+    found = rows(load_zoo(), "mechanisms", pattern, plugin=plugin, search=search, **claims)
+    return [row["name"] for row in found]
 
 
 def list_fusions(pattern: str = "*", *, law: str | None = None, plugin: str | None = None) -> list[str]:
@@ -75,7 +78,7 @@ def list_recipes(pattern: str = "*", *, plugin: str | None = None) -> list[str]:
 
 
 def rows(
-    zoo: Zoo, kind: str, pattern: str = "*", *, plugin: str | None = None, **claims: Any
+    zoo: Zoo, kind: str, pattern: str = "*", *, plugin: str | None = None, search: str = "", **claims: Any
 ) -> list[dict[str, Any]]:
     """What there is of a kind, sorted by name.
 
@@ -84,6 +87,7 @@ def rows(
         kind: `mechanisms`, `fusions`, `recipes` or `models`.
         pattern: Of names, with `*` and `?`.
         plugin: Who provides them; None for all.
+        search: Words that must all stand in its texts, in whatever case.
         claims: `family`, `mask`, `law`, `context`, `form`; None for all. What a kind does not claim it does not meet.
 
     Raises:
@@ -95,7 +99,9 @@ def rows(
     names = {word for provider in zoo.providers for word in (provider.name, provider.dist)} - {""}
     _known("plugin", plugin, sorted(names))
     found = _MAKERS[kind](zoo, pattern, plugin)
-    return sorted((row for row in found if _meets(row, wanted)), key=lambda row: row["name"])
+    words = search.casefold().split()
+    met = (row for row in found if _meets(row, wanted) and all(word in _texts(row) for word in words))
+    return sorted(met, key=lambda row: row["name"])
 
 
 _CLAIMS: dict[str, tuple[str, str, Iterable[Any]]] = {
@@ -106,6 +112,12 @@ _CLAIMS: dict[str, tuple[str, str, Iterable[Any]]] = {
     "form": ("form", "form", FORMS),
 }
 """Filters: the column that each is about, its name in words, its values."""
+
+
+def _texts(row: dict[str, Any]) -> str:
+    """All that a search looks at."""
+    names = ("name", "family", "summary", "notes", "paper", "base", "registers", "source")
+    return " ".join(str(row.get(name) or "") for name in names).casefold()
 
 
 def _meets(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
@@ -127,6 +139,8 @@ def _mechanisms(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str
             "context": card.context,
             "grows": card.grows,
             "summary": card.summary,
+            "notes": card.notes,
+            "paper": str(card.paper or ""),
             "laws": sorted(card.laws),
             **_provided(zoo, entry),
         }
@@ -135,7 +149,14 @@ def _mechanisms(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str
 def _fusions(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str, Any]]:
     for name, entry in _chosen(zoo, zoo.fusions.items(), pattern, plugin):
         card = entry.value.card
-        yield {"name": name, "summary": card.summary, "laws": sorted(card.laws), **_provided(zoo, entry)}
+        yield {
+            "name": name,
+            "summary": card.summary,
+            "notes": card.notes,
+            "paper": str(card.paper or ""),
+            "laws": sorted(card.laws),
+            **_provided(zoo, entry),
+        }
 
 
 def _recipes(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str, Any]]:

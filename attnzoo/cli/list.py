@@ -1,5 +1,6 @@
 """`attnzoo list`: what there is."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -41,6 +42,9 @@ def list_(
     ] = None,
     law: Annotated[str | None, typer.Option(help="Only those that claim this law.")] = None,
     name: Annotated[str, typer.Option(help="Only these names, with * and ?: '*lin*'.")] = "*",
+    search: Annotated[
+        str, typer.Option(help="Only what these words stand in: name, summary, notes, paper.")
+    ] = "",
     plugin: Annotated[
         str | None, typer.Option(help="Only what this plugin provides.", autocompletion=completion.plugins)
     ] = None,
@@ -48,7 +52,7 @@ def list_(
 ) -> None:
     """Show mechanisms, fusions, recipes and models, with who provides them."""
     from attnzoo.catalogue.lists import rows as rows_of
-    from attnzoo.cli.render import Column, say, say_json, say_next, table
+    from attnzoo.cli.render import Column, piped, say, say_json, say_next, table
     from attnzoo.zoo import load_zoo
 
     zoo = load_zoo()
@@ -57,7 +61,7 @@ def list_(
     if any(claim is not None for claim in claims.values()):
         everything = [Kind.mechanisms]
     listing = {
-        each.value: rows_of(zoo, each.value, name, plugin=plugin, law=law, **claims)
+        each.value: rows_of(zoo, each.value, name, plugin=plugin, search=search, law=law, **claims)
         for each in ([kind] if kind else everything)
     }
     problems = [vars(problem) | {"details": ""} for problem in zoo.problems]
@@ -72,7 +76,7 @@ def list_(
         Column("grows", rank=2),
         Column("base", rank=1),
         Column("registers", rank=2),
-        Column("summary", wrap=30),
+        Column("summary", wrap=40),
         Column("provider", rank=4),
     ]
     for title, rows in listing.items():
@@ -80,11 +84,28 @@ def list_(
             say(f"no {title} match")
             continue
         shown = [column for column in columns if column.name in rows[0]]
-        table(shown, [[_cell(row[c.name]) for c in shown] for row in rows], title=f"{len(rows)} {title}")
+        above: dict[int, str] = {}
+        if "family" in rows[0] and not piped():  # of what is piped each line speaks for itself
+            rows, above = _by_family(rows)
+            shown = [column for column in shown if column.name != "family"]
+        cells = [[_cell(row[column.name]) for column in shown] for row in rows]
+        counted = title.removesuffix("s") if len(rows) == 1 else title
+        table(shown, cells, title=f"{len(rows)} {counted}", above=above)
     broken = sorted({problem["plugin"] for problem in problems})
     if broken:
         say(f"something is wrong with {', '.join(broken)}: `attnzoo doctor` says what", style="yellow")
     say_next("attnzoo show softmax", "attnzoo compose ham_a", "attnzoo new plugin mine")
+
+
+def _by_family(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """The rows by family, and above the first of each its name and the question that it answers."""
+    from attnzoo.core import Family
+
+    order = list(Family)
+    ordered = sorted(rows, key=lambda row: order.index(row["family"]))
+    families = [row["family"] for row in ordered]
+    above = {families.index(one): f"{one}: {Family(one).question}" for one in dict.fromkeys(families)}
+    return ordered, above
 
 
 def _cell(value: Any) -> str:

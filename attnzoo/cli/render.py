@@ -6,10 +6,11 @@ piped is whole, one row to a line.
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 from rich.cells import cell_len
@@ -35,6 +36,11 @@ def console(err: bool = False) -> Console:
     """A console; colours only on a terminal, `NO_COLOR` honoured. What is piped has lines of any length."""
     stream = sys.stderr if err else stdout()
     return Console(file=stream, highlight=False, width=None if stream.isatty() else ENDLESS)
+
+
+def piped() -> bool:
+    """Whether answers go to something other than a terminal."""
+    return not stdout().isatty()
 
 
 def say(text: str = "", style: str = "") -> None:
@@ -98,7 +104,12 @@ class Column:
         return max(head, least), max(head, natural)
 
 
-def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str = "") -> None:
+def table(
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str]],
+    title: str = "",
+    above: Mapping[int, str] = MappingProxyType({}),
+) -> None:
     """A table as wide as the terminal allows.
 
     Columns that find no room are named below it. Where not even those of rank 0 stand beside each other, each row
@@ -108,6 +119,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str =
         columns: What the table has.
         rows: Cells of plain text.
         title: A line above it.
+        above: Lines above rows, by the number of the row.
     """
     out = console()
     rows = [[_clean(cell) for cell in row] for row in rows]
@@ -117,7 +129,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str =
     shown = _shown(columns, [least for least, _ in sizes], out.width)
     if shown:
         widths = _spread([sizes[i] for i in shown], out.width)
-        _grid(out, [columns[i] for i in shown], [[row[i] for i in shown] for row in rows], widths)
+        _grid(out, [columns[i] for i in shown], [[row[i] for i in shown] for row in rows], widths, above)
         lost = ", ".join(column.name for i, column in enumerate(columns) if i not in shown)
         if lost:
             pipe = _glued("`| less -S`")
@@ -126,7 +138,8 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str =
                 "dim",
             )
     else:
-        for row in rows:
+        for number, row in enumerate(rows):
+            _part(out, above.get(number))
             for line in wrap(_whole(row[0]), out.width) if row[0] else []:
                 _put(out, (line, "bold"))
             others = [
@@ -220,8 +233,20 @@ def _spread(sizes: Sequence[tuple[int, int]], width: int) -> list[int]:
     return [least + int(share * (natural - least)) for least, natural in sizes]
 
 
+def _part(out: Console, text: str | None) -> None:
+    """A line that stands above some rows, and the gap above it."""
+    if text is not None:
+        _put(out)
+        for line in wrap(text, out.width):
+            _put(out, (line, "italic"))
+
+
 def _grid(
-    out: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]], widths: Sequence[int]
+    out: Console,
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str]],
+    widths: Sequence[int],
+    above: Mapping[int, str],
 ) -> None:
     def line(cells: Sequence[str]) -> str:
         aligned = [
@@ -232,7 +257,8 @@ def _grid(
 
     _put(out, (line([column.name for column in columns]), "bold"))
     _put(out, ("─" * (sum(widths) + GAP * (len(widths) - 1)), "dim"))
-    for row in rows:
+    for number, row in enumerate(rows):
+        _part(out, above.get(number))
         cells = [wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
         for parts in zip_longest(*cells, fillvalue=""):
             _put(out, line(parts))
