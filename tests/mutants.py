@@ -391,8 +391,8 @@ def main() -> int:
         file for folder in FOLDERS for file in sorted((ROOT / "attnzoo" / folder).rglob("*.py"))
     ]
     mutants = [mutant for file in files for mutant in mutants_of(file)]
-    if given.count is not None and given.count < len(mutants):
-        mutants = sorted(random.Random(given.seed).sample(mutants, given.count), key=str)
+    random.Random(given.seed).shuffle(mutants)  # what is printed on the way is a fair sample
+    mutants = mutants[: given.count]
     import hypothesis  # noqa: F401 - here, so that forks need not import what no mutant changes
     import pytest  # noqa: F401
     import timm  # noqa: F401
@@ -422,7 +422,7 @@ def main() -> int:
                 survived.append(tried[future])
                 print(f"survived {tried[future]}", flush=True)
             if number % 25 == 0:
-                print(f"{number} of {len(tried)}: {tally['survived']} survived", flush=True)
+                print(f"{number} of {len(tried)}: {tally['killed']} killed", flush=True)
     judged = tally["killed"] + tally["survived"]
     share = 100 * tally["killed"] / judged if judged else 100.0
     print(f"{tally['killed']} of {judged} killed ({share:.1f} %), {tally['equivalent']} equivalent, "
