@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import attnzoo
 from attnzoo import load_zoo
 from attnzoo.testing import parametrize_with_checks
 
-ROOT = Path(__file__).parent.parent
+ROOT, PACKAGE = Path(__file__).parent.parent, Path(attnzoo.__file__).parent
 ZOO = load_zoo()
 COMPONENTS = [
     entry.value
@@ -29,8 +30,8 @@ def touched(since: str | None) -> list[type]:
         return []
     command = ["git", "diff", "--name-only", since, "--", "attnzoo/mechanisms", "attnzoo/fusions"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    files = {ROOT / line for line in done.stdout.splitlines()}
-    return [component for component in COMPONENTS if Path(inspect.getfile(component)) in files]
+    changed = {PACKAGE.parent / line for line in done.stdout.splitlines()}
+    return [component for component in COMPONENTS if Path(inspect.getfile(component)) in changed]
 
 
 def test_git_says_what_is_touched():
