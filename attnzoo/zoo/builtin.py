@@ -51,4 +51,4 @@ def attnzoo_fusions():
 @hookimpl
 def attnzoo_recipes():
     """The shipped recipes."""
-    return [recipes_folder()]
+    return [recipes_folder(), recipes_folder() / "digits"]
