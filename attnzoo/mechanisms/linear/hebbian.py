@@ -1,0 +1,150 @@
+"""Hebbian memory: keys are associated with values by a local rule, and queries recall them.
+
+Qiao, "Understanding Transformers through the Lens of Pavlovian Conditioning", 2025, arXiv:2508.08289, abstract.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from attnzoo.core import Card, Family, Fraction, Head, Law, OptionError, Paper, PositiveFloat, Site
+
+
+class Hebbian(Head):
+    """S q of a memory S that each token changes, λ S + η v kᵀ: the last S or, under a causal mask, the one so far.
+
+    Args:
+        site: Where the head is put.
+        rule: `hebb`, the above; `delta`, λ S + η (v - λ S k) kᵀ, which corrects what is recalled (Rescorla, Wagner); or
+            `oja`, λ S + η v (k - λ Sᵀ v)ᵀ, which bounds it. Queries and keys of `delta`, values of `oja` have length 1.
+        features: `none`, or `elu` for `hebb`: φ(q) and φ(k), φ = elu + 1, and weights that sum to 1.
+        decay: λ, what a token leaves of the memory; above 0.
+        rate: η; below 2 for `delta` and `oja`, which diverge beyond.
+        learn_rate: Whether η is learned, a number for each head that starts at `rate`.
+
+    Raises:
+        OptionError: AZ214, for a decay of 0, a rate that diverges, features that mean nothing or hide a learned rate.
+    """
+
+    card = Card(
+        name="hebbian",
+        family=Family.LINEAR,
+        summary="Unnormalised linear attention as an associative memory, by the rule of Hebb, Rescorla-Wagner or Oja.",
+        paper=Paper(
+            "Understanding Transformers through the Lens of Pavlovian Conditioning",
+            "Qiao",
+            2025,
+            "arXiv:2508.08289",
+        ),
+        time="n c d",
+        memory="h n d + h d²",
+        masks={"keys", "causal"},
+        context=True,
+        incremental=True,
+        laws={Law.LINEAR_IN_VALUES, Law.PERMUTATION_EQUIVARIANT},
+        fidelity="inspired",
+        notes="Our reading: the abstract gives the correspondence with conditioning, the rules are the textbook's. "
+        "Tokens that do not exist leave the memory as it is. Nothing scales the products: `features: elu` does. A rule "
+        "or a decay that asks for an order reads no context. ONNX cannot solve the systems of `delta` and `oja`.",
+    )
+
+    @classmethod
+    def claims(cls, *, rule: str, decay: float, **options) -> Card:
+        if rule == "hebb" and decay == 1:
+            return cls.card
+        return replace(cls.card, context=False, laws=set() if rule == "oja" else {Law.LINEAR_IN_VALUES})
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        rule: Literal["hebb", "delta", "oja"] = "hebb",
+        features: Literal["none", "elu"] = "none",
+        decay: Fraction = 1.0,
+        rate: PositiveFloat = 1.0,
+        learn_rate: bool = False,
+    ):
+        super().__init__(site)
+        faults = {
+            "a decay of 0 leaves no memory": decay == 0,
+            f"`features: elu` are for the rule `hebb`, not `{rule}`": features == "elu" and rule != "hebb",
+            "a learned rate cancels in the weights of `features: elu`": features == "elu" and learn_rate,
+            f"the rule `{rule}` diverges with a rate of {rate}": rule != "hebb" and rate >= 2,
+        }
+        for fault in (text for text, found in faults.items() if found):
+            raise OptionError(f"`hebbian`: {fault}", help="change one of these options")
+        self.rule, self.elu, self.decay, self.rate = rule, features == "elu", decay, rate
+        self.eta = nn.Parameter(torch.empty(site.heads)) if learn_rate else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """η as it was asked for."""
+        if self.eta is not None:
+            nn.init.constant_(self.eta, self.rate)
+
+    def attend(self, q, k, v, *, mask, layout):
+        dtype = v.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            q, k, v = q.float(), k.float(), v.float()  # sums over all keys overflow and lose digits
+        if self.elu:
+            q, k, v = F.elu(q) + 1, F.elu(k) + 1, torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+        if self.rule == "delta":
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        if self.rule == "oja":
+            v = F.normalize(v, dim=-1)
+        there = torch.ones_like(k[:, :1, :, 0])  # (b 1 m)
+        if mask.keys is not None:
+            absent, there = ~mask.keys[:, None, :, None], mask.keys[:, None].to(k.dtype)
+            k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
+        eta = self.rate if self.eta is None else self.eta[:, None, None].to(v.dtype)
+        causal = mask.causal and q.shape[2] != 1  # the newest query alone reads the last memory
+        if self.rule == "hebb" and not causal:
+            left = there.flip(-1).cumsum(dim=-1).flip(-1) - there  # how many tokens come after
+            out = q @ ((k * self.decay ** left[..., None]).mT @ (eta * v))
+        else:
+            out = recalled(q, k, v, there, eta, self.decay, self.rule, causal)
+        if self.elu:
+            out, norm = out[..., :-1], out[..., -1:]
+            out = out / torch.where(norm > 0, norm, 1.0)
+        return out.to(dtype)
+
+
+def recalled(
+    q: Tensor, k: Tensor, v: Tensor, there: Tensor, eta: Tensor | float, decay: float, rule: str, causal: bool
+) -> Tensor:
+    """What queries read of the memory so far, or of the last one: (b h n e), by chunks of w tokens, exactly.
+
+    Args:
+        q, k, v: (b h n d), (b h m d) and (b h m e); zero where there is no token.
+        there: Whether a token exists, 1 or 0, (b 1 m).
+        eta, decay, rule: η, λ and the rule by which tokens are written.
+        causal: Whether memories so far are read, the last query being the last key's.
+    """
+    n, m, chunk = q.shape[2], k.shape[2], 32
+    length = (
+        -(-(max(n, m) if causal else m) // chunk) * chunk
+    )  # what is too few stands in front, as if absent
+    k, v = (F.pad(t, (0, 0, length - m, 0)).split(chunk, dim=2) for t in (k, v))
+    ages = F.pad(there, (length - m, 0)).split(chunk, dim=2)
+    asks = F.pad(q, (0, 0, length - n, 0)).split(chunk, dim=2) if causal else ()
+    ahead = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
+    memory, out = q.new_zeros(*q.shape[:2], q.shape[3], v[0].shape[3]), []  # Sᵀ
+    for i, (key, value, age) in enumerate(zip(k, v, ages, strict=True)):
+        age = age.cumsum(dim=-1)[..., None]  # (b 1 w 1), tokens of this chunk so far
+        fade = (decay ** (age - age.mT).clamp(min=0)).masked_fill(ahead, 0.0)  # (b 1 w w)
+        old, wrote, new = decay**age, key, value
+        if rule != "hebb":  # what is written is an error, in which those of the chunk before it count
+            on, wants, state = (key, value, memory) if rule == "delta" else (value, key, memory.mT)
+            system, wants = eta * (on @ on.mT * fade).tril(-1), wants - old * (on @ state)
+            error = torch.linalg.solve_triangular(system, wants, upper=False, unitriangular=True)
+            wrote, new = (key, error) if rule == "delta" else (error, value)
+        if causal:
+            out.append(old * (asks[i] @ memory) + (asks[i] @ wrote.mT * fade) @ (eta * new))
+        memory = old[:, :, -1:] * memory + (wrote * fade[:, :, -1:].mT).mT @ (eta * new)
+    return torch.cat(out, dim=2)[:, :, length - n :] if causal else q @ memory
+
+
+fx.wrap("recalled")  # symbolic tracing knows no lengths

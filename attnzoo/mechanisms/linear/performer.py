@@ -1,0 +1,144 @@
+"""Performer: softmax attention estimated by positive orthogonal random features (FAVOR+).
+
+Choromanski et al., "Rethinking Attention with Performers", 2020, arXiv:2009.14794, §2.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from attnzoo.core import Card, Family, Head, Law, Paper, PositiveFloat, PositiveInt, Site
+
+
+class Performer(Head):
+    """φ(q) (φ(k)ᵀ v) over the row sums of φ(q) φ(k)ᵀ, φ(x) = exp(W x - ‖x‖² / 2 - s) + ε, q and k first times d^-¼.
+
+    Rows of W (r d) are orthogonal in blocks of d and shared by all heads. s is the greatest exponent, of a query or of
+    all keys that a query sees, and keeps the exponentials from overflowing.
+
+    Args:
+        site: Where the head is put.
+        features: r, the number of random features; None for ⌊d ln d⌋.
+        kernel: `softmax` for the φ above, `relu` for φ(x) = relu(W x) + ε.
+        norms: Of the rows of W: `random`, those of Gaussian vectors, or `fixed`, √d, with which the estimate is biased.
+        eps: ε; None for 1e-6, with `kernel: relu` 1e-3.
+    """
+
+    card = Card(
+        name="performer",
+        family=Family.LINEAR,
+        summary="Softmax attention by positive orthogonal random features; cost linear in the number of tokens.",
+        paper=Paper(
+            "Rethinking Attention with Performers", "Choromanski et al.", 2020, "arXiv:2009.14794", where="§2"
+        ),
+        time="n c d²",
+        memory="h n d²",
+        masks={"keys", "causal"},
+        context=True,
+        incremental=True,
+        laws={Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED},
+        fidelity="adapted",
+        notes="The costs are for ⌊d ln d⌋ features, at most d². W is a buffer, drawn when the head is built; no "
+        "forward redraws it: who trains as the authors do calls `init_weights` every 1000 steps. Their stabiliser of a "
+        "causal pass is that of all keys, which lets later keys be felt through ε; here each query has that of the "
+        "keys it sees.",
+    )
+
+    projection: Tensor
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        features: PositiveInt | None = None,
+        kernel: Literal["softmax", "relu"] = "softmax",
+        norms: Literal["random", "fixed"] = "random",
+        eps: PositiveFloat | None = None,
+    ):
+        super().__init__(site)
+        d = site.head_dim
+        self.kernel, self.norms, self.chunk = kernel, norms, max(d, 16)
+        self.eps = {"softmax": 1e-6, "relu": 1e-3}[kernel] if eps is None else eps
+        self.register_buffer("projection", torch.empty(features or max(1, int(d * math.log(d))), d))  # W
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draws W: in blocks of d rows that are orthogonal, with every direction as likely as any other."""
+        r, d = self.projection.shape
+        dtype = torch.promote_types(self.projection.dtype, torch.float32)
+        blocks = torch.randn(-(-r // d), d, d, device=self.projection.device, dtype=dtype)
+        q, upper = torch.linalg.qr(blocks)
+        q = q * upper.diagonal(dim1=-2, dim2=-1).sgn()[:, None]  # the signs that QR leaves are no chance
+        norms = torch.randn(r, d, device=blocks.device, dtype=dtype).norm(dim=-1)
+        if self.norms == "fixed":
+            norms = torch.full_like(norms, d**0.5)
+        self.projection.copy_(q.mT.flatten(0, 1)[:r] * norms[:, None])
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(x) - ε in two factors: (b h n r), at most 1 for softmax, and the logarithm of the other, (b h n 1)."""
+        x = x * x.shape[-1] ** -0.25
+        dots = x @ self.projection.to(x.dtype).T
+        if self.kernel == "relu":
+            return dots.relu(), torch.zeros_like(x[..., :1])
+        exponents = dots - x.square().sum(dim=-1, keepdim=True) / 2
+        most = exponents.amax(dim=-1, keepdim=True)
+        return (exponents - most).exp(), most
+
+    def attend(self, q, k, v, *, mask, layout):
+        dtype = v.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            q, k, v = q.float(), k.float(), v.float()  # sums over all keys lose digits in half precision
+        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # the last column sums the weights
+        absent = None if mask.keys is None else ~mask.keys[:, None, :, None]
+        if absent is not None:
+            k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
+        q, (k, log) = self.features(q)[0] + self.eps, self.features(k)
+        if absent is not None:
+            log = log.masked_fill(absent, torch.finfo(log.dtype).min)
+        if mask.causal and q.shape[2] != 1:  # the newest query alone sees all keys
+            out = causal_sums(q, k, log, v, self.eps, self.chunk)
+        else:
+            out = q @ ((k * (log - log.amax(dim=2, keepdim=True)).exp() + self.eps).mT @ v)
+        top, norm = out[..., :-1], out[..., -1:]
+        return (top / torch.where(norm > 0, norm, 1.0)).to(dtype)
+
+
+def causal_sums(q: Tensor, k: Tensor, log: Tensor, v: Tensor, eps: float, chunk: int) -> Tensor:
+    """Σ_{j ≤ i} q_iᵀ (k_j exp(log_j - c_i) + ε) v_j for each query i, c_i the greatest log of the keys up to i.
+
+    Args:
+        q: (b h n r).
+        k: (b h m r).
+        log: (b h m 1).
+        v: (b h m e).
+        eps: ε.
+        chunk: w, how many tokens form pairs; between chunks, t of them, states (r e) are handed on.
+    """
+    n, m, low = q.shape[2], k.shape[2], torch.finfo(log.dtype).min
+    length = -(-max(n, m) // chunk) * chunk
+    # (b h t w ·); what is too few stands in front, as if absent
+    q, k, v = (F.pad(x, (0, 0, length - x.shape[2], 0)).unflatten(2, (-1, chunk)) for x in (q, k, v))
+    log = F.pad(log[..., 0], (length - m, 0), value=low)
+    c = log.cummax(dim=2).values.unflatten(2, (-1, chunk))
+    log, last = log.unflatten(2, (-1, chunk)), c[..., -1]
+    ahead = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
+    scale = (log[..., None, :] - c[..., None]).masked_fill(ahead, -torch.inf).exp()  # (b h t w w)
+    rest = eps * q.sum(dim=-1, keepdim=True)
+    inside = (q @ k.mT * scale + rest.masked_fill(ahead, 0.0)) @ v
+    states = (k * (log - last[..., None]).exp()[..., None]).mT @ v  # (b h t r e), in units of exp(last)
+    step = 1
+    while step < states.shape[2]:  # each has its own and `step` - 1 before; then twice as many
+        fade = (last[..., :-step] - last[..., step:]).exp()[..., None, None]
+        states = torch.cat([states[:, :, :step], states[:, :, step:] + fade * states[:, :, :-step]], dim=2)
+        step *= 2
+    before, units = F.pad(states, (0, 0, 0, 0, 1, -1)), F.pad(last, (1, -1), value=low)
+    sums = F.pad(v.sum(dim=3).cumsum(dim=2), (0, 0, 1, -1))[..., None, :]
+    outside = (q @ before) * (units[..., None] - c).exp()[..., None] + rest * sums
+    return (inside + outside).flatten(2, 3)[:, :, length - n :]
+
+
+fx.wrap("causal_sums")  # symbolic tracing knows no lengths

@@ -1,0 +1,1 @@
+"""Which heads, for which token."""

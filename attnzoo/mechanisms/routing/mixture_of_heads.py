@@ -1,0 +1,128 @@
+"""Mixture of heads: a router chooses heads for each token and weighs what they give.
+
+Jin et al., "MoH: Multi-Head Attention as Mixture-of-Head Attention", 2024, arXiv:2410.11842, §3.2.
+"""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from attnzoo.core import Card, Family, Law, Mechanism, NonNegativeInt, OptionError, Paper, Site, Tap
+from attnzoo.functional import dot_product_attention, masked_softmax, merge_heads, rearrange, split_heads
+
+
+class MixtureOfHeads(Mechanism):
+    """Σ_h g_h(x) softmax(q_h k_hᵀ / √d) v_h W_h: g = α₁ s softmax(W_s x) of s shared heads, α₂ a p_e / Σ p of a routed.
+
+    The a routed heads with the greatest p = softmax(W_r x) are active, the sum is over these, the others have a gate of
+    0. (α₁, α₂) = 2 softmax(W₀ x) where there are heads of both kinds, otherwise 1. A softmax over one head is 1 and has
+    no weights. The shared heads come first.
+
+    Args:
+        site: Where the mechanism is put.
+        shared: s, how many heads are always active; all of them makes one soft weighting. None takes a quarter.
+        active: a, how many of the other heads are active for a token. None takes what makes three quarters with the
+            shared ones, at least 2. With `scaling: code` one alone has a gate that no router changes: only a balance
+            loss would teach it.
+        scaling: `code` has the gates above, the authors', which start at about 1; `paper` has α₁ softmax(W_s x) and
+            α₂ p_e with α = softmax(W₀ x).
+
+    Raises:
+        OptionError: AZ214, when there are not so many heads, or some could never be active.
+    """
+
+    card = Card(
+        name="mixture_of_heads",
+        family=Family.ROUTING,
+        summary="MoH: shared heads, and routed ones of which each token has the best few, weighed by their routers.",
+        paper=Paper(
+            "MoH: Multi-Head Attention as Mixture-of-Head Attention",
+            "Jin et al.",
+            2024,
+            "arXiv:2410.11842",
+            where="§3.2",
+        ),
+        time="n m c + n c c",
+        memory="h n m",
+        masks={"keys", "causal", "pairs"},
+        context=True,
+        honours={"qkv_bias", "proj_bias", "qk_norm"},
+        taps={"shares": "b n k", "gate": "b h n", "scores": "b h n m", "weights": "b h n m"},
+        laws={Law.PERMUTATION_EQUIVARIANT},
+        fidelity="adapted",
+        notes="The authors add a balance loss E Σ_e P_e f_e over the E routed heads in training; that belongs to the "
+        "training, and is not added here. The tap `shares` holds p, whose mean over tokens is P; f_e is the share of "
+        "tokens that have e among the a greatest of it. The tap `weights` shows the softmax times the gate. All heads "
+        "are computed: no operation is saved. Ties are broken as PyTorch's topk does.",
+    )
+
+    shares: Tap
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        shared: NonNegativeInt | None = None,
+        active: NonNegativeInt | None = None,
+        scaling: Literal["code", "paper"] = "code",
+    ):
+        super().__init__(site)
+        heads, d = site.heads, site.head_dim
+        if shared is None:
+            shared = heads if active == 0 else max(0, min(heads // 4, heads - (active or 0)))
+        if active is None:
+            active = min(heads - shared, max(2, 3 * heads // 4 - shared)) if shared < heads else 0
+        if shared + active > heads or (active == 0 and shared < heads):
+            raise OptionError(
+                f"`mixture_of_heads`: {shared} shared and {active} active of {heads} heads",
+                why="there are not so many"
+                if shared + active > heads
+                else "the others could never be active",
+                help=f"choose at most {heads} together, with at least one active, or {heads} shared",
+            )
+        if active == 0:  # one soft weighting of all heads: all are routed, and all active
+            shared, active = 0, heads
+        self.shared, self.active, self.scaling = shared, active, scaling
+        routed = heads - shared
+        self.route = nn.Linear(site.dim, routed, bias=False) if routed > 1 else None  # W_r
+        self.weigh = nn.Linear(site.dim, shared, bias=False) if shared > 1 else None  # W_s
+        self.divide = nn.Linear(site.dim, 2, bias=False) if shared else None  # W₀
+        if site.context_dim is None:
+            self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=site.qkv_bias)
+        else:
+            self.q = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
+            self.kv = nn.Linear(site.context_dim, 2 * site.dim, bias=site.qkv_bias)
+        self.q_norm = site.norm(d) if site.qk_norm else nn.Identity()
+        self.k_norm = site.norm(d) if site.qk_norm else nn.Identity()
+        self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
+
+    def gates(self, x):
+        """g, (b n h)."""
+        code, one = self.scaling == "code", x[..., :1].softmax(dim=-1)  # 1, whatever the score
+        shares = self.shares(one if self.route is None else self.route(x).softmax(dim=-1))  # p, (b n k)
+        routed = shares
+        if self.active < self.heads - self.shared:
+            chosen = shares.topk(self.active, dim=-1).indices
+            routed = torch.zeros_like(shares).scatter(-1, chosen, 1.0) * shares
+        if code and self.route is not None:
+            routed = self.active * routed / routed.sum(dim=-1, keepdim=True)
+        if self.divide is None:
+            return routed
+        first, second = (self.divide(x).softmax(dim=-1) * (2 if code else 1)).chunk(2, dim=-1)  # α₁, α₂
+        always = one if self.weigh is None else self.weigh(x).softmax(dim=-1) * (self.shared if code else 1)
+        return torch.cat([first * always, second * routed], dim=-1)
+
+    def mix(self, x, source, *, mask, layout):
+        if self.context_dim is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:
+            q, (k, v) = self.q(x), self.kv(source).chunk(2, dim=-1)
+        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        gate = self.gate(rearrange(self.gates(x), "b n h -> b h n"))[..., None]
+        if self.scores.watched or self.weights.watched:
+            scores = self.scores((q * q.shape[-1] ** -0.5) @ k.mT)
+            weights = masked_softmax(scores, mask.dense(q.shape[2], k.shape[2], q.device))
+            return self.proj(merge_heads(self.weights(weights * gate) @ v))
+        return self.proj(merge_heads(dot_product_attention(self, q, k, v, mask) * gate))
