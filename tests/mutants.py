@@ -47,6 +47,8 @@ SWAPS: dict[type, type] = {
     ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
 }  # fmt: skip
 """Each operator and what takes its place."""
+COMMUTES = ("minimum", "maximum")
+"""Functions that do not mind the order of their arguments."""
 TEXTS = ("Card", "FusionCard", "Paper")
 """Calls that say things rather than compute them; their claims are what the conformance suite is about."""
 
@@ -89,8 +91,8 @@ def _changes(node: ast.AST) -> Iterator[ast.AST]:
             yield _with(node, value=value + 1)
         case ast.Constant(value=float(value)):
             yield _with(node, value=value * 1.5 if value else 1.0)
-        case ast.Call(args=[first, second, *rest]) if not isinstance(first, ast.Starred):
-            if ast.dump(first) != ast.dump(second):
+        case ast.Call(func, [first, second, *rest]) if not isinstance(first, ast.Starred):
+            if ast.dump(first) != ast.dump(second) and getattr(func, "attr", "") not in COMMUTES:
                 yield _with(node, args=[second, first, *rest])
         case ast.IfExp(body=body, orelse=other):
             yield _with(node, body=other, orelse=body)

@@ -204,3 +204,9 @@ def test_windows_that_do_not_tile_the_grid_are_refused():
 def test_a_site_without_a_fitting_context_is_refused(fields, says):
     with pytest.raises(RecipeError, match=f"AZ214.*{says}"):
         WindowCross(Site("hand", 8, 2, Layout((4, 4)), **fields))
+
+
+def test_the_table_starts_small():
+    """N(0, 0.02²) cut at two deviations has one of 0.88 × 0.02."""
+    bias = cross(window=(16, 16), grid=(32, 32))[0].bias.detach()
+    assert bias.abs().max() <= 0.04 and 0.0164 < bias.std() < 0.0188

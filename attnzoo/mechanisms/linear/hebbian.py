@@ -124,9 +124,8 @@ def recalled(
         causal: Whether memories so far are read, the last query being the last key's.
     """
     n, m, chunk = q.shape[2], k.shape[2], 32
-    length = (
-        -(-(max(n, m) if causal else m) // chunk) * chunk
-    )  # what is too few stands in front, as if absent
+    # what is too few stands in front, as if absent
+    length = -(-(max(n, m) if causal else m) // chunk) * chunk
     k, v = (F.pad(t, (0, 0, length - m, 0)).split(chunk, dim=2) for t in (k, v))
     ages = F.pad(there, (length - m, 0)).split(chunk, dim=2)
     asks = F.pad(q, (0, 0, length - n, 0)).split(chunk, dim=2) if causal else ()
