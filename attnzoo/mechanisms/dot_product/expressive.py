@@ -1,0 +1,93 @@
+"""Expressive attention: keys count when they are parallel or antiparallel to the query, not when they are orthogonal.
+
+Gros, "Reorganizing attention-space geometry with expressive attention", 2024, arXiv:2407.18601; without a normalisation
+in "Small transformer architectures for task switching", 2025, arXiv:2508.04461.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from attnzoo.core import Card, Family, Head, Law, OptionError, Paper, PositiveFloat, Site
+
+
+class Expressive(Head):
+    """Σ_j e_ij v_j / Σ_j e_ij, e = z² / (1 + z²), z = q kᵀ: (b h n m), without 1 / √d.
+
+    Args:
+        site: Where the head is put.
+        norm: `row` divides by Σ_j e_ij; `none` does not (extensive attention, as we read it); `mean` divides by the
+            number of keys that may be attended to.
+        eps: What is added to Σ_j e_ij, so that a query that is orthogonal to all keys gets zeros. None adds nothing,
+            and such a query gets the mean of the values.
+
+    Raises:
+        OptionError: AZ214, when `eps` is given where nothing is divided by the sum.
+    """
+
+    card = Card(
+        name="expressive",
+        family=Family.DOT_PRODUCT,
+        summary="Attention by squared dot products: z² / (1 + z²), normalised by the row, in the place of a softmax.",
+        paper=Paper(
+            "Reorganizing attention-space geometry with expressive attention",
+            "Gros",
+            2024,
+            "arXiv:2407.18601",
+        ),
+        time="n m c",
+        memory="h n m",
+        masks={"keys", "causal", "pairs"},
+        context=True,
+        incremental=True,
+        taps={"scores": "b h n m", "weights": "b h n m"},
+        laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED},
+        notes="The tap `scores` shows z. Near z = 0 for all keys the weights depend on the direction of z alone, and "
+        "their gradients are as large as 1 / |z|. We have not seen a definition of extensive attention "
+        "(arXiv:2508.04461); `norm: none` takes the word as physics does, growing with the number of keys.",
+    )
+
+    @classmethod
+    def claims(cls, *, norm: str, eps: float | None, **options) -> Card:
+        if norm == "row" and eps is None:
+            return cls.card
+        card = replace(cls.card, laws=cls.card.laws - {Law.STOCHASTIC, Law.BOUNDED})
+        if norm != "none":
+            card = replace(card, laws=card.laws | {Law.SUBSTOCHASTIC})
+        return card if norm == "row" else replace(card, fidelity="inspired")
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        norm: Literal["row", "none", "mean"] = "row",
+        eps: PositiveFloat | None = None,
+    ):
+        super().__init__(site)
+        if eps is not None and norm != "row":
+            raise OptionError(
+                f"`expressive`: with `norm: {norm}` there is no sum to add `eps` to",
+                help="leave `eps` out, or choose `norm: row`",
+            )
+        self.norm, self.eps = norm, eps
+
+    def attend(self, q, k, v, *, mask, layout):
+        z = self.scores(q @ k.mT)
+        allowed, seen = mask.dense(q.shape[2], k.shape[2], q.device), torch.ones_like(z)
+        if allowed is not None:
+            z, seen = z.masked_fill(~allowed, 0.0), seen.masked_fill(~allowed, 0.0)  # e = 0, where -∞ gave 1
+        size = z.detach().abs().clamp(min=1)  # z² may overflow; e does not depend on it
+        root = z / size * (size**-2 + (z / size) ** 2).rsqrt()  # √e, with the sign of z
+        weights = root.square()
+        if self.norm == "mean":
+            weights = weights / seen.sum(dim=-1, keepdim=True).clamp(min=1)
+        elif self.norm == "row":
+            if self.eps is None:
+                # relative to the largest, since small squares vanish; A does not depend on it
+                largest = root.detach().abs().amax(dim=-1, keepdim=True)
+                some = largest > 0
+                weights = torch.where(some, (root / torch.where(some, largest, 1.0)).square(), seen)
+            total = weights.sum(dim=-1, keepdim=True) + (self.eps or 0.0)
+            weights = weights / torch.where(total > 0, total, 1.0)  # 0 where nothing may be attended to
+        return self.weights(weights) @ v

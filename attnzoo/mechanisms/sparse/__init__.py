@@ -1,0 +1,1 @@
+"""Which few pairs, by content or pattern."""
