@@ -208,5 +208,6 @@ def test_a_site_without_a_fitting_context_is_refused(fields, says):
 
 def test_the_table_starts_small():
     """N(0, 0.02²) cut at two deviations has one of 0.88 × 0.02."""
-    bias = cross(window=(16, 16), grid=(32, 32))[0].bias.detach()
+    site = Site("hand", 8, 2, Layout((32, 32)), context_dim=8, context_layout=Layout((16, 16)))
+    bias = WindowCross(site).bias.detach()
     assert bias.abs().max() <= 0.04 and 0.0164 < bias.std() < 0.0188

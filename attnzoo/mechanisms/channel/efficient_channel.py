@@ -48,10 +48,8 @@ class EfficientChannel(Mechanism):
         self, site: Site, *, gamma: PositiveFloat = 2.0, beta: PositiveFloat = 1.0, circular: bool = False
     ):
         super().__init__(site)
-        from timm.layers import (
-            CecaModule,
-            EcaModule,
-        )  # here, so that a list of mechanisms does not wait for timm
+        # here, so that a list of mechanisms does not wait for timm
+        from timm.layers import CecaModule, EcaModule
 
         self.eca = (CecaModule if circular else EcaModule)(site.dim, gamma=gamma, beta=beta)
         kernel = self.eca.conv.kernel_size[0]

@@ -48,9 +48,8 @@ class GlobalContext(Mechanism):
         self, site: Site, *, fuse: Literal["add", "scale", "both"] = "add", ratio: Fraction = 1 / 16
     ):
         super().__init__(site)
-        from timm.layers import (
-            GlobalContext as Layers,
-        )  # here, so that a list of mechanisms does not wait for timm
+        # here, so that a list of mechanisms does not wait for timm
+        from timm.layers import GlobalContext as Layers
 
         width = max(8, int(site.dim * ratio))
         self.layers = Layers(site.dim, fuse_add=fuse != "scale", fuse_scale=fuse != "add", rd_channels=width)
