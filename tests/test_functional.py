@@ -333,3 +333,19 @@ def test_additive_scores_never_hold_all_pairs_of_all_channels(training):
     small, large = peak(lambda: run(additive_scores)), peak(lambda: run(naive))
     assert large >= whole  # the measurement sees such a tensor
     assert small < whole / 3 and small < large / 3, (small, large, whole)
+
+
+def test_notation_is_one_node_of_a_traced_graph():
+    """What stands for a tensor in symbolic tracing has no shape to look at: the graph calls the notation when it runs."""
+    from attnzoo.functional import einsum, rearrange
+
+    def heads(x, y):
+        x = rearrange(x, "b n (h d) -> b h n d", h=2)
+        return einsum(x, y, "b h n d, b m d -> b h n m")
+
+    graph = torch.fx.symbolic_trace(heads)
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert [node.target for node in calls] == [rearrange, einsum]
+    for n in (3, 5):
+        x, y = torch.randn(2, n, 6), torch.randn(2, 4, 3)
+        torch.testing.assert_close(graph(x, y), heads(x, y))

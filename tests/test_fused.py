@@ -329,6 +329,27 @@ def test_the_grid_of_a_fused_card(grids, wanted):
 # Step by step
 
 
+class OneTooFew(Add):
+    """Hands nothing to its last branch."""
+
+    def split(self, x, axis):
+        return super().split(x, axis)[:-1]
+
+
+def test_a_fusion_that_forgets_a_branch_is_noticed():
+    """Heads, tokens and steps of tokens: what is split is held to the number of branches."""
+    heads = multi(inside(Softmax, Softmax, fusion=OneTooFew))
+    whole = Fused(site(), OneTooFew, [GroupedQuery, GroupedQuery]).double()
+    x = tokens()
+    for call in (
+        lambda: heads(x, layout=LAYOUT),
+        lambda: whole(x, layout=LAYOUT),
+        lambda: whole.step(x, KVCache(), mask=Mask(causal=True), layout=LAYOUT),
+    ):
+        with pytest.raises(ValueError, match="argument"):
+            call()
+
+
 @pytest.mark.parametrize(
     "head", [Softmax, EluLinear, partial(Soft, variant="bahdanau"), inside(Softmax, EluLinear)]
 )

@@ -115,6 +115,21 @@ def test_pairs_by_head_for_one_head():
     Mask(pairs=torch.ones(2, 1, 4, 5, dtype=torch.bool)).fit(2, 1, 4, 5)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"keys": torch.ones(2, 5)},
+        {"keys": torch.ones(2, 5, dtype=torch.long)},
+        {"keys": torch.ones(2, 1, 5, dtype=torch.bool)},
+        {"pairs": torch.ones(2, 1, 4, 5)},
+        {"pairs": torch.ones(4, 5, dtype=torch.bool)},
+    ],
+)
+def test_parts_are_boolean_and_have_their_axes(fields):
+    with pytest.raises(UnsupportedMask, match="AZ405.*must be boolean"):
+        Mask(**fields)
+
+
 @pytest.mark.parametrize("causal", ["no", 1, None, torch.tensor(True)])
 def test_causal_is_true_or_false(causal):
     with pytest.raises(UnsupportedMask, match="AZ405.*True or False"):

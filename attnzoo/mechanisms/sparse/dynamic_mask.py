@@ -13,24 +13,18 @@ from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, Posit
 from attnzoo.functional import attention_from_scores, merge_heads, split_heads
 
 
-def best(rank: Tensor, allowed: Tensor | None, window: int, block: int) -> Tensor:
+def best(rank: Tensor, allowed: Tensor | None, window: int) -> Tensor:
     """Which keys are kept, (b h n m), or (b h 1 m) where all queries may see the same.
 
     Args:
         rank: (b h 1 m).
         allowed: Boolean that broadcasts to (b h n m); None allows all.
         window: How many keys a query keeps, of those it may see.
-        block: How many neighbouring keys follow their majority, of those it may see; the window where that is nobody.
     """
-    m, seen = rank.shape[-1], torch.ones_like(rank, dtype=torch.bool)
+    seen = torch.ones_like(rank, dtype=torch.bool)
     seen = seen if allowed is None else seen & allowed
-    keys = torch.where(seen, rank, float("-inf")).topk(min(window, m), dim=-1).indices
-    kept = torch.zeros_like(seen).scatter(-1, keys, True) & seen  # short rows are filled up with hidden keys
-    if block == 1:
-        return kept
-    surplus = F.pad(2 * kept.int() - seen.int(), (0, -m % block)).unflatten(-1, (-1, block)).sum(dim=-1)
-    smooth = (surplus > 0).repeat_interleave(block, dim=-1)[..., :m] & seen
-    return smooth | (kept & ~smooth.any(dim=-1, keepdim=True))
+    keys = torch.where(seen, rank, float("-inf")).topk(min(window, rank.shape[-1]), dim=-1).indices
+    return torch.zeros_like(seen).scatter(-1, keys, True) & seen  # short rows are filled up with hidden keys
 
 
 def few(k: Tensor, v: Tensor, bias: Tensor, kept: Tensor, window: int) -> list[Tensor]:
@@ -55,8 +49,6 @@ class DynamicMask(Mechanism):
         group: Neighbouring query heads that share keys, values and δ; must divide the heads.
         exponential: Whether δ = exp(A softplus(W_Δ v)), as in the paper. The authors' code has left the exp out, since
             it overflows; here its argument is at most 80.
-        block: Neighbouring keys that are kept where the window holds more than half of them, and left otherwise; 1
-            for none.
 
     Raises:
         OptionError: AZ214, when the group does not divide the heads.
@@ -76,16 +68,13 @@ class DynamicMask(Mechanism):
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
         fidelity="adapted",
         notes="δ has no exp unless asked for, as in the authors' code; the same keys are kept. Which are kept has no "
-        "gradient: A and W_Δ learn by δ in the scores. A block counts and keeps what a query may see, where the "
-        "authors' code opens hidden keys; where no block is left the window stays. n w c, without an (n, m) tensor, "
-        "while all queries may see the same keys and nobody watches; otherwise as dense as softmax. The authors' other "
-        "rule, to keep δ > 0, keeps all or nothing by the sign of A and is left out.",
+        "gradient: A and W_Δ learn by δ in the scores. n w c, without an (n, m) tensor, while all queries may see the "
+        "same keys and nobody watches; otherwise as dense as softmax. Left out of the authors' code: to keep δ > 0, "
+        "all or nothing by the sign of A; and blocks kept by majority, which may open hidden keys or leave none.",
     )
 
     @classmethod
-    def claims(cls, *, exponential: bool, block: int, **options) -> Card:
-        if block > 1:
-            return replace(cls.card, laws={Law.STOCHASTIC})
+    def claims(cls, *, exponential: bool, **options) -> Card:
         return replace(cls.card, fidelity="exact") if exponential else cls.card
 
     def __init__(
@@ -95,12 +84,11 @@ class DynamicMask(Mechanism):
         window: PositiveInt = 2048,
         group: PositiveInt = 1,
         exponential: bool = False,
-        block: PositiveInt = 1,
     ):
         super().__init__(site)
         if site.heads % group:
             raise OptionError(f"`dynamic_mask`: groups of {group} heads do not divide {site.heads}")
-        self.window, self.group, self.exponential, self.block = window, group, exponential, block
+        self.window, self.group, self.exponential = window, group, exponential
         self.rotary = site.rotary and site.context_dim is None
         groups, width = site.heads // group, site.head_dim * site.heads // group
         self.q = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
@@ -127,8 +115,8 @@ class DynamicMask(Mechanism):
         k, v, rank = (t.repeat_interleave(self.group, dim=1) for t in (k, v, rank))  # rank: (b h 1 m)
         bias = rank.clamp(max=80).exp() if self.exponential else rank  # e⁸⁰ is finite in float32
         allowed = mask.dense(x.shape[1], source.shape[1], x.device)
-        kept = best(rank.detach(), allowed, self.window, self.block)
-        alike = mask.pairs is None and not mask.causal and self.block == 1
+        kept = best(rank.detach(), allowed, self.window)
+        alike = mask.pairs is None and not mask.causal
         if alike and not (self.scores.watched or self.weights.watched):
             k, v, bias, kept = few(k, v, bias, kept, self.window)
         scores = (q * q.shape[-1] ** -0.5) @ k.mT + bias
