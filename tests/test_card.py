@@ -29,6 +29,7 @@ BAD = [
     ({"summary": "One.\nTwo."}, "summary is one line"),
     ({"fidelity": "adapted"}, "needs notes"),
     ({"fidelity": "inspired"}, "needs notes"),
+    ({"fidelity": "roughly", "notes": "It differs."}, "fidelity is one of"),
 ]
 """What neither kind of card may say."""
 BAD_MECHANISM = [
@@ -39,6 +40,11 @@ BAD_MECHANISM = [
     ({"incremental": True, "masks": {"keys"}}, "needs a causal mask"),
     ({"laws": {Law.STOCHASTIC}}, "needs a tap called `weights`"),
     ({"laws": {Law.SUBSTOCHASTIC}}, "needs a tap called `weights`"),
+    ({"taps": {"weights": "b h n q"}}, "are not shape letters"),
+    ({"taps": {"weights": "b h n n"}}, "are not shape letters, each once"),
+    ({"grid": 2, "given": {"regions": "colours"}}, "with `labels` or `scores`, not 'colours'"),
+    ({"grid": 2, "given": {"two words": "labels"}}, "given is a name"),
+    ({"given": {"regions": "labels"}}, "`grid` must be claimed"),
 ]
 
 
@@ -70,6 +76,13 @@ def test_coherent_claims_are_taken(fields):
     made = card(**fields)
     for name, value in fields.items():
         assert getattr(made, name) == value
+
+
+@pytest.mark.parametrize("arity", [(0, None), (2, 1), (0, 0)])
+def test_a_fusion_merges_some_number_of_branches(arity):
+    with pytest.raises(ValueError, match="no number of branches"):
+        fusion_card(arity=arity)
+    assert fusion_card(arity=(2, 2)).arity == (2, 2)
 
 
 def test_changing_a_card_is_held_to_the_same_rules():

@@ -286,6 +286,16 @@ def test_a_difference_needs_two_branches(count):
         FusedHeads(site(), Difference, [Softmax] * count)
 
 
+class OneOrTwo(Add):
+    card = replace(Add.card, arity=(1, 2))
+
+
+def test_a_fusion_may_have_a_most():
+    assert OneOrTwo(site(), 2).arity == 2
+    with pytest.raises(RecipeError, match="AZ312.*1 to 2 branches; it was given 3"):
+        OneOrTwo(site(), 3)
+
+
 # Derived cards
 
 

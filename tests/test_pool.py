@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from attnzoo.bench.composition import describe
 from attnzoo.cli.app import app
-from attnzoo.core import Pool, find_taps, watch
+from attnzoo.core import Card, Family, Layout, Pool, Site, find_taps, watch
 from attnzoo.errors import LayoutMismatch, MissingMap, RecipeError
 from attnzoo.recipe import compose, compose_file
 
@@ -400,3 +400,19 @@ def test_show_says_its_form():
     done = CliRunner().invoke(app, ["show", "scored_pool", "--json"])
     data = json.loads(done.stdout)
     assert data["claims"]["form"].startswith("pool (") and data["example"] == "pool: scored_pool"
+
+
+class Corner(Pool):
+    """The first token of a plane."""
+
+    card = Card(name="corner", family=Family.LATENT, summary="The first token of a plane.", grid=2)
+
+    def pool(self, x, *, mask, layout):
+        return x[:, layout.prefix]
+
+
+def test_a_pool_that_needs_a_plane_refuses_a_line():
+    pool, x = Corner(Site("pool", 4, 1, Layout((2, 2)))), torch.randn(3, 4, 4)
+    assert torch.equal(pool(x, layout=Layout((2, 2))), x[:, 0])
+    with pytest.raises(LayoutMismatch, match="AZ401.*needs a 2-D grid"):
+        pool(x, layout=Layout((4,)))
