@@ -24,7 +24,7 @@ def linear(layer, x):
 def split_of(heads, shared, active):
     """How many heads are shared and how many routed ones are active; options that are left out are filled in."""
     if shared is None:
-        shared = heads if active == 0 else min(heads // 4, heads - (active or 0))
+        shared = heads if active == 0 else heads // 4
     if active is None:
         active = min(heads - shared, max(2, 3 * heads // 4 - shared))
     return (0, heads) if active == 0 else (shared, active)
@@ -205,8 +205,9 @@ def test_hand_what_is_left_out_is_filled_in():
         ({"shared": 2}, (2, 4)),
         ({"shared": 7}, (7, 1)),
         ({"shared": 8}, (0, 8)),
-        ({"active": 7}, (1, 7)),
-        ({"active": 8}, (0, 8)),
+        ({"active": 6}, (2, 6)),
+        ({"shared": 0}, (0, 6)),
+        ({"shared": 1, "active": 7}, (1, 7)),
         ({"active": 0}, (0, 8)),
     ):
         part = MixtureOfHeads(place(48, 8), **options)
@@ -215,7 +216,7 @@ def test_hand_what_is_left_out_is_filled_in():
         )
 
 
-@pytest.mark.parametrize("shared,active", [(3, 2), (5, None), (None, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("shared,active", [(3, 2), (5, None), (None, 4), (None, 5), (2, 0), (0, 0)])
 def test_what_cannot_be_is_refused(shared, active):
     with pytest.raises(RecipeError, match="AZ214.* of 4 heads"):
         MixtureOfHeads(place(8, 4), shared=shared, active=active)

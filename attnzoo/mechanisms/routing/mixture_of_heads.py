@@ -70,7 +70,7 @@ class MixtureOfHeads(Mechanism):
         super().__init__(site)
         heads, d = site.heads, site.head_dim
         if shared is None:
-            shared = heads if active == 0 else max(0, min(heads // 4, heads - (active or 0)))
+            shared = heads if active == 0 else heads // 4
         if active is None:
             active = min(heads - shared, max(2, 3 * heads // 4 - shared)) if shared < heads else 0
         if shared + active > heads or (active == 0 and shared < heads):
