@@ -14,6 +14,7 @@ from attnzoo.bench.composition import plausible_map
 from attnzoo.recipe import compose_file
 
 SIDE, PATCH = 32, 8
+POOLS = attnzoo.list_mechanisms(form="pool")
 SIZES = (24, 32), (40, 48)
 """Of other images, in pixels: fewer tokens, and more."""
 
@@ -29,10 +30,9 @@ def recipe(attention: str | dict, **model) -> dict:
         "num_classes": 5,
     }
     host = {"kind": "vit", "base": "vit_tiny_patch16_224", "model": small | model}
-    part = (
-        {"pool": attention, "attention": "softmax"} if attention == "map_pool" else {"attention": attention}
-    )
-    return {"recipe": 1, "host": host, **part}
+    if attention in POOLS:
+        return {"recipe": 1, "host": host, "pool": attention, "attention": "softmax"}
+    return {"recipe": 1, "host": host, "attention": attention}
 
 
 def images(batch: int, rows: int = SIDE, columns: int = SIDE) -> Tensor:
