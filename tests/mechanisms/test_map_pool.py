@@ -165,3 +165,12 @@ def test_the_map_is_one_row_for_each_head():
     weights = seen(pool(), normal(2, 5, 8), layout=Layout((5,)))
     assert weights.shape == (2, 2, 1, 5)
     near(weights.sum(-1), torch.ones(2, 2, 1))
+
+
+def test_the_query_starts_anew():
+    """A host that initialises once more gets timm's start for the learned query: N(0, 1 / c)."""
+    part = MapPool(place(64, 2, 4))
+    with torch.no_grad():
+        part.layers.latent.fill_(7.0)
+    part.init_weights()
+    assert 0 < part.layers.latent.abs().max() < 1
