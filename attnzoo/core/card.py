@@ -52,39 +52,48 @@ _QUESTIONS = {
 class Law(StrEnum):
     """An algebraic claim that a check can falsify. The first group is for mechanisms, the second for fusions."""
 
-    # tapped weights are non-negative and sum to 1 over the axis they are normalised over
     STOCHASTIC = "stochastic"
-    # the same with a sum of at most 1
     SUBSTOCHASTIC = "substochastic"
-    # permuting grid tokens permutes the output
     PERMUTATION_EQUIVARIANT = "permutation_equivariant"
-    # on a 1-D grid, away from the ends, shifting tokens shifts the output
     SHIFT_EQUIVARIANT = "shift_equivariant"
-    # of a head: linear in v for fixed q and k
     LINEAR_IN_VALUES = "linear_in_values"
-    # nothing beyond `reach()` grid steps has influence
     LOCAL = "local"
-    # of a head: the output lies in the convex hull of the values
     BOUNDED = "bounded"
 
-    # one branch -> that branch
     SINGLE = "single"
-    # equal branches -> that value
     AGREE = "agree"
-    # elementwise between the branches' minimum and maximum
     CONVEX = "convex"
-    # permuting branches changes nothing
     SYMMETRIC = "symmetric"
-    # linear in the branches for fixed x
     ADDITIVE = "additive"
-    # an extra zero branch changes nothing
     NEUTRAL_ZERO = "neutral_zero"
-    # at initialisation equals the mean of the branches
     FAIR_START = "fair_start"
-    # with `start: identity`, bit for bit the first branch at initialisation
     IDENTITY_START = "identity_start"
-    # token i of the output depends on token i of the inputs only
     TOKEN_LOCAL = "token_local"
+
+    @property
+    def meaning(self) -> str:
+        """What the law says."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    Law.STOCHASTIC: "tapped weights are non-negative and sum to 1 over the axis they are normalised over",
+    Law.SUBSTOCHASTIC: "tapped weights are non-negative and sum to at most 1 over the axis they are normalised over",
+    Law.PERMUTATION_EQUIVARIANT: "permuting grid tokens permutes the output",
+    Law.SHIFT_EQUIVARIANT: "on a 1-D grid, away from the ends, shifting tokens shifts the output",
+    Law.LINEAR_IN_VALUES: "for fixed queries and keys the head is linear in the values",
+    Law.LOCAL: "nothing beyond `reach()` grid steps has influence",
+    Law.BOUNDED: "the output of a head lies in the convex hull of the values",
+    Law.SINGLE: "one branch gives that branch",
+    Law.AGREE: "equal branches give that value",
+    Law.CONVEX: "elementwise between the branches' minimum and maximum",
+    Law.SYMMETRIC: "permuting branches changes nothing",
+    Law.ADDITIVE: "linear in the branches for fixed x",
+    Law.NEUTRAL_ZERO: "an extra zero branch changes nothing",
+    Law.FAIR_START: "at initialisation the mean of the branches",
+    Law.IDENTITY_START: "with `start: identity`, bit for bit the first branch at initialisation",
+    Law.TOKEN_LOCAL: "token i of the output depends on token i of the inputs only",
+}
 
 
 MECHANISM_LAWS = frozenset(list(Law)[: list(Law).index(Law.SINGLE)])

@@ -104,6 +104,8 @@ def check_every_input_counts(cls: Checkable, scene: Scene) -> None:
         largest = (
             inputs if not largest else [torch.maximum(a, b) for a, b in zip(largest, inputs, strict=True)]
         )
+        if all(bool((g > LEARNS * g.max()).all()) for g in largest):
+            return
     if issubclass(cls, Fusion):
         largest.pop()  # x is there for those who ask
     else:
@@ -143,6 +145,8 @@ def check_every_channel_counts(cls: Checkable, scene: Scene) -> None:
         largest = (
             channels if not largest else [torch.maximum(a, b) for a, b in zip(largest, channels, strict=True)]
         )
+        if all(bool((g > LEARNS * g.max()).all()) for g in largest):
+            return
     for name, gradient in zip(("queries", "keys", "values"), largest, strict=True):
         dead = (gradient <= LEARNS * gradient.max()).nonzero().tolist()
         fine = not dead or not gradient.any()
