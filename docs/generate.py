@@ -76,7 +76,18 @@ def page(entry: Entry, kind: str, recipes: list[str]) -> str:
     card, facts = entry.value.card, page_of(entry, kind)
     claims = facts["claims"]
     lines = [f"# {entry.name}", "", facts["summary"], "", "```text", facts["doc"], "```", ""]
-    for what in ("paper", "form", "family", "masks", "context", "grid", "time", "memory", "fidelity"):
+    for what in (
+        "paper",
+        "form",
+        "family",
+        "masks",
+        "context",
+        "grid",
+        "time",
+        "memory",
+        "auxiliary",
+        "fidelity",
+    ):
         if claims[what]:
             lines.append(f"- **{what}**: {claims[what]}")
     lines += [f"- **tap** `{name}`: ({axes})" for name, axes in getattr(card, "taps", {}).items()]

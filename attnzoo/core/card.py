@@ -200,6 +200,7 @@ class Card:
         taps: Axes of each tap in the shape letters, by name: `{"weights": "b h n m"}`. A name is a kind of tap, or
             begins with one: `weights_agents`. The base class makes them.
         laws: Algebraic claims.
+        auxiliary: The loss that it adds in training, as an equation; its method `auxiliary` makes it of what taps show.
         fidelity: `exact`, or `adapted` or `inspired` with notes that say what differs from the paper.
         notes: What a user should know.
         extra: Import names beyond attnzoo's own requirements.
@@ -222,6 +223,7 @@ class Card:
     honours: Set[str] = frozenset()
     taps: Mapping[str, str] = field(default_factory=dict)
     laws: Set[Law] = frozenset()
+    auxiliary: str = ""
     fidelity: Fidelity = "exact"
     notes: str = ""
     extra: Set[str] = frozenset()

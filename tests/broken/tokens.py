@@ -46,6 +46,35 @@ class HealthyTokens(Mechanism):
         return x * self.gate(self.gating(x + self.mean(x, mask, layout)).sigmoid())
 
 
+class HealthyRouter(HealthyTokens):
+    """Wants gates that are small."""
+
+    card = replace(HealthyTokens.card, name="healthy_router", auxiliary="mean of squared gates")
+
+    def auxiliary(self, *, gate):
+        return gate.square().mean()
+
+
+class TeachesNobody(HealthyRouter):
+    def auxiliary(self, *, gate):
+        return gate.detach().square().mean()
+
+
+class AddsBySample(HealthyRouter):
+    def auxiliary(self, *, gate):
+        return gate.square().mean(dim=(1, 2))
+
+
+class AddsNothing(HealthyRouter):
+    def auxiliary(self, *, gate):
+        return None
+
+
+class AddsOfNoTap(HealthyRouter):
+    def auxiliary(self, *, gating):
+        return gating.square().mean()
+
+
 class LosesDtype(HealthyTokens):
     def mix(self, x, source, *, mask, layout):
         return super().mix(x, source, mask=mask, layout=layout).float()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from attnzoo.core import Fusion, Head
+from attnzoo.core import Fusion, Head, MultiHead, auxiliary_losses
+from attnzoo.core.auxiliary import wanted_by
 from attnzoo.testing.claim import claim, requires
 from attnzoo.testing.influence import hard, partial
 from attnzoo.testing.strategies import Checkable, Scene
@@ -152,6 +153,28 @@ def check_every_channel_counts(cls: Checkable, scene: Scene) -> None:
         fine = not dead or not gradient.any()
         where = " and ".join(f"{c} of head {h}" for h, c in dead[:2]) if not fine else ""
         claim(fine, f"every channel of the {name} has influence, as others have", f"channel {where} has none")
+
+
+@requires("mechanism", "pool", where=lambda card: bool(card.auxiliary), wide=True, share=0.4)
+def check_auxiliary(cls: Checkable, scene: Scene) -> None:
+    """The loss that it adds in training is made of its own taps, one finite number, and some parameter learns of it."""
+    scene = scene.crowded().roomy()
+    component, inputs = scene.build().train(), scene.inputs()
+    own = component.inner if isinstance(component, MultiHead) else component
+    unknown = set(wanted_by(own)) - set(scene.card.taps)
+    claim(not unknown, "`auxiliary` is made of what taps show", f"{sorted(unknown)} are no taps of the card")
+    with auxiliary_losses(component) as extra:
+        scene.run(component, inputs)
+    found = list(extra.by_component().values())
+    claim(len(found) == 1, f"it adds a loss in training: {scene.card.auxiliary}", "it adds none")
+    (loss,) = found
+    claim(loss.ndim == 0, "`auxiliary` gives one number", f"its shape is {tuple(loss.shape)}")
+    claim(bool(loss.isfinite()), "`auxiliary` is finite", f"it is {loss.item()}")
+    learns = loss.requires_grad and any(
+        gradient is not None and bool(gradient.any())
+        for gradient in torch.autograd.grad(loss, list(component.parameters()), allow_unused=True)
+    )
+    claim(learns, "parameters learn from `auxiliary`", "none gets a gradient")
 
 
 class _Run(torch.nn.Module):
