@@ -1,7 +1,7 @@
 """Writes what follows from the cards: `python docs/generate.py`, or `make docs`.
 
-The tables of README.md between its markers, and a page for each mechanism, pool and fusion in docs/reference/.
-`tests/test_docs.py` holds both to the cards.
+The tables of README.md between its markers, the last columns of docs/mission.md, and a page for each mechanism, pool and
+fusion in docs/reference/. `tests/test_docs.py` holds them to the cards.
 """
 
 import re
@@ -14,7 +14,7 @@ from attnzoo.recipe.schema import Fuse, Use
 from attnzoo.zoo import Entry, Zoo
 
 ROOT = Path(__file__).parent.parent
-README, REFERENCE = ROOT / "README.md", ROOT / "docs" / "reference"
+README, MISSION, REFERENCE = ROOT / "README.md", ROOT / "docs" / "mission.md", ROOT / "docs" / "reference"
 ZOO = Zoo.of()
 
 
@@ -112,6 +112,33 @@ def page(entry: Entry, kind: str, recipes: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def mission(text: str) -> str:
+    """docs/mission.md, its last columns made anew: what the cards say of each name, and the recipes that use it."""
+    used = users()
+    lines = []
+    for line in text.splitlines():
+        row = re.fullmatch(r"\| ([^|]+) \| ((?:\[?`[^|]*)) \|[^|]*\|[^|]*\|", line)
+        if row is None:
+            lines.append(line)
+            continue
+        names = re.findall(r"`([^`]+)`", row[2])
+        shown, fidelity, recipes = [], [], []
+        for name in names:
+            entry = ZOO.mechanisms.get(name) or ZOO.fusions.get(name)
+            if entry:
+                shown.append(f"[`{name}`](reference/{name}.md)")
+                fidelity.append(entry.value.card.fidelity)
+                recipes += used.get(name, [])
+            elif name in ZOO.recipes:
+                file = Path(ZOO.recipes[name].file).relative_to(ROOT)
+                shown.append(f"[`{name}`](../{file})")
+            else:
+                shown.append(f"`{name}`")
+        few = ", ".join(f"`{name}`" for name in sorted(set(recipes))[:4])
+        lines.append(f"| {row[1]} | {' '.join(shown)} | {', '.join(dict.fromkeys(fidelity))} | {few} |")
+    return "\n".join(lines) + "\n"
+
+
 def pages() -> dict[Path, str]:
     """The text of every page of the reference, by its file."""
     used = users()
@@ -125,6 +152,7 @@ def pages() -> dict[Path, str]:
 
 if __name__ == "__main__":
     README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    MISSION.write_text(mission(MISSION.read_text(encoding="utf-8")), encoding="utf-8")
     REFERENCE.mkdir(exist_ok=True)
     for stale in set(REFERENCE.glob("*.md")) - set(pages()):
         stale.unlink()

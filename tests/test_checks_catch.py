@@ -21,12 +21,12 @@ def test_a_broken_part_is_caught(name, broken, healthy):
     assert "; but " in result.reason
 
 
-SIBLINGS = sorted({(name, healthy) for name, _, healthy in BROKEN}, key=lambda pair: (pair[0], pair[1].__name__))
-
-
-@pytest.mark.parametrize(
-    ("name", "healthy"), SIBLINGS, ids=lambda v: v if isinstance(v, str) else v.__name__
+SIBLINGS = sorted(
+    {(name, healthy) for name, _, healthy in BROKEN}, key=lambda pair: (pair[0], pair[1].__name__)
 )
+
+
+@pytest.mark.parametrize(("name", "healthy"), SIBLINGS, ids=lambda v: v if isinstance(v, str) else v.__name__)
 def test_a_healthy_sibling_passes(name, healthy):
     result = run_check(healthy, CHECKS[name], 10)
     assert result.ok, str(result)
