@@ -22,9 +22,11 @@ def normed(norm, tokens, exists):
         return tokens * norm.weight + norm.bias
     size, columns = c // norm.num_groups, [None] * c
     for first in range(0, c, size):
-        held = [tokens[i, j] for i in range(n) if exists[i] for j in range(first, first + size)]
-        mean = sum(held) / len(held) if held else torch.zeros(()).double()
-        variance = sum((t - mean) ** 2 for t in held) / len(held) if held else torch.zeros(()).double()
+        held = torch.cat(
+            [tokens[i, first : first + size] for i in range(n) if exists[i]] or [torch.zeros(1).double()]
+        )
+        mean = held.sum() / len(held)
+        variance = ((held - mean) ** 2).sum() / len(held)
         for j in range(first, first + size):
             columns[j] = (tokens[:, j] - mean) / (variance + 1e-6).sqrt() * norm.weight[j] + norm.bias[j]
     return torch.stack(columns, 1)
@@ -46,7 +48,7 @@ def test_oracle(component, options, x, source, layout, context_layout, keys):
             z, p, there = source[s, context_layout.prefix :], x[s], [True] * n
         u = normed(component.kv_norm, p, there)
         w = u if component.q_norm is None else normed(component.q_norm, z, [True] * len(z))
-        ks, vs = zip(*[linear(component.kv, t).split(c) for t in u], strict=True)
+        ks, vs = torch.stack([linear(component.kv, t) for t in u]).split(c, 1)
         rows = [torch.zeros(c).double()] * (layout.prefix if swap else 0)
         for token in w:
             q, merged = linear(component.q, token), []
@@ -55,8 +57,8 @@ def test_oracle(component, options, x, source, layout, context_layout, keys):
                 see = [j for j in range(len(u)) if there[j]]
                 got = torch.zeros(d).double()
                 if see:
-                    weights = torch.stack([q[mine] @ ks[j][mine] / math.sqrt(d) for j in see]).softmax(0)
-                    got = sum(a * vs[j][mine] for a, j in zip(weights, see, strict=True))
+                    weights = (ks[see][:, mine] @ q[mine] / math.sqrt(d)).softmax(0)
+                    got = weights @ vs[see][:, mine]
                 merged.append(got)
             rows.append(linear(component.proj, torch.cat(merged)))
         out.append(torch.stack(rows))
