@@ -1,9 +1,10 @@
 """MEDUSA: one guide map, made once from the whole picture, opens gates at every place of every layer.
 
-Aboutalebi et al., "MEDUSA: Multi-scale Encoder-Decoder Self-Attention Deep Neural Network Architecture for Medical Image
-Analysis", 2022, arXiv:2110.06063; one of its heads. The body that makes the map is the host's second stream.
+Aboutalebi et al., "MEDUSA: Multi-scale Encoder-Decoder Self-Attention Deep Neural Network Architecture for Medical
+Image Analysis", 2022, arXiv:2110.06063; one of its heads. The body that makes the map is the host's second stream.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -42,10 +43,14 @@ class Medusa(Mechanism):
         context_grid=2,
         taps={"gate": "b n c"},
         fidelity="inspired",
-        notes="The paper gives no operators: these are ours. Without batch norm, which mixes samples. Places of the guide "
-        "that do not exist are zero. Special tokens lie at no place: the gate that is theirs is the mean of all places, "
-        "and those of the guide are not read. With one gate for all channels the tap has a last axis of 1.",
+        notes="The paper gives no operators: these are ours. There is no batch norm, which mixes samples. Places of "
+        "the guide that do not exist are zero. Special tokens lie at no place: their gate is the mean of all places'; "
+        "those of the guide are not read. A place has influence on its neighbours only.",
     )
+
+    @classmethod
+    def claims(cls, *, gates: str, **options) -> Card:
+        return cls.card if gates == "channel" else replace(cls.card, taps={"gate": "b n"})
 
     def __init__(
         self,
@@ -62,7 +67,7 @@ class Medusa(Mechanism):
                 f"`medusa` at `{site.name}` has no guide map",
                 help="put it where a second stream on a grid is read",
             )
-        self.mode = mode
+        self.mode, self.gates = mode, gates
         self.reduce = nn.Linear(site.dim, hidden, bias=False) if local else None  # W_r
         self.near = nn.Conv2d(site.context_dim + hidden * local, hidden, 3, padding=1)
         self.to_gate = nn.Conv2d(hidden, site.dim if gates == "channel" else 1, 1)
@@ -75,5 +80,6 @@ class Medusa(Mechanism):
             guide = torch.cat([guide, layout.to_grid(self.reduce(x[:, layout.prefix :]))], dim=1)
         gate = self.to_gate(self.near(guide).relu()).sigmoid().flatten(2).mT  # (b y·x c)
         everywhere = gate.mean(dim=1, keepdim=True).expand(-1, layout.prefix, -1)
-        gate = self.gate(torch.cat([everywhere, gate], dim=1))
+        gate = torch.cat([everywhere, gate], dim=1)
+        gate = self.gate(gate) if self.gates == "channel" else self.gate(gate[..., 0])[..., None]
         return x * gate if self.mode == "gate" else x * (1 + gate)
