@@ -326,6 +326,17 @@ def test_masks_that_statistics_would_betray_are_refused():
         run(paper(), normal(1, 12, 64), normal(1, 12, 64), mask=Mask(keys=torch.ones(1, 12, dtype=bool)))
 
 
+@pytest.mark.parametrize("queries", ["tokens", "context"])
+def test_a_decoder_whose_later_tokens_would_be_seen_is_no_place_for_it(queries):
+    """Statistics of the tokens that ask run over all of them; a grid is what a sequence that goes on has not."""
+    assert PriorCross.card_for(queries=queries).grid == "any"
+    part, x, context = asks(), normal(1, 5, 64), normal(1, 3, 64)
+    other = x.clone()
+    other[:, -1] += 1.0
+    moved = part(other, context, layout=Layout((5,))) - part(x, context, layout=Layout((5,)))
+    assert moved[:, 0].any()
+
+
 def test_narrow_numbers_stay_near():
     narrow(PriorCross, [(2, 7, 12)], site=place(12, 3, 7))
 

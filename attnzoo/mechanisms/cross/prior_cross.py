@@ -68,14 +68,15 @@ class PriorCross(Mechanism):
         memory="h n m",
         masks={"keys"},
         context=True,
+        grid="any",  # statistics are over all of it, so a place where tokens are to come is none for this
         honours={"qkv_bias", "proj_bias"},
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
         fidelity="adapted",
         notes="In the paper the residual lies on the prior: that is `queries: context`. By default it is the host's, "
         "on the tokens that ask. What is hidden counts in no statistics of the prior; those of tokens that ask are "
-        "over all of them, special ones too, so pairs and causal masks are refused. The dictionary itself and its "
-        "quantisation are no part of it. The paper has 4 heads, its first version 8.",
+        "over all of them, special ones too, so pairs and causal masks are refused, and so is a decoder. The "
+        "dictionary itself and its quantisation are no part of it. The paper has 4 heads, its first version 8.",
     )
 
     @classmethod
@@ -85,7 +86,6 @@ class PriorCross(Mechanism):
         return replace(
             cls.card,
             masks=frozenset(),
-            grid="any",
             context_grid="any",
             laws={Law.STOCHASTIC},
             fidelity="exact",
