@@ -1,7 +1,7 @@
 """Writes what follows from the cards: `python docs/generate.py`, or `make docs`.
 
-The tables of README.md between its markers, the last columns of docs/mission.md, and a page for each mechanism, pool and
-fusion in docs/reference/. `tests/test_docs.py` holds them to the cards.
+The tables of README.md between its markers, the last columns of docs/mission.md, and a page for each mechanism, pool
+and fusion in docs/reference/. `tests/test_docs.py` holds them to the cards.
 """
 
 import re

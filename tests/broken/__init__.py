@@ -76,6 +76,7 @@ BROKEN = [
     ("check_every_channel_counts", gradients.DropsOddChannel, heads.Healthy),
     ("check_every_input_counts", gradients.BlindToLastToken, tokens.HealthyTokens),
     ("check_every_input_counts", forms.PoolsFirstTokens, forms.HealthyPool),
+    ("check_silent", tokens.WhispersUnderMasks, tokens.HealthySilence),
     ("check_auxiliary", tokens.TeachesNobody, tokens.HealthyRouter),
     ("check_auxiliary", tokens.AddsBySample, tokens.HealthyRouter),
     ("check_auxiliary", tokens.AddsNothing, tokens.HealthyRouter),

@@ -75,6 +75,28 @@ class AddsOfNoTap(HealthyRouter):
         return gating.square().mean()
 
 
+class HealthySilence(Mechanism):
+    """Says nothing."""
+
+    card = Card(
+        name="healthy_silence",
+        family=Family.MIXING,
+        summary="Says nothing.",
+        time="n c",
+        memory="n c",
+        masks={"keys"},
+        laws={Law.PERMUTATION_EQUIVARIANT, Law.SILENT},
+    )
+
+    def mix(self, x, source, *, mask, layout):
+        return torch.zeros_like(x)
+
+
+class WhispersUnderMasks(HealthySilence):
+    def mix(self, x, source, *, mask, layout):
+        return torch.zeros_like(x) if mask.free else 1e-3 * x
+
+
 class LosesDtype(HealthyTokens):
     def mix(self, x, source, *, mask, layout):
         return super().mix(x, source, mask=mask, layout=layout).float()

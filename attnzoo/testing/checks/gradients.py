@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from attnzoo.core import Fusion, Head, MultiHead, auxiliary_losses
+from attnzoo.core import Fusion, Head, Law, MultiHead, auxiliary_losses
 from attnzoo.core.auxiliary import wanted_by
 from attnzoo.testing.claim import claim, requires
 from attnzoo.testing.influence import hard, partial
@@ -42,7 +42,7 @@ def _own(scene: Scene, name: str) -> bool:
     return name.startswith("inner.") or name == ("x" if scene.site.context_dim is None else "context")
 
 
-@requires("mechanism", "pool", "fusion", wide=True)
+@requires("mechanism", "pool", "fusion", wide=True, where=lambda card: Law.SILENT not in card.laws)
 def check_gradients(cls: Checkable, scene: Scene) -> None:
     """Every parameter, x, a context and every branch receives a finite gradient, not always zero.
 
@@ -93,7 +93,7 @@ def check_every_entry_learns(cls: Checkable, scene: Scene) -> None:
     claim(False, "every entry of every parameter learns", happened)
 
 
-@requires("mechanism", "pool", "fusion", wide=True)
+@requires("mechanism", "pool", "fusion", wide=True, where=lambda card: Law.SILENT not in card.laws)
 def check_every_input_counts(cls: Checkable, scene: Scene) -> None:
     """Every channel of every token that is given, of a context and of the branches too, has influence."""
     scene = scene.roomy()
