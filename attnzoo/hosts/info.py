@@ -105,6 +105,14 @@ class HostInfo(ABC):
     def sample(self) -> tuple[Tensor, ...]:
         """What the model takes, for one sample."""
 
+    def without(self, sites: frozenset[str]) -> "HostInfo | None":
+        """The host with nothing at these sites; None where it cannot do without.
+
+        Raises:
+            RecipeError: AZ322, when nothing is left that reads a second stream.
+        """
+        return None
+
     def pool_site(self, **options) -> Site | None:
         """The place where one token is made of all, with more of what is known of it; None where there is none."""
         return None
