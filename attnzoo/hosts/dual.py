@@ -16,13 +16,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
+from keyword import iskeyword
 from typing import Any
 
 import torch
 from timm.layers import Mlp, resample_abs_pos_embed, trunc_normal_
 from timm.models import PretrainedCfg, build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attnzoo.core import Layout, Site
 from attnzoo.core.card import Given as Kind
@@ -58,6 +60,7 @@ BASES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Sizes, `dual_<width>_patch<side>_<image>`."""
+_HINTS = {"needs the class token": "write `global_pool: avg`, or leave `class_token: false` out"}
 
 
 class DualTransformer(nn.Module):
@@ -167,6 +170,8 @@ class DualTransformer(nn.Module):
         self.global_pool: str = global_pool or ("token" if class_token else "avg")
         self.given: dict[str, Kind] = {}
         self.inputs = {self.b.name: self.b.shape} if isinstance(self.b, Given) else {}
+        for name in self.inputs:
+            _check_name(name)
         named(self, self.inputs)
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
@@ -239,7 +244,10 @@ class DualTransformer(nn.Module):
         a = self.pos_drop(self.a(x, given))
         if self.b is not None:
             return a, self.pos_drop(self.b(x, given))
-        return a, a.roll(1, 0) if self.training and x.shape[0] > 1 else None
+        alone = (
+            not isinstance(x, fx.Proxy) and x.shape[0] == 1
+        )  # symbolic tracing knows no sizes: a graph pairs
+        return a, a.roll(1, 0) if self.training and not alone else None
 
     def layer(self, block: nn.Module, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Both streams after a block."""
@@ -256,6 +264,10 @@ class DualTransformer(nn.Module):
             x: Images (b c y x).
             given: Stream b by the name that the recipe gives it, where it is the caller's.
         """
+        return self.encode(x, given)
+
+    def encode(self, x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """`forward_features` of images (b c y x) with what the caller handed over, by name."""
         a, b = self.embed(x, given)
         for block in self.blocks:
             a, b = self.layer(block, a, b)
@@ -286,7 +298,7 @@ class DualTransformer(nn.Module):
 
     def forward(self, x: Tensor, **given: Tensor) -> Tensor:
         """Logits, or features; arguments as for `forward_features`."""
-        return self.forward_head(self.forward_features(x, **given))
+        return self.forward_head(self.encode(x, given))
 
     def forward_intermediates(
         self,
@@ -344,6 +356,24 @@ class DualTransformer(nn.Module):
             self.reads_b = False
             self.reset_classifier(0, "")
         return wanted
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name for what the caller hands over that no argument of `forward` can have.
+
+    Raises:
+        RecipeError: AZ322.
+    """
+    methods = (
+        getattr(DualTransformer, f"forward{part}") for part in ("", "_features", "_intermediates", "_head")
+    )
+    if iskeyword(name) or any(name in signature(method).parameters for method in methods):
+        raise RecipeError(
+            "AZ322",
+            f"what is handed over as stream b cannot be called `{name}`",
+            why="it becomes an argument of the model's forward, where that word has a meaning already",
+            help="choose another `name`",
+        )
 
 
 def _sites(
@@ -446,7 +476,7 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> DualInfo:
             f"there is no backbone with two streams called `{base}`",
             help=did_you_mean(base, list(BASES)) or f"there are {names}",
         )
-    with on_meta(base, "attnzoo", DualTransformer):
+    with on_meta(base, "attnzoo", DualTransformer, _HINTS):
         model = DualTransformer(**{**BASES[base], **arguments})
     return DualInfo(
         family="dual",

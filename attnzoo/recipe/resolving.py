@@ -244,7 +244,12 @@ def _emptied(info: HostInfo, empty: Mapping[str, int], source: Source) -> HostIn
     Raises:
         RecipeError: AZ322, AZ323.
     """
-    left = info.without(frozenset(empty))
+    try:
+        left = info.without(frozenset(empty))
+    except RecipeError as error:
+        b = ("host", "model", "b")
+        place = source.value_place(b) if b in source.values else source.value_place(("host",))
+        raise RecipeError.of([replace(d, place=place) for d in error.diagnostics]) from None
     if left is not None:
         return left
     raise RecipeError(

@@ -181,13 +181,22 @@ class GivenStream(SecondStream):
     )
 
 
-_STREAMS = {"pair": PAIR, "features": FEATURES, "tokens": TOKENS, "given": GIVEN}
+_STREAMS = {"scale": SCALE, "pair": PAIR, "features": FEATURES, "tokens": TOKENS, "given": GIVEN}
+_KEYS = {
+    SCALE: ScaleStream.model_fields.keys(),
+    FEATURES: FeaturesStream.model_fields.keys(),
+    TOKENS: TokensStream.model_fields.keys(),
+    GIVEN: GivenStream.model_fields.keys(),
+}
 
 
 def stream_tag(value: Any) -> str:
-    """Which second stream a raw value means to be, by its tag; what says nothing known is measured as `scale`."""
+    """Which second stream a raw value means to be, by its tag; by its other keys where it says none that is known."""
     kind = value.get("stream") if isinstance(value, dict) else getattr(value, "stream", None)
-    return _STREAMS.get(kind, SCALE) if isinstance(kind, str) else SCALE
+    if isinstance(kind, str) and kind in _STREAMS:
+        return _STREAMS[kind]
+    keys = value.keys() - {"stream"} if isinstance(value, dict) else set()
+    return next((tag for tag, known in _KEYS.items() if keys & known), PAIR)
 
 
 StreamB = Annotated[
