@@ -92,6 +92,7 @@ class DualTransformer(nn.Module):
         b: What stream b is: `stream` and its own arguments, as `second_stream` takes them.
         put: Builds what is put at a site; plain attention if None.
         left_out: Names of the sites where there is nothing.
+        beside: Under `pair`, names of the sites of self-attention where the other image's tokens join the own ones.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class DualTransformer(nn.Module):
         b: Mapping[str, Any] = BASES["dual_small_patch16_224"]["b"],
         put: Put = plain_attention,
         left_out: frozenset[str] = frozenset(),
+        beside: frozenset[str] = frozenset(),
     ):
         super().__init__()
         rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -125,13 +127,15 @@ class DualTransformer(nn.Module):
         self.b = second_stream(self.img_size, in_chans, embed_dim, class_token, **b)
         layouts = {"a": self.a.layout, "b": self.a.layout if self.b is None else self.b.layout}
         self.sites = {
-            site.name: site
+            site.name: replace(site, context_dim=embed_dim, context_layout=self.a.layout)
+            if site.name in beside
+            else site
             for site in _sites(layouts, depth, embed_dim, num_heads, attn_drop_rate, proj_drop_rate, qkv_bias)
             if site.name not in left_out and not (self.b is None and site.name.startswith("b."))
         }
         self.embed_dim = self.num_features = embed_dim
         self.reads_b = any(name.startswith("b.") for name in self.sites)
-        if not self.reads_b and not any(name.endswith(".cross") for name in self.sites):
+        if not self.reads_b and all(site.context_dim is None for site in self.sites.values()):
             raise RecipeError(
                 "AZ322",
                 "nothing reads stream b",
@@ -422,11 +426,13 @@ class DualInfo(BackboneInfo):
 
     Args:
         left_out: Names of the sites where there is nothing.
+        beside: Names of the sites of self-attention where the tokens of another image join the own ones.
         second: What stream b is, in words.
         inputs: Shapes, for one sample, of what `forward` takes by name beside the image.
     """
 
     left_out: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
     second: str = ""
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -439,8 +445,9 @@ class DualInfo(BackboneInfo):
     def requirements(self, site: str) -> Requirements:
         place = self.sites()[site]
         return Requirements(
-            context=place.context_dim is not None,
+            context=site.endswith(".cross"),
             context_grid=len(place.context_layout.grid) if place.context_layout else 1,
+            may_join=site in self.beside,
             grid=len(place.layout.grid),
             no_maps="a model of kind dual hands none on to its sites",
         )
@@ -449,13 +456,22 @@ class DualInfo(BackboneInfo):
         stream, layer, kind = site.split(".")
         return f"blocks.{layer}.{stream}.{'attn' if kind == 'self' else 'cross'}"
 
-    def without(self, sites: frozenset[str]) -> "DualInfo":
-        left_out = self.left_out | sites
+    def filled(self, empty: frozenset[str], beside: frozenset[str]) -> "DualInfo":
+        pairs = self.model.b is None
+        beside = frozenset(name for name in beside if pairs and name.endswith(".self"))
+        if not empty and not beside:
+            return self
         with unallocated():
-            model = DualTransformer(**{**BASES[self.base], **self.arguments}, left_out=left_out)
-        return replace(
-            self, model=model, left_out=left_out, params=sum(p.numel() for p in model.parameters())
-        )
+            model = DualTransformer(
+                **{**BASES[self.base], **self.arguments}, left_out=empty, beside=beside, put=_plain
+            )
+        params = sum(p.numel() for p in model.parameters())
+        return replace(self, model=model, left_out=empty, beside=beside, params=params)
+
+
+def _plain(site: Site) -> Any:
+    """Attention as it was before any zoo; to its own tokens alone where others may join them."""
+    return plain_attention(site if site.name.endswith(".cross") else replace(site, context_dim=None))
 
 
 def host_info(base: str, arguments: Mapping[str, Any]) -> DualInfo:
@@ -546,7 +562,7 @@ def build(
 
     with torch.device(device) if device is not None else nullcontext():
         model = build_model_with_cfg(
-            partial(DualTransformer, put=place, left_out=info.left_out),
+            partial(DualTransformer, put=place, left_out=info.left_out, beside=info.beside),
             pretrained_cfg.get("architecture", info.base),
             pretrained,
             pretrained_cfg=dict(pretrained_cfg),

@@ -256,11 +256,24 @@ class Sublayers(nn.Module):
         if mlp is not None:
             self.norm2, self.ls2 = nn.LayerNorm(dim), scale()
 
-    def attend(self, x: Tensor) -> Tensor:
-        """x + self(LN(x)), (b n c)."""
+    def attend(self, x: Tensor, partner: Tensor | None = None) -> Tensor:
+        """x + self(LN(x)), (b n c).
+
+        Args:
+            x: (b n c).
+            partner: What joins the own tokens as keys, where the attention reads both: those of another image (b n c);
+                nothing if None.
+        """
         if self.attn is None:
             return x
-        return x + self.drop_path(self.ls1(self.attn(self.norm1(x), layout=self.layout)))
+        own = self.norm1(x)
+        if getattr(self.attn, "context_dim", None) is None:
+            mixed = self.attn(own, layout=self.layout)
+        elif partner is None:
+            mixed = self.attn(own, own[:, :0], layout=self.layout, context_layout=Layout((0,)))
+        else:
+            mixed = self.attn(own, self.norm1(partner), layout=self.layout, context_layout=self.layout)
+        return x + self.drop_path(self.ls1(mixed))
 
     def read(self, x: Tensor, own: Tensor, other: Tensor, layout: Layout) -> Tensor:
         """x + cross(own, other), (b n c).
@@ -300,11 +313,10 @@ class DualBlock(nn.Module):
             a: (b n c).
             b: (b m c), or None.
         """
-        a = self.a.attend(a)
         if b is None:
-            return self.a.think(a), None
+            return self.a.think(self.a.attend(a)), None
         other = self.a if self.b is None else self.b
-        b = other.attend(b)
+        a, b = self.a.attend(a, b), other.attend(b)
         if hasattr(self.a, "norm_cross"):
             u, v = self.a.norm_cross(a), other.norm_cross(b)
             a = self.a.read(a, u, v, other.layout)

@@ -212,12 +212,11 @@ def resolve(
         plans |= dict.fromkeys(names, puts[i])
         empty = {name: at for name, at in empty.items() if name not in names}
         empty |= dict.fromkeys(names, i) if override.put is None else {}
-    if empty:
-        try:
-            info = _emptied(info, empty, source)
-        except RecipeError as error:
-            faults += _at_host(error.diagnostics, source)
-        plans = {name: plan for name, plan in plans.items() if name not in empty}
+    plans = {name: plan for name, plan in plans.items() if name not in empty}
+    try:
+        info = _filled(info, plans, empty, source)
+    except RecipeError as error:
+        faults += error.diagnostics
     misfits, params = _misfits(plans | {POOL: pool}, info, planner.zoo)
     faults += misfits
     if skip and not faults:
@@ -233,25 +232,29 @@ def resolve(
     return Composition(loaded, info, cast(dict[str, Plan], plans), skip, tuple(planner.notes), pool)
 
 
-def _emptied(info: HostInfo, empty: Mapping[str, int], source: Source) -> HostInfo:
-    """The host without the sites that a recipe leaves empty.
+def _filled(
+    info: HostInfo, plans: Mapping[str, Plan | None], empty: Mapping[str, int], source: Source
+) -> HostInfo:
+    """The host once it is known what its sites hold.
 
     Args:
         info: The host.
-        empty: Names of the sites, each with the number of the override that says so.
+        plans: What is put where; None where a fault has been found.
+        empty: Names of the sites that are left empty, each with the number of the override that says so.
         source: For places.
 
     Raises:
         RecipeError: AZ322, AZ323.
     """
+    beside = frozenset(name for name, plan in plans.items() if plan and plan.card.context == "beside")
     try:
-        left = info.without(frozenset(empty))
+        filled = info.filled(frozenset(empty), beside)
     except RecipeError as error:
         b = ("host", "model", "b")
-        place = source.value_place(b) if b in source.values else source.value_place(("host",))
+        place = source.value_place(b if b in source.values else ("host",))
         raise RecipeError.of([replace(d, place=place) for d in error.diagnostics]) from None
-    if left is not None:
-        return left
+    if filled is not None:
+        return filled
     raise RecipeError(
         "AZ323",
         f"{next(iter(empty))} cannot be left empty",
