@@ -26,7 +26,7 @@ format: .venv/dev
 	$(BIN)/ruff format .
 
 docs: .venv/dev
-	$(BIN)/python docs/tables.py
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache

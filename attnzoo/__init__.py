@@ -11,6 +11,7 @@ What most people want:
     list_mechanisms("*lin*", mask="causal")   names; also list_fusions and list_recipes
     show("softmax")                           one of them: equations, options, masks, paper
     describe(model)                           what is in a model, in a few lines
+    auxiliary_losses(model)                   what its mechanisms add to the loss of your own training loop
 
 Those who write mechanisms want the rest: `docs/writing-a-plugin.md`.
 
@@ -32,9 +33,9 @@ _LAZY = {
     "show": "attnzoo.catalogue.pages",
     "describe": "attnzoo.catalogue.models",
     **dict.fromkeys(
-        ["NO_MASK", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard", "Head", "Law",
-         "Layout", "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "PositiveFloat", "PositiveInt", "Site",
-         "Start", "Tap", "find_taps", "watch"],
+        ["NO_MASK", "AuxiliaryLosses", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard",
+         "Head", "Law", "Layout", "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "PositiveFloat",
+         "PositiveInt", "Site", "Start", "Tap", "auxiliary_losses", "find_taps", "watch"],
         "attnzoo.core",
     ),
     "load_zoo": "attnzoo.zoo",

@@ -18,6 +18,7 @@ MODULES = (
     "attnzoo",
     "attnzoo.core",
     "attnzoo.functional",
+    "attnzoo.methods",
     "attnzoo.testing",
     "attnzoo.recipe",
     "attnzoo.zoo",

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "timm_hook": {"recipe", "zoo"},  # inside a function: only once timm is imported
     "core": NOUNS,
     "functional": {*NOUNS, "functional"},
+    "methods": {*NOUNS, "functional", "methods"},
     "mechanisms": {*NOUNS, "functional"},
     "fusions": {*NOUNS, "functional"},
     "zoo": {*NOUNS, "version", "zoo"},
@@ -71,6 +72,7 @@ MAY_NEED = {
     "timm_hook": set(),
     "core": set(),
     "functional": set(),
+    "methods": set(),
     "mechanisms": set(),
     "fusions": set(),
     "zoo": {"pluggy"},

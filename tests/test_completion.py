@@ -164,8 +164,8 @@ def test_plugins_and_their_changes(tmp_path):
 
 
 @pytest.mark.parametrize("before", [
-    "print('hello'); os.write(1, b'noise'); os.write(2, b'noise'); os.system('echo noise')", "sys.exit(3)",
-    "os._exit(4)",
+    "print('hello'); os.write(1, b'noise'); os.write(2, b'noise'); os.system('echo noise')", 
+    *(pytest.param(way, marks=pytest.mark.slow) for way in ("sys.exit(3)", "os._exit(4)")),
 ])  # fmt: skip
 def test_broken_plugins_do_not_disturb(before, tmp_path):
     path = plugin(tmp_path / "site", before)

@@ -12,7 +12,10 @@ from attnzoo.train.settings import prepare
 NAMES = [name.removeprefix("digits_") for name in list_recipes("digits_*", plugin="attnzoo")]
 WITHOUT = {
     "region": "needs a map of labels, which a data set of images does not hand over",
-    "window_cross": "reads a second stream, which a ViT has not",
+    **dict.fromkeys(
+        ("class_semantics", "conv_transformer", "cross_scale", "medusa", "prior_cross", "window_cross"),
+        "reads a second stream, which a ViT has not",
+    ),
 }
 
 

@@ -1,14 +1,19 @@
 """The documentation is true: tables, code, recipes, links."""
 
+import importlib
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+import typer
+
+from attnzoo.cli.app import app
+from attnzoo.zoo import Zoo
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")]
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
 )
 
 
@@ -17,11 +22,63 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
-def test_tables_are_fresh():
-    made = runpy.run_path(str(ROOT / "docs" / "tables.py"))
+def test_tables_and_reference_are_fresh():
+    made = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "| `softmax` |" in text
+    assert "[`softmax`](docs/reference/softmax.md)" in text
     assert made["with_tables"](text) == text, "run `make docs`"
+    text = (ROOT / "docs" / "mission.md").read_text(encoding="utf-8")
+    assert made["mission"](text) == text, "run `make docs`"
+    pages = made["pages"]()
+    assert {file.name for file in (ROOT / "docs" / "reference").iterdir()} == {file.name for file in pages}
+    for file, page in pages.items():
+        assert file.read_text(encoding="utf-8") == page, f"{file.name}: run `make docs`"
+
+
+def test_the_mission_names_what_there_is():
+    """Every name of the table is in the zoo, a verb, or importable; every built-in mechanism and fusion is in the table."""
+    text = (ROOT / "docs" / "mission.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if re.match(r"\| .*`", line)]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row[1])}
+    zoo = Zoo.of()
+    components = {*zoo.mechanisms, *zoo.fusions}
+    verbs = {f"attnzoo {name}" for name in typer.main.get_command(app).list_commands(None)}
+    assert len(rows) > 50 and "planned" not in text
+    for name in named - components - set(zoo.recipes) - verbs:
+        module, _, attribute = name.rpartition(".")
+        assert module.startswith("attnzoo.") and hasattr(importlib.import_module(module), attribute), name
+    assert components - named == set()
+    for row in rows:
+        fidelities = {
+            (zoo.mechanisms.get(name) or zoo.fusions[name]).value.card.fidelity
+            for name in re.findall(r"`([^`]+)`", row[1])
+            if name in components
+        }
+        assert set(filter(None, row[2].strip().split(", "))) == fidelities, row
+
+
+def test_a_page_of_the_reference_says_what_the_card_says():
+    """What stands on a page is written down here once by hand, so that the generator cannot leave it out."""
+    text = (ROOT / "docs" / "reference" / "linformer.md").read_text(encoding="utf-8")
+    for said in (
+        "# linformer",
+        "arXiv:2006.04768",
+        "- **form**: head",
+        "- **family**: linear: how to avoid n × m?",
+        "- **masks**: keys",
+        "- **time**: ",
+        "- **memory**: ",
+        "- **fidelity**: ",
+        "- **tap** `weights`: (b h n r)",
+        "- **law** `linear_in_values`: for fixed queries and keys the head is linear in the values",
+        "| option | type | default | meaning |",
+        "attention: linformer",
+        "`digits_linformer`",
+        "`attnzoo check linformer`",
+        "(../../tests/mechanisms/test_linformer.py)",
+        "[`performer`](performer.md)",
+    ):
+        assert said in text, said
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/text.md"])

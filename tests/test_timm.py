@@ -24,10 +24,10 @@ from attnzoo.cli.app import app
 from attnzoo.errors import ZooError
 
 MODELS = sorted(name for name in timm.list_models("*ham*"))
-SMALL = [name for name in MODELS if "base" not in name and "small" not in name]
-"""One of each recipe and mechanism; the larger ones differ in width alone."""
+SMALL = ["ham_vit_b", "vit_ham_a_tiny_patch16_224"]
+"""Both fusions, at the paper's size and on a base of timm; the others differ from them in width alone."""
 EVERY = [pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for name in MODELS]
-"""The small ones always, the larger ones in the slow run."""
+"""These always, the others in the slow run."""
 
 
 def size(name: str) -> int:
@@ -114,7 +114,9 @@ def test_softmax_is_timms_vit(base):
         assert (model(x) - plain(x)).abs().max() == 0.0
 
 
-@pytest.mark.parametrize("scale", ["tiny", "small", "base"])
+@pytest.mark.parametrize(
+    "scale", ["tiny", *(pytest.param(s, marks=pytest.mark.slow) for s in ("small", "base"))]
+)
 @pytest.mark.parametrize("version", ["a", "b"])
 def test_full_size_models_start_equal_to_their_base(version, scale):
     model = timm.create_model(f"vit_ham_{version}_{scale}_patch16_224").eval()

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import attnzoo.train.loop as loop
 from attnzoo.cli.app import app
 from attnzoo.errors import DataError, RecipeError, RunError
+from attnzoo.mechanisms.routing.mixture_of_heads import MixtureOfHeads
 from attnzoo.recipe import load
 from attnzoo.train import checkpoint, open_run, prepare, sampler, train
 from attnzoo.train.curve import curve_svg
@@ -142,47 +143,56 @@ def test_the_average_of_the_weights(tmp_path):
     assert not torch.allclose(average, weights, atol=1e-4)
 
 
-def test_what_mechanisms_add_to_the_loss(tmp_path, monkeypatch):
-    plain = tiny(tmp_path / "plain", epochs=1)
-
-    def change(model: nn.Module) -> None:
-        mlp = model.blocks[0].mlp
-        mlp.register_forward_hook(
-            lambda module, inputs, output: setattr(module, "aux_loss", 10 * module.fc1.bias.sum())
-        )
-
-    built_with(monkeypatch, change)
-    pushed = tiny(tmp_path / "pushed", epochs=1)
-    before, after = (run.model("last").blocks[0].mlp.fc1.bias for run in (plain, pushed))
-    assert (after < before).all()
-    assert pushed.log()[0]["train_loss"] == pytest.approx(plain.log()[0]["train_loss"], abs=0.05)
+ROUTED = RECIPE.replace("num_heads: 2", "num_heads: 4").replace(
+    "{fuse: add, of: [softmax, soft]}", "{use: mixture_of_heads, with: {shared: 0, active: 1}}"
+)
+"""With one active head its gate is 1 whatever the router says, so only the balance loss teaches the router."""
 
 
-@pytest.mark.parametrize("where", ["output", "gradient", "aux"])
+def test_what_mechanisms_add_to_the_loss(tmp_path):
+    plain, taught = (
+        train(ROUTED, settings(epochs=1, keep=9, auxiliary=weight), tmp_path / str(weight))
+        for weight in (0, 100)
+    )
+    name = "blocks.0.attn.route.weight"
+    start = checkpoint.Checkpoint(plain.folder / "step_00000000", 0).tensors("model")[name]
+    left, moved = (run.model("last").get_parameter(name).detach() for run in (plain, taught))
+    assert (
+        (left - start).abs().max() < 1e-4 < 1e-3 < (moved - start).abs().max()
+    )  # weight decay alone, and more
+    assert taught.log()[0]["train_loss"] == pytest.approx(plain.log()[0]["train_loss"], abs=0.05)
+
+
+@pytest.mark.parametrize("where", ["output", "gradient", "auxiliary"])
 def test_what_is_not_finite_is_named_and_loses_nothing(tmp_path, monkeypatch, where):
     calls = []
 
     def bad(module, inputs, output):
         calls.append(module.training)
-        if sum(calls) > 5:
-            if where == "output":
-                return output * torch.inf
-            module.aux_loss = torch.tensor(torch.nan)
-        return None
+        return output * torch.inf if sum(calls) > 5 else None
+
+    def balance(self, *, shares):
+        calls.append(1)
+        return shares.mean() * (torch.nan if len(calls) > 5 else 1)
 
     def change(model: nn.Module) -> None:
         if where == "gradient":
             model.blocks[0].mlp.fc2.weight.register_hook(
                 lambda g: calls.append(1) or (g * torch.inf if len(calls) > 5 else g)
             )
-        else:
+        elif where == "output":
             model.blocks[0].mlp.fc1.register_forward_hook(bad)
 
     built_with(monkeypatch, change)
+    if where == "auxiliary":
+        monkeypatch.setattr(MixtureOfHeads, "auxiliary", balance)
     with pytest.raises(NotFinite) as caught:
-        tiny(tmp_path)
-    said = {"output": "the output of `blocks.0.mlp.fc1`", "gradient": "the gradient of `blocks.0.mlp.fc2.weight`",
-            "aux": "the loss itself"}[where]  # fmt: skip
+        train(ROUTED, settings(), tmp_path)
+    said = {
+        "output": "the output of `blocks.0.mlp.fc1`",
+        "gradient": "the gradient of `blocks.0.mlp.fc2.weight`",
+        "auxiliary": "the gradient of `blocks.0.attn.route.weight`",
+    }[where]
     assert caught.value.exit_code == 1 and caught.value.code == "AZ803"
     assert f"it begins with {said}" in str(caught.value) and "step 6, in epoch 2" in str(caught.value)
     noted = json.loads((tmp_path / "not_finite.json").read_text())

@@ -78,6 +78,7 @@ def page_of(entry: Entry, kind: str) -> dict[str, Any]:
         "context": "yes" if getattr(card, "context", False) else "",
         "grid": str(getattr(card, "grid", None) or ""),
         "taps": ", ".join(f"{name} ({axes})" for name, axes in getattr(card, "taps", {}).items()),
+        "auxiliary": getattr(card, "auxiliary", ""),
         "laws": ", ".join(sorted(card.laws)),
         "notes": card.notes,
         "from": f"{entry.plugin} {entry.version}".strip(),

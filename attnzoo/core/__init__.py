@@ -1,5 +1,6 @@
 """The nouns: everything a mechanism's file needs to import, besides `attnzoo.functional`."""
 
+from attnzoo.core.auxiliary import AuxiliaryLosses, auxiliary_losses
 from attnzoo.core.card import Card, Family, FusionCard, Law, Paper
 from attnzoo.core.component import Component
 from attnzoo.core.fused import Fused, FusedHeads
@@ -25,8 +26,8 @@ from attnzoo.core.tap import Tap, find_taps, watch
 from attnzoo.errors import OptionError
 
 __all__ = [
-    "NO_MASK", "Card", "Component", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard", "Head",
-    "KVCache", "Law", "Layout", "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "OptionError", "Paper", "Pool",
-    "PositiveFloat", "PositiveInt", "Site", "Start", "Tap", "find_taps", "option_texts", "options_of", "rotate",
-    "watch",
+    "NO_MASK", "AuxiliaryLosses", "Card", "Component", "Family", "Fraction", "Fused", "FusedHeads", "Fusion",
+    "FusionCard", "Head", "KVCache", "Law", "Layout", "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "OptionError",
+    "Paper", "Pool", "PositiveFloat", "PositiveInt", "Site", "Start", "Tap", "auxiliary_losses", "find_taps",
+    "option_texts", "options_of", "rotate", "watch",
 ]  # fmt: skip

@@ -52,39 +52,50 @@ _QUESTIONS = {
 class Law(StrEnum):
     """An algebraic claim that a check can falsify. The first group is for mechanisms, the second for fusions."""
 
-    # tapped weights are non-negative and sum to 1 over the axis they are normalised over
     STOCHASTIC = "stochastic"
-    # the same with a sum of at most 1
     SUBSTOCHASTIC = "substochastic"
-    # permuting grid tokens permutes the output
     PERMUTATION_EQUIVARIANT = "permutation_equivariant"
-    # on a 1-D grid, away from the ends, shifting tokens shifts the output
     SHIFT_EQUIVARIANT = "shift_equivariant"
-    # of a head: linear in v for fixed q and k
     LINEAR_IN_VALUES = "linear_in_values"
-    # nothing beyond `reach()` grid steps has influence
     LOCAL = "local"
-    # of a head: the output lies in the convex hull of the values
     BOUNDED = "bounded"
+    SILENT = "silent"
 
-    # one branch -> that branch
     SINGLE = "single"
-    # equal branches -> that value
     AGREE = "agree"
-    # elementwise between the branches' minimum and maximum
     CONVEX = "convex"
-    # permuting branches changes nothing
     SYMMETRIC = "symmetric"
-    # linear in the branches for fixed x
     ADDITIVE = "additive"
-    # an extra zero branch changes nothing
     NEUTRAL_ZERO = "neutral_zero"
-    # at initialisation equals the mean of the branches
     FAIR_START = "fair_start"
-    # with `start: identity`, bit for bit the first branch at initialisation
     IDENTITY_START = "identity_start"
-    # token i of the output depends on token i of the inputs only
     TOKEN_LOCAL = "token_local"
+
+    @property
+    def meaning(self) -> str:
+        """What the law says."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    Law.STOCHASTIC: "tapped weights are non-negative and sum to 1 over the axis they are normalised over",
+    Law.SUBSTOCHASTIC: "tapped weights are non-negative and sum to at most 1 over the axis they are normalised over",
+    Law.PERMUTATION_EQUIVARIANT: "permuting grid tokens permutes the output",
+    Law.SHIFT_EQUIVARIANT: "on a 1-D grid, away from the ends, shifting tokens shifts the output",
+    Law.LINEAR_IN_VALUES: "for fixed queries and keys the head is linear in the values",
+    Law.LOCAL: "nothing beyond `reach()` grid steps has influence",
+    Law.BOUNDED: "the output of a head lies in the convex hull of the values",
+    Law.SILENT: "the output is zero, whatever is asked",
+    Law.SINGLE: "one branch gives that branch",
+    Law.AGREE: "equal branches give that value",
+    Law.CONVEX: "elementwise between the branches' minimum and maximum",
+    Law.SYMMETRIC: "permuting branches changes nothing",
+    Law.ADDITIVE: "linear in the branches for fixed x",
+    Law.NEUTRAL_ZERO: "an extra zero branch changes nothing",
+    Law.FAIR_START: "at initialisation the mean of the branches",
+    Law.IDENTITY_START: "with `start: identity`, bit for bit the first branch at initialisation",
+    Law.TOKEN_LOCAL: "token i of the output depends on token i of the inputs only",
+}
 
 
 MECHANISM_LAWS = frozenset(list(Law)[: list(Law).index(Law.SINGLE)])
@@ -192,6 +203,7 @@ class Card:
         taps: Axes of each tap in the shape letters, by name: `{"weights": "b h n m"}`. A name is a kind of tap, or
             begins with one: `weights_agents`. The base class makes them.
         laws: Algebraic claims.
+        auxiliary: The loss that it adds in training, as an equation; its method `auxiliary` makes it of what taps show.
         fidelity: `exact`, or `adapted` or `inspired` with notes that say what differs from the paper.
         notes: What a user should know.
         extra: Import names beyond attnzoo's own requirements.
@@ -214,6 +226,7 @@ class Card:
     honours: Set[str] = frozenset()
     taps: Mapping[str, str] = field(default_factory=dict)
     laws: Set[Law] = frozenset()
+    auxiliary: str = ""
     fidelity: Fidelity = "exact"
     notes: str = ""
     extra: Set[str] = frozenset()

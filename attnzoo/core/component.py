@@ -77,6 +77,14 @@ class Component(nn.Module, ABC):
         """Names of own parameters, beyond 1-D ones, that an optimiser must not decay."""
         return set()
 
+    def auxiliary(self, *_: Any, **shown: Any) -> Tensor | None:
+        """What it adds to the loss in training, a number, where `card.auxiliary` says that there is something.
+
+        Override it with a parameter for each tap of which it is made, by name: `auxiliary(self, *, shares)`. It is
+        called by `auxiliary_losses`, after the forward. None where, as built, there is nothing to add.
+        """
+        return None
+
     def reach(self) -> int:
         """For the law `LOCAL`: how far, in grid steps along any dimension, a token has influence."""
         raise NotImplementedError(

@@ -70,6 +70,18 @@ def every_kind(scene: Scene, fewest: int = 1) -> Iterator[frozenset[str]]:
         yield from map(frozenset, combinations(claimed, size))
 
 
+def some_kinds(scene: Scene, fewest: int = 1, most: int = 2) -> list[frozenset[str]]:
+    """A few of the combinations of the kinds of mask that the card claims, others in each scene.
+
+    Args:
+        scene: Whose card, and whose seed chooses.
+        fewest: Fewest kinds in one.
+        most: How many combinations.
+    """
+    found = list(every_kind(scene, fewest))
+    return [found[i] for i in torch.randperm(len(found), generator=scene.generator(63))[:most]]
+
+
 def allowed(scene: Scene, mask: Mask, itself: bool = True) -> Tensor:
     """Who may attend to whom in some head: (b n m); for a pool (b 1 m).
 

@@ -6,8 +6,9 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from zlib import crc32
 
-from hypothesis import HealthCheck, Phase, given, reject, settings
+from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 from hypothesis.errors import HypothesisException
 
 from attnzoo.core import Component, Fusion, Head, Pool
@@ -75,10 +76,10 @@ def run_check(cls: Checkable, check: Check, examples: int = EXAMPLES, *, shrink:
             return False
         return True
 
+    @seed(crc32(name.encode()))
     @settings(
         max_examples=max(1, round(examples * wanted.share)),
         phases=phases,
-        derandomize=True,
         database=None,
         deadline=None,
         report_multiple_bugs=False,

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
+from attnzoo.core import auxiliary_losses
 from attnzoo.errors import RunError
 from attnzoo.recipe import Loaded, build, load
 from attnzoo.train import checkpoint, sampler
@@ -277,16 +278,16 @@ class _Training:
         return self.accelerator.scaler is not None or bool(get_total_norm(gradients).isfinite())
 
     def _losses(self, model: nn.Module, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
-        """Sums over the units of a microbatch: the task's loss, and that with what mechanisms add as `aux_loss`."""
+        """Sums over the units of a microbatch: the task's loss, and that with what mechanisms add to it."""
         microbatch = batch.microbatches[number]
         sampler.reseed(self.settings.seed, batch.epoch, batch.step, number, self.rank)
         inputs = tuple(tensor.to(self.device, non_blocking=True) for tensor in microbatch.inputs)
-        losses = self.task.losses(model, inputs, microbatch.targets.to(self.device, non_blocking=True))
+        targets = microbatch.targets.to(self.device, non_blocking=True)
+        with auxiliary_losses(self.net) as extra:
+            losses = self.task.losses(model, inputs, targets)
         loss = losses[: len(microbatch.indices)].sum()
-        extra: list[Any] = [
-            m.aux_loss for m in self.net.modules() if getattr(m, "aux_loss", None) is not None
-        ]
-        return loss, loss + self.task.units(microbatch.indices) * sum(extra) if extra else loss
+        weight = self.settings.auxiliary * self.task.units(microbatch.indices)
+        return loss, loss + weight * extra.mean() if weight else loss
 
     def _summed(self, values: Tensor) -> Tensor:
         """The sum over all processes, on the CPU."""

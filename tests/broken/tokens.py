@@ -46,6 +46,57 @@ class HealthyTokens(Mechanism):
         return x * self.gate(self.gating(x + self.mean(x, mask, layout)).sigmoid())
 
 
+class HealthyRouter(HealthyTokens):
+    """Wants gates that are small."""
+
+    card = replace(HealthyTokens.card, name="healthy_router", auxiliary="mean of squared gates")
+
+    def auxiliary(self, *, gate):
+        return gate.square().mean()
+
+
+class TeachesNobody(HealthyRouter):
+    def auxiliary(self, *, gate):
+        return gate.detach().square().mean()
+
+
+class AddsBySample(HealthyRouter):
+    def auxiliary(self, *, gate):
+        return gate.square().mean(dim=(1, 2))
+
+
+class AddsNothing(HealthyRouter):
+    def auxiliary(self, *, gate):
+        return None
+
+
+class AddsOfNoTap(HealthyRouter):
+    def auxiliary(self, *, gating):
+        return gating.square().mean()
+
+
+class HealthySilence(Mechanism):
+    """Says nothing."""
+
+    card = Card(
+        name="healthy_silence",
+        family=Family.MIXING,
+        summary="Says nothing.",
+        time="n c",
+        memory="n c",
+        masks={"keys"},
+        laws={Law.PERMUTATION_EQUIVARIANT, Law.SILENT},
+    )
+
+    def mix(self, x, source, *, mask, layout):
+        return torch.zeros_like(x)
+
+
+class WhispersUnderMasks(HealthySilence):
+    def mix(self, x, source, *, mask, layout):
+        return torch.zeros_like(x) if mask.free else 1e-3 * x
+
+
 class LosesDtype(HealthyTokens):
     def mix(self, x, source, *, mask, layout):
         return super().mix(x, source, mask=mask, layout=layout).float()

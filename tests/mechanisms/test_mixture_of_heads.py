@@ -8,7 +8,7 @@ from by_hand import caught, count, narrow, near, normal, place, seen, set_all, s
 from timm.layers import Attention
 from torch import nn
 
-from attnzoo.core import Layout, Mask, MultiHead
+from attnzoo.core import Layout, Mask, MultiHead, auxiliary_losses
 from attnzoo.errors import RecipeError
 from attnzoo.functional import dot_product_attention, merge_heads, split_heads
 from attnzoo.mechanisms.dot_product.softmax import Softmax
@@ -295,11 +295,25 @@ def test_identity_routers_of_zero_give_active_heads_a_gate_of_one(active):
 
 
 def balance(part, x):
-    """The authors' loss from the taps, as the card says: E Σ_e P_e f_e."""
-    shares = seen(part, x, tap="shares", layout=Layout((x.shape[1],)))
-    routed = shares.shape[-1]
-    chosen = torch.zeros_like(shares).scatter(-1, shares.topk(part.active, -1).indices, 1.0)
-    return routed * (shares.mean((0, 1)) * chosen.mean((0, 1))).sum()
+    """The authors' loss E Σ_e P_e f_e, as a training loop collects it."""
+    with auxiliary_losses(part) as extra:
+        part(x, layout=Layout((x.shape[1],)))
+    return extra.mean()
+
+
+def test_identity_of_the_balance_loss_with_loops():
+    part, x = moh(6, shared=2, active=2), normal(2, 5, 24)
+    share, count = [0.0] * 4, [0] * 4
+    for sample in x:
+        for token in sample:
+            p = part.route(token).softmax(-1).tolist()
+            for e in range(4):
+                share[e] += p[e] / 10
+            for e in sorted(range(4), key=lambda e: -p[e])[:2]:
+                count[e] += 1
+    near(balance(part, x), 4 * sum(p * f / 10 for p, f in zip(share, count, strict=True)))
+    assert balance(moh(6, shared=6, active=0), x) > 0  # all heads are routed, and all active
+    assert balance(moh(6, shared=5, active=1), x) == 0.0  # one alone has no router
 
 
 def test_identity_of_the_balance_loss():

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mechanism, NonNegativeInt, OptionError, Paper, Site, Tap
-from attnzoo.functional import dot_product_attention, masked_softmax, merge_heads, rearrange, split_heads
+from attnzoo.functional import (
+    balance_loss,
+    dot_product_attention,
+    masked_softmax,
+    merge_heads,
+    rearrange,
+    split_heads,
+)
 
 
 class MixtureOfHeads(Mechanism):
@@ -51,10 +58,9 @@ class MixtureOfHeads(Mechanism):
         taps={"shares": "b n k", "gate": "b h n", "scores": "b h n m", "weights": "b h n m"},
         laws={Law.PERMUTATION_EQUIVARIANT},
         fidelity="adapted",
-        notes="The authors add a balance loss E Σ_e P_e f_e over the E routed heads in training; that belongs to the "
-        "training, and is not added here. The tap `shares` holds p, whose mean over tokens is P; f_e is the share of "
-        "tokens that have e among the a greatest of it. The tap `weights` shows the softmax times the gate. All heads "
-        "are computed: no operation is saved. Ties are broken as PyTorch's topk does.",
+        auxiliary="E Σ_e P_e f_e over the E routed heads: P_e the mean of p_e over tokens, f_e how many have e active",
+        notes="The authors weigh the balance loss with 0.01. The tap `weights` shows the softmax times the gate. All "
+        "heads are computed: no operation is saved. Ties are broken as PyTorch's topk does.",
     )
 
     shares: Tap
@@ -96,6 +102,9 @@ class MixtureOfHeads(Mechanism):
         self.q_norm = site.norm(d) if site.qk_norm else nn.Identity()
         self.k_norm = site.norm(d) if site.qk_norm else nn.Identity()
         self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
+
+    def auxiliary(self, *, shares):
+        return None if self.route is None else balance_loss(shares, self.active)
 
     def gates(self, x):
         """g, (b n h)."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from attnzoo.core import Fusion, Head
+from attnzoo.core import Fusion, Head, Law, MultiHead, auxiliary_losses
+from attnzoo.core.auxiliary import wanted_by
 from attnzoo.testing.claim import claim, requires
 from attnzoo.testing.influence import hard, partial
 from attnzoo.testing.strategies import Checkable, Scene
@@ -41,7 +42,7 @@ def _own(scene: Scene, name: str) -> bool:
     return name.startswith("inner.") or name == ("x" if scene.site.context_dim is None else "context")
 
 
-@requires("mechanism", "pool", "fusion", wide=True)
+@requires("mechanism", "pool", "fusion", wide=True, where=lambda card: Law.SILENT not in card.laws)
 def check_gradients(cls: Checkable, scene: Scene) -> None:
     """Every parameter, x, a context and every branch receives a finite gradient, not always zero.
 
@@ -92,7 +93,7 @@ def check_every_entry_learns(cls: Checkable, scene: Scene) -> None:
     claim(False, "every entry of every parameter learns", happened)
 
 
-@requires("mechanism", "pool", "fusion", wide=True)
+@requires("mechanism", "pool", "fusion", wide=True, where=lambda card: Law.SILENT not in card.laws)
 def check_every_input_counts(cls: Checkable, scene: Scene) -> None:
     """Every channel of every token that is given, of a context and of the branches too, has influence."""
     scene = scene.roomy()
@@ -104,6 +105,8 @@ def check_every_input_counts(cls: Checkable, scene: Scene) -> None:
         largest = (
             inputs if not largest else [torch.maximum(a, b) for a, b in zip(largest, inputs, strict=True)]
         )
+        if all(bool((g > LEARNS * g.max()).all()) for g in largest):
+            return
     if issubclass(cls, Fusion):
         largest.pop()  # x is there for those who ask
     else:
@@ -143,11 +146,35 @@ def check_every_channel_counts(cls: Checkable, scene: Scene) -> None:
         largest = (
             channels if not largest else [torch.maximum(a, b) for a, b in zip(largest, channels, strict=True)]
         )
+        if all(bool((g > LEARNS * g.max()).all()) for g in largest):
+            return
     for name, gradient in zip(("queries", "keys", "values"), largest, strict=True):
         dead = (gradient <= LEARNS * gradient.max()).nonzero().tolist()
         fine = not dead or not gradient.any()
         where = " and ".join(f"{c} of head {h}" for h, c in dead[:2]) if not fine else ""
         claim(fine, f"every channel of the {name} has influence, as others have", f"channel {where} has none")
+
+
+@requires("mechanism", "pool", where=lambda card: bool(card.auxiliary), wide=True, share=0.4)
+def check_auxiliary(cls: Checkable, scene: Scene) -> None:
+    """The loss that it adds in training is made of its own taps, one finite number, and some parameter learns of it."""
+    scene = scene.crowded().roomy()
+    component, inputs = scene.build().train(), scene.inputs()
+    own = component.inner if isinstance(component, MultiHead) else component
+    unknown = set(wanted_by(own)) - set(scene.card.taps)
+    claim(not unknown, "`auxiliary` is made of what taps show", f"{sorted(unknown)} are no taps of the card")
+    with auxiliary_losses(component) as extra:
+        scene.run(component, inputs)
+    found = list(extra.by_component().values())
+    claim(len(found) == 1, f"it adds a loss in training: {scene.card.auxiliary}", "it adds none")
+    (loss,) = found
+    claim(loss.ndim == 0, "`auxiliary` gives one number", f"its shape is {tuple(loss.shape)}")
+    claim(bool(loss.isfinite()), "`auxiliary` is finite", f"it is {loss.item()}")
+    learns = loss.requires_grad and any(
+        gradient is not None and bool(gradient.any())
+        for gradient in torch.autograd.grad(loss, list(component.parameters()), allow_unused=True)
+    )
+    claim(learns, "parameters learn from `auxiliary`", "none gets a gradient")
 
 
 class _Run(torch.nn.Module):

@@ -156,6 +156,15 @@ def check_bounded(cls: Checkable, scene: Scene) -> None:
     )
 
 
+@requires("mechanism", "pool", law=Law.SILENT, large=True)
+def check_silent(cls: Checkable, scene: Scene) -> None:
+    """The output is zero, without a mask and under all that are claimed."""
+    component, inputs = scene.build(), scene.inputs()
+    for mask in (Mask(), random_mask(scene, scene.card.masks)):
+        out = scene.run(component, inputs, mask).detach()
+        claim(not out.any(), "silent, so the output is zero", f"it is up to {out.abs().max().item():.2e}")
+
+
 # Fusions
 
 

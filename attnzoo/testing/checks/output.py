@@ -13,8 +13,9 @@ AUTOCAST = 0.1
 @requires("mechanism", "pool", "fusion")
 def check_output(cls: Checkable, scene: Scene) -> None:
     """The output has the shape and dtype that it must, in float32, float64 and bfloat16, and is finite."""
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        component, inputs = scene.build(dtype), scene.inputs(dtype=dtype)
+    component = scene.build()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        component, inputs = component.to(dtype), scene.inputs(dtype=dtype)
         out, shape = scene.run(component, inputs), scene.shape(component)
         claim(tuple(out.shape) == shape, f"the output is {shape}", f"it is {tuple(out.shape)}")
         claim(out.dtype == dtype, f"tokens in {dtype} give an output in {dtype}", f"it is in {out.dtype}")

@@ -137,18 +137,18 @@ def check_batch_independent(cls: Checkable, scene: Scene) -> None:
     scene = replace(scene, batch=max(2, scene.batch))
     component, inputs, i = scene.build(), scene.inputs(), scene.seed % scene.batch
     one, given = slice(i, i + 1), {name: m[i : i + 1] for name, m in scene.given.items()}
-    for mask in (Mask(), _mask(scene)):
-        own = replace(
-            mask,
-            keys=None if mask.keys is None else mask.keys[one],
-            pairs=None if mask.pairs is None else mask.pairs[one],
-        )
-        for training in (False, True):
-            component.train(training)
-            together = scene.run(component, inputs, mask)
-            alone = scene.run(component, [x[one] for x in inputs], own, given)
-            mode = "training" if training else "eval"
-            same(alone, together[one], f"a sample alone gives what it gives in a batch, in {mode} mode")
+    mask = _mask(scene) if scene.seed % 2 else Mask()
+    own = replace(
+        mask,
+        keys=None if mask.keys is None else mask.keys[one],
+        pairs=None if mask.pairs is None else mask.pairs[one],
+    )
+    for training in (False, True):
+        component.train(training)
+        together = scene.run(component, inputs, mask)
+        alone = scene.run(component, [x[one] for x in inputs], own, given)
+        mode = "training" if training else "eval"
+        same(alone, together[one], f"a sample alone gives what it gives in a batch, in {mode} mode")
 
 
 @requires("mechanism", "pool", "fusion", share=0.2)

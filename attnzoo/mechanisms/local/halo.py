@@ -1,0 +1,150 @@
+"""Halo attention: blocks of the grid attend to themselves and to a halo around them.
+
+Vaswani et al., "Scaling Local Self-Attention for Parameter Efficient Visual Backbones", 2021, arXiv:2103.12731, §2.2.
+The layers are timm's `HaloAttn`.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from attnzoo.core import Card, Family, Law, Layout, Mask, Mechanism, NonNegativeInt, Paper, PositiveInt, Site
+from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange
+
+
+class Halo(Mechanism):
+    """softmax(q kᵀ / √d + q (r_Δy + r_Δx)) v over the (b + 2η)² keys around the b × b block of the query.
+
+    Args:
+        site: Where the mechanism is put.
+        block: b, the side of a block. The paper's networks, on larger grids, have 8.
+        halo: η, how many tokens beyond its block a window reaches, to each side.
+        padding: Keys beyond the border: `hidden`, or `zeros`, which take their share of the weights with a score of
+            q (r_Δy + r_Δx) and a value of 0, as timm has it. The paper does not say.
+        scale_bias: Whether q (r_Δy + r_Δx) is divided by √d too.
+    """
+
+    card = Card(
+        name="halo",
+        family=Family.LOCAL,
+        summary="HaloNet: blocks of the grid attend to the window around them, with relative positions.",
+        paper=Paper(
+            "Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
+            "Vaswani et al.",
+            2021,
+            "arXiv:2103.12731",
+            where="§2.2",
+        ),
+        time="n w c + n c c",
+        memory="h n w + n c",
+        masks={"keys", "causal", "pairs"},
+        grid=2,
+        honours={"qkv_bias"},
+        taps={"scores": "b h x w", "weights": "b h x w"},
+        laws={Law.STOCHASTIC, Law.LOCAL},
+        notes="Nothing is projected after the heads, as in timm. A grid that blocks do not divide is filled up with "
+        "tokens that do not exist. Tables have no rows for distances that no window holds; timm's have 2η. Special "
+        "tokens, which are ours, are keys of all blocks and attend to all, with r = 0. Taps show the rows of the grid.",
+    )
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        block: PositiveInt = 4,
+        halo: NonNegativeInt = 3,
+        padding: Literal["hidden", "zeros"] = "hidden",
+        scale_bias: bool = False,
+    ):
+        super().__init__(site)
+        # here, so that a list of mechanisms does not wait for timm
+        from timm.layers.halo_attn import HaloAttn
+
+        self.block, self.halo, self.zeros = block, halo, padding == "zeros"
+        self.layers = HaloAttn(
+            site.dim, num_heads=site.heads, dim_head=site.head_dim, block_size=block, halo_size=halo,
+            qkv_bias=site.qkv_bias, scale_pos_embed=scale_bias,
+        )  # fmt: skip
+        # r of -(b - 1 + η) ... b - 1 + η; timm's tables have 2 η rows before them, which nothing reads
+        tables, shape = self.layers.pos_embed, (2 * (block + halo) - 1, site.head_dim)
+        tables.height_rel, tables.width_rel = (nn.Parameter(torch.empty(shape)) for _ in range(2))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """timm's: deviations of c^-½ for the projections, of d^-½ for the tables."""
+        self.layers.reset_parameters()
+
+    def reach(self) -> int:
+        return self.block - 1 + self.halo
+
+    def mix(self, x, source, *, mask, layout):
+        layers, p, b, tables = self.layers, layout.prefix, self.block, self.layers.pos_embed
+        q = rearrange(layers.q(x.mT[..., None]), "b (h d) n 1 -> b h n d", h=self.heads)
+        k, v = rearrange(layers.kv(x.mT[..., None]), "b (h two d) n 1 -> two b h n d", h=self.heads, two=2)
+        seen = around(x, layout, b, self.halo)  # (t p+w)
+        near_k, near_v = (F.pad(t, (0, 0, 0, 1))[:, :, seen] for t in (k, v))  # (b h t p+w d); outside is 0
+        blocks, scaled = (in_blocks(t[:, :, p:], layout, b) for t in (q, q * layers.scale))
+        bias = relative(scaled if layers.scale_pos_embed else blocks, tables.height_rel, tables.width_rel)
+        scores = self.scores(in_a_line(scaled @ near_k.mT + F.pad(bias, (p, 0)), layout, b))
+        seen = in_a_line(seen[None, None, :, None].expand(-1, -1, -1, b * b, -1), layout, b)[0, 0]  # (x p+w)
+        allowed = visible(seen, p, mask) | (seen < 0) & self.zeros
+        weights = self.weights(masked_softmax(scores, allowed))
+        out = in_a_line(in_blocks(weights, layout, b) @ near_v, layout, b)
+        if p:  # special tokens
+            everything = visible(torch.arange(layout.length).expand(p, -1).to(x.device), 0, mask)
+            weights = masked_softmax((q[:, :, :p] * layers.scale) @ k.mT, everything)
+            out = torch.cat([F.dropout(weights, self.attn_drop, self.training) @ v, out], dim=2)
+        return merge_heads(out)
+
+
+def relative(q: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """q (... b² d) by what the tables hold for the distances to each key of its window: (... b² w)."""
+    block = math.isqrt(q.shape[-2])
+    steps, window = (torch.arange(side, device=q.device) for side in (block, len(rows) + 1 - block))
+    at, q = window - steps[:, None] + block - 1, q.unflatten(-2, (block, block))
+    y = einsum(q, rows[at], "... i j d, i u d -> ... i j u")
+    x = einsum(q, columns[at], "... i j d, j u d -> ... i j u")
+    return (y[..., None] + x[..., None, :]).flatten(-2).flatten(-3, -2)
+
+
+def around(x: Tensor, layout: Layout, block: int, halo: int) -> Tensor:
+    """What each block may see, as indices of tokens: special tokens, then its window; -1 is outside. (t p+w)."""
+    (rows, columns), p = layout.grid, layout.prefix
+    steps = torch.arange(-halo, block + halo, device=x.device)
+    i, j = (torch.arange(0, side, block, device=x.device)[:, None] + steps for side in (rows, columns))
+    i, j = i[:, None, :, None], j[None, :, None, :]
+    inside = (i >= 0) & (i < rows) & (j >= 0) & (j < columns)
+    window = torch.where(inside, p + i * columns + j, -1).flatten(0, 1).flatten(1)
+    return torch.cat([torch.arange(p, device=x.device).expand(len(window), p), window], dim=1)
+
+
+def visible(seen: Tensor, first: int, mask: Mask) -> Tensor:
+    """Which of the keys `seen` (x w) the queries first, first + 1 ... may attend to: broadcasts to (b h x w)."""
+    keys, queries = seen.clamp(min=0), first + torch.arange(len(seen), device=seen.device)[:, None]
+    allowed = (seen >= 0)[None, None]
+    if mask.keys is not None:
+        allowed = allowed & mask.keys[:, None][..., keys]
+    if mask.pairs is not None:
+        allowed = allowed & mask.pairs[:, :, queries, keys]
+    return allowed & (keys <= queries) if mask.causal else allowed
+
+
+def in_blocks(t: Tensor, layout: Layout, block: int) -> Tensor:
+    """Grid tokens (b h x e), filled up, as (b h t s e): the s tokens of t blocks."""
+    rows, columns = layout.grid
+    t = F.pad(t.unflatten(2, (rows, columns)), (0, 0, 0, -columns % block, 0, -rows % block))
+    return rearrange(t, "b h (y i) (x j) e -> b h (y x) (i j) e", i=block, j=block)
+
+
+def in_a_line(t: Tensor, layout: Layout, block: int) -> Tensor:
+    """The inverse of `in_blocks`."""
+    rows, columns = layout.grid
+    t = rearrange(t, "b h (y x) (i j) e -> b h (y i) (x j) e", y=math.ceil(rows / block), i=block)
+    return t[:, :, :rows, :columns].flatten(2, 3)
+
+
+for _name in ("relative", "around", "visible"):
+    fx.wrap(_name)  # symbolic tracing cannot ask for a device

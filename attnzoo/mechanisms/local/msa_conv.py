@@ -1,0 +1,150 @@
+"""MSA-Conv: a convolution whose taps are weighed by attention, with a cyclic shift of heads and pooled keys.
+
+Zhang et al., "TiC: Exploring Vision Transformer in Convolution", 2023, arXiv:2310.04134.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
+from attnzoo.functional import masked_softmax, rearrange
+
+
+class MsaConv(Mechanism):
+    """relu(Conv(o + x)), o at place p = Σ_t softmax_t(q_p · k_{p+δt} / √d) v_{p+δt}, t the taps of a square kernel.
+
+    Args:
+        site: Where the mechanism is put.
+        kernel: Side of the kernel, in taps; odd. Conv has as many, next to each other.
+        dilation: δ, step between the taps that are attended to.
+        padding: Taps beyond the border: `masked`, none; `zeros`, keys and values of zero, which take their share of the
+            weights, as in the authors' code; `circular`, the tokens of the opposite border.
+        single: Whether one head is as wide as the tokens, as in the authors' code, instead of the site's heads.
+        shift: How far heads 0, 1, 2, 3, 0, ... move the map around before and back after, not at all, down, to the
+            right, and both: `half` of its sides, `kernel`, as many tokens as a kernel has to one side; `none`.
+        pool: Side of the squares of tokens whose mean keys and values stand for them; p is the square of the query.
+        tail: `conv`; `depthwise`, Conv by channel; `none`, o alone: neither x, Conv nor relu.
+
+    Raises:
+        OptionError: AZ214, when the kernel is even, or is widened twice.
+    """
+
+    card = Card(
+        name="msa_conv",
+        family=Family.LOCAL,
+        summary="Attention over the taps of a kernel around each token, then the token added, a convolution, a relu.",
+        paper=Paper(
+            "TiC: Exploring Vision Transformer in Convolution", "Zhang et al.", 2023, "arXiv:2310.04134"
+        ),
+        time="n w c + n c c",
+        memory="n w c",
+        masks={"keys"},
+        grid=2,
+        honours={"qkv_bias", "proj_bias"},
+        taps={"scores": "b h y x w", "weights": "b h y x w"},
+        laws={Law.STOCHASTIC, Law.LOCAL},
+        fidelity="adapted",
+        notes="Exact to the authors' code with `padding: zeros` and `single`; strides, which change the number of "
+        "tokens, belong to the host. There is no code for `shift` and `pool`: they are our reading, of which pooling "
+        "between blocks is another, and so inspired. Special tokens have no place on the grid: they come out as they "
+        "went in, so where nothing else mixes, pool the mean. Tokens that do not exist are like those beyond the "
+        "borders, but for a circle: there they are nobody.",
+    )
+
+    @classmethod
+    def claims(cls, *, padding: str, shift: str, pool: int, tail: str, **options) -> Card:
+        card = cls.card if shift == "none" and pool == 1 else replace(cls.card, fidelity="inspired")
+        if shift != "none" or padding == "circular":
+            card = replace(card, laws={Law.STOCHASTIC})
+        return replace(card, honours={"qkv_bias"}) if tail == "none" else card
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        kernel: PositiveInt = 3,
+        dilation: PositiveInt = 1,
+        padding: Literal["masked", "zeros", "circular"] = "masked",
+        single: bool = False,
+        shift: Literal["none", "half", "kernel"] = "none",
+        pool: PositiveInt = 1,
+        tail: Literal["conv", "depthwise", "none"] = "conv",
+    ):
+        super().__init__(site)
+        if kernel % 2 == 0:
+            raise OptionError(f"`msa_conv`: a kernel of {kernel} has no middle; choose an odd number of taps")
+        if pool > 1 and dilation > 1:
+            raise OptionError("`msa_conv`: `pool` and `dilation` both widen the kernel; choose one of them")
+        c, self.parts = site.dim, 1 if single else site.heads
+        self.side, self.dilation, self.padding = kernel // 2, dilation, padding
+        self.shift, self.pool = shift, pool
+        self.qkv = nn.Conv2d(c, 3 * c, 1, bias=site.qkv_bias)
+        self.conv = None
+        if tail != "none":
+            groups = c if tail == "depthwise" else 1
+            self.conv = nn.Conv2d(c, c, kernel, padding=self.side, groups=groups, bias=site.proj_bias)
+
+    def reach(self) -> int:
+        return self.side * self.dilation * self.pool + self.pool - 1 + (self.side if self.conv else 0)
+
+    def mix(self, x, source, *, mask, layout):
+        p, grid = layout.prefix, layout.grid
+        tokens = layout.to_grid(x[:, p:])  # (b c y x)
+        there = torch.ones_like(tokens[:, :1], dtype=torch.bool)
+        if mask.keys is not None:
+            there = layout.to_grid(mask.keys[:, p:, None])
+        q, k, v = self.qkv(tokens).chunk(3, dim=1)
+        q, k, v = (rearrange(t, "b (h d) y x -> b h y x d", h=self.parts) for t in (q, k, v))
+        seen = there.expand(-1, self.parts, -1, -1)[..., None]
+        q, k, v, seen = (self._moved(t, grid, 1) for t in (q, k, v, seen))
+        out = self._moved(self._around(q, k, v, seen, grid), grid, -1)
+        image = rearrange(out, "b h y x d -> b (h d) y x")
+        if self.conv is not None:
+            image = self.conv((image + tokens).masked_fill(~there, 0.0)).relu()
+        return layout.from_grid(x[:, :p], image)
+
+    def _around(self, q, k, v, seen, grid):
+        """What each token receives of the taps around it, (b h y x d)."""
+        q, k, v, seen = (self._squares(t, grid) for t in (q, k, v, seen))
+        number = seen.sum(dim=4)  # of the tokens of a square that exist
+        k, v = (t.masked_fill(~seen, 0.0).sum(dim=4) / number.clamp(min=1) for t in (k, v))
+        k, v, seen = (self._taps(t, grid) for t in (k, v, number > 0))
+        scores = self.scores(self._tokens(q * q.shape[-1] ** -0.5 @ k, grid))  # (b h y x w)
+        seen = self._tokens(seen.expand(-1, -1, -1, -1, self.pool**2, -1), grid)
+        weights = self.weights(masked_softmax(scores, None if self.padding == "zeros" else seen))
+        return self._tokens(self._squares(weights, grid) @ v.mT, grid)
+
+    def _moved(self, t, grid, sign):
+        """(b h y x e), every head in its direction."""
+        if self.shift == "none":
+            return t
+        y, x = (sign * (side // 2 if self.shift == "half" else self.side) for side in grid)
+        heads = [t[:, h].roll((h % 2 * y, h // 2 % 2 * x), dims=(1, 2)) for h in range(self.parts)]
+        return torch.stack(heads, dim=1)
+
+    def _squares(self, t, grid):
+        """Tokens (b h y x e) as squares of i × j of them, (b h y x i*j e); the last ones are filled up."""
+        y, x = (-side % self.pool for side in grid)
+        t = F.pad(t, (0, 0, 0, x, 0, y))
+        return rearrange(t, "b h (y i) (x j) e -> b h y x (i j) e", i=self.pool, j=self.pool)
+
+    def _tokens(self, t, grid):
+        """The inverse of `_squares`."""
+        t = rearrange(t, "b h y x (i j) e -> b h (y i) (x j) e", i=self.pool)
+        return t[:, :, : grid[0], : grid[1]]
+
+    def _taps(self, t, grid):
+        """What lies around each square (b h y x e), by tap: (b h y x e w)."""
+        far, step = self.side * self.dilation, self.dilation
+        if self.padding == "circular":
+            y, x = (
+                [i % side for i in range(-far, side + far)] for side in (-(-s // self.pool) for s in grid)
+            )
+            t = t[:, :, y][:, :, :, x]
+        else:
+            t = F.pad(t, (0, 0, far, far, far, far))
+        return t.unfold(2, 2 * far + 1, 1).unfold(3, 2 * far + 1, 1)[..., ::step, ::step].flatten(5)

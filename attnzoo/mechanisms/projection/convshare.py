@@ -1,0 +1,147 @@
+"""Shared convolutions in the place of projections: every token is a small map, and all meet the same kernels.
+
+Ibadulla et al., "ConvShareViT: Enhancing Vision Transformers with Convolutional Attention Mechanisms for Free-Space
+Optical Accelerators", 2025, arXiv:2504.11517.
+"""
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+from torch import nn
+from torch.nn import functional as F
+
+from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
+from attnzoo.functional import dot_product_attention, merge_heads, rearrange, reduce
+
+
+def sides_of(width: int) -> tuple[int, int]:
+    """Rows and columns of a token's map, as square as its width allows: 8 × 8 of 64, 12 × 16 of 192."""
+    rows = max(side for side in range(1, math.isqrt(width) + 1) if width % side == 0)
+    return rows, width // rows
+
+
+def kernels_of(form: str, kernel: int | None, width: int) -> tuple[int, tuple[int, int]]:
+    """How many kernels give as many channels as go in, and their sides; refuses what has none."""
+    rows, columns = sides_of(width)
+    if form == "valid" and kernel is None:
+        return width, (rows, columns)
+    if form in ("same", "unshared"):
+        usual = 3 if form == "same" else 7
+        if kernel is None:
+            return 1, (min(usual, 2 * rows - 1), min(usual, 2 * columns - 1))
+        if kernel // 2 < rows:
+            return 1, (kernel, kernel)
+    if form == "compact":
+        factor = next((f for f in range(2, rows + 1) if rows % f == columns % f == 0), columns)
+        left = (
+            (rows // factor, columns // factor)
+            if kernel is None
+            else (rows - kernel + 1, columns - kernel + 1)
+        )
+        if min(left) > 0 and math.prod(left) > 1 and width % math.prod(left) == 0:
+            return width // math.prod(left), (rows - left[0] + 1, columns - left[1] + 1)
+    raise OptionError(
+        f"`convshare`: there are no kernels for `form: {form}` with `kernel: {kernel}` on maps of {rows} × {columns}",
+        why="as many channels must come out as go in, and every tap must meet the map",
+        help="`valid` fits all widths and takes no `kernel`; `same` fits all; `compact` wants M kernels that leave "
+        "channels / M numbers each: 4 of 5 × 5 on maps of 8 × 8",
+    )
+
+
+class ConvShare(Mechanism):
+    """softmax(q kᵀ / √d) v, projected; each projection is K_m ⋆ X_i, with kernels K_m that all tokens i share.
+
+    X_i is token i as a map of rows × columns = c; the maps that the kernels give are a token again, one after another.
+
+    Args:
+        site: Where the mechanism is put.
+        form: `valid`, c kernels as large as the map: a Linear; `same`, one kernel, and zeros around the map; `compact`,
+            fewer and smaller kernels without zeros; `unshared`, the first author's earlier form: a kernel for each
+            token, zeros around the map, heads as wide as the tokens, whose sum is the output, and no biases.
+        kernel: Side of the kernels. None takes 3 for `same`, 7 for `unshared`, and for `compact` what leaves half of
+            each side, or a third, and so on: 5 on maps of 8 × 8.
+
+    Raises:
+        OptionError: AZ214, when there are no such kernels for this width, or keys and values would be too wide.
+    """
+
+    card = Card(
+        name="convshare",
+        family=Family.PROJECTION,
+        summary="Attention whose projections convolve each token, its channels as a map, with shared kernels.",
+        paper=Paper(
+            "ConvShareViT: Enhancing Vision Transformers with Convolutional Attention Mechanisms for Free-Space "
+            "Optical Accelerators",
+            "Ibadulla et al.",
+            2025,
+            "arXiv:2504.11517",
+        ),
+        time="n m c + n c c",
+        memory="h n m + n c",
+        masks={"keys", "causal", "pairs"},
+        context=True,
+        honours={"qkv_bias", "proj_bias"},
+        taps={"scores": "b h n m", "weights": "b h n m"},
+        laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
+        fidelity="inspired",
+        notes="Made from the abstract: we do not know the sizes of the paper's kernels. Maps are as square as the "
+        "width allows: square for 64, 144, 256. Keys have no bias, for a softmax would not see it. In the paper the "
+        "MLP is made of such convolutions too; here it is the host's.",
+    )
+
+    @classmethod
+    def claims(cls, *, form: str, **options) -> Card:
+        if form != "unshared":
+            return cls.card
+        card = replace(cls.card, time="h n m c", memory="h n m + h n c", context=False, fixed_length=True)
+        return replace(card, honours=frozenset(), laws={Law.STOCHASTIC})
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        form: Literal["valid", "same", "compact", "unshared"] = "valid",
+        kernel: PositiveInt | None = None,
+    ):
+        super().__init__(site)
+        number, sides = kernels_of(form, kernel, site.dim)
+        wide = site.context_dim or site.dim
+        if form != "valid" and wide != site.dim:
+            raise OptionError(
+                f"`convshare`: with `form: {form}` keys would have {wide} channels as the context has, not {site.dim}",
+                help="choose `form: valid`",
+            )
+        self.form, self.rows = form, sides_of(site.dim)[0]
+        self.pad: nn.Module = nn.Identity()
+        if form in ("same", "unshared"):  # an even kernel has one more tap to the right, and below
+            (top, left), (below, right) = ((s - 1) // 2 for s in sides), (s // 2 for s in sides)
+            self.pad = nn.ZeroPad2d((left, right, top, below))
+        if form == "unshared":
+            n, h = site.layout.length, site.heads
+            self.q, self.k, self.v = (nn.Conv2d(n, n * h, sides, groups=n, bias=False) for _ in "qkv")
+            return
+        self.head_dim, read = site.head_dim, sides_of(wide) if form == "valid" else sides
+        self.q = nn.Conv2d(1, number, sides, bias=site.qkv_bias)
+        self.k = nn.Conv2d(1, number, read, bias=False)
+        self.v = nn.Conv2d(1, number, read, bias=site.qkv_bias)
+        self.proj = nn.Conv2d(1, number, sides, bias=site.proj_bias)
+
+    def mix(self, x, source, *, mask, layout):
+        if self.form == "unshared":
+            maps = self.pad(rearrange(x, "b n (y x) -> b n y x", y=self.rows))
+            q, k, v = (
+                rearrange(c(maps), "b (n h) y x -> b h n (y x)", h=self.heads)
+                for c in (self.q, self.k, self.v)
+            )
+            return reduce(dot_product_attention(self, q, k, v, mask), "b h n c -> b n c", "sum")
+        q, k, v = self._project(self.q, x), self._project(self.k, source), self._project(self.v, source)
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", d=self.head_dim) for t in (q, k, v))
+        return self._project(self.proj, merge_heads(dot_product_attention(self, q, k, v, mask)))
+
+    def _project(self, bank, x):
+        """K ⋆ X of each token: (b n c) to (b n c)."""
+        if self.form == "valid":  # one number for each kernel
+            return F.linear(x, bank.weight.flatten(1), bank.bias)
+        maps = bank(self.pad(rearrange(x, "b n (y x) -> (b n) 1 y x", y=self.rows)))
+        return rearrange(maps, "(b n) m y x -> b n (m y x)", n=x.shape[1])

@@ -1,0 +1,149 @@
+"""Spectral hashing attention (SAH-MSA): in patches of the grid, tokens of similar hash attend to each other.
+
+Cai et al., "Coarse-to-Fine Sparse Transformer for Hyperspectral Image Reconstruction", 2022, arXiv:2203.04845.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.core import Card, Family, Law, Mechanism, Paper, PositiveInt, Site
+from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange, split_heads
+
+
+class Patches(NamedTuple):
+    """A grid as t patches of n places, of which there are so many that chunks are full: (b h x e) to (b h t n e)."""
+
+    grid: tuple[int, int]
+    sides: tuple[int, int]
+    chunk: int
+    roll: bool
+
+    def cut(self, t: Tensor) -> Tensor:
+        (rows, columns), (i, j) = self.grid, self.sides
+        t = t.unflatten(2, (rows, columns)).roll((-(i // 2) * self.roll, -(j // 2) * self.roll), (2, 3))
+        t = nn.functional.pad(t, (0, 0, 0, -columns % j, 0, -rows % i))
+        t = rearrange(t, "b h (y i) (x j) e -> b h (y x) (i j) e", i=i, j=j)
+        return nn.functional.pad(t, (0, 0, 0, -(i * j) % self.chunk))
+
+    def join(self, t: Tensor) -> Tensor:
+        (rows, columns), (i, j) = self.grid, self.sides
+        t = rearrange(t[..., : i * j, :], "b h (y x) (i j) e -> b h (y i) (x j) e", i=i, y=-(-rows // i))
+        return t[:, :, :rows, :columns].roll((i // 2 * self.roll, j // 2 * self.roll), (2, 3)).flatten(2, 3)
+
+
+class SpectralHashing(Mechanism):
+    """W_o softmax(q kᵀ) v over the tokens of one's chunk, in each of k rounds: q, k and v are three times as wide as x.
+
+    In a round the tokens of a patch are sorted by a_k · [x_h, √(max ‖x_h‖² - ‖x_h‖²)], a_k from N(0, 1) and x_h the
+    head's channels of x, and cut into chunks. One softmax over all rounds weighs them by their logsumexp.
+
+    Args:
+        site: Where the mechanism is put.
+        patch: Side of a patch; a shorter side of the grid is one patch.
+        chunk: How many tokens a chunk holds: a quarter of a patch is the authors'.
+        rounds: k, how often the tokens are sorted.
+        scaled: Whether scores are divided by √(3 d); the authors' are not.
+        shifted: Whether patches are shifted by half their side, around the edges; the authors' are in odd layers.
+        screening: Whether only the better half of the patches takes part, by the means of the map `sparsity`.
+    """
+
+    card = Card(
+        name="spectral_hashing",
+        family=Family.SPARSE,
+        summary="SAH-MSA: tokens of a patch are sorted by a random projection, and chunks of them attend.",
+        paper=Paper(
+            "Coarse-to-Fine Sparse Transformer for Hyperspectral Image Reconstruction", "Cai et al.", 2022,
+            "arXiv:2203.04845",
+        ),
+        time="n w c + n c c",
+        memory="h n w + n c",
+        masks={"keys"},
+        grid=2,
+        honours={"qkv_bias"},
+        taps={"scores": "b h x w", "weights": "b h x w"},
+        laws={Law.STOCHASTIC, Law.LOCAL},
+        fidelity="adapted",
+        notes="a_k are buffers, drawn once; the authors draw them in each forward, and shift and rescale hashes, which "
+        "keeps their order. Hidden tokens are sorted last and receive nothing. Special tokens, which are ours, read "
+        "all and are read by each other. Taps show the rows of the grid, over all rounds' chunks. The authors' map, of "
+        "a network with its own loss, only chooses; here σ of its means multiplies. One patch is cut in four for it.",
+    )  # fmt: skip
+
+    @classmethod
+    def claims(cls, *, shifted: bool, screening: bool, **options) -> Card:
+        laws = {Law.SUBSTOCHASTIC if screening else Law.STOCHASTIC} | (set() if shifted else {Law.LOCAL})
+        return replace(cls.card, laws=laws, given={"sparsity": "scores"} if screening else {})
+
+    def __init__(
+        self, site: Site, *, patch: PositiveInt = 16, chunk: PositiveInt = 64, rounds: PositiveInt = 2,
+        scaled: bool = False, shifted: bool = False, screening: bool = False,
+    ):  # fmt: skip
+        super().__init__(site)
+        self.patch, self.chunk, self.shifted, self.screening = patch, chunk, shifted, screening
+        self.factor = (3 * site.head_dim) ** -0.5 if scaled else 1.0
+        self.qkv = nn.Linear(site.dim, 9 * site.dim, bias=site.qkv_bias)
+        self.proj = nn.Linear(3 * site.dim, site.dim, bias=False)
+        self.register_buffer("directions", torch.empty(rounds, site.head_dim + 1))  # a_k
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """N(0, 1) for a_k."""
+        nn.init.normal_(self.get_buffer("directions"))
+
+    def reach(self) -> int:
+        return self.patch - 1
+
+    def mix(self, x, source, *, mask, layout, sparsity=None):
+        p, patches, rounds = layout.prefix, self._patches(layout), self.get_buffer("directions").shape[0]
+        q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.heads)
+        q, x_h = q * self.factor, split_heads(x, self.heads)[:, :, p:]
+        exists = torch.ones_like(x[..., 0], dtype=torch.bool) if mask.keys is None else mask.keys
+        there = patches.cut(exists[:, None, p:, None])  # (b 1 t n 1)
+        order = self._order(patches.cut(x_h.detach()), there[..., 0])[..., None]
+        rank = order.sort(dim=-2).indices
+
+        def sort(t):  # (b h k t n e), of which h and k may be 1, to the chunks of all rounds, (b h k t g w e)
+            t = t.expand(-1, self.heads, rounds, -1, -1, -1)
+            return t.gather(-2, order.expand(*[-1] * 5, t.shape[-1])).unflatten(-2, (-1, patches.chunk))
+
+        def rows(t):  # chunks to rows of the grid, (b h x k e)
+            t = t.flatten(-3, -2).gather(-2, rank.expand(*[-1] * 5, t.shape[-1]))
+            return patches.join(rearrange(t, "b h k t n e -> b h t n (k e)")).unflatten(-1, (rounds, -1))
+
+        near_q, near_k, near_v = (sort(patches.cut(t[:, :, p:])[:, :, None]) for t in (q, k, v))
+        scores = self.scores(rows(near_q @ near_k.mT).flatten(-2))
+        allowed = rows(sort(there[:, :, None]).mT.expand(-1, -1, -1, -1, -1, patches.chunk, -1)).flatten(-2)
+        weights = masked_softmax(scores, allowed & exists[:, None, p:, None])
+        weights = weights * self._screen(patches, sparsity.to(x), there) if self.screening else weights
+        weights = rearrange(patches.cut(self.weights(weights)), "b h t n (k w) -> b h k t n w", k=rounds)
+        out = rows(sort(weights) @ near_v).sum(dim=-2)
+        if p:  # special tokens
+            weights = masked_softmax(q[:, :, :p] @ k.mT, exists[:, None, None])
+            out = torch.cat([nn.functional.dropout(weights, self.attn_drop, self.training) @ v, out], dim=2)
+        return self.proj(merge_heads(out))
+
+    def _patches(self, layout):
+        """How the grid is cut."""
+        i, j = (min(self.patch, side) for side in layout.grid)
+        if self.screening and (i, j) == layout.grid:
+            i, j = -(-i // 2), -(-j // 2)
+        return Patches(layout.grid, (i, j), min(self.chunk, i * j), self.shifted)
+
+    def _order(self, x, there):
+        """The places of each patch, those of the least hash first and those that do not exist last, (b h k t n)."""
+        norms = x.square().sum(dim=-1)
+        lift = torch.where(there, norms, 0.0).amax(dim=-1, keepdim=True) - norms
+        lifted = torch.cat([x, lift.clamp(min=0).sqrt()[..., None]], dim=-1)
+        hashes = einsum(lifted, self.directions, "b h t n d, k d -> b h k t n")
+        return hashes.masked_fill(~there[:, :, None], float("inf")).sort(dim=-1).indices
+
+    def _screen(self, patches, sparsity, there):
+        """σ of its patch's mean for each token of the better half of the patches, 0 for others: (b 1 x 1)."""
+        values = patches.cut(sparsity.flatten(1)[:, None, :, None])
+        total, number = torch.where(there, values, 0.0).sum(dim=3), there.sum(dim=3)  # (b 1 t 1)
+        mean = torch.where(number > 0, total / number.clamp(min=1), float("-inf"))
+        best = torch.zeros_like(mean).scatter(2, mean.topk(max(1, mean.shape[2] // 2), dim=2).indices, 1.0)
+        return patches.join((best * mean.sigmoid())[:, :, :, None].expand(-1, -1, -1, there.shape[3], -1))

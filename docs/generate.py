@@ -1,0 +1,160 @@
+"""Writes what follows from the cards: `python docs/generate.py`, or `make docs`.
+
+The tables of README.md between its markers, the last columns of docs/mission.md, and a page for each mechanism, pool
+and fusion in docs/reference/. `tests/test_docs.py` holds them to the cards.
+"""
+
+import re
+from pathlib import Path
+
+from attnzoo.catalogue.pages import page_of
+from attnzoo.core import Family
+from attnzoo.recipe import load
+from attnzoo.recipe.schema import Fuse, Use
+from attnzoo.zoo import Entry, Zoo
+
+ROOT = Path(__file__).parent.parent
+README, MISSION, REFERENCE = ROOT / "README.md", ROOT / "docs" / "mission.md", ROOT / "docs" / "reference"
+ZOO = Zoo.of()
+
+
+def of_family(family: Family) -> list[str]:
+    """Names of the mechanisms and pools of a family, sorted."""
+    return sorted(name for name, entry in ZOO.mechanisms.items() if entry.value.card.family is family)
+
+
+def tables() -> str:
+    """What the built-in plugin offers, as Markdown."""
+    lines = []
+    for family in filter(of_family, Family):
+        lines += [f"**`{family}`**: {family.question}", "", "| mechanism | what it does |", "|---|---|"]
+        for name in of_family(family):
+            lines.append(
+                f"| [`{name}`](docs/reference/{name}.md) | {ZOO.mechanisms[name].value.card.summary} |"
+            )
+        lines.append("")
+    lines += ["| fusion | what it does |", "|---|---|"]
+    for name, entry in ZOO.fusions.items():
+        lines.append(f"| [`{name}`](docs/reference/{name}.md) | {entry.value.card.summary} |")
+    return "\n".join(lines)
+
+
+def with_tables(text: str) -> str:
+    """The README with fresh tables between its two markers."""
+    begin, end = "<!-- tables: python docs/generate.py -->", "<!-- end of tables -->"
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{tables()}\n{end}", text, flags=re.S)
+
+
+def named(spec: Use | Fuse | None) -> set[str]:
+    """Names of the components in a spec."""
+    if spec is None:
+        return set()
+    if isinstance(spec, Use):
+        return {spec.use}
+    return {spec.fuse}.union(*(named(branch) for branch in spec.of))
+
+
+def users() -> dict[str, list[str]]:
+    """Names of the recipes that put a component somewhere, by its name."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(ZOO.recipes):
+        recipe = load(name).recipe
+        specs = [recipe.attention, recipe.pool, *(override.put for override in recipe.overrides)]
+        for used in sorted(set().union(*map(named, specs))):
+            found.setdefault(used, []).append(name)
+    return found
+
+
+def page(entry: Entry, kind: str, recipes: list[str]) -> str:
+    """A mechanism, pool or fusion as Markdown.
+
+    Args:
+        entry: Of the zoo.
+        kind: `mechanism` or `fusion`.
+        recipes: Names of the recipes that use it.
+    """
+    card, facts = entry.value.card, page_of(entry, kind)
+    claims = facts["claims"]
+    lines = [f"# {entry.name}", "", facts["summary"], "", "```text", facts["doc"], "```", ""]
+    for what in (
+        "paper",
+        "form",
+        "family",
+        "masks",
+        "context",
+        "grid",
+        "time",
+        "memory",
+        "auxiliary",
+        "fidelity",
+    ):
+        if claims[what]:
+            lines.append(f"- **{what}**: {claims[what]}")
+    lines += [f"- **tap** `{name}`: ({axes})" for name, axes in getattr(card, "taps", {}).items()]
+    lines += [f"- **given** `{name}`: {what}" for name, what in getattr(card, "given", {}).items()]
+    lines += [f"- **law** `{law}`: {law.meaning}" for law in sorted(card.laws)]
+    if card.notes:
+        lines += ["", "## What to know", "", card.notes]
+    if facts["options"]:
+        lines += ["", "## Options", "", "| option | type | default | meaning |", "|---|---|---|---|"]
+        for option in facts["options"]:
+            cells = (f"`{option['name']}`", option["type"], option["default"], option["text"])
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += ["", "## In a recipe", "", "```yaml", facts["example"], "```"]
+    if recipes:
+        lines += ["", "Recipes that use it: " + ", ".join(f"`{name}`" for name in recipes) + "."]
+    tests = f"tests/{kind}s/test_{Path(entry.file).stem}.py"
+    lines += ["", "## How it is checked", "", f"`attnzoo check {entry.name}` holds it to every claim above."]
+    lines += [f"Its oracle, hand-worked numbers and identities: [{tests}](../../{tests})."]
+    near = of_family(card.family) if kind == "mechanism" else list(ZOO.fusions)
+    if others := [f"[`{name}`]({name}.md)" for name in near if name != entry.name]:
+        lines += ["", "## Related", "", ", ".join(others)]
+    return "\n".join(lines) + "\n"
+
+
+def mission(text: str) -> str:
+    """docs/mission.md, its last columns made anew: what the cards say of each name, and the recipes that use it."""
+    used = users()
+    lines = []
+    for line in text.splitlines():
+        row = re.fullmatch(r"\| ([^|]+) \| ((?:\[?`[^|]*)) \|[^|]*\|[^|]*\|", line)
+        if row is None:
+            lines.append(line)
+            continue
+        names = re.findall(r"`([^`]+)`", row[2])
+        shown, fidelity, recipes = [], [], []
+        for name in names:
+            entry = ZOO.mechanisms.get(name) or ZOO.fusions.get(name)
+            if entry:
+                shown.append(f"[`{name}`](reference/{name}.md)")
+                fidelity.append(entry.value.card.fidelity)
+                recipes += used.get(name, [])
+            elif name in ZOO.recipes:
+                file = Path(ZOO.recipes[name].file).relative_to(ROOT)
+                shown.append(f"[`{name}`](../{file})")
+            else:
+                shown.append(f"`{name}`")
+        few = ", ".join(f"`{name}`" for name in sorted(set(recipes))[:4])
+        lines.append(f"| {row[1]} | {' '.join(shown)} | {', '.join(dict.fromkeys(fidelity))} | {few} |")
+    return "\n".join(lines) + "\n"
+
+
+def pages() -> dict[Path, str]:
+    """The text of every page of the reference, by its file."""
+    used = users()
+    entries = [
+        (entry, registry.kind) for registry in (ZOO.mechanisms, ZOO.fusions) for entry in registry.values()
+    ]
+    return {
+        REFERENCE / f"{entry.name}.md": page(entry, kind, used.get(entry.name, [])) for entry, kind in entries
+    }
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    MISSION.write_text(mission(MISSION.read_text(encoding="utf-8")), encoding="utf-8")
+    REFERENCE.mkdir(exist_ok=True)
+    for stale in set(REFERENCE.glob("*.md")) - set(pages()):
+        stale.unlink()
+    for file, text in pages().items():
+        file.write_text(text, encoding="utf-8")

@@ -1,0 +1,222 @@
+"""Training methods of the papers, against loops, by hand, and with wrong versions that the loops catch."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from attnzoo.errors import MissingMap, OptionError
+from attnzoo.methods import ReliabilityBalance, focal_region_loss
+from attnzoo.methods.reliability import confidence
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Focal region loss
+
+
+def looped(prediction, target, regions, beta):
+    """The loss pixel by pixel."""
+    b, c, y, x = prediction.shape
+    error = (prediction - target).abs()
+    pixels = {}
+    for i in range(b):
+        for j in range(y):
+            for k in range(x):
+                pixels.setdefault((i, int(regions[i, j, k])), []).append((j, k))
+    mean = {
+        (i, r): sum(float(error[i, :, j, k].mean()) for j, k in where) / len(where)
+        for (i, r), where in pixels.items()
+    }
+    worst = max(mean.values())
+    total = 0.0
+    for (i, r), where in pixels.items():
+        for j, k in where:
+            total += float(error[i, :, j, k].sum()) * (1 + beta * mean[i, r] / worst)
+    return total / (b * c * y * x)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.5])
+def test_focal_region_loss_pixel_by_pixel(beta):
+    prediction, target = normal(3, 2, 4, 5), normal(3, 2, 4, 5, seed=1)
+    regions = torch.randint(0, 4, (3, 4, 5), generator=torch.Generator().manual_seed(2)) * 7
+    made = focal_region_loss(prediction, target, regions, beta)
+    assert float(made) == pytest.approx(looped(prediction, target, regions, beta), abs=1e-12)
+
+
+def test_focal_region_loss_by_hand():
+    """Rows as regions: w = [3/11, 1], so the loss is (1·14/11 + 2·14/11 + 3·2 + 8·2) / 4."""
+    prediction = torch.tensor([[[[1.0, 2.0], [3.0, 8.0]]]])
+    regions = torch.tensor([[[0, 0], [1, 1]]])
+    made = focal_region_loss(prediction, torch.zeros_like(prediction), regions)
+    assert float(made) == pytest.approx((3 * 14 / 11 + 22) / 4, abs=1e-6)
+
+
+def test_focal_region_loss_weights_get_no_gradient():
+    prediction = normal(2, 3, 4, 4).requires_grad_()
+    regions = torch.arange(16).reshape(1, 4, 4).expand(2, 4, 4) % 3
+    focal_region_loss(prediction, torch.zeros_like(prediction), regions).backward()
+    weight = (prediction.grad.abs() * prediction.numel() - 1).detach()  # β w, by pixel
+    assert float(weight.min()) > 0 and float(weight.max()) == pytest.approx(1.0)
+    assert len(weight[0].unique().round(decimals=9).unique()) == 3
+
+
+def test_focal_region_loss_without_error_is_zero():
+    image = normal(1, 3, 4, 4).requires_grad_()
+    loss = focal_region_loss(image, image.detach(), torch.zeros(1, 4, 4, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0 and bool(image.grad.isfinite().all())
+
+
+def test_names_of_regions_have_no_say():
+    prediction, target = normal(2, 1, 3, 3), normal(2, 1, 3, 3, seed=1)
+    regions = torch.randint(0, 3, (2, 3, 3), generator=torch.Generator().manual_seed(2))
+    renamed = torch.tensor([40, -5, 1000])[regions]
+    one, other = (
+        focal_region_loss(prediction, target, regions),
+        focal_region_loss(prediction, target, renamed),
+    )
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "target, regions",
+    [((1, 3, 4, 4), (1, 4, 5)), ((1, 3, 4, 4), (4, 4)), ((1, 1, 4, 4), (1, 4, 4)), ((1, 3, 4, 4), None)],
+)
+def test_focal_region_loss_refuses_what_does_not_fit(target, regions):
+    labels = torch.zeros(1, 4, 4) if regions is None else torch.zeros(regions, dtype=torch.long)
+    with pytest.raises(MissingMap, match="AZ409"):
+        focal_region_loss(torch.zeros(1, 3, 4, 4), torch.zeros(target), labels)
+
+
+# Reliability balancing
+
+
+def spread(balance):
+    """In float64, with anchors apart."""
+    balance = balance.double()
+    with torch.no_grad():
+        balance.anchors.copy_(normal(*balance.anchors.shape, seed=9))
+    return balance
+
+
+def looped_balance(balance, features, logits):
+    """p̂, g and t sample by sample, as lists of numbers."""
+    k, a, _ = balance.anchors.shape
+    rows = []
+    values = balance.v(features)
+    if balance.qk is not None:
+        q, key = balance.qk(features).chunk(2, dim=-1)
+        values = torch.stack(
+            [
+                sum(
+                    w * v for w, v in zip(((q[i] @ key.T) / math.sqrt(k * a)).softmax(0), values, strict=True)
+                )
+                for i in range(len(features))
+            ]
+        )
+    for e, z, v in zip(features, logits, values, strict=True):
+        far = [
+            math.exp(-(e - balance.anchors[c, j]).norm().item() / balance.sharpness)
+            for c in range(k)
+            for j in range(a)
+        ]
+        near = [math.exp(s) for s in balance.proj(v).tolist()]
+        g, t = ([sum(x[c * a : c * a + a]) / sum(x) for c in range(k)] for x in (far, near))
+        exp = [math.exp(s / balance.temperature) for s in z.tolist()]
+        p = [x / sum(exp) for x in exp]
+        conf = [1 + sum(x * math.log(x) for x in d) / math.log(k) for d in (p, g, t)]
+        both = [(x * conf[1] + y * conf[2]) / (conf[1] + conf[2]) for x, y in zip(g, t, strict=True)]
+        rows.append(([conf[0] * x + (1 - conf[0]) * y for x, y in zip(p, both, strict=True)], g, t))
+    return rows
+
+
+@pytest.mark.parametrize("attention", ["sample", "batch"])
+@pytest.mark.parametrize("anchors", [1, 3])
+def test_balance_sample_by_sample(anchors, attention):
+    torch.manual_seed(0)
+    balance = spread(
+        ReliabilityBalance(6, 4, anchors=anchors, temperature=0.7, sharpness=1.3, attention=attention)
+    )
+    features, logits = normal(5, 6), normal(5, 4, seed=1)
+    made = balance(features, logits), balance.by_distance(features), balance.by_attention(features)
+    rows = looped_balance(balance, features, logits)
+    for i, tensor in enumerate(made):
+        assert torch.allclose(tensor, torch.tensor([row[i] for row in rows], dtype=torch.float64), atol=1e-8)
+        assert torch.allclose(tensor.sum(dim=-1), torch.ones(5, dtype=torch.float64), atol=1e-12)
+
+
+def test_images_do_not_attend_to_each_other():
+    balance, features, logits = spread(ReliabilityBalance(6, 4)), normal(5, 6), normal(5, 4, seed=1)
+    alone = torch.cat([balance(features[i : i + 1], logits[i : i + 1]) for i in range(5)])
+    assert torch.allclose(balance(features, logits), alone, atol=1e-12)
+    theirs = spread(ReliabilityBalance(6, 4, attention="batch"))
+    alone = torch.cat([theirs(features[i : i + 1], logits[i : i + 1]) for i in range(5)])
+    assert not torch.allclose(theirs(features, logits), alone, atol=1e-6)
+
+
+def test_who_is_certain_is_left_alone_and_who_knows_nothing_is_corrected():
+    balance, features = spread(ReliabilityBalance(6, 4)), normal(2, 6)
+    certain = torch.tensor([[0.0, 800, 0, 0], [800.0, 0, 0, 0]], dtype=torch.float64)
+    assert torch.equal(balance(features, certain), certain / 800)
+    corrected = balance(features, torch.zeros(2, 4, dtype=torch.float64))
+    g, t = balance.by_distance(features), balance.by_attention(features)
+    a, b = confidence(g)[:, None], confidence(t)[:, None]
+    assert torch.allclose(corrected, (a * g + b * t) / (a + b), atol=1e-6)
+
+
+def test_a_feature_on_an_anchor_has_its_class():
+    balance = spread(ReliabilityBalance(6, 4, anchors=2, sharpness=1e-3))
+    g = balance.by_distance(balance.anchors[2, 1][None])
+    assert torch.allclose(g, torch.tensor([[0.0, 0, 1, 0]], dtype=torch.float64))
+
+
+def test_confidence_by_hand():
+    p = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]], dtype=torch.float64)
+    said = 1 + (0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
+    assert confidence(p).tolist() == pytest.approx([0.0, 1.0, said])
+
+
+def test_losses_of_anchors_by_hand():
+    balance = ReliabilityBalance(4, 2).double()
+    with torch.no_grad():
+        balance.anchors.copy_(torch.tensor([[[1.0, 0, 0, 0]], [[0.0, 2, 0, 0]]]))
+    assert float(balance.anchor_loss()) == pytest.approx(-2 * 5 / 2)  # two ordered pairs, √4
+    labels, features = torch.tensor([1]), torch.zeros(1, 4, dtype=torch.float64)
+    sure = torch.tensor([[0.0, 900]], dtype=torch.float64)
+    assert float(balance.centre_loss(features, sure, labels)) == pytest.approx(2 / 2)
+    assert float(balance.centre_loss(features, 0 * sure, labels)) == pytest.approx(0, abs=1e-9)
+
+
+def test_moving_all_anchors_leaves_their_loss():
+    balance = spread(ReliabilityBalance(6, 3, anchors=2))
+    before = balance.anchor_loss()
+    with torch.no_grad():
+        balance.anchors.add_(3.0)
+    assert torch.allclose(balance.anchor_loss(), before, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ["sample", "batch"])
+def test_everything_learns(attention):
+    balance = ReliabilityBalance(6, 4, anchors=2, attention=attention)
+    features, logits = normal(5, 6).float(), normal(5, 4, seed=1).float()
+    loss = nn.functional.nll_loss(balance(features, logits).log(), torch.arange(5) % 4)
+    (loss + balance.anchor_loss() + balance.centre_loss(features, logits, torch.arange(5) % 4)).backward()
+    for name, parameter in balance.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.any()), name
+
+
+def test_certain_probabilities_have_finite_gradients():
+    balance = spread(ReliabilityBalance(6, 4))
+    logits = torch.tensor([[0.0, 5e3, 0, 0]], dtype=torch.float64, requires_grad=True)
+    balance(normal(1, 6), logits).square().sum().backward()
+    assert bool(logits.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("wrong", [{"classes": 1}, {"classes": 3, "attention": "all"}])
+def test_what_cannot_be_balanced_is_refused(wrong):
+    with pytest.raises(OptionError, match="AZ214"):
+        ReliabilityBalance(6, **wrong)
