@@ -736,11 +736,41 @@ def test_compose_shows_both_streams(name):
     assert result.exit_code == 0, result.output
     first = " ".join(result.output.split("\n\n")[1].split())
     info = compose_file(name).info
-    assert first.startswith("a: 3 × 32 × 32 image → 8 × 8 + 1 tokens → 2 × [ softmax → cross ")
+    assert first.startswith(
+        ("a: 3 × 32 × 32 image → 8 × 8 + 1 tokens → 2 × [ ", "a: 3 × 32 × 32 image → 8 × 8 tokens → 2 × [ ")
+    )
     assert f"b: {info.second}" in first and "forward takes images (b 3 32 32)" in first
     for given_name, shape in info.inputs.items():
         assert f"{given_name}=(b {' '.join(map(str, shape))})" in first
     assert f"stream b: {info.second}" in str(attnzoo.describe(attnzoo.compose(name)))
+
+
+PAPERS = {
+    "window_cross": "given", "prior_cross": "tokens", "cross_scale": "scale", "conv_transformer": "features",
+    "pairwise_cross": "pair", "class_semantics": "tokens", "medusa": "features",
+}  # fmt: skip
+"""What the mechanisms of two streams read, each in a recipe of its own."""
+
+
+def test_every_paper_has_its_recipe():
+    assert sorted(PAPERS) == attnzoo.list_mechanisms(family="cross", plugin="attnzoo")
+    for name, stream in PAPERS.items():
+        composition = compose_file(f"dual_{name}")
+        assert composition.loaded.recipe.host.model.b.stream == stream and composition.loaded.recipe.source
+        found = {site.split(".", 2)[2] for site, plan in composition.plans.items() if plan.entry.name == name}
+        assert found == ({"self"} if stream == "pair" else {"cross"})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_parameter_of_a_recipe_is_used(name):
+    torch.manual_seed(0)
+    model = attnzoo.compose(name).train()
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) / 10)
+    model(x, **given(model, x)).square().sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from by_hand import caught, near, normal, seen, spread, wrong
+from by_hand import caught, line, near, normal, place, seen, set_all, spread, wrong
 from torch.nn import functional as F
 
 import attnzoo
@@ -45,19 +45,31 @@ def mixing(change):
     return wrong(PairwiseCross, mix=mix)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda self, x, source: (x, x),
-        lambda self, x, source: (x, source[:, :-1]),
-        lambda self, x, source: (x, source.roll(1, 0)),
-        lambda self, x, source: (x, torch.cat([source, x], dim=1)),
-        lambda self, x, source: (x + 1, source),
-    ],
-    ids=["itself", "one too few", "of another sample", "itself twice", "shifted"],
-)
-def test_the_oracle_sees_faults(change):
-    caught(test_oracle, mixing(change))
+MUTANTS = {
+    "itself": mixing(lambda self, x, source: (x, x)),
+    "one too few": mixing(lambda self, x, source: (x, source[:, :-1])),
+    "of another sample": mixing(lambda self, x, source: (x, source.roll(1, 0))),
+    "itself twice": mixing(lambda self, x, source: (x, torch.cat([source, x], dim=1))),
+    "shifted": mixing(lambda self, x, source: (x + 1, source)),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
+def test_mutants(mutant):
+    caught(test_oracle, mutant)
+
+
+def test_hand_two_keys():
+    """One channel, W = 1: own token ln 2 with score ln² 2, the other image's 0 with score 0."""
+    component = PairwiseCross(place(1, context_dim=1, context_layout=Layout((1,))))
+    set_all(component, 1.0)
+    for linear in (component.qkv, component.proj):
+        linear.bias.data.zero_()
+    a = math.log(2)
+    share = math.exp(a * a) / (math.exp(a * a) + 1)
+    near(component(line(a), line(0.0), layout=Layout((1,))), [[[share * a]]])
+    weights = seen(component, line(a), line(0.0), layout=Layout((1,)))
+    near(weights, [[[[share, 1 - share]]]])
 
 
 def pair(n: int = 5, m: int = 5, **site) -> tuple[PairwiseCross, torch.Tensor, torch.Tensor, Layout]:
@@ -69,13 +81,13 @@ def pair(n: int = 5, m: int = 5, **site) -> tuple[PairwiseCross, torch.Tensor, t
     return component.double(), normal(2, n, 8), normal(2, m, 8), layout
 
 
-def test_the_same_image_is_no_disturbance():
+def test_identity_the_same_image_is_no_disturbance():
     """Keys that are there twice share the mass between them."""
     component, x, _, layout = pair()
     near(component(x, x, layout=layout), component(x, x[:, :0], layout=layout))
 
 
-def test_an_empty_context_is_self_attention_bit_for_bit():
+def test_identity_an_empty_context_is_self_attention_bit_for_bit():
     component, x, other, layout = pair()
     alone = PairwiseCross(Site("here", 8, 2, layout)).double()
     alone.load_state_dict(component.state_dict())
