@@ -13,7 +13,15 @@ NAMES = [name.removeprefix("digits_") for name in list_recipes("digits_*", plugi
 WITHOUT = {
     "region": "needs a map of labels, which a data set of images does not hand over",
     **dict.fromkeys(
-        ("class_semantics", "conv_transformer", "cross_scale", "medusa", "prior_cross", "window_cross"),
+        (
+            "class_semantics",
+            "conv_transformer",
+            "cross_scale",
+            "medusa",
+            "pairwise_cross",
+            "prior_cross",
+            "window_cross",
+        ),
         "reads a second stream, which a ViT has not",
     ),
 }

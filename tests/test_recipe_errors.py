@@ -29,7 +29,19 @@ from attnzoo.errors import RecipeError, ZooError
 from attnzoo.hosts.info import training_bytes, unallocated
 from attnzoo.recipe import compose, compose_file, load
 from attnzoo.recipe.faults import _fields
-from attnzoo.recipe.schema import CctHost, CctModel, Expect, Fuse, Override, Recipe, Use, VitHost, VitModel
+from attnzoo.recipe.schema import (
+    CctHost,
+    CctModel,
+    DualHost,
+    DualModel,
+    Expect,
+    Fuse,
+    Override,
+    Recipe,
+    Use,
+    VitHost,
+    VitModel,
+)
 from attnzoo.train.check import checked, train_faults
 from attnzoo.zoo import load_zoo
 
@@ -229,7 +241,7 @@ RANGES = {
     "std_tiny": (host("kind: vit, std: [⟦1e-30, 1, 1]"), "AZ113 this is 1e-30"),
     "std_of_zeros_in_cct": (f"{R}host: {{kind: cct, std: [1, ⟦0, 1]}}\n{A}", "AZ113 `host.std.1`"),
     "kind_misspelt": (host("kind: ⟦vitt"), "AZ113 did you mean `vit`?"),
-    "kind_other": (host("kind: ⟦resnet"), "AZ113 must be `vit`, `cct`, `seq2seq` or `sequence`; this is the text `resnet`"),
+    "kind_other": (host("kind: ⟦resnet"), "AZ113 must be `vit`, `cct`, `dual`, `seq2seq` or `sequence`; this is the text `resnet`"),
     "kind_misspelt_cct": (f"{R}host: {{kind: ⟦ccct}}\n{A}", "AZ113 did you mean `cct`?"),
     "kernel_huge": (f"{R}host: {{kind: cct, model: {{kernel_size: ⟦99}}}}\n{A}", "AZ113 from 1 to 31; this is 99"),
     "sine_misspelt": (f"{R}host: {{kind: cct, model: {{pos_embed: ⟦sin}}}}\n{A}", "AZ113 did you mean `sine`?"),
@@ -972,6 +984,7 @@ def words() -> list[tuple[str, str, set[str]]]:
     places = {
         Recipe: f"{names}softmax\n%s: 3\n", VitHost: "host: {base: 5, %s: 3}\n", VitModel: "host: {model: {%s: 3}, base: 5}\n",
         CctHost: "host: {kind: cct, base: 5, %s: 3}\n", CctModel: "host: {kind: cct, model: {%s: 3}, base: 5}\n",
+        DualHost: "host: {kind: dual, base: 5, %s: 3}\n", DualModel: "host: {kind: dual, model: {%s: 3}, base: 5}\n",
         Use: f"{names}{{use: softmax, %s: 3}}\n", Fuse: f"{names}{{fuse: add, of: [softmax], %s: 3}}\n",
         Override: f"{names}softmax\noverrides: [{{at: blocks.0, put: softmax, %s: 3}}]\n",
         Expect: f"{names}softmax\nexpect: {{%s: 3}}\n",
@@ -1029,7 +1042,19 @@ SCALARS = st.one_of(
 WORDS = st.sampled_from(
     [
         key
-        for owner in (Recipe, VitHost, VitModel, CctHost, CctModel, Use, Fuse, Override, Expect)
+        for owner in (
+            Recipe,
+            VitHost,
+            VitModel,
+            CctHost,
+            CctModel,
+            DualHost,
+            DualModel,
+            Use,
+            Fuse,
+            Override,
+            Expect,
+        )
         for key in _fields(owner)
     ]
     + ["", "<<", "x"]

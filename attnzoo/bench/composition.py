@@ -19,12 +19,14 @@ from attnzoo.core.card import Given
 from attnzoo.core.component import NOTHING
 from attnzoo.data.image_file import read_image_file
 from attnzoo.errors import RecipeError
+from attnzoo.hosts.dual import DualInfo
+from attnzoo.hosts.given import stand_ins
 from attnzoo.hosts.info import POOL, BackboneInfo, HostInfo
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.sequence import SequenceInfo
 from attnzoo.hosts.skip import VARIANTS
 from attnzoo.recipe import Composition, Plan
-from attnzoo.recipe.origin import ends
+from attnzoo.recipe.origin import arguments, ends, second_stream
 from attnzoo.recipe.schema import ImageHost
 
 
@@ -70,6 +72,8 @@ class Report:
         base: The plain model's name.
         takes: What goes in and how it becomes tokens, in words.
         gives: What comes out, in words.
+        second: What the second stream is and its tokens, in words; empty where there is none.
+        arguments: What the model's forward takes, with the shapes; empty for a model of sequences.
         image, grid, prefix, classes: Channels, rows and columns of the image, its patches, special tokens, classes;
             None for a model of sequences.
         depth: Number of layers.
@@ -94,6 +98,8 @@ class Report:
     base: str
     takes: str
     gives: str
+    second: str
+    arguments: str
     image: tuple[int, int, int] | None
     grid: tuple[int, ...] | None
     prefix: int | None
@@ -133,7 +139,9 @@ def describe(composition: Composition) -> Report:
         for name, kind in composition.given.items()
         if isinstance(info, BackboneInfo)
     }
-    counted, plain = flops(model, info.sample(), maps), flops(info.model, info.sample())
+    inputs = {name: torch.zeros(1, *shape) for name, shape in _inputs(info).items()}
+    counted = flops(model, info.sample(), maps | inputs)
+    plain = flops(info.model, info.sample(), inputs)
     mine, theirs = model.state_dict(), info.model.state_dict()
     pooled = [composition.pool] if composition.pool else []
     cards = [leaf.card for plan in (*composition.plans.values(), *pooled) for leaf in plan.leaves()]
@@ -149,6 +157,8 @@ def describe(composition: Composition) -> Report:
         base=info.base,
         takes=takes,
         gives=gives,
+        second=second_stream(info),
+        arguments=arguments(info, composition.given) if isinstance(info, BackboneInfo) else "",
         image=info.image if isinstance(info, BackboneInfo) else None,
         grid=info.layout.grid if isinstance(info, BackboneInfo) else None,
         prefix=info.layout.prefix if isinstance(info, BackboneInfo) else None,
@@ -169,6 +179,11 @@ def describe(composition: Composition) -> Report:
         lacks=lacks,
         registers=host.registers if isinstance(host, ImageHost) else None,
     )
+
+
+def _inputs(info: HostInfo) -> Mapping[str, tuple[int, ...]]:
+    """Shapes, for one sample, of what the model takes by name beside images and maps."""
+    return info.inputs if isinstance(info, DualInfo) else {}
 
 
 def _tools(composition: Composition, fixed_length: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -204,7 +219,7 @@ def _heads(composition: Composition) -> dict[str, tuple[int, ...]]:
     return {
         group: counts
         for group, counts in heads.items()
-        if not group.endswith(".cross") or counts != heads[group.removesuffix(".cross")]
+        if not group.endswith(".cross") or counts != heads.get(group.removesuffix(".cross"))
     }
 
 
@@ -325,11 +340,12 @@ def exercise(model: nn.Module, image: str | os.PathLike) -> Exercise:
 
     Args:
         model: A composed backbone. Maps that its components ask for are made of the image: its brightness in four
-            steps for labels, and itself for scores.
+            steps for labels, and itself for scores; and so is a stream that the caller gives.
         image: A file.
     """
     x = open_image(image, model)
     maps = {name: plausible_map(x, kind) for name, kind in cast(Any, model).given.items()}
+    maps |= stand_ins(x, getattr(model, "inputs", {}))
     return _exercised(model, (x,), os.fspath(image), maps)
 
 

@@ -136,7 +136,7 @@ def _mechanisms(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str
             "family": str(card.family),
             "form": form_of(entry.value),
             "masks": [kind for kind in ("keys", "causal", "pairs") if kind in card.masks],
-            "context": card.context,
+            "context": bool(card.context),
             "grows": card.grows,
             "summary": card.summary,
             "notes": card.notes,

@@ -61,6 +61,7 @@ def describe(model: nn.Module) -> Sheet:
     kind = type(model).__name__
     title = f"{what}: {kind}, {total} parameters" if what else f"{kind}, {total} parameters"
     takes = [f"takes {_takes(model.get_submodule(path), origin.takes)}" for path, origin in origins.items()]
+    takes += [f"stream b: {origin.second}" for origin in origins.values() if origin.second]
     if isinstance(model, Alone | MultiheadAttention):
         takes.append(f"takes {model.takes}")
     if not found:

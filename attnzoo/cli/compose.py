@@ -91,16 +91,11 @@ def _describe(report) -> None:
     say(f"{report.name}   {report.file}   sha256 {report.sha256[:12]}", style="bold")
     if report.summary:
         say(report.summary)
-    front = report.depth - len(next(iter(report.heads.values())))
-    conv = f"{front} × [ conv ] → " if report.image and front else ""
-    layers = " → ".join(
-        f"{len(counts)} × [ {' → '.join(_sublayers(report, group))} → mlp ]"
-        for group, counts in report.heads.items()
-        if "." not in group
-    )
-    pool = "".join(f" → {formula}" for site, formula in _formulas(report) if site == "pool")
     say()
-    say(f"{report.takes} → {conv}{layers}{pool} → {report.gives}".replace(" × ", f"{GLUE}×{GLUE}"))
+    for line in _streams(report) if report.second else [_stack(report)]:
+        say(line.replace(" × ", f"{GLUE}×{GLUE}"))
+    if "=" in report.arguments or report.second:
+        say(f"forward takes {report.arguments}")
     if any(len(set(counts)) > 1 for counts in report.heads.values()):
         for group, counts in report.heads.items():
             say(f"heads of {group}: {', '.join(map(str, counts))}")
@@ -158,6 +153,35 @@ def _describe(report) -> None:
             f"{report.new_tensors} new tensors"
         )
     say(f"supports: {', '.join(report.supports)}   not: {', '.join(report.lacks)}")
+
+
+def _stack(report) -> str:
+    """What goes in, the layers, what comes out."""
+    front = report.depth - len(next(iter(report.heads.values())))
+    conv = f"{front} × [ conv ] → " if report.image and front else ""
+    layers = " → ".join(
+        f"{len(counts)} × [ {' → '.join(_sublayers(report, group))} → mlp ]"
+        for group, counts in report.heads.items()
+        if "." not in group
+    )
+    pool = "".join(f" → {formula}" for site, formula in _formulas(report) if site == "pool")
+    return f"{report.takes} → {conv}{layers}{pool} → {report.gives}"
+
+
+def _streams(report) -> list[str]:
+    """A line for each of two streams, and what comes out of which."""
+    layers = {
+        stream: len(
+            {site.split(".")[1] for row in report.rows for site in row.sites if site.startswith(stream)}
+        )
+        for stream in "ab"
+    }
+    lines = [
+        f"{stream}: {what}"
+        + (f" → {count} × [ {' → '.join([*_sublayers(report, stream), 'mlp'])} ]" if count else "")
+        for stream, what, count in (("a", report.takes, report.depth), ("b", report.second, layers["b"]))
+    ]
+    return [*lines, f"{'a and b' if layers['b'] else 'a'} → {report.gives}"]
 
 
 def _sublayers(report, group: str) -> list[str]:

@@ -74,7 +74,8 @@ def eval_(
         ],
     )
     say("95 % interval by Wilson's score; it knows of the test images only, not of other seeds", style="dim")
-    say_next(f"attnzoo heatmap {run}")
+    if found.pictured:
+        say_next(f"attnzoo heatmap {run}")
 
 
 def _figures(run: Any, which: Any, data: str | None, beams: int, what: dict[str, str], as_json: bool) -> None:
@@ -135,4 +136,5 @@ def _committee(runs: list[Path], which: Any, vote: Any, standardise: bool, as_js
     ]
     table(columns, result.rows())
     say("in brackets: the gain over the mean member; correlation 1 means the same errors", style="dim")
-    say_next(f"attnzoo heatmap {runs[0]}")
+    if members[0].pictured:
+        say_next(f"attnzoo heatmap {runs[0]}")

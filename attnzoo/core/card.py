@@ -191,7 +191,8 @@ class Card:
         memory: What a forward holds at its peak, in the shape letters, as implemented, taps watched; measured likewise.
         masks: Which kinds of `Mask` are honoured, of keys, pairs, causal; the base class refuses the others.
         one_head: Whether it is one head whatever the site says: pairs that differ by head are refused.
-        context: Whether it can read from a context (cross-attention).
+        context: Whether it can read from a context (cross-attention); `beside` when it reads its own tokens too, so
+            that the context, of their width, may have no tokens.
         context_grid: Number of grid dimensions that its context must have, or `any`; None when it needs no geometry.
         grid: Number of grid dimensions it needs, `any` when every number will do, None when it needs no geometry.
         fixed_length: Whether it only reads from as many tokens as it was built for; `most` when from fewer too.
@@ -216,7 +217,7 @@ class Card:
     memory: str = "h n m"
     masks: Set[str] = frozenset()
     one_head: bool = False
-    context: bool = False
+    context: bool | Literal["beside"] = False
     context_grid: int | Literal["any"] | None = None
     grid: int | Literal["any"] | None = None
     fixed_length: bool | Literal["most"] = False
@@ -263,6 +264,8 @@ class Card:
             raise ValueError(f"card {self.name!r}: a given map lies on the grid, so `grid` must be claimed")
         if self.incremental and "causal" not in self.masks:
             raise ValueError(f"card {self.name!r}: incremental needs a causal mask")
+        if self.context not in (True, False, "beside"):
+            raise ValueError(f"card {self.name!r}: context is True, False or 'beside', not {self.context!r}")
         if self.context_grid is not None and not self.context:
             raise ValueError(f"card {self.name!r}: context_grid needs `context`")
         if self.laws & {Law.STOCHASTIC, Law.SUBSTOCHASTIC} and not self.tapped("weights"):

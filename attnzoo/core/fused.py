@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast, final
+from typing import Literal, cast, final
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def fused_card(fusion: FusionCard, branches: Sequence[Card]) -> Card:
         memory=" + ".join(dict.fromkeys(card.memory for card in branches)),
         masks=frozenset.intersection(*(frozenset(card.masks) for card in branches)),
         one_head=any(card.one_head for card in branches),
-        context=(context := all(card.context for card in branches)),
+        context=(context := _context(branches)),
         context_grid=contexts[0] if contexts and context else None,
         # a number asks for more than `any`
         grid=max(grids, key=lambda grid: grid != "any", default=None),
@@ -55,6 +55,13 @@ def fused_card(fusion: FusionCard, branches: Sequence[Card]) -> Card:
         given={name: kind for card in branches for name, kind in card.given.items()},
         extra=frozenset().union(*(card.extra for card in branches)),
     )
+
+
+def _context(branches: Sequence[Card]) -> bool | Literal["beside"]:
+    """Whether all can read from a context, and `beside` when all do so beside their own tokens."""
+    if all(card.context == "beside" for card in branches):
+        return "beside"
+    return all(card.context for card in branches)
 
 
 def _masks(fusion: Fusion, mask: Mask) -> list[Mask]:

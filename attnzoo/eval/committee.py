@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnzoo.data import evaluation
 from attnzoo.errors import ZooError
+from attnzoo.hosts.given import stand_ins
 from attnzoo.train import Run
 
 Vote = Literal["probability", "logit", "majority"]
@@ -175,7 +176,8 @@ def evaluate_committee(
         logits, labels = [], []
         for indices in torch.arange(len(data.test)).split(batch):
             images, truth = data.test.batch(indices)
-            logits.append(model(prepare(images).to(device)).cpu())
+            x = prepare(images).to(device)
+            logits.append(model(x, **stand_ins(x, getattr(model, "inputs", {}))).cpu())
             labels.append(truth)
         answers.append(torch.cat(logits))
         truths.append(torch.cat(labels))

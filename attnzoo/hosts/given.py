@@ -20,7 +20,7 @@ NO_MAPS: Mapping[str, Given] = {}
 """No component asks for a map."""
 
 
-def without_unknown(x: Tensor, given: Mapping[str, Tensor], known: Mapping[str, Given]) -> Tensor:
+def without_unknown(x: Tensor, given: Mapping[str, Tensor], known: Mapping[str, Any]) -> Tensor:
     """x itself, once it is certain that every map has a component that asks for it.
 
     Args:
@@ -183,3 +183,62 @@ def _middles(values: Tensor, covered: Sequence[int], grid: Sequence[int]) -> Ten
         for s, g, last in zip(covered, grid, values.shape[1:], strict=True)
     ]
     return values[:, picked[0]][:, :, picked[1]]
+
+
+def handed_over(given: Mapping[str, Tensor], name: str, images: Tensor, shape: Sequence[int]) -> Tensor:
+    """A whole stream that the caller handed over with the images, (b *shape).
+
+    Args:
+        given: What the caller handed over; or, in symbolic tracing, what stands for it.
+        name: Which.
+        images: (b c y x), for b.
+        shape: Of one sample: (c y x) of a feature map, (m c) of tokens.
+
+    Raises:
+        MissingMap: AZ409, when it is missing, of another shape, or of whole numbers.
+    """
+    if isinstance(given, fx.Proxy):
+        args = (given, name, images, tuple(shape))
+        return given.tracer.create_proxy("call_function", handed_over, args, {})  # type: ignore[return-value]
+    what = "tokens (b m c)" if len(shape) == 2 else "a feature map (b c y x)"
+    wanted = f"({images.shape[0]}, {', '.join(map(str, shape))})"
+    if name not in given:
+        raise MissingMap(
+            "AZ409",
+            f"the model needs `{name}`, {what}, and none was given",
+            help=f"hand it over: model(images, {name}=...), of shape {wanted}",
+        )
+    values = given[name]
+    if (
+        values.ndim != len(shape) + 1
+        or values.shape[0] != images.shape[0]
+        or values.shape[1:] != tuple(shape)
+    ):
+        raise MissingMap(
+            "AZ409",
+            f"`{name}` has shape {tuple(values.shape)}",
+            why=f"the model was built for {what}",
+            help=f"hand over {wanted}",
+        )
+    if not values.is_floating_point():
+        raise MissingMap(
+            "AZ409",
+            f"`{name}` holds features; this is of {values.dtype}",
+            help=f"hand over {name}=....float()",
+        )
+    return values
+
+
+def stand_ins(images: Tensor, inputs: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """What somebody could hand over with images, where nobody does: their own values, averaged, (b *shape) each.
+
+    Args:
+        images: (b c y x).
+        inputs: Shapes of one sample by name: (c y x) of a feature map, (m c) of tokens.
+    """
+    return {
+        name: F.adaptive_avg_pool3d(images, (shape[0], shape[1], shape[2]))
+        if len(shape) == 3
+        else F.adaptive_avg_pool1d(images.flatten(1)[:, None], shape[0] * shape[1]).reshape(-1, *shape)
+        for name, shape in inputs.items()
+    }

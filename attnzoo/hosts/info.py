@@ -105,6 +105,18 @@ class HostInfo(ABC):
     def sample(self) -> tuple[Tensor, ...]:
         """What the model takes, for one sample."""
 
+    def filled(self, empty: frozenset[str], beside: frozenset[str]) -> "HostInfo | None":
+        """The host once it is known what its sites hold; None where it cannot do without the empty ones.
+
+        Args:
+            empty: Names of the sites where nothing is put.
+            beside: Names of those with something that reads a context beside its own tokens.
+
+        Raises:
+            RecipeError: AZ322, when nothing is left that reads a second stream.
+        """
+        return None if empty else self
+
     def pool_site(self, **options) -> Site | None:
         """The place where one token is made of all, with more of what is known of it; None where there is none."""
         return None

@@ -13,6 +13,7 @@ class Requirements:
         masks: Kinds of mask that must be honoured.
         context: Whether there is a context to read from.
         context_grid: Number of its grid dimensions.
+        may_join: Whether the tokens of another stream may join the own ones as keys, for who reads both.
         grid: Number of grid dimensions on offer.
         varying_length: Why the number of tokens may change from call to call; empty when it may not.
         open_end: Why the last token is not where the grid ends; empty when it is.
@@ -25,6 +26,7 @@ class Requirements:
     masks: frozenset[str] = frozenset()
     context: bool = False
     context_grid: int = 1
+    may_join: bool = False
     grid: int = 1
     varying_length: str = ""
     open_end: str = ""
@@ -47,7 +49,8 @@ def unmet(card: Card, required: Requirements) -> list[str]:
         )
     if required.context and not card.context:
         reasons.append(f"the site reads from a context; `{card.name}` cannot")
-    if card.family is Family.CROSS and not required.context:
+    joins = required.may_join and card.context == "beside"
+    if card.family is Family.CROSS and not required.context and not joins:
         reasons.append(f"`{card.name}` reads from a second stream; the site has none")
     if required.context and isinstance(card.context_grid, int) and card.context_grid != required.context_grid:
         reasons.append(

@@ -28,6 +28,7 @@ from attnzoo.core import (
 )
 from attnzoo.core.component import NOTHING
 from attnzoo.errors import ZooError
+from attnzoo.hosts.dual import DualTransformer
 
 Kind = Literal["weights", "pooled", "gate", "implied"]
 
@@ -367,8 +368,15 @@ def collect(model: nn.Module, images: Float[Tensor, "b c y x"]) -> Maps:
         images: As the model wants them, (b c y x).
 
     Raises:
-        ZooError: AZ903, when there is no mechanism in the model.
+        ZooError: AZ903, when there is no mechanism in the model, or when it has two streams.
     """
+    if isinstance(model, DualTransformer):
+        raise ZooError(
+            "AZ903",
+            "heat maps show one stream of tokens; this model has two",
+            why="what a token of one stream receives comes through both",
+            help="`attnzoo.core.watch` shows the weights of every site",
+        )
     sites = _sites(model)
     looked = look(model, sites, (images,))
     return Maps(

@@ -9,7 +9,7 @@ from torch import nn
 
 from attnzoo.errors import RecipeError, UnknownArgument
 from attnzoo.recipe.loading import load
-from attnzoo.recipe.origin import Origin, ends
+from attnzoo.recipe.origin import Origin, ends, second_stream
 from attnzoo.recipe.reading import Loaded
 from attnzoo.recipe.resolving import Composition, resolve
 
@@ -143,7 +143,9 @@ def _asked(cfg: Mapping[str, Any]) -> dict[str, Any]:
 def _signed(model: nn.Module, composition: Composition) -> nn.Module:
     """A model that remembers its recipe, for `attnzoo.describe`."""
     vars(model)["_origin"] = Origin(
-        composition.loaded.name, *ends(composition.info, composition.pool is not None)
+        composition.loaded.name,
+        *ends(composition.info, composition.pool is not None),
+        second_stream(composition.info),
     )
     return model
 

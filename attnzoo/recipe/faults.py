@@ -21,10 +21,13 @@ from attnzoo.recipe.schema import (
     VERSION,
     CctHost,
     CctModel,
+    DualHost,
+    DualModel,
     Expect,
     Fuse,
     Override,
     Recipe,
+    SecondStream,
     Seq2SeqHost,
     SequenceHost,
     Train,
@@ -37,6 +40,7 @@ from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
 _HOMES: dict[type[BaseModel], str] = {
     VitModel: "under `host: model:`",
     CctModel: "under `host: model:`",
+    DualModel: "under `host: model:`",
     VitHost: "under `host:`",
     Override: "in an entry of `overrides:`",
     Expect: "under `expect:`",
@@ -44,14 +48,18 @@ _HOMES: dict[type[BaseModel], str] = {
     Recipe: "at the top of the recipe",
 }
 """Where the keys of a section belong."""
-_OTHERS: dict[type[BaseModel], type[BaseModel]] = {
-    VitModel: CctModel,
-    CctModel: VitModel,
-    VitHost: CctModel,
-    CctHost: VitModel,
-}
-"""The arguments that belong to another kind of host."""
-_BACKBONES = (VitModel, CctModel, VitHost, CctHost)
+_MODELS: dict[type[BaseModel], type[BaseModel]] = {VitHost: VitModel, CctHost: CctModel, DualHost: DualModel}
+"""The arguments of each kind of backbone."""
+
+
+def _strange(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """Where a key that is unknown here does not belong either: here, and among arguments of other kinds of host."""
+    models = set(_MODELS.values())
+    if model in models or issubclass(model, SecondStream):
+        return models
+    if model in _MODELS:
+        return {model} | models - {_MODELS[model]}
+    return {*_MODELS, *models} if model in (Seq2SeqHost, SequenceHost) else {model}
 
 
 def faults_of(
@@ -220,7 +228,7 @@ def _unknown_key(
         other = "fuse" if (*spot[:-1], "fuse") in source.values else "of"
         help = "merge branches with `fuse: NAME` and `of: [...]`, or write `use: NAME` alone"
         return Diagnostic("AZ114", f"`use` and `{other}` cannot stand in one spec", place, help=help)
-    strange = _BACKBONES if model in (Seq2SeqHost, SequenceHost) else (model, _OTHERS.get(model))
+    strange = _strange(model)
     homes = {other: home for other, home in _HOMES.items() if other not in strange}
     home = next((home for other, home in homes.items() if key in _fields(other)), "")
     if ":" in key:

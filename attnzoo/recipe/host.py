@@ -28,8 +28,8 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ309, AZ310, AZ320 for a backbone; AZ112 and AZ113 for arguments; AZ321 for statistics;
-            AZ308, AZ313 and AZ316 for heads; AZ311, without a place, for what is too large.
+        RecipeError: AZ301, AZ309, AZ310, AZ320, AZ322 for a backbone; AZ112 and AZ113 for arguments; AZ321 for
+            statistics; AZ308, AZ313 and AZ316 for heads; AZ311, without a place, for what is too large.
     """
     host = recipe.host
     if isinstance(host, Seq2SeqHost | SequenceHost):
@@ -261,6 +261,7 @@ def _place(loc: Loc, source: Source) -> Place:
 
 _ABOUT = {
     "AZ308": ("num_heads", "embed_dim"),
+    "AZ322": ("b",),
     "AZ320": ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad"),
 }
 """Arguments of the model that a fault is about, the likeliest first."""
@@ -276,7 +277,7 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ320.
+        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ320, AZ322.
     """
     look = HOSTS[kind].host_info
     try:
@@ -343,10 +344,11 @@ def skip_of(recipe: Recipe, info: HostInfo, source: Source) -> Skip:
     if said is None or said.use == "none":
         return Skip()
     names = list(info.sites())
-    if recipe.host.kind == "cct" or (said.use == "cross" and not isinstance(info, Seq2SeqInfo)):
+    kind = recipe.host.kind
+    if kind in ("cct", "dual") or (said.use == "cross" and not isinstance(info, Seq2SeqInfo)):
         what = (
-            "a CCT has no place for a skip"
-            if recipe.host.kind == "cct"
+            f"a {'CCT' if kind == 'cct' else 'dual model'} has no place for a skip"
+            if kind in ("cct", "dual")
             else "only a seq2seq model has cross-attention"
         )
         raise RecipeError(

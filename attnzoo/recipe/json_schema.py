@@ -42,7 +42,13 @@ def recipe_schema() -> dict[str, Any]:
     schema["required"] = ["recipe"]  # the rest may come through `extends`
     skip = schema["properties"]["skip"]  # a name is short for a mapping
     skip["anyOf"].append({"enum": definitions["SkipSpec"]["properties"]["use"]["enum"]})
-    hosts = {"vit": "VitHost", "cct": "CctHost", "seq2seq": "Seq2SeqHost", "sequence": "SequenceHost"}
+    hosts = {
+        "vit": "VitHost",
+        "cct": "CctHost",
+        "dual": "DualHost",
+        "seq2seq": "Seq2SeqHost",
+        "sequence": "SequenceHost",
+    }
     for kind, host in hosts.items():
         definitions[host]["required"] = []
         definitions[host]["properties"]["kind"] = {"const": kind}

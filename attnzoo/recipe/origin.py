@@ -1,7 +1,10 @@
 """What a composed model remembers of its recipe, and what goes in and comes out of it, in words."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from attnzoo.core.card import Given
+from attnzoo.hosts.dual import DualInfo
 from attnzoo.hosts.info import BackboneInfo, HostInfo
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.sequence import SequenceInfo
@@ -15,11 +18,13 @@ class Origin:
         recipe: Name of its recipe.
         takes: What goes in and how it becomes tokens, in words.
         gives: What comes out, in words.
+        second: What the second stream is, in words; empty where there is none.
     """
 
     recipe: str
     takes: str
     gives: str
+    second: str = ""
 
 
 def ends(info: HostInfo, pooled: bool) -> tuple[str, str]:
@@ -47,4 +52,25 @@ def ends(info: HostInfo, pooled: bool) -> tuple[str, str]:
     return (
         f"{channels} × {rows} × {columns} image → {tokens}",
         f"{info.classes} classes" if info.classes else "features",
+    )
+
+
+def second_stream(info: HostInfo) -> str:
+    """What the second stream is and its tokens, in words; empty where there is none."""
+    return info.second if isinstance(info, DualInfo) else ""
+
+
+def arguments(info: BackboneInfo, given: Mapping[str, Given]) -> str:
+    """What `forward` of a backbone takes, with the shapes.
+
+    Args:
+        info: Of the host.
+        given: Maps that the components ask for, by name.
+    """
+    channels, rows, columns = info.image
+    taken = {name: f"{kind} (b {rows} {columns})" for name, kind in given.items()}
+    if isinstance(info, DualInfo):
+        taken |= {name: f"(b {' '.join(map(str, shape))})" for name, shape in info.inputs.items()}
+    return ", ".join(
+        [f"images (b {channels} {rows} {columns})", *(f"{name}={what}" for name, what in taken.items())]
     )

@@ -178,7 +178,8 @@ def resolve(
     planner = Planner(zoo or load_zoo(), source)
     main = planner.whole(recipe.attention, ("attention",))
     puts = [
-        planner.whole(override.put, ("overrides", i, "put")) for i, override in enumerate(recipe.overrides)
+        planner.whole(override.put, ("overrides", i, "put")) if override.put else None
+        for i, override in enumerate(recipe.overrides)
     ]
     pool = planner.pool(recipe.pool) if recipe.pool else None
     faults = planner.faults
@@ -198,16 +199,24 @@ def resolve(
     except RecipeError as error:
         faults += error.diagnostics
         skip = Skip()
-    plans = dict.fromkeys(info.sites(), main)
+    plans, empty = dict.fromkeys(info.sites(), main), dict[str, int]()
     for i, override in enumerate(recipe.overrides):
         names = fnmatch.filter(plans, override.at)
         if not names:
             sites = list(plans)
             shown = ", ".join(sites) if len(sites) < 5 else f"{sites[0]} to {sites[-1]}"
             place = source.value_place(("overrides", i, "at"))
-            help = f"the sites are {shown}; `{sites[0].partition('.')[0]}.*` means all"
+            streams = {site.partition(".")[0] for site in sites}
+            help = f"the sites are {shown}; `{streams.pop() + '.' if len(streams) == 1 else ''}*` means all"
             planner.fault("AZ304", f"`{override.at}` matches no site", place, help=help)
         plans |= dict.fromkeys(names, puts[i])
+        empty = {name: at for name, at in empty.items() if name not in names}
+        empty |= dict.fromkeys(names, i) if override.put is None else {}
+    plans = {name: plan for name, plan in plans.items() if name not in empty}
+    try:
+        info = _filled(info, plans, empty, source)
+    except RecipeError as error:
+        faults += error.diagnostics
     misfits, params = _misfits(plans | {POOL: pool}, info, planner.zoo)
     faults += misfits
     if skip and not faults:
@@ -221,6 +230,38 @@ def resolve(
         unique = {(d.code, d.message, d.place): d for d in faults}
         raise RecipeError.of(list(unique.values())[:MAX_FAULTS])
     return Composition(loaded, info, cast(dict[str, Plan], plans), skip, tuple(planner.notes), pool)
+
+
+def _filled(
+    info: HostInfo, plans: Mapping[str, Plan | None], empty: Mapping[str, int], source: Source
+) -> HostInfo:
+    """The host once it is known what its sites hold.
+
+    Args:
+        info: The host.
+        plans: What is put where; None where a fault has been found.
+        empty: Names of the sites that are left empty, each with the number of the override that says so.
+        source: For places.
+
+    Raises:
+        RecipeError: AZ322, AZ323.
+    """
+    beside = frozenset(name for name, plan in plans.items() if plan and plan.card.context == "beside")
+    try:
+        filled = info.filled(frozenset(empty), beside)
+    except RecipeError as error:
+        b = ("host", "model", "b")
+        place = source.value_place(b if b in source.values else ("host",))
+        raise RecipeError.of([replace(d, place=place) for d in error.diagnostics]) from None
+    if filled is not None:
+        return filled
+    raise RecipeError(
+        "AZ323",
+        f"{next(iter(empty))} cannot be left empty",
+        place=source.value_place(("overrides", min(empty.values()), "put")),
+        why="only the sites of a host of kind dual can",
+        help="name what is put there, or leave the entry out",
+    )
 
 
 _SPEC: TypeAdapter[Spec] = TypeAdapter(Spec)

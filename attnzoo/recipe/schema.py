@@ -11,10 +11,11 @@ MAX_BRANCHES = 16
 MAX_MECHANISMS = 64
 """So many may be merged in one spec, however its fusions are nested."""
 USE, FUSE = "(use)", "(fuse)"
-VIT, CCT, SEQ2SEQ, SEQUENCE = "(vit)", "(cct)", "(seq2seq)", "(sequence)"
+VIT, CCT, DUAL, SEQ2SEQ, SEQUENCE = "(vit)", "(cct)", "(dual)", "(seq2seq)", "(sequence)"
 COUNT, LIST, HALVING, SIDES = "(count)", "(list)", "(schedule)", "(sides)"
+SCALE, PAIR, FEATURES, TOKENS, GIVEN = "(scale)", "(pair)", "(features)", "(tokens)", "(given)"
 LAYERS, SIDE_LAYERS, VOCAB, SIDE_VOCAB = "(layers)", "(layers by side)", "(vocab)", "(vocab by side)"
-"""Tags of the kinds of spec, of host and of counts, which cannot be mistaken for keys."""
+"""Tags of the kinds of spec, of host, of second stream and of counts, which cannot be mistaken for keys."""
 
 # A text beside a Field says in words what is wanted, where its limits would not.
 Name = Annotated[
@@ -138,14 +139,108 @@ class CctModel(_Strict):
     drop_path_rate: Rate | None = None
 
 
-Kind = Literal["vit", "cct", "seq2seq", "sequence"]
+class SecondStream(_Strict):
+    """What the second stream of a `dual` model is."""
+
+    stream: Literal["scale", "pair", "features", "tokens", "given"] = Field(
+        description="The same image at another scale, another image of the batch, the same image through convolutions, "
+        "learnt tokens, or what the caller hands over."
+    )
+
+
+class ScaleStream(SecondStream):
+    """The same image in patches of another size."""
+
+    patch_size: Annotated[int, Field(ge=1, le=1024)] = Field(description="Side of the patches, in pixels.")
+
+
+class PairStream(SecondStream):
+    """Another image of the batch, in training only."""
+
+
+class FeaturesStream(SecondStream):
+    """The same image through convolutions."""
+
+    n_conv_layers: Annotated[int, Field(ge=1, le=8)] = Field(2, description="How many convolutions.")
+    kernel_size: Annotated[int, Field(ge=1, le=31)] = Field(3, description="Their side, in pixels.")
+
+
+class TokensStream(SecondStream):
+    """Learnt tokens, the same for every image."""
+
+    count: Annotated[int, Field(ge=1, le=65_536)] = Field(description="How many.")
+
+
+class GivenStream(SecondStream):
+    """What the caller hands over with the images."""
+
+    name: Name = Field("b", description="What the argument of the model's forward is called.")
+    channels: Annotated[int, Field(ge=1, le=65_536)] = Field(description="Channels of what is handed over.")
+    size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] = Field(
+        description="How many tokens (b m c), or rows and columns of a feature map (b c y x)."
+    )
+
+
+_STREAMS = {"scale": SCALE, "pair": PAIR, "features": FEATURES, "tokens": TOKENS, "given": GIVEN}
+_KEYS = {
+    SCALE: ScaleStream.model_fields.keys(),
+    FEATURES: FeaturesStream.model_fields.keys(),
+    TOKENS: TokensStream.model_fields.keys(),
+    GIVEN: GivenStream.model_fields.keys(),
+}
+
+
+def stream_tag(value: Any) -> str:
+    """Which second stream a raw value means to be, by its tag; by its other keys where it says none that is known."""
+    kind = value.get("stream") if isinstance(value, dict) else getattr(value, "stream", None)
+    if isinstance(kind, str) and kind in _STREAMS:
+        return _STREAMS[kind]
+    keys = value.keys() - {"stream"} if isinstance(value, dict) else set()
+    return next((tag for tag, known in _KEYS.items() if keys & known), PAIR)
+
+
+StreamB = Annotated[
+    Annotated[ScaleStream, Tag(SCALE)]
+    | Annotated[PairStream, Tag(PAIR)]
+    | Annotated[FeaturesStream, Tag(FEATURES)]
+    | Annotated[TokensStream, Tag(TOKENS)]
+    | Annotated[GivenStream, Tag(GIVEN)],
+    Discriminator(stream_tag),
+    "a mapping that says which `stream` it is: scale, pair, features, tokens or given",
+]
+
+
+class DualModel(_Strict):
+    """Arguments of `DualTransformer` that a recipe may set; the base's own hold otherwise."""
+
+    img_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    patch_size: Annotated[int, Field(ge=1, le=1024)] | None = None
+    b: StreamB | None = None
+    in_chans: Annotated[int, Field(ge=1, le=1024)] | None = None
+    num_classes: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    global_pool: Literal["", "avg", "token"] | None = None
+    class_token: bool | None = None
+    embed_dim: Annotated[int, Field(ge=1, le=8192)] | None = None
+    depth: Annotated[int, Field(ge=1, le=96)] | None = None
+    num_heads: Heads | None = None
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] | None = None
+    qkv_bias: bool | None = None
+    init_values: Annotated[float, Field(gt=0, le=10)] | None = None
+    drop_rate: Rate | None = None
+    pos_drop_rate: Rate | None = None
+    proj_drop_rate: Rate | None = None
+    attn_drop_rate: Rate | None = None
+    drop_path_rate: Rate | None = None
+
+
+Kind = Literal["vit", "cct", "dual", "seq2seq", "sequence"]
 """In all hosts, so that a fault names all kinds; `host_tag` tells them apart."""
 
 
 class _Host(_Strict):
     kind: Kind
     base: Base
-    model: VitModel | CctModel
+    model: VitModel | CctModel | DualModel
     init: Literal["timm", "normal"] = Field(
         "timm",
         description="timm's initialisation, or N(0, 0.02²) for all weights and tokens and 0 for all biases.",
@@ -175,6 +270,15 @@ class CctHost(_Host):
 
     base: Base = Field("cct_7_3x1", description="One of the authors' sizes; its arguments are the defaults.")
     model: CctModel = Field(default_factory=CctModel, description="Arguments that differ from the base's.")
+
+
+class DualHost(_Host):
+    """A backbone with two streams of tokens."""
+
+    base: Base = Field(
+        "dual_small_patch16_224", description="One of its sizes; its arguments are the defaults."
+    )
+    model: DualModel = Field(default_factory=DualModel, description="Arguments that differ from the base's.")
 
 
 Dim = Annotated[int, Field(ge=1, le=65_536)]
@@ -278,7 +382,7 @@ class SequenceHost(_SequenceHost):
         return self
 
 
-_KINDS = {"cct": CCT, "seq2seq": SEQ2SEQ, "sequence": SEQUENCE}
+_KINDS = {"cct": CCT, "dual": DUAL, "seq2seq": SEQ2SEQ, "sequence": SEQUENCE}
 
 
 def host_tag(value: Any) -> str:
@@ -287,10 +391,11 @@ def host_tag(value: Any) -> str:
     return _KINDS.get(kind, VIT) if isinstance(kind, str) else VIT
 
 
-ImageHost = VitHost | CctHost
+ImageHost = VitHost | CctHost | DualHost
 Host = Annotated[
     Annotated[VitHost, Tag(VIT)]
     | Annotated[CctHost, Tag(CCT)]
+    | Annotated[DualHost, Tag(DUAL)]
     | Annotated[Seq2SeqHost, Tag(SEQ2SEQ)]
     | Annotated[SequenceHost, Tag(SEQUENCE)],
     Discriminator(host_tag),
@@ -374,6 +479,12 @@ TAGGED: dict[str, Any] = {
     FUSE: Fuse,
     VIT: VitHost,
     CCT: CctHost,
+    DUAL: DualHost,
+    SCALE: ScaleStream,
+    PAIR: PairStream,
+    FEATURES: FeaturesStream,
+    TOKENS: TokensStream,
+    GIVEN: GivenStream,
     SEQ2SEQ: Seq2SeqHost,
     SEQUENCE: SequenceHost,
     COUNT: Heads,
@@ -487,7 +598,7 @@ class Override(_Strict):
     at: Annotated[str, Field(min_length=1, max_length=100)] = Field(
         description="A glob over site names: blocks.*"
     )
-    put: Spec = Field(description="What is put there.")
+    put: Spec | None = Field(description="What is put there; null for nothing, where a host can do without.")
 
 
 class Expect(_Strict):

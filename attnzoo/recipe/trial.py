@@ -8,7 +8,7 @@ import torch
 from attnzoo.core import Layout, Mask, Pool, Site
 from attnzoo.errors import RecipeError, ZooError
 from attnzoo.hosts.requirements import Requirements
-from attnzoo.recipe.plan import Plan, plugin_fault
+from attnzoo.recipe.plan import Plan, blamed, plugin_fault
 from attnzoo.zoo.blame import OURS, blame, short
 from attnzoo.zoo.contract import Breach, initialised, watching
 
@@ -22,7 +22,8 @@ def try_out(plan: Plan, site: Site, required: Requirements) -> None:
     """Run what is put at a site on the meta device, which costs next to nothing, and hold it to the site's shape.
 
     What looks at numbers cannot run there. It is run with random numbers; not at all where a model is so large that
-    this would be felt: then its first forward tells. Built-in components are not tried; their checks are.
+    this would be felt: then its first forward tells. Built-in components are not tried, their checks are, unless they
+    need a context on a grid: whether one grid goes with another only they know.
 
     Args:
         plan: What is put there.
@@ -30,10 +31,14 @@ def try_out(plan: Plan, site: Site, required: Requirements) -> None:
         required: What it asks of a mechanism.
 
     Raises:
-        RecipeError: AZ013 a component raises, AZ014 it gives back something else.
+        RecipeError: AZ013 a component raises, AZ014 it gives back something else; AZ401 grids that do not go together.
     """
     parts = [part for part in (*plan.leaves(), *plan.fusions()) if part.entry.plugin != OURS]
     if not parts:
+        for leaf in plan.leaves():
+            if leaf.card.context_grid is not None and site.context_layout is not None:
+                with blamed(leaf.entry, leaf.place):
+                    _run(leaf, site, required, [], "meta")
         return
     if required.varying_length and not plan.card.fixed_length and len(site.layout.grid) == 1:
         site = replace(site, layout=Layout((min(site.layout.grid[0], SHORT),), site.layout.prefix))
@@ -72,8 +77,10 @@ def _size(plan: Plan, site: Site) -> int:
 def _run(plan: Plan, site: Site, required: Requirements, parts: Sequence[Plan], device: str) -> None:
     """Initialise and run in both modes, as a model would."""
     entries, places = [part.entry for part in parts], {part.entry.full_name: part.place for part in parts}
-    m = site.layout.length
-    n = m if site.context_dim is None or plan.card.fixed_length else max(1, m - 1)
+    there = site.context_layout or site.layout
+    n, m = site.layout.length, there.length
+    if site.context_dim is not None and not plan.card.fixed_length and plan.card.grid is None:
+        n = max(1, n - 1)
     with torch.device(device):
         mechanism = plan.build(site)
         initialised(mechanism, entries)
@@ -86,7 +93,8 @@ def _run(plan: Plan, site: Site, required: Requirements, parts: Sequence[Plan], 
             name: torch.zeros(whole, dtype=torch.long) if kind == "labels" else torch.rand(whole)
             for name, kind in plan.card.given.items()
         }
+        where = {} if context is None else {"context_layout": there}
         inputs = (x,) if isinstance(mechanism, Pool) else (x, context)
         with watching(mechanism, entries, places), torch.no_grad():
             for training in (False, True):
-                mechanism.train(training)(*inputs, mask=mask, layout=site.layout, given=given)
+                mechanism.train(training)(*inputs, mask=mask, layout=site.layout, given=given, **where)

@@ -86,7 +86,7 @@ def requires(
     def card(card: Any) -> bool:
         return (
             masks.get(mask, lambda card: mask in card.masks)(card)
-            and all(value is None or getattr(card, name) == value for name, value in wanted.items())
+            and all(value is None or bool(getattr(card, name)) == value for name, value in wanted.items())
             and (not weights or bool(card.tapped("weights")))
             and (law is None or law in card.laws)
             and where(card)

@@ -366,7 +366,7 @@ def _with_context(site: Site, card: Card, seed: int, least: int = 1) -> Site:
     n, grid = site.layout.length, site.layout.grid
     if card.context_grid is None:
         m = (n + 1, max(1, n - 1), 2 * n + 1, n, 1)[seed % 5]
-        width = site.dim + (seed % 7 != 6)
+        width = site.dim + (seed % 7 != 6 and card.context != "beside")
         return replace(site, context_dim=width, context_layout=Layout((max(m, least),)))
     if card.context_grid not in ("any", len(grid)):
         grid = (2,) * int(card.context_grid)

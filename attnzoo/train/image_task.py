@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.data import Augment, ImageData, Step, evaluation, step_seeds
+from attnzoo.hosts.dual import DualInfo
+from attnzoo.hosts.given import stand_ins
 from attnzoo.hosts.info import BackboneInfo
 from attnzoo.recipe import Loaded, resolve
 from attnzoo.recipe.schema import ImageHost
@@ -37,6 +39,16 @@ class ImageTask(Task):
         steps = [Step.model_validate(step.model_dump(by_alias=True)) for step in settings.augment]
         self.augment = Augment(steps, image=data.image, mean=mean, std=std, classes=len(data.classes))
         self.evaluation = evaluation(data.image, mean, std)
+        info = resolve(self.loaded).info
+        self.inputs = info.inputs if isinstance(info, DualInfo) else {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        shapes = {name: " × ".join(map(str, shape)) for name, shape in self.inputs.items()}
+        return tuple(
+            f"the data hand over no `{name}`: the images themselves, averaged to {shape}, stand for it"
+            for name, shape in shapes.items()
+        )
 
     def fit(self, loaded: Loaded) -> Loaded:
         """The recipe with image size, classes and statistics of the data."""
@@ -54,7 +66,7 @@ class ImageTask(Task):
 
     def losses(self, model: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
         """Cross-entropy of each image, (b,), in nats."""
-        logits = model(*inputs).float()
+        logits = model(*inputs, **stand_ins(inputs[0], self.inputs)).float()
         return F.cross_entropy(
             logits, targets, reduction="none", label_smoothing=self.settings.label_smoothing
         )
@@ -68,6 +80,7 @@ class ImageTask(Task):
             self.data.test,
             self.evaluation,
             len(self.data.classes),
+            self.inputs,
             device=device,
             rank=rank,
             world=world,

@@ -1,7 +1,7 @@
 """How good a model is on a split: loss, accuracy with an interval, and both by class."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.data import Split
+from attnzoo.hosts.given import stand_ins
 
 Z95 = 1.959963984540054
 """Standard deviations that hold 95 % of a normal distribution, on both sides."""
+NOTHING_ELSE: Mapping[str, Sequence[int]] = {}
+"""A model takes images alone."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def tally(
     split: Split,
     transform: Callable[[Tensor], Tensor],
     classes: int,
+    inputs: Mapping[str, Sequence[int]] = NOTHING_ELSE,
     *,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
@@ -115,6 +119,7 @@ def tally(
         split: Images with labels.
         transform: From bytes to what the model wants.
         classes: How many there are.
+        inputs: Shapes of what the model takes beside images, by name; `stand_ins` of the images stand for it.
         batch_size: Images at once.
         device: Where the model is.
         rank: Of this process; it looks at every `world`-th image.
@@ -125,7 +130,8 @@ def tally(
     sums = torch.zeros(classes, 3, dtype=torch.float64)
     for indices in torch.arange(rank, len(split), world).split(batch_size):
         images, labels = split.batch(indices)
-        logits = model(transform(images).to(device)).float().cpu()
+        x = transform(images).to(device)
+        logits = model(x, **stand_ins(x, inputs)).float().cpu()
         hits = (logits.argmax(dim=1) == labels).double()
         losses = F.cross_entropy(logits, labels, reduction="none").double()
         sums.index_add_(0, labels, torch.stack([torch.ones_like(hits), hits, losses], dim=1))

@@ -51,7 +51,13 @@ the colon."""
 
 Kind = Literal["images", "pairs", "sequences"]
 """What a run is trained on, and what a step sees."""
-HOSTS: dict[str, Kind] = {"vit": "images", "cct": "images", "seq2seq": "pairs", "sequence": "sequences"}
+HOSTS: dict[str, Kind] = {
+    "vit": "images",
+    "cct": "images",
+    "dual": "images",
+    "seq2seq": "pairs",
+    "sequence": "sequences",
+}
 """Kind of host to the kind of data that it is for."""
 NAMES: dict[Kind, tuple[str, ...]] = {"images": DATASETS, "pairs": PAIRS, "sequences": tuple(SEQUENCES)}
 """Names of the data sets of each kind."""

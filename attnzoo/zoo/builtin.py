@@ -51,4 +51,5 @@ def attnzoo_fusions():
 @hookimpl
 def attnzoo_recipes():
     """The shipped recipes."""
-    return [recipes_folder(), recipes_folder() / "digits"]
+    folder = recipes_folder()
+    return [folder, folder / "digits", folder / "dual"]

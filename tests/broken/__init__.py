@@ -129,6 +129,8 @@ BROKEN = [
     ("check_context_refused", tokens.TakesContext, tokens.HealthyTokens),
     ("check_context_as_site_says", forms.NeedsNoContext, tokens.HealthyReader),
     ("check_context_as_site_says", forms.TakesContextAnywhere, tokens.HealthyReader),
+    ("check_context_may_be_empty", forms.CountsAnEmptyContext, forms.HealthyJoiner),
+    ("check_context_may_be_empty", forms.ProjectsTheContextApart, forms.HealthyJoiner),
     ("check_context_like_tokens", forms.TakesTokensForContext, tokens.HealthyReader),
     ("check_context_like_tokens", forms.TakesItselfForNone, tokens.HealthyReader),
     ("check_taps", heads.FiresTwice, heads.Healthy),

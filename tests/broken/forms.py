@@ -218,3 +218,45 @@ class FlattensGrid(HealthyWindow):
     def near(self, layout):
         at = torch.arange(layout.length - layout.prefix, device=self.temperature.device)
         return (at[:, None] - at).abs() <= self.window
+
+
+class HealthyJoiner(Mechanism):
+    """The mean of the own tokens and the context's, projected, added to each token."""
+
+    card = Card(
+        name="healthy_joiner",
+        family=Family.CROSS,
+        summary="The context's tokens join the own ones.",
+        time="n c + m c + n c c",
+        memory="n c + m c",
+        context="beside",
+    )
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.read = nn.Linear(site.dim, site.dim)
+
+    def joined(self, x, source):
+        return x if self.context_dim is None else torch.cat([x, source], dim=1)
+
+    def mix(self, x, source, *, mask, layout):
+        return x + self.read(self.joined(x, source)).mean(dim=1, keepdim=True)
+
+
+class CountsAnEmptyContext(HealthyJoiner):
+    """There is always one more token than there is."""
+
+    def joined(self, x, source):
+        more = x.new_zeros(x.shape[0], 0 if self.context_dim is None else 1, x.shape[2])
+        return torch.cat([super().joined(x, source), more], dim=1)
+
+
+class ProjectsTheContextApart(HealthyJoiner):
+    """It has a projection more where there is a context."""
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.other = nn.Identity() if site.context_dim is None else nn.Linear(site.dim, site.dim)
+
+    def mix(self, x, source, *, mask, layout):
+        return super().mix(x, self.other(source), mask=mask, layout=layout)

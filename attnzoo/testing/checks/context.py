@@ -102,3 +102,20 @@ def check_context_like_tokens(cls: Checkable, scene: Scene) -> None:
     other = scene.run(component, [x, context])
     reads = not torch.allclose(other, itself, rtol=0, atol=1e-9)
     claim(reads, "a context of the tokens' own shape is read", "another one of that shape changes nothing")
+
+
+@requires("mechanism", context=True, where=lambda card: card.context == "beside")
+def check_context_may_be_empty(cls: Checkable, scene: Scene) -> None:
+    """What reads a context beside its own tokens is, with an empty one, what it is at a site without."""
+    across, alone = scene.across(), scene.alone()
+    component, own, (x,) = across.build(), alone.build(), alone.inputs()
+    state = own.state_dict()
+    claim(
+        {name: t.shape for name, t in component.state_dict().items()}
+        == {name: t.shape for name, t in state.items()},
+        "context: beside, so its parameters are those of a site without a context",
+        "they are others",
+    )
+    component.load_state_dict(state)
+    empty = component(x, x[:, :0], layout=scene.layout)
+    same(empty, alone.run(own, [x]), "context: beside, so an empty context changes nothing")
