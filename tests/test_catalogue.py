@@ -67,7 +67,7 @@ def test_lists_hold_what_they_should():
     assert sorted(sum((attnzoo.list_mechanisms(form=f) for f in ("head", "mechanism", "pool")), [])) == every
     assert sorted(attnzoo.list_mechanisms(context=True) + attnzoo.list_mechanisms(context=False)) == every
     assert attnzoo.list_mechanisms("nosuch*") == []
-    assert attnzoo.list_mechanisms(search="VASWANI") == ["softmax"]  # of the paper
+    assert attnzoo.list_mechanisms(search="VASWANI 2017") == ["softmax"]  # of the paper
     assert (
         attnzoo.list_mechanisms(search="n linear windows") == [] != attnzoo.list_mechanisms(search="window")
     )
