@@ -59,6 +59,7 @@ class Law(StrEnum):
     LINEAR_IN_VALUES = "linear_in_values"
     LOCAL = "local"
     BOUNDED = "bounded"
+    HEADS_APART = "heads_apart"
 
     SINGLE = "single"
     AGREE = "agree"
@@ -84,6 +85,7 @@ _MEANINGS = {
     Law.LINEAR_IN_VALUES: "for fixed queries and keys the head is linear in the values",
     Law.LOCAL: "nothing beyond `reach()` grid steps has influence",
     Law.BOUNDED: "the output of a head lies in the convex hull of the values",
+    Law.HEADS_APART: "heads do not know of each other: some of them alone give what they give among all",
     Law.SINGLE: "one branch gives that branch",
     Law.AGREE: "equal branches give that value",
     Law.CONVEX: "elementwise between the branches' minimum and maximum",
