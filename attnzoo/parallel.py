@@ -88,7 +88,7 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
         model: What was divided. Every device must call this.
     """
     state = {key: t.full_tensor() if isinstance(t, DTensor) else t for key, t in model.state_dict().items()}
-    for name, part in model.named_modules():
+    for name, part in model.named_modules(remove_duplicate=False):
         if isinstance(part, MultiHead) and isinstance(part.inner, _SomeHeads):
             for projection, kinds in _projections(part):
                 for key in (f"{name}.{projection}.{entry}".lstrip(".") for entry in ("weight", "bias")):
@@ -128,9 +128,10 @@ def _reason(part: Any, size: int) -> str:
     if not isinstance(part, MultiHead):
         return f"`{part.card.name}` has projections of its own, or none"
     card, linears = part.card, [getattr(part, name) for name, _ in (*_projections(part), ("proj", 1))]
+    inside = [inner for inner in part.inner.modules() if isinstance(inner, Component)]
     reasons = {
         f"`{card.name}` does not claim the law `heads_apart`": Law.HEADS_APART not in card.laws,
-        f"`{card.name}` adds to the loss what all heads show": bool(card.auxiliary),
+        f"`{card.name}` adds to the loss what all heads show": any(inner.card.auxiliary for inner in inside),
         f"{part.heads} heads are no multiple of {size}": bool(part.heads % size),
         "`scale_norm` is that of all heads": not isinstance(part.norm, nn.Identity),
         "the skip between layers has a norm of all heads": not isinstance(part.skip, nn.Identity),
@@ -190,7 +191,7 @@ def _divide(part: MultiHead, mesh: DeviceMesh) -> None:
     for name, kinds in _projections(part):
         linear = getattr(part, name)
         if isinstance(linear.weight, DTensor):
-            continue  # another `MultiHead` has it too
+            continue  # another `MultiHead` has it too, as it may have the head
         for (
             tensor
         ) in linear.parameters():  # rows (kinds h d) as (h kinds d), so that every share has whole heads
@@ -203,16 +204,18 @@ def _divide(part: MultiHead, mesh: DeviceMesh) -> None:
         linear.register_forward_hook(as_before)
     if not isinstance(part.proj.weight, DTensor):
         parallelize_module(part.proj, mesh, RowwiseParallel())
+    for module in (part.q_norm, part.k_norm):
+        for inner in module.modules():
+            _hold(inner, mesh, set(), summed=True)
     head = part.inner
+    if isinstance(head, _SomeHeads):
+        return
     whole = head.shared()
     for name, inner in head.named_modules():
         if isinstance(inner, Component):
             inner.heads //= mesh.size()
         names = {own: f"{name}.{own}".lstrip(".") for own in (*inner._parameters, *inner._buffers)}
         _hold(inner, mesh, {own for own, full in names.items() if full not in whole}, summed=True)
-    for module in (part.q_norm, part.k_norm):
-        for inner in module.modules():
-            _hold(inner, mesh, set(), summed=True)
     _become(head, _SomeHeads, mesh=mesh)
 
 

@@ -26,6 +26,7 @@ import attnzoo
 from attnzoo import parallel
 from attnzoo.core import FusedHeads, Head, KVCache, Law, Layout, Mask, MultiHead, Site, watch
 from attnzoo.errors import ZooError
+from attnzoo.mechanisms.dot_product.softmax import Softmax
 from attnzoo.parallel import gathered, tensor_parallel
 from attnzoo.zoo import load_zoo
 
@@ -246,6 +247,18 @@ def contexts() -> None:
                 assert off(found, due) <= EXACT
 
 
+class Between(nn.Sequential):
+    """A norm before some attentions, called as an attention."""
+
+    def __init__(self, *attentions: MultiHead):
+        super().__init__(nn.LayerNorm(attentions[0].dim), *attentions)
+
+    def forward(self, x, **call):
+        for part in self:
+            x = part(x, **call) if isinstance(part, MultiHead) else part(x)
+        return x
+
+
 class Both(nn.Sequential):
     """An attention and an MLP, called as an attention."""
 
@@ -272,6 +285,16 @@ def chance() -> None:
         assert all(torch.equal(masks[0], other) == alike for other in masks[1:])
     states = everybody(torch.get_rng_state())
     assert all(torch.equal(states[0], other) for other in states)
+    drops = HAM.replace("depth: 2", "depth: 2, attn_drop_rate: 0.5, proj_drop_rate: 0.5")
+    model = tensor_parallel(attnzoo.compose(drops).double(), line())
+    images, found = torch.randn(2, 3, 8, 8, dtype=torch.float64), []
+    for again in (False, True):  # what is computed again drops the same
+        torch.manual_seed(3)
+        model.zero_grad()
+        model.set_grad_checkpointing(again)
+        model(images).square().sum().backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def everybody(t: Tensor) -> list[Tensor]:
@@ -284,7 +307,7 @@ def everybody(t: Tensor) -> list[Tensor]:
 class Offsets(Head):
     """Softmax attention with a buffer for each head, a frozen parameter, and one that all heads share."""
 
-    card = load_zoo().mechanisms["softmax"].value.card
+    card = Softmax.card
 
     def __init__(self, site: Site):
         super().__init__(site)
@@ -308,7 +331,7 @@ def tensors() -> None:
     one = jittered(MultiHead(site, Offsets(site))).eval()
     many = tensor_parallel(copy.deepcopy(one), line())
     for t in (*one.parameters(), *one.buffers()):
-        dist.broadcast(t.data, 0)
+        dist.broadcast(t.data, 0)  # what is compared with; `many` has taken them by itself
     back = gathered(many)
     assert list(back) == list(one.state_dict())
     assert all(torch.equal(back[name], t) for name, t in one.state_dict().items())
@@ -332,6 +355,12 @@ def tensors() -> None:
         layout=site.layout,
     )
     compare(one, copy.deepcopy(many), torch.randn(2, 7, 32, dtype=torch.float64), layout=site.layout)
+    first, second, third = (MultiHead(site, Offsets(site)) for _ in range(3))
+    second.inner, second.proj, third.qkv = first.inner, first.proj, first.qkv
+    one, many = halves(lambda: Between(*(first, second, third, first)))
+    compare(one, many, torch.randn(2, 7, 32, dtype=torch.float64), layout=site.layout)
+    assert all(torch.equal(t, one.state_dict()[name]) for name, t in gathered(many).items())
+    many = other
     seen: dict[str, Tensor] = {}
     with watch(many, "weights", seen.__setitem__):
         many(torch.randn(2, 7, 32, dtype=torch.float64), layout=site.layout)
@@ -371,8 +400,8 @@ def models() -> None:
 
 def other_models() -> None:
     """What is whole on every device beside what is not; another skip between layers; float32."""
-    for text in (VIT % "{fuse: gated, of: [linformer, squeeze_excite]}", VIT % "talking_heads"):
-        one, many = halves(partial(attnzoo.compose, text), rest="replicate")
+    for text in ("{fuse: head_split, of: [linformer, squeeze_excite]}", "talking_heads"):
+        one, many = halves(partial(attnzoo.compose, VIT % text), rest="replicate")
         compare(one, many, torch.randn(4, 3, 8, 8, dtype=torch.float64))
     reads("positions: none}\nskip: probs_pairmean")
     one = attnzoo.compose(HAM).eval()
@@ -392,6 +421,8 @@ def refusals() -> None:
     class Teaches(Offsets):
         card = replace(Offsets.card, auxiliary="the mean of all scores")
 
+    fused = partial(FusedHeads, fusion=zoo.fusions["add"].value, branches=[found["softmax"], Teaches])
+
     split = partial(FusedHeads, fusion=zoo.fusions["head_split"].value, branches=[found["softmax"]] * 2)
     skipping = multi(found["softmax"])
     skipping.skip = nn.LayerNorm(24)
@@ -404,6 +435,7 @@ def refusals() -> None:
         (multi(found["talking_heads"]), "`talking_heads` does not claim the law `heads_apart`"),
         (multi(split), "`head_split` does not claim the law `heads_apart`"),
         (multi(Teaches), "adds to the loss what all heads show"),
+        (multi(fused), "adds to the loss what all heads show"),
         (multi(found["softmax"], heads=3), "3 heads are no multiple of 2"),
         (multi(found["softmax"], scale_norm=True), "`scale_norm` is that of all heads"),
         (skipping, "the skip between layers has a norm of all heads"),
@@ -558,16 +590,6 @@ def mutants() -> None:
         dist.all_gather_object(everywhere, {key for key, value in far.items() if not value <= EXACT})
         assert spoilt <= set().union(*everywhere), (name, everywhere)
         assert bool(spoilt) == any(everywhere), (name, everywhere)
-
-
-class Between(nn.Sequential):
-    """A norm before an attention, called as an attention."""
-
-    def __init__(self, attention: MultiHead):
-        super().__init__(nn.LayerNorm(attention.dim), attention)
-
-    def forward(self, x, **call):
-        return self[1](self[0](x), **call)
 
 
 def script() -> None:
