@@ -19,6 +19,7 @@ MODULES = (
     "attnzoo.core",
     "attnzoo.functional",
     "attnzoo.methods",
+    "attnzoo.parallel",
     "attnzoo.testing",
     "attnzoo.recipe",
     "attnzoo.zoo",

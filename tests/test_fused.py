@@ -8,7 +8,7 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
-from attnzoo.core import NO_MASK, Fused, FusedHeads, KVCache, Layout, Mask, MultiHead, Site, watch
+from attnzoo.core import NO_MASK, Fused, FusedHeads, KVCache, Law, Layout, Mask, MultiHead, Site, watch
 from attnzoo.core.fused import fused_card
 from attnzoo.errors import RecipeError, UnsupportedContext, UnsupportedMask
 from attnzoo.fusions.add import Add
@@ -22,7 +22,10 @@ from attnzoo.mechanisms.additive.additive import Additive
 from attnzoo.mechanisms.additive.soft import Soft
 from attnzoo.mechanisms.channel.squeeze_excite import SqueezeExcite
 from attnzoo.mechanisms.dot_product.softmax import Softmax
+from attnzoo.mechanisms.dot_product.talking_heads import TalkingHeads
+from attnzoo.mechanisms.latent.memory import Memory
 from attnzoo.mechanisms.linear.elu_linear import EluLinear
+from attnzoo.mechanisms.linear.linformer import Linformer
 from attnzoo.mechanisms.local.neighborhood import Neighborhood
 from attnzoo.mechanisms.mixing.fourier import Fourier
 from attnzoo.mechanisms.projection.grouped_query import GroupedQuery
@@ -302,10 +305,22 @@ def test_a_fusion_may_have_a_most():
 def test_a_fused_card_claims_what_all_can():
     card = FusedHeads(site(), Add, [Softmax, Soft]).card
     assert card.name == "add" and card.masks == {"keys"} and card.context and not card.incremental
-    assert card.time == "n m c + n c d" and card.growth == 2 and not card.taps and not card.laws
+    assert card.time == "n m c + n c d" and card.growth == 2 and not card.taps
     assert FusedHeads(site(), Add, [Softmax, Softmax]).card.time == "n m c"
     both = FusedHeads(site(), Add, [Softmax, EluLinear]).card
     assert both.incremental and both.masks == {"keys", "causal"}
+
+
+def test_heads_stay_apart_in_a_fusion_of_such_heads_unless_it_deals_them_out():
+    def laws(*heads, fusion=Add):
+        return FusedHeads(site(), fusion, list(heads)).card.laws
+
+    assert laws(Softmax, Soft) == {Law.HEADS_APART} == laws(Softmax, inside(Softmax, EluLinear))
+    assert laws(Softmax, TalkingHeads) == laws(inside(TalkingHeads), Softmax) == set()
+    assert laws(Softmax, Softmax, fusion=HeadSplit) == set()
+    head = FusedHeads(site(), Gated, [Softmax, inside(Memory, partial(Linformer, rank=4), fusion=Gated)])
+    own = {name for name in head.state_dict() if name not in head.shared()}
+    assert own == {"branches.gated.branches.memory.key_slots", "branches.gated.branches.memory.value_slots"}
 
 
 def test_a_fused_card_has_the_needs_of_each():

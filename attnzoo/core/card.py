@@ -60,6 +60,7 @@ class Law(StrEnum):
     LOCAL = "local"
     BOUNDED = "bounded"
     SILENT = "silent"
+    HEADS_APART = "heads_apart"
 
     SINGLE = "single"
     AGREE = "agree"
@@ -86,6 +87,7 @@ _MEANINGS = {
     Law.LOCAL: "nothing beyond `reach()` grid steps has influence",
     Law.BOUNDED: "the output of a head lies in the convex hull of the values",
     Law.SILENT: "the output is zero, whatever is asked",
+    Law.HEADS_APART: "heads do not know of each other: some of them alone give what they give among all",
     Law.SINGLE: "one branch gives that branch",
     Law.AGREE: "equal branches give that value",
     Law.CONVEX: "elementwise between the branches' minimum and maximum",

@@ -84,10 +84,20 @@ class FusedHeads(Head):
     def __init__(self, site: Site, fusion: Callable[[Site, int], Fusion], branches: Sequence[Build]):
         merge = fusion(inside_heads(site), len(branches))
         parts = _branches(type(merge).sites(site, len(branches)), branches)
-        self.card = fused_card(merge.card, [cast(Head, part).card for part in parts.values()])
+        cards = [cast(Head, part).card for part in parts.values()]
+        self.card = fused_card(merge.card, cards)
+        # a fusion sees (... n c), whatever the heads, unless it deals them out
+        if type(merge).split is Fusion.split and all(Law.HEADS_APART in card.laws for card in cards):
+            self.card = replace(self.card, laws={Law.HEADS_APART})
         super().__init__(site)
         self.fusion, self.branches = merge, parts
         self.fusion.head_axis = 1
+
+    def shared(self) -> set[str]:
+        """What the fusion has, and what branches share among their heads."""
+        own = {f"fusion.{name}" for name in self.fusion.state_dict()}
+        heads = {name: cast(Head, part) for name, part in self.branches.items()}
+        return own | {f"branches.{name}.{entry}" for name, head in heads.items() for entry in head.shared()}
 
     def attend(self, q, k, v, *, mask: Mask, layout: Layout, **given: Tensor):
         parts = zip(*(self.fusion.split(t, 1) for t in (q, k, v)), _masks(self.fusion, mask), strict=True)

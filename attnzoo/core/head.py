@@ -14,11 +14,15 @@ from attnzoo.core.mask import NO_MASK, Mask
 class Head(Component):
     """What each query receives, inside the heads. `MultiHead` puts projections around it.
 
-    Parameters, if any, have a leading head axis.
+    Parameters and buffers have a leading head axis, but for those that `shared` names.
 
     Args:
         site: Where it is put.
     """
+
+    def shared(self) -> set[str]:
+        """Names of parameters and buffers that are one for all heads, and have no leading head axis."""
+        return set()
 
     @abstractmethod
     def attend(

@@ -16,7 +16,7 @@ from attnzoo.core.site import Site
 
 @final
 class MultiHead(Mechanism):
-    """Projections around a head: qkv -> attend -> merge -> proj.
+    """Projections around a head: qkv -> attend -> merge -> proj, with as many heads as these are wide.
 
     With a `softmax` head its state-dict keys are timm's (`qkv.*`, `proj.*`, ...) and so is its arithmetic, so that
     timm's checkpoints load and give timm's numbers.
@@ -45,13 +45,11 @@ class MultiHead(Mechanism):
 
     def queries(self, x: Tensor) -> Tensor:
         """Queries for a context, (b h n d)."""
-        b, n, _ = x.shape
-        return self.q_norm(self.q(x).reshape(b, n, self.heads, self.head_dim).transpose(1, 2))
+        return self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
 
     def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a context, (b h m d) each."""
-        b, m, _ = context.shape
-        kv = self.kv(context).reshape(b, m, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        kv = self.kv(context).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         k, v = kv.unbind(0)
         return self.k_norm(k), v
 
@@ -62,17 +60,14 @@ class MultiHead(Mechanism):
             x: (b n c).
             first: Position of the first token.
         """
-        b, n, _ = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         return (rotate(q, first), rotate(k, first), v) if self.rotary else (q, k, v)
 
     def merge(self, heads: Tensor) -> Tensor:
         """Heads (b h n d) as tokens (b n c), projected."""
-        b, _, n, _ = heads.shape
-        merged = self.skip(heads.transpose(1, 2).reshape(b, n, self.dim))
-        return self.proj(self.norm(merged))
+        return self.proj(self.norm(self.skip(heads.transpose(1, 2).flatten(2))))
 
     def mix(self, x, source, *, mask: Mask, layout: Layout, context_layout: Layout | None = None, **given):
         if self.context_dim is None:

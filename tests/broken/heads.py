@@ -25,7 +25,13 @@ class Healthy(Head):
         context=True,
         incremental=True,
         taps={"scores": "b h n m", "weights": "b h n m"},
-        laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED},
+        laws={
+            Law.STOCHASTIC,
+            Law.PERMUTATION_EQUIVARIANT,
+            Law.LINEAR_IN_VALUES,
+            Law.BOUNDED,
+            Law.HEADS_APART,
+        },
     )
 
     def __init__(self, site: Site):
@@ -251,6 +257,52 @@ class BendsValues(Healthy):
 class LeavesHull(Healthy):
     def attend(self, q, k, v, *, mask, layout):
         return super().attend(q, k, v, mask=mask, layout=layout) * 1.5
+
+
+class TalksAmongHeads(Healthy):
+    """The mean of the heads' scores is subtracted, which a row's softmax feels."""
+
+    def score(self, q, k):
+        scores = super().score(q, k)
+        return scores - scores.mean(dim=1, keepdim=True)
+
+
+class TalksUnderPairs(Healthy):
+    """What no head may see has no say in any, and what one may see has in all."""
+
+    def allowed(self, mask, n, m):
+        seen = super().allowed(mask, n, m)
+        return seen if mask.pairs is None else seen.any(dim=1, keepdim=True)
+
+
+class CountsHeads(Healthy):
+    """Keeps for itself how many heads there are."""
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.many = site.heads
+
+    def attend(self, q, k, v, *, mask, layout):
+        q = q.flatten(0, 1).unflatten(0, (-1, self.many))
+        return super().attend(q, k, v, mask=mask, layout=layout)
+
+
+class SharesInSecret(Healthy):
+    """Its heads share a matrix, and `shared` does not say so."""
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.turn = nn.Parameter(torch.eye(site.head_dim))
+
+    def attend(self, q, k, v, *, mask, layout):
+        return super().attend(q @ self.turn, k, v, mask=mask, layout=layout)
+
+
+class HealthySharing(SharesInSecret):
+    """Its heads share a matrix, and `shared` says so."""
+
+    def shared(self):
+        return {"turn"}
 
 
 class HealthyWindow(Healthy):

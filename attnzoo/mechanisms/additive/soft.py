@@ -45,7 +45,7 @@ class Soft(Head):
         masks={"keys"},
         context=True,
         taps={"scores": "b h m", "weights": "b h m"},
-        laws={Law.STOCHASTIC, Law.BOUNDED, Law.PERMUTATION_EQUIVARIANT},
+        laws={Law.STOCHASTIC, Law.BOUNDED, Law.PERMUTATION_EQUIVARIANT, Law.HEADS_APART},
         fidelity="adapted",
         notes="The paper does not say how the one map meets the tokens: `pooled` is our reading. It is linear in the "
         "values only where the map does not come from them (bahdanau, cls_query).",
@@ -66,7 +66,9 @@ class Soft(Head):
             )
         if variant == "cls_query":  # the first token is special, and no key mask says whether it exists
             return replace(
-                cls.card, masks=frozenset(), laws={Law.STOCHASTIC, Law.LINEAR_IN_VALUES, Law.BOUNDED}
+                cls.card,
+                masks=frozenset(),
+                laws=cls.card.laws - {Law.PERMUTATION_EQUIVARIANT} | {Law.LINEAR_IN_VALUES},
             )
         if variant == "gated":
             return replace(cls.card, context=False, laws=cls.card.laws - {Law.BOUNDED})

@@ -42,7 +42,13 @@ class Expressive(Head):
         context=True,
         incremental=True,
         taps={"scores": "b h n m", "weights": "b h n m"},
-        laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED},
+        laws={
+            Law.STOCHASTIC,
+            Law.PERMUTATION_EQUIVARIANT,
+            Law.LINEAR_IN_VALUES,
+            Law.BOUNDED,
+            Law.HEADS_APART,
+        },
         notes="The tap `scores` shows z. Near z = 0 for all keys the weights depend on the direction of z alone, and "
         "their gradients are as large as 1 / |z|. We have not seen a definition of extensive attention "
         "(arXiv:2508.04461); `norm: none` takes the word as physics does, growing with the number of keys.",

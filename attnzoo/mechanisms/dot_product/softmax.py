@@ -27,7 +27,13 @@ class Softmax(Head):
         context=True,
         incremental=True,
         taps={"scores": "b h n m", "weights": "b h n m"},
-        laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED},
+        laws={
+            Law.STOCHASTIC,
+            Law.PERMUTATION_EQUIVARIANT,
+            Law.LINEAR_IN_VALUES,
+            Law.BOUNDED,
+            Law.HEADS_APART,
+        },
         notes="The fused kernel forms no (n, m) tensor; memory is that of the explicit form, which taps ask for.",
     )
 

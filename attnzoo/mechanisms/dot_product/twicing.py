@@ -37,7 +37,7 @@ class Twicing(Head):
         memory="h n m",
         masks={"keys", "causal"},
         taps={"scores": "b h n m", "weights": "b h n m"},
-        laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES},
+        laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.HEADS_APART},
         notes="Rows of 2A - A² sum to 1, but entries may be negative. The tap `weights` shows A as it is applied to "
         "2v - A v; with `form_matrix` it shows 2A - A². Pairs are not claimed: A² reads through a key what the query "
         "itself may not see. The authors use it in all layers for images, in the last 2 of 16 for text.",

@@ -46,7 +46,7 @@ class Memory(Head):
             "weights": "b h n m",
             "weights_memory": "b h n r",
         },
-        laws={Law.PERMUTATION_EQUIVARIANT, Law.SUBSTOCHASTIC},
+        laws={Law.PERMUTATION_EQUIVARIANT, Law.SUBSTOCHASTIC, Law.HEADS_APART},
         notes="The paper has a thousand slots and more, in the place of feed-forward layers, which a host here keeps; "
         "hence fewer by default. A query that may attend to no token gets zeros, not the memory alone.",
     )
@@ -57,7 +57,9 @@ class Memory(Head):
     @classmethod
     def claims(cls, *, start: str, **options) -> Card:
         # γ may leave [0, 1]
-        return replace(cls.card, laws={Law.PERMUTATION_EQUIVARIANT}) if start == "identity" else cls.card
+        return (
+            replace(cls.card, laws=cls.card.laws - {Law.SUBSTOCHASTIC}) if start == "identity" else cls.card
+        )
 
     def __init__(
         self, site: Site, *, slots: NonNegativeInt = 64, start: Literal["random", "identity"] = "random"

@@ -33,7 +33,7 @@ class EluLinear(Head):
         masks={"keys", "causal"},
         context=True,
         incremental=True,
-        laws={Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES},
+        laws={Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.HEADS_APART},
         fidelity="adapted",
         notes="The causal form materialises all prefix sums, h n d² memory; the paper's kernel does not. Below some "
         "400 tokens softmax is as fast.",

@@ -44,7 +44,7 @@ class Hebbian(Head):
         masks={"keys", "causal"},
         context=True,
         incremental=True,
-        laws={Law.LINEAR_IN_VALUES, Law.PERMUTATION_EQUIVARIANT},
+        laws={Law.LINEAR_IN_VALUES, Law.PERMUTATION_EQUIVARIANT, Law.HEADS_APART},
         fidelity="inspired",
         notes="Our reading: the abstract gives the correspondence with conditioning, the rules are the textbook's. "
         "Tokens that do not exist leave the memory as it is. Nothing scales the products: `features: elu` does. A rule "
@@ -55,7 +55,8 @@ class Hebbian(Head):
     def claims(cls, *, rule: str, decay: float, **options) -> Card:
         if rule == "hebb" and decay == 1:
             return cls.card
-        return replace(cls.card, context=False, laws=set() if rule == "oja" else {Law.LINEAR_IN_VALUES})
+        laws = {Law.HEADS_APART} if rule == "oja" else {Law.HEADS_APART, Law.LINEAR_IN_VALUES}
+        return replace(cls.card, context=False, laws=laws)
 
     def __init__(
         self,

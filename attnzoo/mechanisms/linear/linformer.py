@@ -38,7 +38,7 @@ class Linformer(Head):
         context=True,
         fixed_length="most",
         taps={"scores": "b h n r", "weights": "b h n r"},
-        laws={Law.STOCHASTIC, Law.LINEAR_IN_VALUES},
+        laws={Law.STOCHASTIC, Law.LINEAR_IN_VALUES, Law.HEADS_APART},
         notes="Shorter inputs use the first columns of E and F. Keys that do not exist enter the slots as zeros. "
         "Sharing across layers, which the paper offers too, would tie sites and is left out.",
     )
@@ -54,6 +54,9 @@ class Linformer(Head):
         """Entries from N(0, 1/r), as in the proof of theorem 2."""
         for slots in self.parameters():
             nn.init.normal_(slots, std=slots.shape[0] ** -0.5)
+
+    def shared(self) -> set[str]:
+        return {"key_slots", "value_slots"}
 
     def attend(self, q, k, v, *, mask, layout):
         if mask.keys is not None:

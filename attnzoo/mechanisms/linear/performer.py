@@ -39,7 +39,7 @@ class Performer(Head):
         masks={"keys", "causal"},
         context=True,
         incremental=True,
-        laws={Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED},
+        laws={Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED, Law.HEADS_APART},
         fidelity="adapted",
         notes="The costs are for ⌊d ln d⌋ features, at most d². W is a buffer, drawn when the head is built; no "
         "forward redraws it: who trains as the authors do calls `init_weights` every 1000 steps. Their stabiliser of a "
@@ -77,6 +77,9 @@ class Performer(Head):
         if self.norms == "fixed":
             norms = torch.full_like(norms, d**0.5)
         self.projection.copy_(q.mT.flatten(0, 1)[:r] * norms[:, None])
+
+    def shared(self) -> set[str]:
+        return {"projection"}
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """φ(x) - ε in two factors: (b h n r), at most 1 for softmax, and the logarithm of the other, (b h n 1)."""

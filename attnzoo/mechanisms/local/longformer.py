@@ -37,7 +37,7 @@ class Longformer(Head):
         masks={"keys", "causal", "pairs"},
         incremental=True,
         taps={"scores": "b h x w", "weights": "b h x w"},
-        laws={Law.STOCHASTIC, Law.LOCAL, Law.SHIFT_EQUIVARIANT, Law.LINEAR_IN_VALUES},
+        laws={Law.STOCHASTIC, Law.LOCAL, Law.SHIFT_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.HEADS_APART},
         fidelity="adapted",
         notes="The paper's global tokens are the special tokens here, and a grid is read row by row. Their own "
         "projections are matrices after the local ones, per head; a site without special tokens has none. One dilation "

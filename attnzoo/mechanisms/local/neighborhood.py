@@ -72,7 +72,14 @@ class Neighborhood(Head):
         masks={"keys", "causal", "pairs"},
         grid="any",
         taps={"scores": "b h n m", "weights": "b h n m"},
-        laws={Law.STOCHASTIC, Law.LOCAL, Law.SHIFT_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED},
+        laws={
+            Law.STOCHASTIC,
+            Law.LOCAL,
+            Law.SHIFT_EQUIVARIANT,
+            Law.LINEAR_IN_VALUES,
+            Law.BOUNDED,
+            Law.HEADS_APART,
+        },
         notes="Computed as dense attention under a window mask: it saves nothing over softmax here.",
     )
 

@@ -37,7 +37,7 @@ class Region(Head):
         grid="any",
         given={"regions": "labels"},
         taps={"scores": "b h n m", "weights": "b h n m"},
-        laws={Law.STOCHASTIC, Law.LINEAR_IN_VALUES, Law.BOUNDED},
+        laws={Law.STOCHASTIC, Law.LINEAR_IN_VALUES, Law.BOUNDED, Law.HEADS_APART},
         notes="`regions` holds a whole number for each grid token; which numbers has no say. Other regions are hidden "
         "exactly, where the authors' code lowers their scores by 1000.",
     )

@@ -3,14 +3,16 @@
 The laws about the start are checked as initialised; with `start: identity` a fusion is held to fewer laws.
 """
 
+import copy
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from attnzoo.core import Law, Mask, Tap, options_of, watch
+from attnzoo.core import Component, Head, Law, Mask, Tap, options_of, watch
 from attnzoo.testing.claim import claim, requires, same
-from attnzoo.testing.influence import changed, random_mask
+from attnzoo.testing.influence import changed, random_mask, some_kinds
 from attnzoo.testing.strategies import Checkable, Scene
 
 # Mechanisms and pools
@@ -163,6 +165,42 @@ def check_silent(cls: Checkable, scene: Scene) -> None:
     for mask in (Mask(), random_mask(scene, scene.card.masks)):
         out = scene.run(component, inputs, mask).detach()
         claim(not out.any(), "silent, so the output is zero", f"it is up to {out.abs().max().item():.2e}")
+
+
+def _alone(head: Head, these: slice) -> Head:
+    """A copy that has some of the heads only, as a device has that holds these."""
+    some, shared = copy.deepcopy(head), head.shared()
+    for name, tensor in chain(some.named_parameters(), some.named_buffers()):
+        if name in shared:
+            continue
+        leads = tensor.ndim > 0 and len(tensor) == head.heads
+        words = f"heads_apart, so `{name}` has a leading head axis or is named by `shared()`"
+        claim(leads, words, f"its shape is {tuple(tensor.shape)}, with {head.heads} heads")
+        tensor.data = tensor.data[these]
+    for part in some.modules():
+        if isinstance(part, Component):
+            part.heads = len(range(head.heads)[these])
+    return some
+
+
+@requires("head", law=Law.HEADS_APART)
+def check_heads_apart(cls: Checkable, scene: Scene) -> None:
+    """Some heads alone, with their own parameters and pairs, give what they give among all, under masks too."""
+    scene = scene.crowded()
+    head, (q, k, v), layout = scene.build(bare=True), scene.heads(), scene.head_layout()
+    cut = 1 + scene.seed % (scene.site.heads - 1)
+    for kinds in [frozenset(), *some_kinds(scene)]:
+        mask = random_mask(scene, kinds) if kinds else Mask()
+        whole = head(q, k, v, mask=mask, layout=layout, given=scene.given)
+        for these in (slice(0, cut), slice(cut, scene.site.heads)):
+            pairs = mask.pairs if mask.pairs is None or mask.pairs.shape[1] == 1 else mask.pairs[:, these]
+            own, seen = (t[:, these] for t in (q, k, v)), replace(mask, pairs=pairs)
+            claimed = "heads_apart, so some heads alone give what they give among all"
+            try:
+                some = _alone(head, these)(*own, mask=seen, layout=layout, given=scene.given)
+            except RuntimeError as error:
+                claim(False, claimed, f"they cannot: {str(error).splitlines()[0]}")
+            same(some, whole[:, these], f"{claimed} (masks: {', '.join(sorted(kinds)) or 'none'})")
 
 
 # Fusions

@@ -29,7 +29,13 @@ class Template(Head):
         context=True,
         incremental=True,
         taps={"scores": "b h n m", "weights": "b h n m"},
-        laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED},
+        laws={
+            Law.STOCHASTIC,
+            Law.PERMUTATION_EQUIVARIANT,
+            Law.LINEAR_IN_VALUES,
+            Law.BOUNDED,
+            Law.HEADS_APART,
+        },
     )
 
     def __init__(self, site: Site, *, temperature: PositiveFloat = 1.0):
