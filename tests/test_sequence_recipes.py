@@ -356,7 +356,7 @@ def test_every_mechanism_is_right_or_refused_everywhere(kind, name):
             5,
             put(kind, name).splitlines()[4].index(f"put: {name}") + 6,
         )
-        assert any(words in fault.why for words in ("the site requires masks of kind", "reads from a context", "rotary positions", "where the grid ends", "from the caller", "-D grid")), fault.why  # fmt: skip
+        assert any(words in fault.why for words in ("the site requires masks of kind", "reads from a context", "reads from a second stream", "rotary positions", "where the grid ends", "from the caller", "-D grid")), fault.why  # fmt: skip
         named = {one.strip("`") for one in fault.help.removeprefix("who can: ").split(", ")}
         ours = {one for one in named if one in BUILT_IN}
         assert ours == admitted(kind)
