@@ -198,6 +198,19 @@ def test_hand_parameters(options, wanted):
     assert count(Rlmhsa(at((4, 4)), **options)) == wanted
 
 
+@pytest.mark.parametrize("identity,branches", [(False, 3), (True, 4)])
+def test_hand_the_start_is_the_mean_of_the_branches(identity, branches):
+    layer = MultiGroup(64, 64, 4, identity, True)
+    near(
+        torch.stack([*layer.scales, *([layer.own] if identity else [])]),
+        torch.ones(branches, 64) / branches,
+        1e-7,
+    )
+    for blocks, g in zip(layer.blocks, (1, 2, 4), strict=True):
+        assert blocks.shape == (g, 64 // g, 64 // g)
+        assert 0.9 < blocks.abs().max() * math.sqrt(64 / g) <= 1 and not layer.bias.any()
+
+
 def test_defaults():
     wanted = {"ratio": 2, "pool": "square", "reduction": 1, "groups": None, "identity": False}
     assert options_of(Rlmhsa)().model_dump() == wanted

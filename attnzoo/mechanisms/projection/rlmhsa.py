@@ -24,8 +24,9 @@ class MultiGroup(nn.Module):
         # as PyTorch's convolutions
         blocks = [(2 * torch.rand(g, out // g, dim // g) - 1) * (g / dim) ** 0.5 for g in groups]
         self.blocks = nn.ParameterList(blocks)
-        self.scales = nn.ParameterList(torch.ones(out) for _ in groups)  # γ_g
-        self.own = nn.Parameter(torch.ones(out)) if identity else None  # γ
+        start = torch.full((out,), 1 / (len(groups) + identity))  # the mean of the branches
+        self.scales = nn.ParameterList(start.clone() for _ in groups)  # γ_g
+        self.own = nn.Parameter(start) if identity else None  # γ
         self.bias = nn.Parameter(torch.zeros(out)) if bias else None  # β
 
     def matrix(self):
