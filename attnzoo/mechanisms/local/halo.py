@@ -20,8 +20,8 @@ class Halo(Mechanism):
 
     Args:
         site: Where the mechanism is put.
-        block: b, the side of a block. The paper's networks, on larger grids, have 8.
         halo: η, how many tokens beyond its block a window reaches, to each side.
+        block: b, the side of a block. The paper's networks, on larger grids, have 8.
         padding: Keys beyond the border: `hidden`, or `zeros`, which take their share of the weights with a score of
             q (r_Δy + r_Δx) and a value of 0, as timm has it. The paper does not say.
         scale_bias: Whether q (r_Δy + r_Δx) is divided by √d too.
@@ -54,8 +54,8 @@ class Halo(Mechanism):
         self,
         site: Site,
         *,
-        block: PositiveInt = 4,
         halo: NonNegativeInt = 3,
+        block: PositiveInt = 4,
         padding: Literal["hidden", "zeros"] = "hidden",
         scale_bias: bool = False,
     ):
