@@ -65,6 +65,7 @@ def test_names_of_the_zoo(cache):
     assert words("attnzoo check so", cache) == ["soft", "softmax"]
     assert set(words("attnzoo show ha", cache)) == {
         "hadamard",
+        "halo",
         *(name for name in RECIPES if name.startswith("ha")),
     }
     assert words("attnzoo list --plugin at", cache) == ["attnzoo"]

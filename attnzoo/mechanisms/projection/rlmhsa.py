@@ -5,7 +5,7 @@ Tan et al., "FMViT", 2023, arXiv:2311.05707; pooled keys as in Li et al., "Next-
 
 import math
 from dataclasses import replace
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import nn
@@ -119,7 +119,7 @@ class Rlmhsa(Mechanism):
         if ratio > 1:
             self.pool_scale, self.pool_bias = nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c))
 
-    def fold(self) -> Self:
+    def fold(self) -> "Rlmhsa":
         """Make one layer of each P, in place; what it gives stays the same."""
         for name, part in list(self.named_children()):
             if isinstance(part, MultiGroup):
