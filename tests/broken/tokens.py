@@ -89,12 +89,12 @@ class HealthySilence(Mechanism):
     )
 
     def mix(self, x, source, *, mask, layout):
-        return torch.zeros_like(x)
+        return x.masked_fill(x.new_ones((), dtype=torch.bool), 0.0)  # with a gradient, of zeros
 
 
 class WhispersUnderMasks(HealthySilence):
     def mix(self, x, source, *, mask, layout):
-        return torch.zeros_like(x) if mask.free else 1e-3 * x
+        return super().mix(x, source, mask=mask, layout=layout) if mask.free else 1e-3 * x
 
 
 class LosesDtype(HealthyTokens):
