@@ -192,9 +192,8 @@ def _divide(part: MultiHead, mesh: DeviceMesh) -> None:
         linear = getattr(part, name)
         if isinstance(linear.weight, DTensor):
             continue  # another `MultiHead` has it too, as it may have the head
-        for (
-            tensor
-        ) in linear.parameters():  # rows (kinds h d) as (h kinds d), so that every share has whole heads
+        # rows (kinds h d) as (h kinds d), so that every share has whole heads
+        for tensor in linear.parameters():
             tensor.data = tensor.data.unflatten(0, (kinds, -1, d)).transpose(0, 1).flatten(0, 2)
         parallelize_module(linear, mesh, ColwiseParallel())
 
