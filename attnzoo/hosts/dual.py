@@ -248,9 +248,8 @@ class DualTransformer(nn.Module):
         a = self.pos_drop(self.a(x, given))
         if self.b is not None:
             return a, self.pos_drop(self.b(x, given))
-        alone = (
-            not isinstance(x, fx.Proxy) and x.shape[0] == 1
-        )  # symbolic tracing knows no sizes: a graph pairs
+        # symbolic tracing knows no sizes: a graph pairs
+        alone = not isinstance(x, fx.Proxy) and x.shape[0] == 1
         return a, a.roll(1, 0) if self.training and not alone else None
 
     def layer(self, block: nn.Module, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
