@@ -158,8 +158,13 @@ def check_every_channel_counts(cls: Checkable, scene: Scene) -> None:
 
 @requires("mechanism", "pool", where=lambda card: bool(card.auxiliary), wide=True, share=0.4)
 def check_auxiliary(cls: Checkable, scene: Scene) -> None:
-    """The loss that it adds in training is made of its own taps, one finite number, and some parameter learns of it."""
-    scene = scene.crowded().roomy()
+    """The loss that it adds in training is made of its own taps, one finite number, and some parameter learns of it.
+
+    Under the defaults, with four heads or more: other options, and few heads, may leave nothing to balance.
+    """
+    heads = max(4, scene.site.heads)
+    site = replace(scene.site, heads=heads, dim=heads * scene.site.head_dim)
+    scene = scene.at(site).crowded().roomy()
     component, inputs = scene.build().train(), scene.inputs()
     own = component.inner if isinstance(component, MultiHead) else component
     unknown = set(wanted_by(own)) - set(scene.card.taps)
@@ -168,11 +173,13 @@ def check_auxiliary(cls: Checkable, scene: Scene) -> None:
         scene.run(component, inputs)
     found = list(extra.by_component().values())
     if scene.options and not found:
-        return  # options may leave nothing to add
+        return
     claim(len(found) == 1, f"it adds a loss in training: {scene.card.auxiliary}", "it adds none")
     (loss,) = found
     claim(loss.ndim == 0, "`auxiliary` gives one number", f"its shape is {tuple(loss.shape)}")
     claim(bool(loss.isfinite()), "`auxiliary` is finite", f"it is {loss.item()}")
+    if scene.options:
+        return
     learns = loss.requires_grad and any(
         gradient is not None and bool(gradient.any())
         for gradient in torch.autograd.grad(loss, list(component.parameters()), allow_unused=True)
