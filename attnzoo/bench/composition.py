@@ -22,11 +22,12 @@ from attnzoo.errors import RecipeError
 from attnzoo.hosts.dual import DualInfo
 from attnzoo.hosts.given import stand_ins
 from attnzoo.hosts.info import POOL, BackboneInfo, HostInfo
+from attnzoo.hosts.pyramid import StageInfo
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.sequence import SequenceInfo
 from attnzoo.hosts.skip import VARIANTS
 from attnzoo.recipe import Composition, Plan
-from attnzoo.recipe.origin import arguments, ends, second_stream
+from attnzoo.recipe.origin import arguments, ends, second_stream, stages
 from attnzoo.recipe.schema import ImageHost
 
 
@@ -73,6 +74,7 @@ class Report:
         takes: What goes in and how it becomes tokens, in words.
         gives: What comes out, in words.
         second: What the second stream is and its tokens, in words; empty where there is none.
+        stages: What each stage looks like; empty for a model that has none.
         arguments: What the model's forward takes, with the shapes; empty for a model of sequences.
         image, grid, prefix, classes: Channels, rows and columns of the image, its patches, special tokens, classes;
             None for a model of sequences.
@@ -99,6 +101,7 @@ class Report:
     takes: str
     gives: str
     second: str
+    stages: tuple[StageInfo, ...]
     arguments: str
     image: tuple[int, int, int] | None
     grid: tuple[int, ...] | None
@@ -158,6 +161,7 @@ def describe(composition: Composition) -> Report:
         takes=takes,
         gives=gives,
         second=second_stream(info),
+        stages=stages(info),
         arguments=arguments(info, composition.given) if isinstance(info, BackboneInfo) else "",
         image=info.image if isinstance(info, BackboneInfo) else None,
         grid=info.layout.grid if isinstance(info, BackboneInfo) else None,
@@ -210,11 +214,17 @@ def _tools(composition: Composition, fixed_length: bool) -> tuple[tuple[str, ...
     return supports, (*lacks, "dynamic_img_size", "set_input_size")
 
 
+def _group(site: str) -> str:
+    """What the layer of a site belongs to: `blocks`, `encoder`, stream `a`, `stages.1`."""
+    first, *rest = site.split(".")
+    return f"{first}.{rest[0]}" if len(rest) == 2 and rest[1].isdigit() else first
+
+
 def _heads(composition: Composition) -> dict[str, tuple[int, ...]]:
-    """Heads of each layer, by the first word of the sites' names; of cross-attention only where it differs."""
+    """Heads of each layer, by what it belongs to; of cross-attention only where it differs."""
     heads: dict[str, tuple[int, ...]] = {}
     for name, site in composition.info.sites().items():
-        group = name.split(".")[0] + (".cross" if name.endswith(".cross") else "")
+        group = _group(name) + (".cross" if name.endswith(".cross") else "")
         heads[group] = (*heads.get(group, ()), composition.plans[name].heads or site.heads)
     return {
         group: counts
@@ -227,7 +237,7 @@ def _rows(composition: Composition, model: nn.Module, counted: dict[str, int]) -
     """A line for each run of equal sites, and one for each branch below it."""
     sites, runs = composition.info.sites(), dict[tuple[str, int, int], list[str]]()
     for name, plan in composition.plans.items():
-        kind = name.split(".")[0] + (name.rpartition(".")[2] if name.count(".") == 2 else "")
+        kind = ".".join(word for word in (_group(name), name.rpartition(".")[2]) if not word.isdigit())
         runs.setdefault((kind, id(plan), plan.heads or sites[name].heads), []).append(name)
     for (_, _, heads), names in runs.items():
         path = composition.info.module_path(names[0])

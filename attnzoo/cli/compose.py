@@ -92,7 +92,8 @@ def _describe(report) -> None:
     if report.summary:
         say(report.summary)
     say()
-    for line in _streams(report) if report.second else [_stack(report)]:
+    first = _streams(report) if report.second else _stages(report) if report.stages else [_stack(report)]
+    for line in first:
         say(line.replace(" × ", f"{GLUE}×{GLUE}"))
     if "=" in report.arguments or report.second:
         say(f"forward takes {report.arguments}")
@@ -182,6 +183,29 @@ def _streams(report) -> list[str]:
         for stream, what, count in (("a", report.takes, report.depth), ("b", report.second, layers["b"]))
     ]
     return [*lines, f"{'a and b' if layers['b'] else 'a'} → {report.gives}"]
+
+
+def _stages(report) -> list[str]:
+    """A line for each stage, from the image to the classes."""
+    lines = []
+    for s, stage in enumerate(report.stages):
+        said = [(site, what) for site, what in _formulas(report) if site.startswith(f"stages.{s}.")]
+        attention = " | ".join(dict.fromkeys(what for _, what in said))
+        sited = len(report.heads.get(f"stages.{s}", ()))
+        if stage.conv == "instead" and sited < stage.depth:
+            attention = " | ".join(filter(None, (attention, "conv")))
+        parts = [
+            "conv" if stage.conv == "before" else "",
+            attention,
+            "conv" if stage.conv == "after" else "",
+            "mlp" if stage.mlp else "",
+        ]
+        grid = " × ".join(map(str, stage.grid))
+        inside = " → ".join(filter(None, parts))
+        lines.append(f"stages.{s}: {grid} tokens of {stage.channels} channels → {stage.depth} × [ {inside} ]")
+    channels, rows, columns = report.image
+    pool = "".join(f"{formula} → " for site, formula in _formulas(report) if site == "pool")
+    return [f"{channels} × {rows} × {columns} image", *lines, f"→ {pool}{report.gives}"]
 
 
 def _sublayers(report, group: str) -> list[str]:

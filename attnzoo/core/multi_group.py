@@ -65,9 +65,12 @@ class MultiGroup(nn.Module):
         layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
 
+    fuse = fold
+    """What timm's `reparameterize_model` calls."""
+
 
 def fold(model: nn.Module) -> nn.Module:
-    """Make one layer of every `MultiGroup` inside a module, in place; what it gives stays the same.
+    """Make one layer of every `MultiGroup`, and of what timm re-parametrises, in place; in eval mode nothing changes.
 
     Args:
         model: Any module; a `MultiGroup` itself is not changed, its layer is returned.
@@ -80,4 +83,7 @@ def fold(model: nn.Module) -> nn.Module:
             folded[part] = folded.get(part) or part.fold()
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, folded[part])
+    for part in model.modules():
+        if callable(reparameterize := getattr(part, "reparameterize", None)):
+            reparameterize()
     return model

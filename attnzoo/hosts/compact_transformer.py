@@ -5,32 +5,36 @@ is silent (no bias in the projections to queries, keys and values; the residual 
 rates), the authors' code is followed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import Attention, ConvNormAct, DropPath, Mlp, resample_abs_pos_embed, trunc_normal_
-from timm.models import PretrainedCfg, build_model_with_cfg, checkpoint
+from timm.models import PretrainedCfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from attnzoo.core import Layout, Pool, Site
 from attnzoo.core.card import Given
 from attnzoo.core.component import NOTHING
-from attnzoo.errors import RecipeError, did_you_mean
-from attnzoo.hosts.given import NO_MAPS, GivenFeatures, named, on_grid, without_unknown
+from attnzoo.hosts.backbone import (
+    Backbone,
+    base_arguments,
+    build_backbone,
+    check_format,
+    init_linear,
+    with_heads,
+)
+from attnzoo.hosts.given import NO_MAPS, named, on_grid, without_unknown
 from attnzoo.hosts.info import (
     POOL,
     BackboneInfo,
     Put,
     PutPool,
-    init_normal,
     init_parts,
     on_meta,
-    undecayed,
     without_weights,
 )
 from attnzoo.hosts.skip import Skip
@@ -183,7 +187,7 @@ def sine_positions(length: int, dim: int) -> Tensor:
     return torch.where(channel % 2 == 0, angles.sin(), angles.cos())[None]
 
 
-class CompactTransformer(nn.Module):
+class CompactTransformer(Backbone):
     """A Compact Convolutional Transformer, CCT-7/3×1 for CIFAR-100 if nothing else is said.
 
     Args:
@@ -285,19 +289,15 @@ class CompactTransformer(nn.Module):
         self.given = dict(given)
         named(self, given)
         self.head_drop = nn.Dropout(drop_rate)
-        self.grad_checkpointing = False
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Linear layers from a truncated N(0, 0.02²), learnt positions from N(0, 0.2²), convolutions after He."""
+        init_linear(self)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, ConvTokenizer | ConvBlock):
+            if isinstance(module, ConvTokenizer | ConvBlock):
                 module.init_weights()
         if isinstance(self.pos_embed, nn.Parameter):
             trunc_normal_(self.pos_embed, std=0.2)
@@ -306,7 +306,7 @@ class CompactTransformer(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimiser must not decay."""
-        return {"pos_embed"} | undecayed(self)
+        return {"pos_embed"} | super().no_weight_decay()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -315,16 +315,6 @@ class CompactTransformer(nn.Module):
             "stem": r"^tokenizer|pos_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm|pool", (99999,))],
         }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are computed a second time in the backward pass, to save memory."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Another number of classes.
@@ -425,8 +415,7 @@ class CompactTransformer(nn.Module):
             intermediates_only: Whether only what the blocks give is returned.
             given: As for `forward_features`.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"features are NCHW or NLC, not `{output_fmt}`")
+        check_format(output_fmt)
         wanted, last = feature_take_indices(len(self.blocks), indices)
         x, maps = self.maps(x, given)
         x, inner = self.embed(x), []
@@ -480,21 +469,15 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
     Raises:
         RecipeError: AZ301 no such base, AZ309 the arguments do not fit.
     """
-    if base not in BASES:
-        names = ", ".join(f"`{name}`" for name in BASES)
-        raise RecipeError(
-            "AZ301",
-            f"there is no CCT called `{base}`",
-            help=did_you_mean(base, list(BASES)) or f"there are {names}",
-        )
+    wanted = base_arguments(BASES, base, "CCT", arguments)
     with on_meta(base, "attnzoo", CompactTransformer):
-        model = CompactTransformer(**{**BASES[base], **arguments})
+        model = CompactTransformer(**wanted)
     return BackboneInfo(
         family="CCT",
         base=base,
         arguments=arguments,
         dim=model.embed_dim,
-        heads=(arguments.get("num_heads", BASES[base]["num_heads"]),) * len(model.blocks),
+        heads=(wanted["num_heads"],) * len(model.blocks),
         depth=len(model.blocks),
         layout=model.layout,
         image=(model.in_chans, *model.tokenizer.img_size),
@@ -535,30 +518,20 @@ def build(
         dtype: Type of its parameters.
         timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, ...
     """
-    features = {
-        "out_indices": timm_options.pop("out_indices", 3),
-        "feature_cls": GivenFeatures if given else "getter",
-    }
-    place = partial(_with_heads, info, put)
-    components = {"pool": partial(_with_heads, info, pool), "global_pool": POOL} if pool else {}
-    with torch.device(device) if device is not None else nullcontext():
-        model = build_model_with_cfg(
-            partial(CompactTransformer, put=place, given=given),
-            pretrained_cfg.get("architecture", info.base),
-            pretrained,
-            pretrained_cfg=dict(pretrained_cfg),
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=features,
-            **{**BASES[info.base], **info.arguments, **components, **timm_options},
-        )
-    if init == "normal" and not pretrained:
-        init_normal(model)
-    return model.to(dtype=dtype)
-
-
-def _with_heads(info: BackboneInfo, put: Callable[[Site], Any], site: Site) -> Any:
-    """What is put at a site, with the heads that a recipe says for its layer."""
-    return put(replace(site, heads=info.heads[site.layer]))
+    components = {"pool": with_heads(info, pool), "global_pool": POOL} if pool else {}
+    return build_backbone(
+        partial(CompactTransformer, put=with_heads(info, put), given=given),
+        {**BASES[info.base], **info.arguments, **components},
+        info,
+        filter_fn=checkpoint_filter_fn,
+        named_inputs=bool(given),
+        pretrained=pretrained,
+        pretrained_cfg=pretrained_cfg,
+        init=init,
+        device=device,
+        dtype=dtype,
+        **timm_options,
+    )
 
 
 def model_cfg(

@@ -13,7 +13,6 @@ parameters; a layer in which stream b has no site has no MLP for it either, and 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
@@ -21,25 +20,31 @@ from keyword import iskeyword
 from typing import Any
 
 import torch
-from timm.layers import Mlp, resample_abs_pos_embed, trunc_normal_
-from timm.models import PretrainedCfg, build_model_with_cfg, checkpoint
+from timm.layers import Mlp, resample_abs_pos_embed
+from timm.models import PretrainedCfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, fx, nn
 
 from attnzoo.core import Layout, Site
 from attnzoo.core.card import Given as Kind
-from attnzoo.errors import RecipeError, did_you_mean
-from attnzoo.hosts.given import NO_MAPS, GivenFeatures, named, without_unknown
+from attnzoo.errors import RecipeError
+from attnzoo.hosts.backbone import (
+    Backbone,
+    base_arguments,
+    build_backbone,
+    check_format,
+    init_linear,
+    with_heads,
+)
+from attnzoo.hosts.given import NO_MAPS, named, without_unknown
 from attnzoo.hosts.info import (
     BackboneInfo,
     Put,
     PutPool,
-    init_normal,
     init_parts,
     on_meta,
     plain_attention,
     unallocated,
-    undecayed,
     without_weights,
 )
 from attnzoo.hosts.requirements import Requirements
@@ -63,7 +68,7 @@ BASES: dict[str, dict[str, Any]] = {
 _HINTS = {"needs the class token": "write `global_pool: avg`, or leave `class_token: false` out"}
 
 
-class DualTransformer(nn.Module):
+class DualTransformer(Backbone):
     """A backbone with two streams of tokens.
 
     Under `pair`, image i of a batch reads image i - 1 while training, as self-attentions and MLPs alone have made it so
@@ -170,9 +175,7 @@ class DualTransformer(nn.Module):
         self.norm: nn.Module = nn.LayerNorm(embed_dim)
         self.norm_b: nn.Module = nn.LayerNorm(embed_dim) if self.reads_b else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
-        self.grad_checkpointing = False
         self.global_pool: str = global_pool or ("token" if class_token else "avg")
-        self.given: dict[str, Kind] = {}
         self.inputs = {self.b.name: self.b.shape} if isinstance(self.b, Given) else {}
         for name in self.inputs:
             _check_name(name)
@@ -183,35 +186,16 @@ class DualTransformer(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Linear layers, tokens and positions from a truncated N(0, 0.02²); convolutions of a stem after He."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear(self)
         for stream in (self.a, self.b):
             if stream is not None:
                 stream.init_weights()
         init_parts(self)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that an optimiser must not decay."""
-        return undecayed(self)
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters belong to which layer, for learning rates by layer."""
         return {"stem": r"^[ab]\.", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether layers are computed a second time in the backward pass, to save memory."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Another number of classes.
@@ -324,8 +308,7 @@ class DualTransformer(nn.Module):
             intermediates_only: Whether only what is on the way is returned.
             given: As for `forward_features`.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"features are NCHW or NLC, not `{output_fmt}`")
+        check_format(output_fmt)
         wanted, last = feature_take_indices(len(self.blocks), indices)
         (a, b), inner = self.embed(x, given), []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
@@ -484,15 +467,9 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> DualInfo:
         RecipeError: AZ301 no such base, AZ309 the arguments do not fit, AZ320 patches that do not tile the image,
             AZ322 no such second stream of this image.
     """
-    if base not in BASES:
-        names = ", ".join(f"`{name}`" for name in BASES)
-        raise RecipeError(
-            "AZ301",
-            f"there is no backbone with two streams called `{base}`",
-            help=did_you_mean(base, list(BASES)) or f"there are {names}",
-        )
+    wanted = base_arguments(BASES, base, "backbone with two streams", arguments)
     with on_meta(base, "attnzoo", DualTransformer, _HINTS):
-        model = DualTransformer(**{**BASES[base], **arguments})
+        model = DualTransformer(**wanted)
     return DualInfo(
         family="dual",
         base=base,
@@ -551,27 +528,19 @@ def build(
         timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, ...
     """
     assert isinstance(info, DualInfo)
-    features = {
-        "out_indices": timm_options.pop("out_indices", 3),
-        "feature_cls": GivenFeatures if info.inputs else "getter",
-    }
-
-    def place(site: Site) -> Any:
-        return put(replace(site, heads=info.heads[site.layer]))
-
-    with torch.device(device) if device is not None else nullcontext():
-        model = build_model_with_cfg(
-            partial(DualTransformer, put=place, left_out=info.left_out, beside=info.beside),
-            pretrained_cfg.get("architecture", info.base),
-            pretrained,
-            pretrained_cfg=dict(pretrained_cfg),
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=features,
-            **{**BASES[info.base], **info.arguments, **timm_options},
-        )
-    if init == "normal" and not pretrained:
-        init_normal(model)
-    return model.to(dtype=dtype)
+    return build_backbone(
+        partial(DualTransformer, put=with_heads(info, put), left_out=info.left_out, beside=info.beside),
+        {**BASES[info.base], **info.arguments},
+        info,
+        filter_fn=checkpoint_filter_fn,
+        named_inputs=bool(info.inputs),
+        pretrained=pretrained,
+        pretrained_cfg=pretrained_cfg,
+        init=init,
+        device=device,
+        dtype=dtype,
+        **timm_options,
+    )
 
 
 def model_cfg(

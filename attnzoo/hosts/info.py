@@ -243,6 +243,11 @@ class BackboneInfo(HostInfo):
     patch_drop: float = 0.0
     pools: bool = True
 
+    @property
+    def dims(self) -> Sequence[int]:
+        """Channels of what is put into each layer."""
+        return (self.dim,) * self.depth
+
     def sites(self) -> dict[str, Site]:
         sites = (self.site(layer) for layer in range(self.first, self.depth))
         return {site.name: site for site in sites}

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from attnzoo.core.card import Given
-from attnzoo.hosts import compact_transformer, dual, vision_transformer
+from attnzoo.hosts import compact_transformer, dual, pyramid, vision_transformer
 from attnzoo.hosts.info import BackboneInfo, Put, PutPool
 from attnzoo.hosts.skip import Skip
 
@@ -47,7 +47,12 @@ class ImageHost(Protocol):
         """The base with mechanisms at its sites."""
 
 
-HOSTS: dict[str, ImageHost] = {"vit": vision_transformer, "cct": compact_transformer, "dual": dual}
+HOSTS: dict[str, ImageHost] = {
+    "vit": vision_transformer,
+    "cct": compact_transformer,
+    "pyramid": pyramid,
+    "dual": dual,
+}
 """Kind of backbone to the module that knows it. `seq2seq` and `sequence` are no backbones of timm."""
 TAKEN = frozenset(
     parameter
@@ -55,6 +60,7 @@ TAKEN = frozenset(
         vision_transformer.ZooVisionTransformer,
         compact_transformer.CompactTransformer,
         dual.DualTransformer,
+        pyramid.PyramidTransformer,
     )
     for method in (host.forward, host.forward_features, host.forward_intermediates, host.forward_head)
     for parameter in signature(method).parameters

@@ -29,6 +29,7 @@ from attnzoo.core import (
 from attnzoo.core.component import NOTHING
 from attnzoo.errors import ZooError
 from attnzoo.hosts.dual import DualTransformer
+from attnzoo.hosts.pyramid import PyramidTransformer
 
 Kind = Literal["weights", "pooled", "gate", "implied"]
 
@@ -368,8 +369,15 @@ def collect(model: nn.Module, images: Float[Tensor, "b c y x"]) -> Maps:
         images: As the model wants them, (b c y x).
 
     Raises:
-        ZooError: AZ903, when there is no mechanism in the model, or when it has two streams.
+        ZooError: AZ903, when there is no mechanism in the model, when it has two streams or is one in stages.
     """
+    if isinstance(model, PyramidTransformer):
+        raise ZooError(
+            "AZ903",
+            "heat maps show tokens of one grid; this model has a grid for each stage",
+            why="between stages tokens are merged, so that those of one grid cannot be followed to the next",
+            help="`attnzoo.core.watch` shows the weights of every site",
+        )
     if isinstance(model, DualTransformer):
         raise ZooError(
             "AZ903",

@@ -26,6 +26,8 @@ from attnzoo.recipe.schema import (
     Expect,
     Fuse,
     Override,
+    PyramidHost,
+    PyramidModel,
     Recipe,
     SecondStream,
     Seq2SeqHost,
@@ -41,6 +43,7 @@ _HOMES: dict[type[BaseModel], str] = {
     VitModel: "under `host: model:`",
     CctModel: "under `host: model:`",
     DualModel: "under `host: model:`",
+    PyramidModel: "under `host: model:`",
     VitHost: "under `host:`",
     Override: "in an entry of `overrides:`",
     Expect: "under `expect:`",
@@ -48,7 +51,12 @@ _HOMES: dict[type[BaseModel], str] = {
     Recipe: "at the top of the recipe",
 }
 """Where the keys of a section belong."""
-_MODELS: dict[type[BaseModel], type[BaseModel]] = {VitHost: VitModel, CctHost: CctModel, DualHost: DualModel}
+_MODELS: dict[type[BaseModel], type[BaseModel]] = {
+    VitHost: VitModel,
+    CctHost: CctModel,
+    PyramidHost: PyramidModel,
+    DualHost: DualModel,
+}
 """The arguments of each kind of backbone."""
 
 

@@ -55,7 +55,7 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
             help="write a number, a list or a schedule",
         )
     heads = by_layer(recipe.heads, info.depth, ("heads",), source)
-    _check_heads(heads, info.dim, ("heads",), source)
+    _check_heads(heads, info.dims, ("heads",), source)
     return replace(info, heads=heads)
 
 
@@ -179,7 +179,7 @@ def _checked(
     said: Any, layers: int, loc: Loc, form: seq2seq.Form | sequence.Form, source: Source
 ) -> tuple[int, ...]:
     counts = by_layer(said, layers, loc, source)
-    _check_heads(counts, form.dim, loc, source, rotary=form.positions == "rotary")
+    _check_heads(counts, (form.dim,) * layers, loc, source, rotary=form.positions == "rotary")
     return counts
 
 
@@ -244,8 +244,10 @@ def _scheduled(said: HeadSchedule, layers: int, place: Place | None) -> tuple[in
     return tuple(counts)
 
 
-def _check_heads(counts: Sequence[int], dim: int, loc: Loc, source: Source, rotary: bool = False) -> None:
-    for layer, heads in enumerate(counts):
+def _check_heads(
+    counts: Sequence[int], dims: Sequence[int], loc: Loc, source: Source, rotary: bool = False
+) -> None:
+    for layer, (heads, dim) in enumerate(zip(counts, dims, strict=True)):
         try:
             Site(f"layer {layer}", dim, heads, Layout((1,)), rotary=rotary).head_dim  # noqa: B018 - raises AZ308, AZ316
         except RecipeError as error:
@@ -262,6 +264,7 @@ def _place(loc: Loc, source: Source) -> Place:
 _ABOUT = {
     "AZ308": ("num_heads", "embed_dim"),
     "AZ322": ("b",),
+    "AZ323": ("mlp_ratios",),
     "AZ320": ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad"),
 }
 """Arguments of the model that a fault is about, the likeliest first."""
@@ -288,7 +291,8 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
                 # what is no host at all takes other arguments: say the first, not the second
                 plain = look(base, {})
                 dim, heads = arguments.get("embed_dim", plain.dim), arguments.get("num_heads", plain.heads[0])
-                Site("blocks.0", dim, heads, plain.layout).head_dim  # noqa: B018 - AZ308 has both numbers
+                if isinstance(heads, int):
+                    Site("blocks.0", dim, heads, plain.layout).head_dim  # noqa: B018 - AZ308 has both numbers
             raise
     except RecipeError as error:
         loc: Loc = ("host", "base") if error.code in ("AZ301", "AZ310") else ("host", "model")
@@ -329,6 +333,10 @@ def check_pool(recipe: Recipe, info: HostInfo, source: Source) -> None:
         )
 
 
+_NO_SKIP = {"cct": "CCT", "pyramid": "model in stages", "dual": "dual model"}
+"""Kinds of host whose layers hand nothing on, in words."""
+
+
 def skip_of(recipe: Recipe, info: HostInfo, source: Source) -> Skip:
     """The skip with the names of its sites.
 
@@ -345,10 +353,10 @@ def skip_of(recipe: Recipe, info: HostInfo, source: Source) -> Skip:
         return Skip()
     names = list(info.sites())
     kind = recipe.host.kind
-    if kind in ("cct", "dual") or (said.use == "cross" and not isinstance(info, Seq2SeqInfo)):
+    if kind in _NO_SKIP or (said.use == "cross" and not isinstance(info, Seq2SeqInfo)):
         what = (
-            f"a {'CCT' if kind == 'cct' else 'dual model'} has no place for a skip"
-            if kind in ("cct", "dual")
+            f"a {_NO_SKIP[kind]} has no place for a skip"
+            if kind in _NO_SKIP
             else "only a seq2seq model has cross-attention"
         )
         raise RecipeError(

@@ -45,6 +45,7 @@ def recipe_schema() -> dict[str, Any]:
     hosts = {
         "vit": "VitHost",
         "cct": "CctHost",
+        "pyramid": "PyramidHost",
         "dual": "DualHost",
         "seq2seq": "Seq2SeqHost",
         "sequence": "SequenceHost",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from attnzoo.core.card import Given
 from attnzoo.hosts.dual import DualInfo
 from attnzoo.hosts.info import BackboneInfo, HostInfo
+from attnzoo.hosts.pyramid import PyramidInfo, StageInfo
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.sequence import SequenceInfo
 
@@ -58,6 +59,11 @@ def ends(info: HostInfo, pooled: bool) -> tuple[str, str]:
 def second_stream(info: HostInfo) -> str:
     """What the second stream is and its tokens, in words; empty where there is none."""
     return info.second if isinstance(info, DualInfo) else ""
+
+
+def stages(info: HostInfo) -> tuple[StageInfo, ...]:
+    """What each stage of a backbone in stages looks like; nothing of another host."""
+    return info.stages if isinstance(info, PyramidInfo) else ()
 
 
 def arguments(info: BackboneInfo, given: Mapping[str, Given]) -> str:

@@ -250,7 +250,9 @@ def _filled(
     try:
         filled = info.filled(frozenset(empty), beside)
     except RecipeError as error:
-        b = ("host", "model", "b")
+        b: Loc = ("host", "model", "b")
+        if error.code == "AZ323":
+            b = ("overrides", min(empty.values()), "put")
         place = source.value_place(b if b in source.values else ("host",))
         raise RecipeError.of([replace(d, place=place) for d in error.diagnostics]) from None
     if filled is not None:
@@ -259,7 +261,7 @@ def _filled(
         "AZ323",
         f"{next(iter(empty))} cannot be left empty",
         place=source.value_place(("overrides", min(empty.values()), "put")),
-        why="only the sites of a host of kind dual can",
+        why="only the sites of a host of kind dual or pyramid can",
         help="name what is put there, or leave the entry out",
     )
 

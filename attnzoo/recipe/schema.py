@@ -11,7 +11,8 @@ MAX_BRANCHES = 16
 MAX_MECHANISMS = 64
 """So many may be merged in one spec, however its fusions are nested."""
 USE, FUSE = "(use)", "(fuse)"
-VIT, CCT, DUAL, SEQ2SEQ, SEQUENCE = "(vit)", "(cct)", "(dual)", "(seq2seq)", "(sequence)"
+VIT, CCT, PYRAMID, DUAL = "(vit)", "(cct)", "(pyramid)", "(dual)"
+SEQ2SEQ, SEQUENCE = "(seq2seq)", "(sequence)"
 COUNT, LIST, HALVING, SIDES = "(count)", "(list)", "(schedule)", "(sides)"
 SCALE, PAIR, FEATURES, TOKENS, GIVEN = "(scale)", "(pair)", "(features)", "(tokens)", "(given)"
 LAYERS, SIDE_LAYERS, VOCAB, SIDE_VOCAB = "(layers)", "(layers by side)", "(vocab)", "(vocab by side)"
@@ -233,14 +234,50 @@ class DualModel(_Strict):
     drop_path_rate: Rate | None = None
 
 
-Kind = Literal["vit", "cct", "dual", "seq2seq", "sequence"]
+Stages = Annotated[list[Annotated[int, Field(ge=1, le=8192)]], Field(min_length=1, max_length=8)]
+Ratios = Annotated[list[Annotated[float, Field(ge=0, le=64)]], Field(min_length=1, max_length=8)]
+Depths = Annotated[list[Annotated[int, Field(ge=1, le=96)]], Field(min_length=1, max_length=8)]
+StageHeads = Annotated[list[Heads], Field(min_length=1, max_length=8)]
+
+
+class PyramidModel(_Strict):
+    """Arguments of `PyramidTransformer` that a recipe may set; the base's own hold otherwise."""
+
+    img_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    patch_size: Annotated[int, Field(ge=1, le=1024)] | None = None
+    in_chans: Annotated[int, Field(ge=1, le=1024)] | None = None
+    num_classes: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    dims: Stages | None = None
+    depths: Depths | None = None
+    num_heads: StageHeads | None = None
+    mlp_ratios: Ratios | None = None
+    stem: Literal["patch", "overlap", "conv"] | None = None
+    stem_dim: Annotated[int, Field(ge=1, le=8192)] | None = None
+    merge: Literal["patch", "overlap", "deformable"] | None = None
+    norm: Literal["layer", "group", "batch"] | None = None
+    block_norm: Literal["layer", "group", "batch", "none"] | None = None
+    end_norm: Literal["last", "every", "none"] | None = None
+    block: Literal["transformer", "bottleneck", "frequency"] | None = None
+    mlp: Literal["plain", "depthwise", "inverted", "multi_group"] | None = None
+    depthwise: bool | None = None
+    shared: bool | None = None
+    pos_embed: Literal["learn", "none"] | None = None
+    qkv_bias: bool | None = None
+    init_values: Annotated[float, Field(gt=0, le=10)] | None = None
+    drop_rate: Rate | None = None
+    proj_drop_rate: Rate | None = None
+    attn_drop_rate: Rate | None = None
+    drop_path_rate: Rate | None = None
+
+
+Kind = Literal["vit", "cct", "pyramid", "dual", "seq2seq", "sequence"]
 """In all hosts, so that a fault names all kinds; `host_tag` tells them apart."""
 
 
 class _Host(_Strict):
     kind: Kind
     base: Base
-    model: VitModel | CctModel | DualModel
+    model: VitModel | CctModel | PyramidModel | DualModel
     init: Literal["timm", "normal"] = Field(
         "timm",
         description="timm's initialisation, or N(0, 0.02²) for all weights and tokens and 0 for all biases.",
@@ -270,6 +307,17 @@ class CctHost(_Host):
 
     base: Base = Field("cct_7_3x1", description="One of the authors' sizes; its arguments are the defaults.")
     model: CctModel = Field(default_factory=CctModel, description="Arguments that differ from the base's.")
+
+
+class PyramidHost(_Host):
+    """A backbone in stages."""
+
+    base: Base = Field(
+        "pyramid_small_patch4_224", description="One of its sizes; its arguments are the defaults."
+    )
+    model: PyramidModel = Field(
+        default_factory=PyramidModel, description="Arguments that differ from the base's."
+    )
 
 
 class DualHost(_Host):
@@ -382,7 +430,7 @@ class SequenceHost(_SequenceHost):
         return self
 
 
-_KINDS = {"cct": CCT, "dual": DUAL, "seq2seq": SEQ2SEQ, "sequence": SEQUENCE}
+_KINDS = {"cct": CCT, "pyramid": PYRAMID, "dual": DUAL, "seq2seq": SEQ2SEQ, "sequence": SEQUENCE}
 
 
 def host_tag(value: Any) -> str:
@@ -391,10 +439,11 @@ def host_tag(value: Any) -> str:
     return _KINDS.get(kind, VIT) if isinstance(kind, str) else VIT
 
 
-ImageHost = VitHost | CctHost | DualHost
+ImageHost = VitHost | CctHost | PyramidHost | DualHost
 Host = Annotated[
     Annotated[VitHost, Tag(VIT)]
     | Annotated[CctHost, Tag(CCT)]
+    | Annotated[PyramidHost, Tag(PYRAMID)]
     | Annotated[DualHost, Tag(DUAL)]
     | Annotated[Seq2SeqHost, Tag(SEQ2SEQ)]
     | Annotated[SequenceHost, Tag(SEQUENCE)],
@@ -479,6 +528,7 @@ TAGGED: dict[str, Any] = {
     FUSE: Fuse,
     VIT: VitHost,
     CCT: CctHost,
+    PYRAMID: PyramidHost,
     DUAL: DualHost,
     SCALE: ScaleStream,
     PAIR: PairStream,

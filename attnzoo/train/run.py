@@ -64,8 +64,8 @@ class Run:
 
     @property
     def pictured(self) -> bool:
-        """Whether heat maps can be drawn of it: not of a model with two streams."""
-        return self.loaded.recipe.host.kind != "dual"
+        """Whether heat maps can be drawn of it: not of a model with two streams, or in stages."""
+        return self.loaded.recipe.host.kind not in ("dual", "pyramid")
 
     def data(self, name: str | None = None) -> Any:
         """What it is trained and tested on, as the model knows it: `ImageData`, `PairData` or `SequenceData`.

@@ -54,6 +54,7 @@ Kind = Literal["images", "pairs", "sequences"]
 HOSTS: dict[str, Kind] = {
     "vit": "images",
     "cct": "images",
+    "pyramid": "images",
     "dual": "images",
     "seq2seq": "pairs",
     "sequence": "sequences",

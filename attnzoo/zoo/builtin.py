@@ -52,4 +52,4 @@ def attnzoo_fusions():
 def attnzoo_recipes():
     """The shipped recipes."""
     folder = recipes_folder()
-    return [folder, folder / "digits", folder / "dual"]
+    return [folder, folder / "digits", folder / "dual", folder / "pyramid"]
