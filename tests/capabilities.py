@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.composition import plausible_map
+from attnzoo.hosts.given import stand_ins
 from attnzoo.recipe import compose_file
 
 SIDE, PATCH = 32, 8
@@ -47,7 +47,7 @@ def made(attention: str | dict, **arguments):
 
 def maps(attention: str, x: Tensor) -> dict[str, Tensor]:
     """What the mechanism asks for besides the images."""
-    return {name: plausible_map(x, kind) for name, kind in compose_file(recipe(attention)).given.items()}
+    return stand_ins(x, compose_file(recipe(attention)).given)
 
 
 def features_only(attention: str) -> None:

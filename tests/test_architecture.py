@@ -77,7 +77,7 @@ MAY_NEED = {
     "mechanisms": set(),
     "fusions": set(),
     "zoo": {"pluggy"},
-    "hosts": {"timm"},
+    "hosts": {"timm", "torchvision"},  # of torchvision: deformable convolutions
     "recipe": {"timm", "yaml", "pydantic", "pydantic_core"},
     "alone": {"pydantic"},
     "parallel": {"timm"},

@@ -10,20 +10,14 @@ from attnzoo.train import train
 from attnzoo.train.settings import prepare
 
 NAMES = [name.removeprefix("digits_") for name in list_recipes("digits_*", plugin="attnzoo")]
-WITHOUT = {
-    "region": "needs a map of labels, which a data set of images does not hand over",
-    **dict.fromkeys(
-        (
-            "class_semantics",
-            "conv_transformer",
-            "cross_scale",
-            "medusa",
-            "pairwise_cross",
-            "prior_cross",
-            "window_cross",
-        ),
-        "reads a second stream, which a ViT has not",
-    ),
+WITHOUT = {  # they read a second stream, which a ViT has not
+    "class_semantics",
+    "conv_transformer",
+    "cross_scale",
+    "medusa",
+    "pairwise_cross",
+    "prior_cross",
+    "window_cross",
 }
 
 

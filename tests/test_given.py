@@ -15,11 +15,15 @@ from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor
 from typer.testing import CliRunner
 
-from attnzoo.bench.composition import describe, plausible_map
+import attnzoo
+from attnzoo.bench.composition import describe
 from attnzoo.cli.app import app
 from attnzoo.errors import MissingMap, RecipeError
-from attnzoo.hosts.given import on_grid
+from attnzoo.hosts.given import on_grid, stand_ins
+from attnzoo.lab.maps import collect
 from attnzoo.recipe import compose, compose_file
+from attnzoo.train import train
+from attnzoo.train.settings import prepare
 
 VIT = """
 recipe: 1
@@ -313,6 +317,26 @@ def test_compose_tries_it(host, tmp_path):
 
 def test_a_plausible_map():
     image = torch.linspace(0, 1, 16).reshape(1, 1, 4, 4).repeat(2, 3, 1, 1) - 5
-    assert plausible_map(image, "labels").unique().tolist() == [0, 1, 2, 3]
-    assert plausible_map(image, "scores").aminmax() == (0, 1)
-    assert plausible_map(torch.zeros(1, 3, 4, 4), "labels").dtype == torch.long
+    assert stand_ins(image, {"m": "labels"})["m"].unique().tolist() == [0, 1, 2, 3]
+    assert stand_ins(image, {"m": "scores"})["m"].aminmax() == (0, 1)
+    two = torch.cat([image, image / 9])
+    assert torch.allclose(*stand_ins(two, {"m": "scores"})["m"])  # of each image on its own
+    assert stand_ins(torch.zeros(1, 3, 4, 4), {"m": "labels"})["m"].dtype == torch.long
+
+
+def test_train_and_look_without_a_map(tmp_path):
+    """No data set hands maps over: what the images themselves say stands for them, in words too."""
+    loaded, settings = prepare("digits_region", ["train.epochs=1", "train.batch_size=512"])
+    run = train(loaded, settings, tmp_path / "run")
+    assert len(run.log()) == 1
+    result = CliRunner().invoke(app, ["heatmap", str(tmp_path / "run"), "--out", str(tmp_path / "sheet.png")])
+    assert result.exit_code == 0 and "`regions` is the brightness of the images" in result.output, (
+        result.output
+    )
+    result = CliRunner().invoke(app, ["eval", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    model, x = attnzoo.compose("digits_region").eval(), torch.rand(2, 3, 32, 32)
+    one = collect(model, x).maps[0].weights
+    regions = torch.arange(32)[None, :, None].expand(2, 32, 32) // 16
+    other = collect(model, x, {"regions": regions}).maps[0].weights
+    assert not torch.equal(one, other) and not other[0, 0, 0, 32:].any()

@@ -15,7 +15,6 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from attnzoo.bench.cost import flops
-from attnzoo.core.card import Given
 from attnzoo.core.component import NOTHING
 from attnzoo.data.image_file import read_image_file
 from attnzoo.errors import RecipeError
@@ -354,22 +353,8 @@ def exercise(model: nn.Module, image: str | os.PathLike) -> Exercise:
         image: A file.
     """
     x = open_image(image, model)
-    maps = {name: plausible_map(x, kind) for name, kind in cast(Any, model).given.items()}
-    maps |= stand_ins(x, getattr(model, "inputs", {}))
-    return _exercised(model, (x,), os.fspath(image), maps)
-
-
-def plausible_map(image: Tensor, kind: Given) -> Tensor:
-    """A map that somebody could hand over with an image, (b y x).
-
-    Args:
-        image: (b c y x).
-        kind: `labels` for whole numbers 0 to 3, `scores` for numbers from 0 to 1.
-    """
-    bright = image.mean(dim=1)
-    low, high = bright.amin(), bright.amax()
-    bright = (bright - low) / (high - low).clamp(min=1e-6)
-    return (4 * bright).long().clamp(max=3) if kind == "labels" else bright
+    inputs = {**cast(Any, model).given, **getattr(model, "inputs", {})}
+    return _exercised(model, (x,), os.fspath(image), stand_ins(x, inputs))
 
 
 def exercise_tokens(model: nn.Module, info: HostInfo) -> Exercise:

@@ -151,8 +151,14 @@ def _draw_images(
     maps = collect(seen.model, evaluation(seen.size, seen.mean, seen.std)(images))
     shown = view(maps, what, layer=layer, fusion=fusion, ratio=discard)
     lines = captions(maps, names, truths, seen.classes)
+    given = [f"`{name}` is the brightness of the images" for name in getattr(seen.model, "given", {})]
     sheet = heat_sheet(
-        maps, shown, images, lines, f"{seen.name}: {TITLES[what]}", [seen.state, *notes(maps, what, layer)]
+        maps,
+        shown,
+        images,
+        lines,
+        f"{seen.name}: {TITLES[what]}",
+        [seen.state, *given, *notes(maps, what, layer)],
     )
     written = save_sheet(sheet, out or Path(f"{seen.name}-{what}.png"), shown.values if npy else None)
     if as_json:
@@ -172,6 +178,8 @@ def _draw_images(
         say(f"written: {path}")
     branches = ", ".join(maps.branches())
     say(f"images: {len(images)} · layers: {len(maps.sites)} · branches: {branches} · {seen.state}")
+    for line in given:
+        say(f"{line}: no data hand it over")
     for absent in {one.branch: one for one in maps.absent}.values():
         say(f"{absent.branch} has no map: {absent.reason}", style="yellow")
 

@@ -177,7 +177,8 @@ def evaluate_committee(
         for indices in torch.arange(len(data.test)).split(batch):
             images, truth = data.test.batch(indices)
             x = prepare(images).to(device)
-            logits.append(model(x, **stand_ins(x, getattr(model, "inputs", {}))).cpu())
+            inputs = {**getattr(model, "given", {}), **getattr(model, "inputs", {})}
+            logits.append(model(x, **stand_ins(x, inputs)).cpu())
             labels.append(truth)
         answers.append(torch.cat(logits))
         truths.append(torch.cat(labels))

@@ -1,6 +1,6 @@
 """Low-rank bilinear pooling with the Hadamard product (MLB).
 
-Kim et al., "Hadamard Product for Low-rank Bilinear Pooling", ICLR 2017, arXiv:1610.04325, §3, eq. 6-8.
+Kim et al., "Hadamard Product for Low-rank Bilinear Pooling", ICLR 2017, arXiv:1610.04325, §3, eq. 3-5.
 """
 
 from functools import reduce
@@ -32,7 +32,7 @@ class LowRank(Fusion):
             "Kim et al.",
             2017,
             "arXiv:1610.04325",
-            where="§3, eq. 6-8",
+            where="§3, eq. 3-5",
         ),
         laws={Law.IDENTITY_START, Law.TOKEN_LOCAL},
     )

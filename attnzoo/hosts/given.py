@@ -229,16 +229,25 @@ def handed_over(given: Mapping[str, Tensor], name: str, images: Tensor, shape: S
     return values
 
 
-def stand_ins(images: Tensor, inputs: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """What somebody could hand over with images, where nobody does: their own values, averaged, (b *shape) each.
+def stand_ins(images: Tensor, inputs: Mapping[str, Sequence[int] | Given]) -> dict[str, Tensor]:
+    """What somebody could hand over with images, where nobody does, made of the images themselves.
 
     Args:
         images: (b c y x).
-        inputs: Shapes of one sample by name: (c y x) of a feature map, (m c) of tokens.
+        inputs: What a model takes, by name: the shape of one sample of a stream, (c y x) of a feature map or (m c) of
+            tokens, which becomes the image averaged; or the kind of a map (b y x), which becomes the brightness of each
+            image, from 0 to 1 for `scores`, in four steps for `labels`.
     """
-    return {
-        name: F.adaptive_avg_pool3d(images, (shape[0], shape[1], shape[2]))
-        if len(shape) == 3
-        else F.adaptive_avg_pool1d(images.flatten(1)[:, None], shape[0] * shape[1]).reshape(-1, *shape)
-        for name, shape in inputs.items()
-    }
+    return {name: _stand_in(images, wanted) for name, wanted in inputs.items()}
+
+
+def _stand_in(images: Tensor, wanted: Sequence[int] | Given) -> Tensor:
+    if isinstance(wanted, str):
+        bright = images.mean(dim=1)
+        low, high = bright.amin(dim=(1, 2), keepdim=True), bright.amax(dim=(1, 2), keepdim=True)
+        bright = (bright - low) / (high - low).clamp(min=1e-6)
+        return (4 * bright).long().clamp(max=3) if wanted == "labels" else bright
+    if len(wanted) == 3:
+        return F.adaptive_avg_pool3d(images, (wanted[0], wanted[1], wanted[2]))
+    tokens, channels = wanted
+    return F.adaptive_avg_pool1d(images.flatten(1)[:, None], tokens * channels).reshape(-1, tokens, channels)

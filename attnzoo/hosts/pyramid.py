@@ -224,10 +224,11 @@ class PyramidTransformer(Backbone):
                 dim,
                 [blocks[f"stages.{s}.{i}"] for i in range(sited[s])],
                 depths[s] if shared else 1,
-                NORMS["layer" if end_norm == "every" or (end_norm == "last" and s == len(dims) - 1) else "none"](dim),
+                NORMS["layer" if end_norm == "every" and s < len(dims) - 1 else "none"](dim),
             )
             for s, dim in enumerate(dims)
         )  # fmt: skip
+        self.norm = NORMS["none" if end_norm == "none" else "layer"](dims[-1])
         self.feature_info = [
             {"module": f"stages.{s}", "num_chs": dim, "reduction": sides[s]} for s, dim in enumerate(dims)
         ]
@@ -274,7 +275,7 @@ class PyramidTransformer(Backbone):
         )
         return {
             "stem": r"^stages\.0\.(?:merge|norm|pos_embed)",
-            "blocks": [(blocks, None), *rest, (r"^pool", (99999,))],
+            "blocks": [(blocks, None), *rest, (r"^norm|pool", (99999,))],
         }
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -315,7 +316,7 @@ class PyramidTransformer(Backbone):
         torch._assert(x.shape[3] == self.img_size[1], "the image has another number of columns")
         for stage, layout in zip(self.stages[:-1], self.layouts, strict=False):
             x = layout.to_grid(self.through(stage, x))
-        return self.through(self.stages[-1], x)
+        return self.norm(self.through(self.stages[-1], x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of tokens, or the pooled token itself.
@@ -349,7 +350,7 @@ class PyramidTransformer(Backbone):
         Args:
             x: Images (b c y x).
             indices: Which stages; the last n when a number, all when None.
-            norm: Changes nothing: stages end with their own norms, or without, as with timm's pyramids.
+            norm: Whether the norm at the end is applied to what the last stage gives.
             stop_early: Whether stages after the last of them are left out.
             output_fmt: `NCHW` for maps (b c y x), `NLC` for tokens (b n c).
             intermediates_only: Whether only what the stages give is returned.
@@ -361,8 +362,9 @@ class PyramidTransformer(Backbone):
             tokens = self.through(stage, x)
             x = self.layouts[i].to_grid(tokens)
             if i in wanted:
-                inner.append(x if output_fmt == "NCHW" else tokens)
-        return inner if intermediates_only else (tokens, inner)
+                seen = self.norm(tokens) if norm and i == len(self.stages) - 1 else tokens
+                inner.append(self.layouts[i].to_grid(seen) if output_fmt == "NCHW" else seen)
+        return inner if intermediates_only else (self.norm(tokens), inner)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -380,7 +382,7 @@ class PyramidTransformer(Backbone):
         wanted, last = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: last + 1]
         if prune_norm:
-            self.stages[-1].end = nn.Identity()
+            self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
         return wanted

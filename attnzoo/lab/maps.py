@@ -29,6 +29,7 @@ from attnzoo.core import (
 from attnzoo.core.component import NOTHING
 from attnzoo.errors import ZooError
 from attnzoo.hosts.dual import DualTransformer
+from attnzoo.hosts.given import stand_ins
 from attnzoo.hosts.pyramid import PyramidTransformer
 
 Kind = Literal["weights", "pooled", "gate", "implied"]
@@ -326,13 +327,19 @@ class Looked:
 
 
 @torch.no_grad()
-def look(model: nn.Module, sites: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]) -> Looked:
+def look(
+    model: nn.Module,
+    sites: Mapping[str, nn.Module],
+    inputs: tuple[Tensor, ...],
+    given: Mapping[str, Tensor] = NOTHING,
+) -> Looked:
     """What the mechanisms at these sites do in one forward in eval mode; layers are counted in the order of sites.
 
     Args:
         model: It is left as it was.
         sites: What is put at each, by name; each is called once in a forward.
         inputs: What the model is called with.
+        given: And what by name.
     """
     leaves = [
         _Leaf(site, layer, branch, component)
@@ -356,17 +363,20 @@ def look(model: nn.Module, sites: Mapping[str, nn.Module], inputs: tuple[Tensor,
             stack.enter_context(watch(leaf.component, "weights", note(leaf)))
             stack.callback(leaf.component.register_forward_hook(reading(leaf), with_kwargs=True).remove)
         stack.callback(model.train, model.training)
-        output = model.eval()(*inputs)
+        output = model.eval()(*inputs, **given)
     read, layouts = zip(*(found[leaf] for leaf in leaves), strict=True)
     return Looked(read, layouts, output)
 
 
-def collect(model: nn.Module, images: Float[Tensor, "b c y x"]) -> Maps:
+def collect(
+    model: nn.Module, images: Float[Tensor, "b c y x"], given: Mapping[str, Tensor] | None = None
+) -> Maps:
     """The maps of every layer, branch and head for some images, from one forward in eval mode.
 
     Args:
         model: A composed model; it is left as it was.
         images: As the model wants them, (b c y x).
+        given: The maps that its components ask for, by name; made of the images (`stand_ins`) when None.
 
     Raises:
         ZooError: AZ903, when there is no mechanism in the model, when it has two streams or is one in stages.
@@ -386,7 +396,9 @@ def collect(model: nn.Module, images: Float[Tensor, "b c y x"]) -> Maps:
             help="`attnzoo.core.watch` shows the weights of every site",
         )
     sites = _sites(model)
-    looked = look(model, sites, (images,))
+    if given is None:
+        given = stand_ins(images, getattr(model, "given", {}))
+    looked = look(model, sites, (images,), given)
     return Maps(
         maps=looked.maps,
         absent=looked.absent,

@@ -1,6 +1,6 @@
 """Focal region loss: errors count for more in regions that are restored worse.
 
-Chen et al., "Region Attention Transformer for Medical Image Restoration", MICCAI 2024.
+Yang et al., "Region Attention Transformer for Medical Image Restoration", MICCAI 2024.
 """
 
 import torch

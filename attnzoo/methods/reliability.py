@@ -1,6 +1,7 @@
 """Reliability balancing: what a classifier is unsure of is corrected by anchors in the space of its features.
 
-Wasi et al., "ARBEx: Attentive Feature Extraction with Reliability Balancing", 2023, arXiv:2305.01486, §3.3.
+Wasi et al., "ARBEx: Attentive Feature Extraction with Reliability Balancing for Robust Facial Expression Learning",
+2023, arXiv:2305.01486, §3.3.
 """
 
 import math

@@ -1,11 +1,13 @@
 """Images and their classes."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnzoo.core.card import Given
 from attnzoo.data import Augment, ImageData, Step, evaluation, step_seeds
 from attnzoo.hosts.dual import DualInfo
 from attnzoo.hosts.given import stand_ins
@@ -39,15 +41,20 @@ class ImageTask(Task):
         steps = [Step.model_validate(step.model_dump(by_alias=True)) for step in settings.augment]
         self.augment = Augment(steps, image=data.image, mean=mean, std=std, classes=len(data.classes))
         self.evaluation = evaluation(data.image, mean, std)
-        info = resolve(self.loaded).info
-        self.inputs = info.inputs if isinstance(info, DualInfo) else {}
+        composition = resolve(self.loaded)
+        streams = composition.info.inputs if isinstance(composition.info, DualInfo) else {}
+        self.inputs: Mapping[str, Sequence[int] | Given] = {**streams, **composition.given}
 
     @property
     def notes(self) -> tuple[str, ...]:
-        shapes = {name: " × ".join(map(str, shape)) for name, shape in self.inputs.items()}
         return tuple(
-            f"the data hand over no `{name}`: the images themselves, averaged to {shape}, stand for it"
-            for name, shape in shapes.items()
+            f"the data hand over no `{name}`: "
+            + (
+                f"the brightness of the images{', in four steps,' if wanted == 'labels' else ''} stands for it"
+                if isinstance(wanted, str)
+                else f"the images themselves, averaged to {' × '.join(map(str, wanted))}, stand for it"
+            )
+            for name, wanted in self.inputs.items()
         )
 
     def fit(self, loaded: Loaded) -> Loaded:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnzoo.core.card import Given
 from attnzoo.data import Split
 from attnzoo.hosts.given import stand_ins
 
@@ -105,7 +106,7 @@ def tally(
     split: Split,
     transform: Callable[[Tensor], Tensor],
     classes: int,
-    inputs: Mapping[str, Sequence[int]] = NOTHING_ELSE,
+    inputs: Mapping[str, Sequence[int] | Given] = NOTHING_ELSE,
     *,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
@@ -119,7 +120,7 @@ def tally(
         split: Images with labels.
         transform: From bytes to what the model wants.
         classes: How many there are.
-        inputs: Shapes of what the model takes beside images, by name; `stand_ins` of the images stand for it.
+        inputs: What the model takes beside images, by name; `stand_ins` of the images stand for it.
         batch_size: Images at once.
         device: Where the model is.
         rank: Of this process; it looks at every `world`-th image.

@@ -1,7 +1,7 @@
 """Luong's global attention.
 
 Luong, Pham and Manning, "Effective Approaches to Attention-based Neural Machine Translation", 2015, arXiv:1508.04025,
-§3.1, eq. 5-8.
+§3 and §3.1, eq. 5-8.
 """
 
 from dataclasses import replace
@@ -40,7 +40,7 @@ class LuongGlobal(Mechanism):
             "Luong et al.",
             2015,
             "arXiv:1508.04025",
-            where="§3.1, eq. 5-8",
+            where="§3 and §3.1, eq. 5-8",
         ),
         time="n m c",
         memory="n m",

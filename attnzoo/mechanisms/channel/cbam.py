@@ -1,6 +1,6 @@
 """CBAM: gate the channels by what the tokens hold, then the places by what the channels hold.
 
-Woo et al., "CBAM: Convolutional Block Attention Module", 2018, arXiv:1807.06521, §3.1, eq. 1-3. The layers are timm's
+Woo et al., "CBAM: Convolutional Block Attention Module", 2018, arXiv:1807.06521, §3, eq. 1-3. The layers are timm's
 `ChannelAttn` and `SpatialAttn`.
 """
 
@@ -34,7 +34,7 @@ class Cbam(Mechanism):
             "Woo et al.",
             2018,
             "arXiv:1807.06521",
-            where="§3.1, eq. 1-3",
+            where="§3, eq. 1-3",
         ),
         time="n c + c c",
         memory="n c",

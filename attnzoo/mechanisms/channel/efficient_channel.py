@@ -1,7 +1,7 @@
 """Efficient channel attention: gate each channel by the means of a few neighbouring channels.
 
 Wang et al., "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks", 2020, arXiv:1910.03151,
-§3.3, eq. 5-12. The layers are timm's `EcaModule` and `CecaModule`.
+§3.2, eq. 5-10. The layers are timm's `EcaModule` and `CecaModule`.
 """
 
 import torch
@@ -33,7 +33,7 @@ class EfficientChannel(Mechanism):
             "Wang et al.",
             2020,
             "arXiv:1910.03151",
-            where="§3.3, eq. 5-12",
+            where="§3.2, eq. 5-10",
         ),
         time="n c",
         memory="n c",

@@ -1,6 +1,6 @@
 """Global context: one attention map for all queries pools the tokens, and a bottleneck hands the result to each.
 
-Cao et al., "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond", 2019, arXiv:1904.11492, §3.4. The
+Cao et al., "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond", 2019, arXiv:1904.11492, §4.3. The
 layers are timm's `GlobalContext`.
 """
 
@@ -32,7 +32,7 @@ class GlobalContext(Mechanism):
             "Cao et al.",
             2019,
             "arXiv:1904.11492",
-            where="§3.4",
+            where="§4.3",
         ),
         time="n c + c c",
         memory="n c",

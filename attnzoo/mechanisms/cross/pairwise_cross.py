@@ -1,7 +1,7 @@
 """Pair-wise cross-attention: another image's tokens join the own ones as keys, to disturb self-attention in training.
 
 Zhu et al., "Dual Cross-Attention Learning for Fine-Grained Visual Categorization and Object Re-Identification", CVPR
-2022, §3.3, equation 5.
+2022, §3.3, equation 4.
 """
 
 import torch
@@ -33,7 +33,7 @@ class PairwiseCross(Mechanism):
             "Zhu et al.",
             2022,
             "CVPR 2022",
-            where="§3.3, eq. 5",
+            where="§3.3, eq. 4",
         ),
         time="n n c + n m c + n c c",
         memory="h n n + h n m",

@@ -1,6 +1,7 @@
 """Window cross-attention: a small second map asks each window of the first.
 
-Wasi et al., "ARBEx: Attentive Feature Extraction with Reliability Balancing", 2023, arXiv:2305.01486, §3.2.
+Wasi et al., "ARBEx: Attentive Feature Extraction with Reliability Balancing for Robust Facial Expression Learning",
+2023, arXiv:2305.01486, §3.2.
 """
 
 import torch
@@ -30,7 +31,7 @@ class WindowCross(Mechanism):
         family=Family.CROSS,
         summary="A small second map asks each window of the first: queries from the context, keys from the window.",
         paper=Paper(
-            "ARBEx: Attentive Feature Extraction with Reliability Balancing",
+            "ARBEx: Attentive Feature Extraction with Reliability Balancing for Robust Facial Expression Learning",
             "Wasi et al.",
             2023,
             "arXiv:2305.01486",

@@ -1,6 +1,6 @@
 """Attention pooling: a learned query reads all tokens, and an MLP follows.
 
-Zhai et al., "Scaling Vision Transformers", 2021, arXiv:2106.04560, §2.1 (MAP). The layers are timm's.
+Zhai et al., "Scaling Vision Transformers", 2021, arXiv:2106.04560, §3.2 (MAP). The layers are timm's.
 """
 
 from attnzoo.core import Card, Family, Law, Paper, Pool, PositiveFloat, Site
@@ -19,7 +19,7 @@ class MapPool(Pool):
         name="map_pool",
         family=Family.LATENT,
         summary="Multi-head attention pooling: one learned query reads all tokens, and an MLP follows.",
-        paper=Paper("Scaling Vision Transformers", "Zhai et al.", 2021, "arXiv:2106.04560", where="§2.1"),
+        paper=Paper("Scaling Vision Transformers", "Zhai et al.", 2021, "arXiv:2106.04560", where="§3.2"),
         time="n c c",
         memory="n c",
         masks={"keys"},

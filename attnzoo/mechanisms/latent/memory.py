@@ -1,6 +1,6 @@
 """Persistent memory: learned keys and values beside those of the tokens.
 
-Sukhbaatar et al., "Augmenting Self-attention with Persistent Memory", 2019, arXiv:1907.01470, §3.
+Sukhbaatar et al., "Augmenting Self-attention with Persistent Memory", 2019, arXiv:1907.01470, §4.2.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ class Memory(Head):
             "Sukhbaatar et al.",
             2019,
             "arXiv:1907.01470",
-            where="§3",
+            where="§4.2",
         ),
         time="n m c + n r c",
         memory="h n m + h n r",

@@ -1,7 +1,8 @@
 """Neighborhood attention, generalised: window, stride, dilation, causal windows.
 
 Hassani et al., "Neighborhood Attention Transformer", 2023, arXiv:2204.07143, §3.1; "Generalized Neighborhood
-Attention", 2025, arXiv:2504.16922, §3.
+Attention: Multi-dimensional Sparse Attention at the Speed of Light", 2025, arXiv:2504.16922, §3; dilation as in
+arXiv:2209.15001.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """Region attention: tokens attend within regions that the caller hands over.
 
-"Region Attention Transformer for Medical Image Restoration", MICCAI 2024, R-MSA.
+Yang et al., "Region Attention Transformer for Medical Image Restoration", MICCAI 2024, arXiv:2407.09268, R-MSA.
 """
 
 from dataclasses import replace
