@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.data import create_transform, resolve_data_config
@@ -19,7 +19,7 @@ from attnzoo.core.component import NOTHING
 from attnzoo.data.image_file import read_image_file
 from attnzoo.errors import RecipeError
 from attnzoo.hosts.dual import DualInfo
-from attnzoo.hosts.given import stand_ins
+from attnzoo.hosts.given import stand_ins, taken
 from attnzoo.hosts.info import POOL, BackboneInfo, HostInfo
 from attnzoo.hosts.pyramid import StageInfo
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
@@ -353,8 +353,7 @@ def exercise(model: nn.Module, image: str | os.PathLike) -> Exercise:
         image: A file.
     """
     x = open_image(image, model)
-    inputs = {**cast(Any, model).given, **getattr(model, "inputs", {})}
-    return _exercised(model, (x,), os.fspath(image), stand_ins(x, inputs))
+    return _exercised(model, (x,), os.fspath(image), stand_ins(x, taken(model)))
 
 
 def exercise_tokens(model: nn.Module, info: HostInfo) -> Exercise:

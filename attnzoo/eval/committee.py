@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnzoo.data import evaluation
 from attnzoo.errors import ZooError
-from attnzoo.hosts.given import stand_ins
+from attnzoo.hosts.given import stand_ins, taken
 from attnzoo.train import Run
 
 Vote = Literal["probability", "logit", "majority"]
@@ -177,8 +177,7 @@ def evaluate_committee(
         for indices in torch.arange(len(data.test)).split(batch):
             images, truth = data.test.batch(indices)
             x = prepare(images).to(device)
-            inputs = {**getattr(model, "given", {}), **getattr(model, "inputs", {})}
-            logits.append(model(x, **stand_ins(x, inputs)).cpu())
+            logits.append(model(x, **stand_ins(x, taken(model))).cpu())
             labels.append(truth)
         answers.append(torch.cat(logits))
         truths.append(torch.cat(labels))

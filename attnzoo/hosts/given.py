@@ -229,6 +229,11 @@ def handed_over(given: Mapping[str, Tensor], name: str, images: Tensor, shape: S
     return values
 
 
+def taken(model: nn.Module) -> dict[str, Sequence[int] | Given]:
+    """What a model takes beside images, by name, as `stand_ins` wants it."""
+    return {**getattr(model, "given", {}), **getattr(model, "inputs", {})}
+
+
 def stand_ins(images: Tensor, inputs: Mapping[str, Sequence[int] | Given]) -> dict[str, Tensor]:
     """What somebody could hand over with images, where nobody does, made of the images themselves.
 

@@ -13,6 +13,7 @@ from attnzoo.data import evaluation
 from attnzoo.data.pairs import PairData, encoded
 from attnzoo.data.vocabulary import Vocabulary
 from attnzoo.errors import RecipeError, RunError, ZooError
+from attnzoo.hosts.given import taken
 from attnzoo.hosts.info import BackboneInfo
 from attnzoo.recipe import Loaded, build, load, resolve
 from attnzoo.recipe.schema import ImageHost, Seq2SeqHost, SequenceHost
@@ -183,7 +184,9 @@ class Run:
             )
         transform = evaluation(image, images.mean, images.std)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return evaluate(model.to(device), images.test, transform, images.classes, device=device)
+        return evaluate(
+            model.to(device), images.test, transform, images.classes, inputs=taken(model), device=device
+        )
 
     def log(self) -> list[dict[str, Any]]:
         """A row per epoch: `epoch` from 1, `train_loss` and `test_loss` in nats, `test_accuracy`, what else the task
