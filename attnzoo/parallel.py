@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from attnzoo.core import NO_MASK, Component, Fused, Head, Law, Mask, Mechanism, MultiHead
+from attnzoo.core import NO_MASK, Component, Fused, Head, Law, Mask, Mechanism, MultiHead, find_taps
 from attnzoo.core.component import NOTHING
 from attnzoo.errors import Diagnostic, ZooError
 
@@ -135,6 +135,7 @@ def _reason(part: Any, size: int) -> str:
         f"{part.heads} heads are no multiple of {size}": bool(part.heads % size),
         "`scale_norm` is that of all heads": not isinstance(part.norm, nn.Identity),
         "the skip between layers has a norm of all heads": not isinstance(part.skip, nn.Identity),
+        "the rollout is a mean over all heads": any(tap.of_all_heads for tap in find_taps(part).values()),
         "its projections are no plain `nn.Linear`": any(type(linear) is not nn.Linear for linear in linears),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

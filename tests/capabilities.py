@@ -15,6 +15,8 @@ from attnzoo.recipe import compose_file
 
 SIDE, PATCH = 32, 8
 POOLS = attnzoo.list_mechanisms(form="pool")
+BEHIND_OTHERS = ("global_local_cross",)
+"""They ask where the layers before them looked."""
 SIZES = (24, 32), (40, 48)
 """Of other images, in pixels: fewer tokens, and more."""
 
@@ -30,6 +32,9 @@ def recipe(attention: str | dict, **model) -> dict:
         "num_classes": 5,
     }
     host = {"kind": "vit", "base": "vit_tiny_patch16_224", "model": small | model}
+    if attention in BEHIND_OTHERS:
+        last = {"at": f"blocks.{host['model']['depth'] - 1}", "put": attention}
+        return {"recipe": 1, "host": host, "attention": "softmax", "overrides": [last]}
     if attention in POOLS:
         return {"recipe": 1, "host": host, "pool": attention, "attention": "softmax"}
     return {"recipe": 1, "host": host, "attention": attention}

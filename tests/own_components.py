@@ -93,6 +93,40 @@ class LitNorm(Mechanism):
         return x
 
 
+class LookedPool(Pool):
+    """The sum of the grid tokens, each times how much the class token looked at it."""
+
+    card = Card(
+        "looked_pool", Family.LATENT, "Where the layers looked.", grid="any", given={"rollout": "scores"}
+    )
+
+    def pool(self, x, *, mask, layout, rollout):
+        _, tokens = layout.split(x)
+        return (rollout.flatten(1)[..., None].to(x) * tokens).sum(1)
+
+
+class Looking(Head):
+    """softmax(q kᵀ / √d + r) v, r how much the class token looked at a key: it asks, and has a map itself."""
+
+    card = Card(
+        "looking", Family.DOT_PRODUCT, "Where the layers looked, once more.", grid="any",
+        given={"rollout": "scores"}, taps={"scores": "b h n m", "weights": "b h n m"}, laws={Law.STOCHASTIC},
+    )  # fmt: skip
+
+    def attend(self, q, k, v, *, mask, layout, rollout):
+        extra = nn.functional.pad(rollout.flatten(1), (layout.prefix, 0))[:, None, None].to(q)
+        return self.weights(self.scores(q @ k.mT / q.shape[-1] ** 0.5 + extra).softmax(-1)) @ v
+
+
+class LookedLabels(Mechanism):
+    """Labels under the name of scores that a ViT makes."""
+
+    card = Card("looked_labels", Family.MIXING, "A bad kind.", grid="any", given={"rollout": "labels"})
+
+    def mix(self, x, source, *, mask, layout, rollout):
+        return x
+
+
 class Plugin:
     """What a plugin's module offers."""
 
@@ -100,7 +134,8 @@ class Plugin:
     @hookimpl
     def attnzoo_mechanisms():
         """All of the above."""
-        return [ScoredPool, RowPool, LitPool, RegionMean, Lit, LitLabels, LitNorm]
+        lit = [RegionMean, Lit, LitLabels, LitNorm, LitPool]
+        return [*lit, LookedPool, Looking, LookedLabels, ScoredPool, RowPool]
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import processes
 import pytest
 import timm
 import torch
-from capabilities import TRIALS, images, made, maps, recipe
+from capabilities import BEHIND_OTHERS, TRIALS, images, made, maps, recipe
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg, save_for_hf
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -207,8 +207,9 @@ def test_supports_is_what_works(name):
 )
 def test_torchvisions_feature_extractor(name):
     """Maps are handed to the model by keyword, which a symbolic trace follows too."""
-    model, x = made(name, depth=1), images(2)
-    extractor = create_feature_extractor(model, return_nodes={"blocks.0.attn": "mixed", "head": "out"})
+    last = 1 if name in BEHIND_OTHERS else 0
+    model, x = made(name, depth=last + 1), images(2)
+    extractor = create_feature_extractor(model, return_nodes={f"blocks.{last}.attn": "mixed", "head": "out"})
     given = maps(name, x)
     with torch.no_grad():
         out = extractor(x, **given)

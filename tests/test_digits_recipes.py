@@ -27,13 +27,18 @@ def test_every_mechanism_has_its_recipe():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_differs_in_its_mechanism_alone(name):
-    """It puts what it is called after at every site, and trains as the others do."""
+    """It puts what it is called after at every site, or the last, and trains as the others do."""
     recipe, plain = load(f"digits_{name}").recipe, load("digits_softmax").recipe
     result = CliRunner().invoke(app, ["compose", f"digits_{name}"])
     assert result.exit_code == 0 and name in result.output
     assert recipe.train == plain.train and recipe.host.base == plain.host.base
-    own = "global_pool" if recipe.pool else ""  # which a pool takes the place of
-    assert recipe.host.arguments == {k: v for k, v in plain.host.arguments.items() if k != own}
+    arguments = dict(plain.host.arguments)
+    if recipe.pool:
+        del arguments["global_pool"]  # which a pool takes the place of
+    if name == "global_local_cross":
+        arguments["class_token"] = True  # it asks where that looked
+        assert [override.put.use for override in recipe.overrides] == [name]
+    assert recipe.host.arguments == arguments
 
 
 @pytest.mark.slow

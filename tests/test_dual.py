@@ -753,7 +753,7 @@ PAPERS = {
 
 
 def test_every_paper_has_its_recipe():
-    assert sorted(PAPERS) == attnzoo.list_mechanisms(family="cross", plugin="attnzoo")
+    assert sorted(PAPERS) == attnzoo.list_mechanisms(family="cross", context=True, plugin="attnzoo")
     for name, stream in PAPERS.items():
         composition = compose_file(f"dual_{name}")
         assert composition.loaded.recipe.host.model.b.stream == stream and composition.loaded.recipe.source

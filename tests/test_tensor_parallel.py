@@ -26,6 +26,7 @@ import attnzoo
 from attnzoo import parallel
 from attnzoo.core import FusedHeads, Head, KVCache, Law, Layout, Mask, MultiHead, Site, watch
 from attnzoo.errors import ZooError
+from attnzoo.hosts.rollout import Rolling
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 from attnzoo.parallel import gathered, tensor_parallel
 from attnzoo.zoo import load_zoo
@@ -426,6 +427,8 @@ def refusals() -> None:
     split = partial(FusedHeads, fusion=zoo.fusions["head_split"].value, branches=[found["softmax"]] * 2)
     skipping = multi(found["softmax"])
     skipping.skip = nn.LayerNorm(24)
+    rolling = multi(found["softmax"])
+    rolling.inner.weights = Rolling(True, 0.0)
     wrapped = multi(found["softmax"])
     wrapped.qkv = type("Wrapped", (nn.Linear,), {})(24, 72)
     named = {
@@ -439,6 +442,7 @@ def refusals() -> None:
         (multi(found["softmax"], heads=3), "3 heads are no multiple of 2"),
         (multi(found["softmax"], scale_norm=True), "`scale_norm` is that of all heads"),
         (skipping, "the skip between layers has a norm of all heads"),
+        (rolling, "the rollout is a mean over all heads"),
         (wrapped, "its projections are no plain `nn.Linear`"),
         *((part, f"`{name}` has projections of its own") for name, part in named.items()),
         (Mlp(4, 7), "7 hidden channels are no multiple of 2"),

@@ -8,6 +8,7 @@ from typing import Any
 from attnzoo.catalogue.lists import form_of
 from attnzoo.catalogue.text import Sheet, Table, Verbatim
 from attnzoo.core import options_of
+from attnzoo.core.card import ROLLOUT
 from attnzoo.errors import RecipeError, did_you_mean
 from attnzoo.recipe.source import read_text
 from attnzoo.zoo import Entry, load_zoo
@@ -98,6 +99,8 @@ def page_of(entry: Entry, kind: str) -> dict[str, Any]:
     example = f"{'pool' if form_of(entry.value) == 'pool' else 'attention'}: {entry.name}"
     if kind == "fusion":
         example = f"attention: {{fuse: {entry.name}, of: [softmax, soft]}}"
+    elif ROLLOUT in card.given and "attention" in example:
+        example = f"attention: softmax\noverrides: [{{at: blocks.11, put: {entry.name}}}]"
     return {
         "name": entry.name,
         "kind": kind,

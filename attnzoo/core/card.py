@@ -109,6 +109,8 @@ AXES = frozenset("bnmchdkprwyx")
 """The shape letters of docs/architecture.md."""
 Given = Literal["labels", "scores"]
 """A map that the caller hands over: whole numbers that name a region, or real numbers."""
+ROLLOUT = "rollout"
+"""Name of a map of scores that a ViT makes itself: how much its class token looks at each patch so far."""
 Fidelity = Literal["exact", "adapted", "inspired"]
 
 

@@ -30,6 +30,9 @@ class Tap(nn.Identity):
         dropout: Probability with which an entry is dropped in training, after the hooks have seen it.
     """
 
+    of_all_heads = False
+    """Whether what stands here needs the weights of all heads at once, so that devices cannot hold some each."""
+
     def __init__(self, axes: str, dropout: float = 0.0):
         super().__init__()
         self.axes, self.dropout = axes, dropout

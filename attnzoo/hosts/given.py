@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from attnzoo.core import Component
 from attnzoo.core.card import Given
 from attnzoo.errors import MissingMap
+from attnzoo.hosts.rollout import Rolling
 from attnzoo.hosts.skip import AddNorm, PairMean
 
 NO_MAPS: Mapping[str, Given] = {}
@@ -52,7 +53,7 @@ def _keep_components_whole(tracer: Any) -> None:
 
     def whole(module: nn.Module) -> bool:
         return isinstance(module, Component) and not any(
-            isinstance(m, AddNorm | PairMean) for m in module.modules()
+            isinstance(m, AddNorm | PairMean | Rolling) for m in module.modules()
         )
 
     tracer.is_leaf_module = lambda module, path: whole(module) or is_leaf(module, path)

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from attnzoo.core import Card, Component, Family, Fusion, Head, Layout, Mechanism, MultiHead, Pool, Site
+from attnzoo.core.card import Given
 from attnzoo.errors import Place, RecipeError, UnknownArgument, did_you_mean
 from attnzoo.hosts.requirements import Requirements
 
@@ -62,6 +63,7 @@ class HostInfo(ABC):
         depth: Number of layers.
         params: Number of parameters of the plain model.
         model: The plain model, on the meta device.
+        makes: Maps that the model makes itself, so that no caller hands them over, by name.
     """
 
     family: str
@@ -70,6 +72,7 @@ class HostInfo(ABC):
     depth: int
     params: int = 0
     model: nn.Module = field(default_factory=nn.Module, repr=False)
+    makes: Mapping[str, Given] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -230,6 +233,7 @@ class BackboneInfo(HostInfo):
         dynamic: Whether the image's size may change from call to call.
         patch_drop: Share of patches dropped in training.
         pools: Whether its head reads one token, so that a component can make it.
+        class_token: Whether the first token is the class token.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -242,6 +246,7 @@ class BackboneInfo(HostInfo):
     dynamic: bool = False
     patch_drop: float = 0.0
     pools: bool = True
+    class_token: bool = False
 
     @property
     def dims(self) -> Sequence[int]:

@@ -50,7 +50,7 @@ def unmet(card: Card, required: Requirements) -> list[str]:
     if required.context and not card.context:
         reasons.append(f"the site reads from a context; `{card.name}` cannot")
     joins = required.may_join and card.context == "beside"
-    if card.family is Family.CROSS and not required.context and not joins:
+    if card.family is Family.CROSS and card.context and not required.context and not joins:
         reasons.append(f"`{card.name}` reads from a second stream; the site has none")
     if required.context and isinstance(card.context_grid, int) and card.context_grid != required.context_grid:
         reasons.append(

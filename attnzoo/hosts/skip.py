@@ -82,23 +82,30 @@ def carried(
         _slot.now = outer
 
 
+def handed_on() -> Tensor | None:
+    """What the layer before handed on; None where there is none."""
+    return None if _slot.now is None else _slot.now.value
+
+
 def _received() -> Tensor:
     """What the layer before handed on.
 
     Raises:
         ZooError: AZ410, when there is none.
     """
-    if _slot.now is None or _slot.now.value is None:
+    value = handed_on()
+    if value is None:
         raise ZooError(
             "AZ410",
             "a layer that takes up what the one before hands on was called without it",
             why="`skip:` carries a value from layer to layer beside the tokens, and the model's forward carries it",
             help="call the model, or compose with `skip: none`",
         )
-    return _slot.now.value
+    return value
 
 
-def _hand_on(value: Tensor) -> None:
+def hand_on(value: Tensor) -> None:
+    """Hand a value on to the next layer, where somebody carries it there."""
     if _slot.now is not None:
         _slot.now.value = value
 
@@ -117,7 +124,7 @@ class AddNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         made = x if self.norm is None else self.norm(x + _received())
-        _hand_on(x if self.raw else made)
+        hand_on(x if self.raw else made)
         return made
 
     def extra_repr(self) -> str:
@@ -149,7 +156,7 @@ class PairMean(Tap):
             before, h = _received(), x.shape[1]
             pooled = before.unflatten(1, (h, before.shape[1] // h)).mean(dim=2)
             x = (x + pooled) / 2 if self.mean else x + pooled
-        _hand_on(x)
+        hand_on(x)
         return x
 
 

@@ -24,7 +24,7 @@ from timm.models.vision_transformer import Block, checkpoint_filter_fn, get_init
 from torch import Tensor, fx, nn
 
 from attnzoo.core import NO_MASK, Layout, Mask, Mechanism, Site
-from attnzoo.core.card import Given
+from attnzoo.core.card import ROLLOUT, Given
 from attnzoo.errors import LayoutMismatch, RecipeError, UnsupportedMask, did_you_mean
 from attnzoo.hosts.given import NO_MAPS, GivenFeatures, named, on_grid, without_unknown
 from attnzoo.hosts.info import (
@@ -37,6 +37,8 @@ from attnzoo.hosts.info import (
     undecayed,
     without_weights,
 )
+from attnzoo.hosts.rollout import asks, class_row
+from attnzoo.hosts.rollout import install as install_rollout
 from attnzoo.hosts.skip import Skip, carried, install
 
 default_cfgs: dict[str, Any] = {}
@@ -99,6 +101,8 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
         dynamic=model.dynamic_img_size,
         patch_drop=getattr(model.patch_drop, "prob", 0.0),
         pools=type(model) is VisionTransformer,
+        class_token=model.cls_token is not None,
+        makes={ROLLOUT: "scores"},
     )
 
 
@@ -158,6 +162,12 @@ class ForwardContext:
     checkpoint: bool = False
     handed: Tensor | None = None
 
+    def maps(self, component: Any) -> Mapping[str, Tensor]:
+        """The maps for a component, with the rollout of the layers before where it asks for that."""
+        if not asks(component.card):
+            return self.given
+        return {**self.given, ROLLOUT: class_row(self.handed, self.layout)}
+
 
 class ZooBlock(Block):
     """timm's block with a mechanism in its attention slot."""
@@ -195,7 +205,7 @@ class ZooBlock(Block):
         if not isinstance(context, ForwardContext):
             x, mask = masked(x, context, is_causal)
             context = ForwardContext(layout_alone(self.attn, x, self.layout, self.dynamic), mask)
-        seen = context.layout, context.mask, context.given
+        seen = context.layout, context.mask, context.maps(self.attn)
         if not self.carries:
             return checkpoint(self.mix, x, *seen) if context.checkpoint else self.mix(x, *seen)
         step = partial(checkpoint, carried) if context.checkpoint else carried
@@ -396,7 +406,7 @@ class ZooVisionTransformer(VisionTransformer):
             return super().forward_head(x, pre_logits=pre_logits)
         if context is None:
             context = ForwardContext(layout_alone(component, x, self.layout, self.dynamic_img_size))
-        x = self.head_drop(self.fc_norm(component(x, layout=context.layout, given=context.given)))
+        x = self.head_drop(self.fc_norm(component(x, layout=context.layout, given=context.maps(component))))
         return x if pre_logits else self.head(x)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -534,6 +544,9 @@ def _zoo_vit(
             component = pool(cast(Site, info.pool_site(**options)))
         named_apply(get_init_weights_vit(model.weight_init_mode, needs_reset=False), component, POOL)
         model.pool, model.global_pool = component.to(dtype=dtype), POOL
+    count = install_rollout([block.attn for block in model.blocks], [model.pool] if pool else [])
+    for block in model.blocks[:count]:
+        block.carries = True
     if init == "normal":
         init_normal(model)
     return model

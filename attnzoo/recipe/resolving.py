@@ -11,12 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from attnzoo.core import Head, Law, Mechanism, Pool, Site
-from attnzoo.core.card import Given
+from attnzoo.core.card import ROLLOUT, Given
 from attnzoo.errors import Diagnostic, Place, RecipeError
 from attnzoo.hosts import seq2seq, sequence
 from attnzoo.hosts.info import POOL, BackboneInfo, HostInfo, unallocated
 from attnzoo.hosts.kinds import HOSTS, TAKEN
 from attnzoo.hosts.requirements import Requirements, unmet
+from attnzoo.hosts.rollout import asks, one_map
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.sequence import SequenceInfo
 from attnzoo.hosts.skip import Skip
@@ -76,8 +77,9 @@ class Composition:
 
     @property
     def given(self) -> dict[str, Given]:
-        """Maps that the components ask for, by name."""
-        return {name: kind for plan in self.everything for name, kind in plan.card.given.items()}
+        """Maps that the components ask for and the model does not make itself, by name."""
+        asked = (item for plan in self.everything for item in plan.card.given.items())
+        return {name: kind for name, kind in asked if name not in self.info.makes}
 
     @property
     def image(self) -> tuple[ImageHost, BackboneInfo] | None:
@@ -221,6 +223,8 @@ def resolve(
     faults += misfits
     if skip and not faults:
         faults += _skip_misfits(skip, cast(dict[str, Plan], plans), info, source)
+    if not faults and ROLLOUT in info.makes:
+        faults += _rollout_misfits(cast(dict[str, Plan], plans), pool, info, skip, source)
     if not faults:
         try:
             info.check_memory(params)
@@ -405,6 +409,10 @@ def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> tupl
                 message = f"`{leaf.entry.name}` asks for a map called `{name}`"
                 why = "the models' forward has an argument of that name"
                 faults.append(Diagnostic("AZ302", message, leaf.place, why, "rename it on the card"))
+            if info.makes.get(name, given) != given:
+                message = f"`{leaf.entry.name}` asks for the map `{name}` as {given}"
+                why = f"the model makes one of that name, of {info.makes[name]}"
+                faults.append(Diagnostic("AZ302", message, leaf.place, why, "rename it on the card"))
             other, earlier = wanted.setdefault(name, (leaf.entry.name, given))
             if earlier != given:
                 message = f"`{leaf.entry.name}` takes the map `{name}` as {given}, `{other}` as {earlier}"
@@ -444,3 +452,36 @@ def _skip_misfits(skip: Skip, plans: Mapping[str, Plan], info: HostInfo, source:
         place = source.value_place(loc) if loc in source.values else source.key_place(("host",))
         return [replace(d, place=d.place or place) for d in error.diagnostics]
     return []
+
+
+def _rollout_misfits(
+    plans: Mapping[str, Plan], pool: Plan | None, info: HostInfo, skip: Skip, source: Source
+) -> list[Diagnostic]:
+    """What stands against a rollout where a component asks for that of the layers before it."""
+    everything = {**plans, **({POOL: pool} if pool else {})}
+    asking = [name for name, plan in everything.items() if asks(plan.card)]
+    if not asking:
+        return []
+    names, last = list(everything), asking[-1]
+    leaf = next(leaf for leaf in everything[last].leaves() if asks(leaf.card))
+    who = f"`{leaf.entry.name}` at {last}"
+    if asking[0] == names[0]:
+        first = next(leaf for leaf in everything[names[0]].leaves() if asks(leaf.card))
+        message = f"`{first.entry.name}` at {names[0]} asks for the rollout of the layers before, and there are none"
+        help = f"put it at a later site: overrides: [{{at: {list(plans)[-1]}, put: {first.entry.name}}}]"
+        return [Diagnostic("AZ324", message, first.place, help=help)]
+    if not (isinstance(info, BackboneInfo) and info.class_token):
+        message = f"{who} asks where the class token looked, and there is none"
+        return [Diagnostic("AZ324", message, leaf.place, help="leave `class_token: false` out")]
+    if skip:
+        message = (
+            f"{who} asks for the rollout, and `skip: {skip.use}` hands on something else from layer to layer"
+        )
+        return [Diagnostic("AZ324", message, leaf.place, help="leave one of the two out")]
+    faults: dict[Place, Diagnostic] = {}
+    for name in names[: names.index(last)]:
+        if not one_map(plans[name].card):
+            message = f"`{plans[name].entry.name}` at {name} forms no map of tokens for each head, or several"
+            why, help = f"{who} asks for the rollout of the layers before", "put `softmax` there"
+            faults.setdefault(plans[name].place, Diagnostic("AZ324", message, plans[name].place, why, help))
+    return list(faults.values())

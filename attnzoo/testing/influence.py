@@ -118,6 +118,11 @@ def changed(x: Tensor, where: Tensor, scene: Scene, stream: int = 60) -> Tensor:
     return torch.where(where[..., None], other.to(x.dtype), x)
 
 
+def chosen(scene: Scene) -> bool:
+    """Whether a map of scores may choose among the tokens that exist, so that a mask of keys changes who asks."""
+    return "scores" in getattr(scene.card, "given", {}).values()
+
+
 def tokens_of(scene: Scene) -> list[int]:
     """Some of the tokens that are read from: all, where there are few; the last ones, in any case."""
     m = scene.reads

@@ -16,6 +16,7 @@ from attnzoo.testing.influence import (
     ANY,
     FELT,
     allowed,
+    chosen,
     copies,
     hard,
     influence,
@@ -122,6 +123,8 @@ def check_masks_let_through(cls: Checkable, scene: Scene) -> None:
     free = influence(scene, component, inputs) > FELT
     for kinds in some_kinds(scene):
         mask = random_mask(scene, kinds)
+        if chosen(scene):
+            free = influence(scene, component, inputs, Mask(mask.keys)) > FELT
         seen = allowed(scene, mask, itself=False)[..., tokens_of(scene)] & free
         lost = seen & (influence(scene, component, inputs, mask) <= ANY)
         words = " and ".join(sorted(kinds))
@@ -142,7 +145,8 @@ def check_every_pair_counts(cls: Checkable, scene: Scene) -> None:
     mask = random_mask(scene, scene.card.masks)
     open_ = mask.dense(scene.layout.length, scene.reads)
     assert open_ is not None and mask.pairs is not None
-    free, tokens = influence(scene, component, inputs) > FELT, tokens_of(scene)
+    keys = mask.keys if chosen(scene) else None
+    free, tokens = influence(scene, component, inputs, Mask(keys)) > FELT, tokens_of(scene)
     open_ = open_.expand(mask.pairs.shape)[..., tokens] & free[:, None]
     found = open_.nonzero()
     found = found[torch.randperm(len(found), generator=scene.generator(62))[:6]]
