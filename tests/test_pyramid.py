@@ -750,5 +750,7 @@ def test_every_parameter_of_a_recipe_is_used(name):
 def test_it_learns(name, tmp_path):
     """The mean loss of the fourth epoch, steps 70 to 92, is below that of the first by a tenth at least."""
     loaded, settings = prepare(name, ["train.epochs=4"])
-    losses = [epoch["train_loss"] for epoch in train(loaded, settings, tmp_path / "run").log()]
+    run = train(loaded, settings, tmp_path / "run")
+    losses = [epoch["train_loss"] for epoch in run.log()]
     assert len(losses) == 4 and losses[-1] < 0.9 * losses[0], losses
+    assert run.evaluate("last").accuracy == pytest.approx(run.log()[-1]["test_accuracy"])
