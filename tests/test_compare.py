@@ -139,7 +139,20 @@ def test_verdicts():
     assert difference_of(0.02, 0.021, 0.019, 0.02, 0.022).verdict == "better"
     assert difference_of(-0.02, -0.021, -0.019, -0.02, -0.022).verdict == "worse"
     assert difference_of(0.03, -0.02, 0.01, -0.01, 0.02).verdict == "noise"
-    assert difference_of(0.5).verdict == "noise"  # one seed says nothing
+
+
+def test_one_seed_has_no_interval():
+    found = difference_of(0.5)
+    assert found.verdict == "noise" and found.low is found.high is found.bootstrap_low is None
+    row = Row("b", 1, 0.5, 0, 1, 0.5, 0, 10, 1.0, 1)
+    line = {"test_accuracy": 0.5, "train_loss": 1.0}
+    comparison = Comparison("digits", "epochs", (row,), (found,), {row.recipe: [[line]]})
+    assert comparison.sentences() == [
+        "b against a: +50.00 points of last accuracy; of one seed nobody can tell it from noise"
+    ]
+    assert (
+        "one seed has none" in page(comparison, "x") and "inf" not in page(comparison, "x").split("<svg")[0]
+    )
 
 
 def test_intervals_are_those_of_student_and_the_bootstrap():

@@ -12,6 +12,8 @@ import processes
 import pytest
 from test_plugins import write_plugin
 
+from attnzoo.cli.render import say_json
+
 ROOT = Path(__file__).parent.parent
 NOISY = """
     import atexit, ctypes, os, subprocess, sys
@@ -219,3 +221,10 @@ os.write(1, b"file 1 is what it was")
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "SILENT": "1"}
     done = processes.run("-c", code, cwd=folder, env=environment)
     assert done.stdout == "file 1 is what it was", done.stderr
+
+
+def test_json_has_no_numbers_that_json_has_not(capsys):
+    say_json({"a": float("nan"), "b": [1.5, (float("-inf"), 2)], "c": {"d": float("inf")}})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": None, "b": [1.5, [None, 2]], "c": {"d": None},
+    }  # fmt: skip

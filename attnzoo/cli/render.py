@@ -5,6 +5,7 @@ piped is whole, one row to a line.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,8 +77,17 @@ def say_next(*commands: str) -> None:
 
 
 def say_json(data: Any) -> None:
-    """Data for programs."""
-    stdout().write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+    """Data for programs; numbers that JSON has no word for (NaN, infinity) are null."""
+    text = json.dumps(_finite(data), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    stdout().write(text + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 @dataclass(frozen=True)

@@ -90,20 +90,34 @@ class Difference:
         against: The first recipe.
         what: `best` or `last` accuracy.
         mean: Mean of the differences, a share of 1.
-        low, high: A 95 % interval of that mean: Student's t over the seeds.
+        low, high: A 95 % interval of that mean: Student's t over the seeds; None for one seed, which has none.
         bootstrap_low, bootstrap_high: The same by resampling seeds 10,000 times; too narrow for few seeds.
-        verdict: `better`, `worse`, or `noise` when an interval holds 0.
+        verdict: `better`, `worse`, or `noise` when an interval holds 0, or there is none.
     """
 
     recipe: str
     against: str
     what: str
     mean: float
-    low: float
-    high: float
-    bootstrap_low: float
-    bootstrap_high: float
+    low: float | None
+    high: float | None
+    bootstrap_low: float | None
+    bootstrap_high: float | None
     verdict: str
+
+    @property
+    def interval(self) -> str:
+        """Student's, in points; empty for one seed."""
+        return _points(self.low, self.high)
+
+    @property
+    def bootstrap_interval(self) -> str:
+        """That by resampling, in points; empty for one seed."""
+        return _points(self.bootstrap_low, self.bootstrap_high)
+
+
+def _points(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}"
 
 
 @dataclass(frozen=True)
@@ -135,13 +149,15 @@ class Comparison:
         out = []
         for d in self.differences:
             by = f"{100 * d.mean:+.2f} points of {d.what} accuracy"
-            interval = f"95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}"
+            if not d.interval:
+                out.append(f"{d.recipe} against {d.against}: {by}; of one seed nobody can tell it from noise")
+                continue
             judged = {
                 "better": f"{d.recipe} is better than {d.against}",
                 "worse": f"{d.recipe} is worse than {d.against}",
                 "noise": f"no difference between {d.recipe} and {d.against} that these seeds can tell from noise",
             }[d.verdict]
-            out.append(f"{judged}: {by} ({interval})")
+            out.append(f"{judged}: {by} (95 % interval {d.interval})")
         return out
 
     def speed(self) -> str | None:
@@ -367,7 +383,7 @@ T95 = (
 
 
 def difference(recipe: str, against: str, what: str, values: Sequence[float]) -> Difference:
-    """Paired differences with their intervals. One seed says nothing: the interval is infinite.
+    """Paired differences with their intervals, which one seed has not.
 
     Args:
         recipe: Which recipe.
@@ -376,11 +392,10 @@ def difference(recipe: str, against: str, what: str, values: Sequence[float]) ->
         values: Differences, seed by seed.
     """
     n, mean = len(values), statistics.fmean(values)
-    if n > 1:
-        t = T95[n - 2] if n - 2 < len(T95) else 1.96
-        half = t * statistics.stdev(values) / math.sqrt(n)
-    else:
-        half = math.inf
+    if n == 1:
+        return Difference(recipe, against, what, mean, None, None, None, None, "noise")
+    t = T95[n - 2] if n - 2 < len(T95) else 1.96
+    half = t * statistics.stdev(values) / math.sqrt(n)
     low, high = mean - half, mean + half
     rng = random.Random(0)  # noqa: S311 - the same interval each time
     means = sorted(statistics.fmean(rng.choices(values, k=n)) for _ in range(RESAMPLES))

@@ -88,8 +88,7 @@ def _differences(comparison: Comparison) -> str:
     head += "<th>95 % interval (bootstrap)</th><th>verdict</th></tr>"
     rows = "".join(
         f"<tr><td>{escape(d.recipe)} − {escape(d.against)}</td><td>{d.what}</td><td>{100 * d.mean:+.2f}</td>"
-        f"<td>{100 * d.low:+.2f} to {100 * d.high:+.2f}</td>"
-        f"<td>{100 * d.bootstrap_low:+.2f} to {100 * d.bootstrap_high:+.2f}</td>"
+        f"<td>{d.interval or 'one seed has none'}</td><td>{d.bootstrap_interval or 'one seed has none'}</td>"
         f'<td class="{d.verdict}">{d.verdict}</td></tr>'
         for d in comparison.differences
     )
