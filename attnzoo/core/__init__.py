@@ -10,6 +10,7 @@ from attnzoo.core.kv_cache import KVCache
 from attnzoo.core.layout import Layout
 from attnzoo.core.mask import NO_MASK, Mask
 from attnzoo.core.mechanism import Mechanism
+from attnzoo.core.multi_group import MultiGroup
 from attnzoo.core.multi_head import MultiHead
 from attnzoo.core.options import (
     Fraction,
@@ -27,7 +28,7 @@ from attnzoo.errors import OptionError
 
 __all__ = [
     "NO_MASK", "AuxiliaryLosses", "Card", "Component", "Family", "Fraction", "Fused", "FusedHeads", "Fusion",
-    "FusionCard", "Head", "KVCache", "Law", "Layout", "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "OptionError",
-    "Paper", "Pool", "PositiveFloat", "PositiveInt", "Site", "Start", "Tap", "auxiliary_losses", "find_taps",
-    "option_texts", "options_of", "rotate", "watch",
+    "FusionCard", "Head", "KVCache", "Law", "Layout", "Mask", "Mechanism", "MultiGroup", "MultiHead",
+    "NonNegativeInt", "OptionError", "Paper", "Pool", "PositiveFloat", "PositiveInt", "Site", "Start", "Tap",
+    "auxiliary_losses", "find_taps", "option_texts", "options_of", "rotate", "watch",
 ]  # fmt: skip

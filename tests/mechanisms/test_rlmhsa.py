@@ -12,7 +12,7 @@ from torch import nn
 from attnzoo.core import Law, Layout, Mask, MultiHead, Site, options_of
 from attnzoo.errors import RecipeError
 from attnzoo.mechanisms.dot_product.softmax import Softmax
-from attnzoo.mechanisms.projection.rlmhsa import MultiGroup, Rlmhsa
+from attnzoo.mechanisms.projection.rlmhsa import Rlmhsa
 from attnzoo.testing import against
 
 
@@ -150,20 +150,6 @@ def rlmhsa(grid=(4, 4), prefix=0, dim=8, heads=2, **options) -> Rlmhsa:
 # By hand
 
 
-def test_hand_two_branches_of_two_channels():
-    """W_1 = [[1, 2], [3, 4]], W_2 = diag(5, 6), γ_1 = (1, 10), γ_2 = (1, 100), γ = (2, 3), β = (7, 8)."""
-    layer = MultiGroup(2, 2, 2, True, True).double()
-    with torch.no_grad():
-        layer.blocks[0].copy_(torch.tensor([[[1.0, 2], [3, 4]]]))
-        layer.blocks[1].copy_(torch.tensor([[[5.0]], [[6]]]))
-        layer.scales[0].copy_(torch.tensor([1.0, 10]))
-        layer.scales[1].copy_(torch.tensor([1.0, 100]))
-        layer.own.copy_(torch.tensor([2.0, 3]))
-        layer.bias.copy_(torch.tensor([7.0, 8]))
-    near(layer.matrix(), [[1 + 5 + 2, 2], [30, 40 + 600 + 3]])
-    near(layer(torch.tensor([[1.0, 1]]).double()), [10 + 7, 673 + 8])
-
-
 @pytest.mark.parametrize("pool", ["square", "raster"])
 def test_hand_what_is_pooled(pool):
     """1 to 15 in rows of five, by 2 × 2: of a remainder the mean of what there is; 16 is a special token, not pooled."""
@@ -198,19 +184,6 @@ def test_hand_parameters(options, wanted):
     assert count(Rlmhsa(at((4, 4)), **options)) == wanted
 
 
-@pytest.mark.parametrize("identity,branches", [(False, 3), (True, 4)])
-def test_hand_the_start_is_the_mean_of_the_branches(identity, branches):
-    layer = MultiGroup(64, 64, 4, identity, True)
-    near(
-        torch.stack([*layer.scales, *([layer.own] if identity else [])]),
-        torch.ones(branches, 64) / branches,
-        1e-7,
-    )
-    for blocks, g in zip(layer.blocks, (1, 2, 4), strict=True):
-        assert blocks.shape == (g, 64 // g, 64 // g)
-        assert 0.9 < blocks.abs().max() * math.sqrt(64 / g) <= 1 and not layer.bias.any()
-
-
 def test_defaults():
     wanted = {"ratio": 2, "pool": "square", "reduction": 1, "groups": None, "identity": False}
     assert options_of(Rlmhsa)().model_dump() == wanted
@@ -233,39 +206,6 @@ def test_identity_one_branch_without_pooling_is_multi_head_attention():
         Mask(keys=torch.rand(2, 13) < 0.6, pairs=torch.rand(2, 2, 13, 13) < 0.6),
     ):
         near(part(x, mask=mask, layout=site.layout), full(x, mask=mask, layout=site.layout))
-
-
-def convolutions(layer, dim, out):
-    """Grouped 1 × 1 convolutions with a batch norm each, and one of x itself, with statistics of their own."""
-    branches = [
-        (nn.Conv1d(dim, out, 1, groups=len(b), bias=False), nn.BatchNorm1d(out)) for b in layer.blocks
-    ]
-    branches += [(nn.Identity(), nn.BatchNorm1d(out))] if layer.own is not None else []
-    for conv, norm in branches:
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2)
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-        conv.double().eval(), norm.double().eval()
-    return branches
-
-
-@pytest.mark.parametrize("out,identity", [(8, True), (8, False), (4, False)])
-def test_identity_of_batch_norms_in_eval_mode(out, identity):
-    """γ / √(σ² + ε) is the scale of a branch, Σ (β - μ γ / √(σ² + ε)) the shift."""
-    layer = MultiGroup(8, out, 4, identity, True).double()
-    branches = convolutions(layer, 8, out)
-    with torch.no_grad():
-        layer.bias.zero_()
-        for (conv, norm), scale, blocks in zip(branches, [*layer.scales, layer.own], [*layer.blocks, None]):  # noqa: B905
-            scale.copy_(norm.weight / torch.sqrt(norm.running_var + norm.eps))
-            layer.bias += norm.bias - norm.running_mean * scale
-            if blocks is not None:
-                blocks.copy_(conv.weight[..., 0].unflatten(0, (conv.groups, -1)))
-    x = normal(2, 5, 8)
-    wanted = sum(norm(conv(x.mT)) for conv, norm in branches).mT
-    near(layer(x), wanted)
-    near(layer.fold()(x), wanted)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])

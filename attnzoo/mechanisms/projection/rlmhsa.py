@@ -11,44 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnzoo.core import Card, Family, Law, Mask, Mechanism, OptionError, Paper, PositiveInt, Site
+from attnzoo.core import Card, Family, Law, Mask, Mechanism, MultiGroup, OptionError, Paper, PositiveInt, Site
+from attnzoo.core.multi_group import fold
 from attnzoo.functional import dot_product_attention, merge_heads, rearrange, split_heads
-
-
-class MultiGroup(nn.Module):
-    """Σ_g γ_g ⊙ W_g x + β, W_g of g = 1, 2, 4, ..., `most` diagonal blocks, and γ ⊙ x where asked for: W x + β."""
-
-    def __init__(self, dim: int, out: int, most: int, identity: bool, bias: bool):
-        super().__init__()
-        groups = [2**i for i in range(most.bit_length())]
-        # as PyTorch's convolutions
-        blocks = [(2 * torch.rand(g, out // g, dim // g) - 1) * (g / dim) ** 0.5 for g in groups]
-        self.blocks = nn.ParameterList(blocks)
-        start = torch.full((out,), 1 / (len(groups) + identity))  # the mean of the branches
-        self.scales = nn.ParameterList(start.clone() for _ in groups)  # γ_g
-        self.own = nn.Parameter(start) if identity else None  # γ
-        self.bias = nn.Parameter(torch.zeros(out)) if bias else None  # β
-
-    def matrix(self):
-        """Σ_g diag(γ_g) W_g, (out dim)."""
-        weight = 0.0 if self.own is None else torch.diag_embed(self.own)
-        for blocks, scale in zip(self.blocks, self.scales, strict=True):
-            diagonal = torch.diag_embed(blocks.movedim(0, -1))  # (out/g dim/g g g)
-            weight = weight + scale[:, None] * rearrange(diagonal, "o i g e -> (g o) (e i)")
-        return weight
-
-    def forward(self, x):
-        """(b n dim) -> (b n out)."""
-        return F.linear(x, self.matrix(), self.bias)
-
-    @torch.no_grad()
-    def fold(self) -> nn.Linear:
-        """One layer that gives the same."""
-        weight = self.matrix()
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        layer.weight = nn.Parameter(weight)
-        layer.register_parameter("bias", self.bias)
-        return layer.train(self.training)
 
 
 class Rlmhsa(Mechanism):
@@ -109,8 +74,6 @@ class Rlmhsa(Mechanism):
         most = groups or math.gcd(4, c, narrow)
         if site.head_dim % reduction:
             raise OptionError(f"`rlmhsa`: {reduction} does not divide the {site.head_dim} channels of a head")
-        if most.bit_count() > 1 or narrow % most:
-            raise OptionError(f"`rlmhsa`: {most} is no power of two, or does not divide {narrow} channels")
         self.ratio, self.raster = ratio, pool == "raster"
         self.q: nn.Module = MultiGroup(c, narrow, most, identity and narrow == c, site.qkv_bias)
         self.k: nn.Module = MultiGroup(c, narrow, most, identity and narrow == c, False)
@@ -121,9 +84,7 @@ class Rlmhsa(Mechanism):
 
     def fold(self) -> "Rlmhsa":
         """Make one layer of each P, in place; what it gives stays the same."""
-        for name, part in list(self.named_children()):
-            if isinstance(part, MultiGroup):
-                setattr(self, name, part.fold())
+        fold(self)
         return self
 
     def mix(self, x, source, *, mask, layout):
