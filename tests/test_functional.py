@@ -17,6 +17,8 @@ from attnzoo.functional import (
     masked_softmax,
     merge_heads,
     split_heads,
+    unwindows,
+    windows,
 )
 from attnzoo.functional.additive import LIMIT, ROWS
 from attnzoo.mechanisms.dot_product.softmax import Softmax
@@ -36,6 +38,55 @@ def test_heads_are_split_and_merged():
     assert heads.shape == (2, 4, 3, 2)
     assert torch.equal(heads[1, 2, 0], x[1, 0, 4:6])
     assert torch.equal(merge_heads(heads), x)
+
+
+# Windows
+
+
+def places(grid, sides):
+    """Window by window, row by row, the number of the token at each place; -1 where there is none."""
+    (y, x), (i, j) = grid, sides
+    corners = [(r, c) for r in range(0, y, i) for c in range(0, x, j)]
+    spots = [[(r + k // j, c + k % j) for k in range(i * j)] for r, c in corners]
+    return torch.tensor([[r * x + c if r < y and c < x else -1 for r, c in window] for window in spots])
+
+
+CUTS = [((4, 6), (2, 3)), ((5, 7), (2, 3)), ((1, 1), (1, 1)), ((1, 1), (3, 2)), ((2, 5), (4, 4)), ((6, 4), (1, 4)), ((3, 8), (8, 3))]  # fmt: skip
+
+
+@pytest.mark.parametrize("grid,sides", CUTS)
+@pytest.mark.parametrize("before", [(), (2,), (2, 3), (1, 2, 3)])
+def test_windows_hold_each_token_once_and_zeros(grid, sides, before):
+    x, at = double(*before, math.prod(grid), 4), places(grid, sides)
+    cut = windows(x, grid, sides)
+    assert cut.shape == (*before, *at.shape, 4)
+    filled = torch.cat([x, torch.zeros_like(x[..., :1, :])], dim=-2)
+    assert torch.equal(cut, filled[..., at.flatten(), :].unflatten(-2, at.shape))  # the last one, -1, is zero
+    there = torch.ones(*before, math.prod(grid), dtype=torch.bool)
+    assert torch.equal(windows(there[..., None], grid, sides)[..., 0], (at >= 0).expand(*before, *at.shape))
+    assert torch.equal(unwindows(cut, grid, sides), x)
+    more = double(*cut.shape)
+    assert torch.equal(windows(unwindows(more, grid, sides), grid, sides), more * (at >= 0)[..., None])
+    (gradient,) = torch.autograd.grad((cut * more).sum(), x)
+    assert torch.equal(gradient, unwindows(more, grid, sides))
+
+
+class Cut(torch.nn.Module):
+    """Windows of 2 × 3, each token less its window's sum, and back."""
+
+    def forward(self, x):
+        cut = windows(x, (5, 7), (2, 3))
+        return unwindows(cut - cut.sum(dim=-2, keepdim=True), (5, 7), (2, 3))
+
+
+def test_windows_are_traced_compiled_and_exported():
+    module, x, other = Cut(), torch.randn(2, 3, 35, 4), torch.randn(5, 3, 35, 4)
+    traced = torch.fx.symbolic_trace(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    batch = {0: torch.export.Dim("batch")}
+    exported = torch.export.export(module, (x,), dynamic_shapes=(batch,)).module()
+    for call in (traced, compiled, exported):
+        assert torch.equal(call(x), module(x)) and torch.equal(call(other), module(other))
 
 
 # Softmax
