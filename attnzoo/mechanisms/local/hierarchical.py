@@ -11,33 +11,14 @@ from torch import nn
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, Paper, PositiveInt, Site, Tap
 from attnzoo.functional import (
     dot_product_attention,
+    masked_group_norm,
+    masked_mean,
     masked_softmax,
     merge_heads,
     split_heads,
     unwindows,
     windows,
 )
-
-
-class Norm(nn.Module):
-    """γ (t - μ) / σ + β with μ and σ² over all channels of all tokens of a sample that exist.
-
-    Args:
-        channels: How many.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, t, there):
-        """(b n c), normalised; `there` (b n) says which tokens exist."""
-        # sums lose digits in half precision
-        wide = t.to(torch.promote_types(self.weight.dtype, torch.float32))
-        hidden, number = ~there[..., None], t.shape[-1] * there.sum(dim=1)[:, None, None].clamp(min=1)
-        wide = wide - wide.masked_fill(hidden, 0.0).sum(dim=(1, 2), keepdim=True) / number
-        var = wide.masked_fill(hidden, 0.0).square().sum(dim=(1, 2), keepdim=True) / number
-        return (wide * torch.rsqrt(var + 1e-5) * self.weight + self.bias).to(t.dtype)
 
 
 class Hierarchical(Mechanism):
@@ -91,10 +72,10 @@ class Hierarchical(Mechanism):
         super().__init__(site)
         c = site.dim
         self.window, self.ratio = window, ratio
-        self.norm = Norm(c)
+        self.norm = nn.GroupNorm(1, c)
         self.qkv = nn.Linear(c, 3 * c, bias=site.qkv_bias)
         if window > 1:
-            self.window_norm, self.pool_norm = Norm(c), Norm(c)
+            self.window_norm, self.pool_norm = nn.GroupNorm(1, c), nn.GroupNorm(1, c)
             self.q = nn.Linear(c, c, bias=site.qkv_bias)
             self.kv = nn.Linear(c, 2 * c, bias=site.qkv_bias)
         self.proj = nn.Linear(c, c, bias=site.proj_bias)
@@ -112,11 +93,12 @@ class Hierarchical(Mechanism):
         if mask.keys is not None:
             there = mask.keys[:, layout.prefix :]
             x = x.masked_fill(~there[..., None], 0.0)
-        q, k, v = self.qkv(self.norm(x, there)).chunk(3, dim=-1)
+        q, k, v = self.qkv(masked_group_norm(self.norm, x, there)).chunk(3, dim=-1)
         if self.window > 1:
-            x = self.window_norm(x + self._windows(q, k, v, there, grid), there)  # g
+            x = masked_group_norm(self.window_norm, x + self._windows(q, k, v, there, grid), there)  # g
             pooled, there = self._pooled(x, there, grid)
-            q, (k, v) = self.q(x), self.kv(self.pool_norm(pooled, there)).chunk(2, dim=-1)
+            k, v = self.kv(masked_group_norm(self.pool_norm, pooled, there)).chunk(2, dim=-1)
+            q = self.q(x)
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         out = dot_product_attention(self, q, k, v, mask if mask.keys is None else Mask(keys=there))
         out = merge_heads(out) if self.window == 1 else merge_heads(out) + x
@@ -136,5 +118,4 @@ class Hierarchical(Mechanism):
         """Means over the tokens of each square that exist, (b r c), and whether there are any, (b r)."""
         sides = [min(self.ratio, side) for side in grid]
         g, there = (windows(t, grid, sides) for t in (g, there[..., None]))  # (b r w c), (b r w 1)
-        total = g.masked_fill(~there, 0.0).sum(dim=2)
-        return total / there.sum(dim=2).clamp(min=1), there[..., 0].any(dim=2)
+        return masked_mean(g, there, dim=2), there[..., 0].any(dim=2)

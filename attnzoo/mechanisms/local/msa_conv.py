@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
-from attnzoo.functional import masked_softmax, rearrange, unwindows, windows
+from attnzoo.functional import masked_mean, masked_softmax, rearrange, unwindows, windows
 
 
 class MsaConv(Mechanism):
@@ -111,9 +111,8 @@ class MsaConv(Mechanism):
         """What each token receives of the taps around it, (b h y x d)."""
         cut = grid, (self.pool, self.pool)
         q, k, v, seen = (windows(t.flatten(2, 3), *cut) for t in (q, k, v, seen))  # (b h r p² e)
-        number = seen.sum(dim=3)  # of the tokens of a square that exist
-        k, v = (t.masked_fill(~seen, 0.0).sum(dim=3) / number.clamp(min=1) for t in (k, v))
-        k, v, seen = (self._taps(t, grid) for t in (k, v, number > 0))
+        k, v, seen = masked_mean(k, seen, dim=3), masked_mean(v, seen, dim=3), seen.any(dim=3)
+        k, v, seen = (self._taps(t, grid) for t in (k, v, seen))
         scores = unwindows(q * q.shape[-1] ** -0.5 @ k, *cut).unflatten(2, grid)  # (b h y x w)
         seen = unwindows(seen.expand(-1, -1, -1, self.pool**2, -1), *cut).unflatten(2, grid)
         weights = masked_softmax(self.scores(scores), None if self.padding == "zeros" else seen)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, MultiGroup, OptionError, Paper, PositiveInt, Site
 from attnzoo.core.multi_group import fold
-from attnzoo.functional import dot_product_attention, merge_heads, split_heads, windows
+from attnzoo.functional import dot_product_attention, masked_mean, merge_heads, split_heads, windows
 
 
 class Rlmhsa(Mechanism):
@@ -98,7 +98,7 @@ class Rlmhsa(Mechanism):
         p, (prefix, t) = layout.prefix, layout.split(x)
         there = torch.ones_like(t[..., :1], dtype=torch.bool) if keys is None else keys[:, p:, None]
         t, there = (self._squares(u, layout.grid) for u in (t, there))
-        means = t.masked_fill(~there, 0.0).sum(dim=2) / there.sum(dim=2).clamp(min=1)
+        means = masked_mean(t, there, dim=2)
         keys = None if keys is None else torch.cat([keys[:, :p], there[..., 0].any(dim=2)], dim=1)
         return torch.cat([prefix, means], dim=1) * self.pool_scale + self.pool_bias, Mask(keys=keys)
 
