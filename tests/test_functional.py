@@ -14,9 +14,13 @@ from attnzoo.functional import (
     additive_scores,
     attention_from_scores,
     dot_product_attention,
+    masked_group_norm,
+    masked_mean,
     masked_softmax,
     merge_heads,
     split_heads,
+    unwindows,
+    windows,
 )
 from attnzoo.functional.additive import LIMIT, ROWS
 from attnzoo.mechanisms.dot_product.softmax import Softmax
@@ -36,6 +40,102 @@ def test_heads_are_split_and_merged():
     assert heads.shape == (2, 4, 3, 2)
     assert torch.equal(heads[1, 2, 0], x[1, 0, 4:6])
     assert torch.equal(merge_heads(heads), x)
+
+
+# Windows
+
+
+def places(grid, sides):
+    """Window by window, row by row, the number of the token at each place; -1 where there is none."""
+    (y, x), (i, j) = grid, sides
+    corners = [(r, c) for r in range(0, y, i) for c in range(0, x, j)]
+    spots = [[(r + k // j, c + k % j) for k in range(i * j)] for r, c in corners]
+    return torch.tensor([[r * x + c if r < y and c < x else -1 for r, c in window] for window in spots])
+
+
+CUTS = [((4, 6), (2, 3)), ((5, 7), (2, 3)), ((1, 1), (1, 1)), ((1, 1), (3, 2)), ((2, 5), (4, 4)), ((6, 4), (1, 4)), ((3, 8), (8, 3))]  # fmt: skip
+
+
+@pytest.mark.parametrize("grid,sides", CUTS)
+@pytest.mark.parametrize("before", [(), (2,), (2, 3), (1, 2, 3)])
+def test_windows_hold_each_token_once_and_zeros(grid, sides, before):
+    x, at = double(*before, math.prod(grid), 4), places(grid, sides)
+    cut = windows(x, grid, sides)
+    assert cut.shape == (*before, *at.shape, 4)
+    filled = torch.cat([x, torch.zeros_like(x[..., :1, :])], dim=-2)
+    assert torch.equal(cut, filled[..., at.flatten(), :].unflatten(-2, at.shape))  # the last one, -1, is zero
+    there = torch.ones(*before, math.prod(grid), dtype=torch.bool)
+    assert torch.equal(windows(there[..., None], grid, sides)[..., 0], (at >= 0).expand(*before, *at.shape))
+    assert torch.equal(unwindows(cut, grid, sides), x)
+    more = double(*cut.shape)
+    assert torch.equal(windows(unwindows(more, grid, sides), grid, sides), more * (at >= 0)[..., None])
+    (gradient,) = torch.autograd.grad((cut * more).sum(), x)
+    assert torch.equal(gradient, unwindows(more, grid, sides))
+
+
+class Cut(torch.nn.Module):
+    """Windows of 2 × 3, each token less its window's sum, and back."""
+
+    def forward(self, x):
+        cut = windows(x, (5, 7), (2, 3))
+        return unwindows(cut - cut.sum(dim=-2, keepdim=True), (5, 7), (2, 3))
+
+
+def test_windows_are_traced_compiled_and_exported():
+    module, x, other = Cut(), torch.randn(2, 3, 35, 4), torch.randn(5, 3, 35, 4)
+    traced = torch.fx.symbolic_trace(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    batch = {0: torch.export.Dim("batch")}
+    exported = torch.export.export(module, (x,), dynamic_shapes=(batch,)).module()
+    for call in (traced, compiled, exported):
+        assert torch.equal(call(x), module(x)) and torch.equal(call(other), module(other))
+
+
+# Means and norms of those who exist
+
+
+@pytest.mark.parametrize("keepdim", [True, False])
+@pytest.mark.parametrize("dim", [1, (1, 2)])
+def test_masked_mean_is_the_mean_of_those_who_exist(dim, keepdim):
+    t, there = double(3, 4, 5, 2), torch.rand(3, 4, 5, 1) < 0.5
+    there[0] = False  # of nobody: zero
+    axes = (dim,) if isinstance(dim, int) else dim
+    found = masked_mean(t, there, dim, keepdim)
+    wanted = t.new_zeros(found.shape).reshape(
+        3, *(1 if axis in axes else t.shape[axis] for axis in (1, 2)), 2
+    )
+    for b, y, x, c in torch.cartesian_prod(*map(torch.arange, wanted.shape)).tolist():
+        rows, columns = (range(4) if 1 in axes else [y], range(5) if 2 in axes else [x])
+        held = [t[b, i, j, c].item() for i in rows for j in columns if there[b, i, j]]
+        wanted[b, y, x, c] = math.fsum(held) / len(held) if held else 0.0
+    torch.testing.assert_close(found, wanted.reshape(found.shape), rtol=0, atol=1e-14)
+    assert torch.equal(masked_mean(t, None, dim, keepdim), t.mean(dim, keepdim=keepdim))
+    with torch.no_grad():
+        t[~there.expand(t.shape)] = math.nan
+    (gradient,) = torch.autograd.grad(masked_mean(t, there, dim).sum(), t)
+    assert not gradient[~there.expand(t.shape)].any() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_masked_group_norm_is_that_of_the_tokens_that_exist(groups):
+    norm, x = torch.nn.GroupNorm(groups, 6).double(), double(3, 7, 6)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    there = torch.rand(3, 7) < 0.6
+    there[:, :2], there[0] = True, False
+    found = masked_group_norm(norm, x, there)
+    for sample in (1, 2):
+        wanted = norm(x[sample, there[sample]].mT[None])[0].mT
+        torch.testing.assert_close(found[sample, there[sample]], wanted, rtol=0, atol=1e-12)
+    assert found.isfinite().all()
+    everyone = torch.ones_like(there)
+    torch.testing.assert_close(masked_group_norm(norm, x, everyone), norm(x.mT).mT, rtol=0, atol=1e-12)
+    torch.testing.assert_close(masked_group_norm(norm, x), norm(x.mT).mT, rtol=0, atol=1e-12)
+    other = torch.where(there[..., None], x, 100.0)
+    assert torch.equal(masked_group_norm(norm, other, there)[there], found[there])
+    one = masked_group_norm(norm, x[:1, :1])  # of one number: β, where PyTorch's layer refuses
+    torch.testing.assert_close(one, masked_group_norm(norm, x[:1, :1], everyone[:1, :1]), rtol=0, atol=1e-12)
+    half = masked_group_norm(norm.to(torch.bfloat16), x.to(torch.bfloat16), there)
+    assert half.dtype == torch.bfloat16 and (half - found)[there].abs().max() < 0.1
 
 
 # Softmax

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from by_hand import caught, count, narrow, near, normal, seen, set_all, spread, 
 from torch.nn import functional as F
 
 from attnzoo.core import Layout, Mask, MultiHead, Site, options_of
+from attnzoo.functional import masked_group_norm
 from attnzoo.mechanisms.dot_product.softmax import Softmax
-from attnzoo.mechanisms.local.hierarchical import Hierarchical, Norm
+from attnzoo.mechanisms.local import hierarchical as module
+from attnzoo.mechanisms.local.hierarchical import Hierarchical
 from attnzoo.testing import against
 
 
@@ -118,36 +121,29 @@ def only_zeroed(self, x, source, *, mask, layout):
     return Hierarchical.mix(self, seen, source, mask=Mask(), layout=layout)
 
 
-class TokenNorm(Norm):
+def norm_of_each_token(norm, x, there):
     """Statistics of each token."""
-
-    def forward(self, t, there):
-        return F.layer_norm(t, t.shape[-1:], self.weight, self.bias)
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias)
 
 
-class BatchNorm(Norm):
+def norm_of_the_batch(norm, x, there):
     """Statistics of all samples."""
-
-    def forward(self, t, there):
-        return Norm.forward(self, t.flatten(0, 1)[None], there.flatten(0, 1)[None]).reshape(t.shape)
+    return masked_group_norm(norm, x.flatten(0, 1)[None], there.flatten(0, 1)[None]).reshape(x.shape)
 
 
-class NormOfPadding(Norm):
+def norm_of_padding(norm, x, there):
     """Statistics of padding, too."""
-
-    def forward(self, t, there):
-        return Norm.forward(self, t, torch.ones_like(there))
+    return masked_group_norm(norm, x)
 
 
-def norms(cls):
+def norms(other):
     """The mechanism with other norms."""
 
-    def change(self):
-        for name in ("norm", "window_norm", "pool_norm"):
-            if hasattr(self, name):
-                getattr(self, name).__class__ = cls
+    def mix(self, x, source, *, mask, layout):
+        with patch.object(module, "masked_group_norm", other):
+            return Hierarchical.mix(self, x, source, mask=mask, layout=layout)
 
-    return before(change)
+    return wrong(Hierarchical, mix=mix)
 
 
 def from_the_pooled_map(self, g, there, grid):
@@ -158,14 +154,15 @@ def from_the_pooled_map(self, g, there, grid):
 
 def residual_of_the_normed(self, x, source, *, mask, layout):
     """norm(norm(x) + L) in the place of norm(x + L)."""
-    whole, inner = self.norm, torch.nn.Identity()
     p = layout.prefix
     there = torch.ones_like(x[:, p:, 0], dtype=torch.bool) if mask.keys is None else mask.keys[:, p:]
-    changed = torch.cat([x[:, :p], whole(x[:, p:].masked_fill(~there[..., None], 0.0), there)], 1)
-    inner.forward = lambda t, there: t
-    self.norm = inner
-    out = Hierarchical.mix(self, changed, source, mask=mask, layout=layout)
-    self.norm = whole
+    changed = masked_group_norm(self.norm, x[:, p:].masked_fill(~there[..., None], 0.0), there)
+
+    def once(norm, t, there):
+        return t if norm is self.norm else masked_group_norm(norm, t, there)
+
+    with patch.object(module, "masked_group_norm", once):
+        out = Hierarchical.mix(self, torch.cat([x[:, :p], changed], 1), source, mask=mask, layout=layout)
     return torch.cat([x[:, :p], out[:, p:]], 1)
 
 
@@ -175,9 +172,9 @@ MUTANTS = {
     "padding in windows": within(lambda self, q, k, v, there: (q, k, v, torch.ones_like(there))),
     "windows too small": before(lambda self: setattr(self, "window", max(2, self.window - 1) if self.window > 1 else 1)),
     "squares too large": before(lambda self: setattr(self, "ratio", self.ratio + 1)),
-    "a norm of each token": norms(TokenNorm),
-    "a norm of the batch": norms(BatchNorm),
-    "padding in the norms": norms(NormOfPadding),
+    "a norm of each token": norms(norm_of_each_token),
+    "a norm of the batch": norms(norm_of_the_batch),
+    "padding in the norms": norms(norm_of_padding),
     "sums of squares": wrong(Hierarchical, _pooled=from_the_pooled_map),
     "the mask ignored": wrong(Hierarchical, mix=unmasked),
     "padding is zeros": wrong(Hierarchical, mix=only_zeroed),
@@ -212,12 +209,10 @@ def softmax_of(q, k, v, heads=2):
 
 def test_hand_the_norm_is_of_the_whole_sample():
     """(1, 3, 5, 7) in two tokens of two channels: mean 4, variance 5; of the first token alone: mean 2, variance 1."""
-    norm, t = Norm(2).double(), torch.tensor([[[1.0, 3], [5, 7]]]).double()
-    every = torch.ones(1, 2).bool()
-    near(norm(t, every), torch.tensor([[-3.0, -1], [1, 3]]).double() / math.sqrt(5 + 1e-5))
-    near(
-        norm(t, torch.tensor([[True, False]]))[:, :1], torch.tensor([-1.0, 1]).double() / math.sqrt(1 + 1e-5)
-    )
+    norm, t = Hierarchical(at((1, 2), dim=2)).norm.double(), torch.tensor([[[1.0, 3], [5, 7]]]).double()
+    every, first = torch.ones(1, 2).bool(), torch.tensor([[True, False]])
+    near(masked_group_norm(norm, t, every), torch.tensor([[-3.0, -1], [1, 3]]).double() / math.sqrt(5 + 1e-5))
+    near(masked_group_norm(norm, t, first)[:, :1], torch.tensor([-1.0, 1]).double() / math.sqrt(1 + 1e-5))
 
 
 def test_hand_queries_and_keys_of_zero_give_means_of_windows_then_of_all():
@@ -267,10 +262,10 @@ def test_identity_without_windows_it_is_softmax_after_a_norm(keys):
     part, full = hierarchical((3, 4), window=1), MultiHead(site, Softmax(site)).double()
     full.load_state_dict({k: t for k, t in part.state_dict().items() if "norm" not in k})
     there = torch.ones(2, 12).bool() if keys is None else keys
-    wanted = full(part.norm(x, there), mask=Mask(keys=keys), layout=layout)
+    wanted = full(masked_group_norm(part.norm, x, there), mask=Mask(keys=keys), layout=layout)
     near(part(x, mask=Mask(keys=keys), layout=layout)[there], wanted[there])
     if keys is None:
-        near(part.norm(x, there), group_norm(part.norm, x))
+        near(masked_group_norm(part.norm, x, there), group_norm(part.norm, x))
 
 
 def test_identity_windows_know_nothing_of_each_other():
@@ -289,7 +284,7 @@ def test_identity_windows_know_nothing_of_each_other():
 def test_identity_one_square_gives_its_value_to_all():
     part, x, layout = hierarchical((4, 4), window=2, ratio=4), normal(2, 16, 4), Layout((4, 4))
     there = torch.ones(2, 16).bool()
-    local = part._windows(*part.qkv(part.norm(x, there)).chunk(3, -1), there, (4, 4))
+    local = part._windows(*part.qkv(masked_group_norm(part.norm, x, there)).chunk(3, -1), there, (4, 4))
     g = group_norm(part.window_norm, x + local)
     value = part.kv(group_norm(part.pool_norm, g.mean(1, keepdim=True)))[..., 4:]
     near(part(x, layout=layout), part.proj(value + g))

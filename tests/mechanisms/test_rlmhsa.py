@@ -101,9 +101,9 @@ def transposed(layer):
             blocks.copy_(blocks.mT.clone())
 
 
-def columns_first(self, t, y, x):
+def columns_first(self, t, grid):
     """Squares one column after the other."""
-    return Rlmhsa._squares(self, t.unflatten(1, (y, x)).transpose(1, 2).flatten(1, 2), x, y)
+    return Rlmhsa._squares(self, t.unflatten(1, grid).transpose(1, 2).flatten(1, 2), grid[::-1])
 
 
 def padding_counts(self, x, keys, layout):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from attnzoo.core import Card, Family, Fraction, Mechanism, OptionError, Paper, PositiveInt, Site, Tap
+from attnzoo.functional import masked_mean
 
 
 class Cbam(Mechanism):
@@ -68,7 +69,7 @@ class Cbam(Mechanism):
             exists, mean, most = None, tokens.mean(dim=1), tokens.amax(dim=1)
         else:
             exists = mask.keys[:, layout.prefix :, None]  # (b n 1)
-            mean = tokens.masked_fill(~exists, 0.0).sum(dim=1) / exists.sum(dim=1).clamp(min=1)
+            mean = masked_mean(tokens, exists, dim=1)
             most = tokens.masked_fill(~exists, float("-inf")).amax(dim=1)
             most = most.masked_fill(~exists.any(dim=1), 0.0)  # of nothing: zero, as the mean
         logits = sum(channel.fc2(channel.act(channel.fc1(t[..., None, None]))) for t in (mean, most))

@@ -7,6 +7,7 @@ Wang et al., "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural
 import torch
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveFloat, Site
+from attnzoo.functional import masked_mean
 
 
 class EfficientChannel(Mechanism):
@@ -63,12 +64,8 @@ class EfficientChannel(Mechanism):
 
     def mix(self, x, source, *, mask, layout):
         _, grid = layout.split(x)
-        if mask.keys is None:
-            mean = grid.mean(dim=1)
-        else:
-            keys = mask.keys[:, layout.prefix :, None]
-            mean = grid.masked_fill(~keys, 0.0).sum(dim=1) / keys.sum(dim=1).clamp(min=1)  # of nothing: zero
-        line = mean[:, None]  # (b 1 c)
+        keys = None if mask.keys is None else mask.keys[:, layout.prefix :, None]
+        line = masked_mean(grid, keys, dim=1, keepdim=True)  # (b 1 c)
         if self.wrap:
             line = torch.cat([line[..., -self.wrap :], line, line[..., : self.wrap]], dim=-1)
         gate = self.gate(self.eca.gate(self.eca.conv(line))[:, 0])  # (b c)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
-from attnzoo.functional import masked_softmax
+from attnzoo.functional import masked_mean, masked_softmax
 
 EPS = 1e-8  # the authors', of the variance and of the clamp
 
@@ -122,8 +122,7 @@ class GaussianAdaptive(Mechanism):
     def _weights(self, lines, exists, h):
         """w of one chunk of all lines, (... l)."""
         number = exists.sum(dim=-1, keepdim=True)
-        mean = lines.masked_fill(~exists, 0.0).sum(dim=-1, keepdim=True) / number.clamp(min=1)
-        centred = (lines - mean).masked_fill(~exists, 0.0)
+        centred = (lines - masked_mean(lines, exists, dim=-1, keepdim=True)).masked_fill(~exists, 0.0)
         variance = centred.square().sum(dim=-1, keepdim=True) / (number - 1).clamp(min=1) + EPS
         y = (centred[..., None, :] - self.offset[h, :, None]) * variance.rsqrt()[..., None, :]  # (... k l)
         log_scale = self.log_scale[h, :, None]

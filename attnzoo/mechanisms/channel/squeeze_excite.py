@@ -4,6 +4,7 @@ Hu et al., "Squeeze-and-Excitation Networks", 2018, arXiv:1709.01507, §3, eq. 2
 """
 
 from attnzoo.core import Card, Family, Fraction, Law, Mechanism, Paper, Site
+from attnzoo.functional import masked_mean
 
 
 class SqueezeExcite(Mechanism):
@@ -39,11 +40,7 @@ class SqueezeExcite(Mechanism):
 
     def mix(self, x, source, *, mask, layout):
         _, grid = layout.split(x)
-        if mask.keys is None:
-            mean = grid.mean(dim=1)
-        else:
-            keys = mask.keys[:, layout.prefix :, None]
-            mean = (grid * keys).sum(dim=1) / keys.sum(dim=1).clamp(min=1)  # of nothing: zero
+        mean = masked_mean(grid, None if mask.keys is None else mask.keys[:, layout.prefix :, None], dim=1)
         squeezed = self.se.act(self.se.bn(self.se.fc1(mean[..., None, None])))
         gate = self.gate(self.se.gate(self.se.fc2(squeezed))[..., 0, 0])  # (b c)
         return x * gate[:, None]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Mechanism, OptionError, Paper, PositiveInt, Site, Tap
 from attnzoo.errors import LayoutMismatch
+from attnzoo.functional import masked_mean
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 RESIZE = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -133,7 +134,7 @@ class ClassSemantics(Mechanism):
         """What the places hold, (b hidden); of nothing: zero."""
         held, there = self.channel_conv(r).flatten(2), there.flatten(2)
         if self.pool == "mean":
-            return held.masked_fill(~there, 0.0).sum(dim=2) / there.sum(dim=2).clamp(min=1)
+            return masked_mean(held, there, dim=2)
         most = held.masked_fill(~there, float("-inf")).amax(dim=2)
         return most.masked_fill(~there.any(dim=2), 0.0)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Layout, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.errors import LayoutMismatch
-from attnzoo.functional import attention_from_scores, rearrange
+from attnzoo.functional import attention_from_scores, rearrange, unwindows, windows
 
 
 class ConvTransformer(Mechanism):
@@ -92,20 +92,17 @@ class ConvTransformer(Mechanism):
                 f"windows of {self.window} do not tile tokens on {layout.grid} with a context on {context_layout.grid}",
                 help="both streams lie on one grid, whose sides the window divides",
             )
-        (y, z), p = layout.grid, context_layout.prefix
-        i, j = min(self.window, y), min(self.window, z)
+        grid, p = layout.grid, context_layout.prefix
+        sides = [min(self.window, side) for side in grid]
         exists = torch.ones_like(source[..., 0], dtype=torch.bool) if mask.keys is None else mask.keys
         exists = exists[:, p:, None]
         u = torch.cat([source[:, p:].masked_fill(~exists, 0.0), x[:, layout.prefix :]], dim=-1)
-        u, allowed = (
-            rearrange(t, "b (y i z j) c -> b (y z) (i j) c", i=i, z=z // j, j=j)
-            for t in (self.qkv(u), exists)
-        )
+        u, allowed = (windows(t, grid, sides) for t in (self.qkv(u), exists))
         q, k, v = rearrange(u, "b r w (three h d) -> three b r h w d", three=3, h=self.heads)
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT + self._bias(i, j)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT + self._bias(*sides)
         out = attention_from_scores(self, scores, v, rearrange(allowed, "b r w 1 -> b r 1 1 w"))
-        out = self.proj(rearrange(out, "b (y z) h (i j) d -> b (y i z j) (h d)", z=z // j, i=i))
-        return F.pad(out, (0, 0, layout.prefix, 0))
+        out = unwindows(rearrange(out, "b r h w d -> b r w (h d)"), grid, sides)
+        return F.pad(self.proj(out), (0, 0, layout.prefix, 0))
 
     def _bias(self, i, j):
         """What the table says of each pair of positions in an i × j window, (h n w)."""

@@ -8,13 +8,12 @@ import math
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
 from attnzoo.core import NO_MASK, Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.errors import LayoutMismatch
-from attnzoo.functional import dot_product_attention, rearrange
+from attnzoo.functional import dot_product_attention, masked_group_norm, rearrange
 
 TITLE = "RestoreFormer++: Towards Real-World Blind Face Restoration from Undegraded Key-Value Pairs"
 
@@ -29,16 +28,7 @@ class MapNorm(nn.GroupNorm):
         """x (b n c) normalised; `exists` (b n) says which tokens count."""
         if self.num_channels == 1:
             return x * self.weight + self.bias
-        if exists is None:
-            return torch.group_norm(x.mT, self.num_groups, self.weight, self.bias, self.eps).mT
-        groups = rearrange(x, "b n (g d) -> b g n d", g=self.num_groups)
-        groups = groups.to(torch.promote_types(x.dtype, torch.float32))
-        there = exists[:, None, :, None]
-        count = there.sum(dim=2, keepdim=True).clamp(min=1) * groups.shape[-1]
-        off = groups - groups.masked_fill(~there, 0.0).sum(dim=(2, 3), keepdim=True) / count
-        variance = off.masked_fill(~there, 0.0).square().sum(dim=(2, 3), keepdim=True) / count
-        normed = rearrange(off * (variance + self.eps).rsqrt(), "b g n d -> b n (g d)").to(x.dtype)
-        return normed * self.weight + self.bias
+        return masked_group_norm(self, x, exists)
 
 
 class PriorCross(Mechanism):

@@ -9,7 +9,7 @@ from torch import nn
 
 from attnzoo.core import Card, Family, Law, Layout, Mechanism, OptionError, Paper, Site
 from attnzoo.errors import LayoutMismatch
-from attnzoo.functional import attention_from_scores, rearrange
+from attnzoo.functional import attention_from_scores, rearrange, unwindows, windows
 
 
 class WindowCross(Mechanism):
@@ -73,20 +73,20 @@ class WindowCross(Mechanism):
         nn.init.trunc_normal_(self.bias, std=0.02, a=-0.04, b=0.04)
 
     def mix(self, x, source, *, mask, layout, context_layout=None):
-        (y, x_), (i, j) = layout.grid, self.window
-        if context_layout.grid != self.window or y % i or x_ % j:
+        (rows, columns), (i, j) = layout.grid, self.window
+        if context_layout.grid != self.window or rows % i or columns % j:
             raise LayoutMismatch(
                 "AZ401",
                 f"windows of {context_layout.grid} do not tile a grid of {layout.grid} at a site for {self.window}",
                 help="the context must have the grid that the site was built for, and divide that of the tokens",
             )
         prefix, tokens = layout.split(x)
-        windows = rearrange(tokens, "b (y i x j) c -> b (y x) (i j) c", i=i, j=j, x=x_ // j)
-        k, v = rearrange(self.kv(windows), "b r m (two h d) -> two b r h m d", two=2, h=self.heads)
+        tokens = windows(tokens, layout.grid, self.window)
+        k, v = rearrange(self.kv(tokens), "b r m (two h d) -> two b r h m d", two=2, h=self.heads)
         q = rearrange(context_layout.split(source)[1], "b w (h d) -> b 1 h w d", h=self.heads)
         scores = (q * q.shape[-1] ** -0.5) @ k.mT + self._bias()
         out = attention_from_scores(self, scores, v, None)
-        out = rearrange(out, "b (y x) h (i j) d -> b (y i x j) (h d)", i=i, x=x_ // j)
+        out = unwindows(rearrange(out, "b r h w d -> b r w (h d)"), layout.grid, self.window)
         return torch.cat([torch.zeros_like(prefix), self.proj(out)], dim=1)
 
     def _bias(self):

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Layout, Mask, Mechanism, NonNegativeInt, Paper, PositiveInt, Site
-from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange
+from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange, unwindows, windows
 
 
 class Halo(Mechanism):
@@ -81,18 +81,19 @@ class Halo(Mechanism):
         return self.block - 1 + self.halo
 
     def mix(self, x, source, *, mask, layout):
-        layers, p, b, tables = self.layers, layout.prefix, self.block, self.layers.pos_embed
+        layers, p, tables = self.layers, layout.prefix, self.layers.pos_embed
+        cut = layout.grid, (self.block, self.block)
         q = rearrange(layers.q(x.mT[..., None]), "b (h d) n 1 -> b h n d", h=self.heads)
         k, v = rearrange(layers.kv(x.mT[..., None]), "b (h two d) n 1 -> two b h n d", h=self.heads, two=2)
-        seen = around(x, layout, b, self.halo)  # (t p+w)
-        near_k, near_v = (F.pad(t, (0, 0, 0, 1))[:, :, seen] for t in (k, v))  # (b h t p+w d); outside is 0
-        blocks, scaled = (in_blocks(t[:, :, p:], layout, b) for t in (q, q * layers.scale))
+        seen = around(x, layout, self.block, self.halo)  # (r p+w)
+        near_k, near_v = (F.pad(t, (0, 0, 0, 1))[:, :, seen] for t in (k, v))  # (b h r p+w d); outside is 0
+        blocks, scaled = (windows(t[:, :, p:], *cut) for t in (q, q * layers.scale))  # (b h r s d)
         bias = relative(scaled if layers.scale_pos_embed else blocks, tables.height_rel, tables.width_rel)
-        scores = self.scores(in_a_line(scaled @ near_k.mT + F.pad(bias, (p, 0)), layout, b))
-        seen = in_a_line(seen[None, None, :, None].expand(-1, -1, -1, b * b, -1), layout, b)[0, 0]  # (x p+w)
+        scores = self.scores(unwindows(scaled @ near_k.mT + F.pad(bias, (p, 0)), *cut))
+        seen = unwindows(seen[:, None].expand(-1, self.block**2, -1), *cut)  # (x p+w)
         allowed = visible(seen, p, mask) | (seen < 0) & self.zeros
         weights = self.weights(masked_softmax(scores, allowed))
-        out = in_a_line(in_blocks(weights, layout, b) @ near_v, layout, b)
+        out = unwindows(windows(weights, *cut) @ near_v, *cut)
         if p:  # special tokens
             everything = visible(torch.arange(layout.length).expand(p, -1).to(x.device), 0, mask)
             weights = masked_softmax((q[:, :, :p] * layers.scale) @ k.mT, everything)
@@ -111,7 +112,7 @@ def relative(q: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def around(x: Tensor, layout: Layout, block: int, halo: int) -> Tensor:
-    """What each block may see, as indices of tokens: special tokens, then its window; -1 is outside. (t p+w)."""
+    """What each block may see, as indices of tokens: special tokens, then its window; -1 is outside. (r p+w)."""
     (rows, columns), p = layout.grid, layout.prefix
     steps = torch.arange(-halo, block + halo, device=x.device)
     i, j = (torch.arange(0, side, block, device=x.device)[:, None] + steps for side in (rows, columns))
@@ -130,20 +131,6 @@ def visible(seen: Tensor, first: int, mask: Mask) -> Tensor:
     if mask.pairs is not None:
         allowed = allowed & mask.pairs[:, :, queries, keys]
     return allowed & (keys <= queries) if mask.causal else allowed
-
-
-def in_blocks(t: Tensor, layout: Layout, block: int) -> Tensor:
-    """Grid tokens (b h x e), filled up, as (b h t s e): the s tokens of t blocks."""
-    rows, columns = layout.grid
-    t = F.pad(t.unflatten(2, (rows, columns)), (0, 0, 0, -columns % block, 0, -rows % block))
-    return rearrange(t, "b h (y i) (x j) e -> b h (y x) (i j) e", i=block, j=block)
-
-
-def in_a_line(t: Tensor, layout: Layout, block: int) -> Tensor:
-    """The inverse of `in_blocks`."""
-    rows, columns = layout.grid
-    t = rearrange(t, "b h (y x) (i j) e -> b h (y i) (x j) e", y=math.ceil(rows / block), i=block)
-    return t[:, :, :rows, :columns].flatten(2, 3)
 
 
 for _name in ("relative", "around", "visible"):

@@ -6,45 +6,19 @@ Liu et al., "Vision Transformers with Hierarchical Attention", 2024, arXiv:2106.
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, Paper, PositiveInt, Site, Tap
-from attnzoo.functional import dot_product_attention, masked_softmax, merge_heads, rearrange, split_heads
-
-
-class Norm(nn.Module):
-    """γ (t - μ) / σ + β with μ and σ² over all channels of all tokens of a sample that exist.
-
-    Args:
-        channels: How many.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, t, there):
-        """(b n c), normalised; `there` (b n) says which tokens exist."""
-        # sums lose digits in half precision
-        wide = t.to(torch.promote_types(self.weight.dtype, torch.float32))
-        hidden, number = ~there[..., None], t.shape[-1] * there.sum(dim=1)[:, None, None].clamp(min=1)
-        wide = wide - wide.masked_fill(hidden, 0.0).sum(dim=(1, 2), keepdim=True) / number
-        var = wide.masked_fill(hidden, 0.0).square().sum(dim=(1, 2), keepdim=True) / number
-        return (wide * torch.rsqrt(var + 1e-5) * self.weight + self.bias).to(t.dtype)
-
-
-def squares(t: Tensor, sides: list[int]) -> Tensor:
-    """Tokens (b h y x e) as squares of w, (b h y x w e); the last ones are filled up with zeros."""
-    i, j = sides
-    t = F.pad(t, (0, 0, 0, -t.shape[3] % j, 0, -t.shape[2] % i))
-    return rearrange(t, "b h (y i) (x j) e -> b h y x (i j) e", i=i, j=j)
-
-
-def tokens(t: Tensor, sides: list[int], grid: tuple[int, ...]) -> Tensor:
-    """The inverse of `squares`."""
-    t = rearrange(t, "b h y x (i j) e -> b h (y i) (x j) e", i=sides[0])
-    return t[:, :, : grid[0], : grid[1]]
+from attnzoo.functional import (
+    dot_product_attention,
+    masked_group_norm,
+    masked_mean,
+    masked_softmax,
+    merge_heads,
+    split_heads,
+    unwindows,
+    windows,
+)
 
 
 class Hierarchical(Mechanism):
@@ -98,10 +72,10 @@ class Hierarchical(Mechanism):
         super().__init__(site)
         c = site.dim
         self.window, self.ratio = window, ratio
-        self.norm = Norm(c)
+        self.norm = nn.GroupNorm(1, c)
         self.qkv = nn.Linear(c, 3 * c, bias=site.qkv_bias)
         if window > 1:
-            self.window_norm, self.pool_norm = Norm(c), Norm(c)
+            self.window_norm, self.pool_norm = nn.GroupNorm(1, c), nn.GroupNorm(1, c)
             self.q = nn.Linear(c, c, bias=site.qkv_bias)
             self.kv = nn.Linear(c, 2 * c, bias=site.qkv_bias)
         self.proj = nn.Linear(c, c, bias=site.proj_bias)
@@ -119,11 +93,12 @@ class Hierarchical(Mechanism):
         if mask.keys is not None:
             there = mask.keys[:, layout.prefix :]
             x = x.masked_fill(~there[..., None], 0.0)
-        q, k, v = self.qkv(self.norm(x, there)).chunk(3, dim=-1)
+        q, k, v = self.qkv(masked_group_norm(self.norm, x, there)).chunk(3, dim=-1)
         if self.window > 1:
-            x = self.window_norm(x + self._windows(q, k, v, there, grid), there)  # g
+            x = masked_group_norm(self.window_norm, x + self._windows(q, k, v, there, grid), there)  # g
             pooled, there = self._pooled(x, there, grid)
-            q, (k, v) = self.q(x), self.kv(self.pool_norm(pooled, there)).chunk(2, dim=-1)
+            k, v = self.kv(masked_group_norm(self.pool_norm, pooled, there)).chunk(2, dim=-1)
+            q = self.q(x)
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         out = dot_product_attention(self, q, k, v, mask if mask.keys is None else Mask(keys=there))
         out = merge_heads(out) if self.window == 1 else merge_heads(out) + x
@@ -131,19 +106,16 @@ class Hierarchical(Mechanism):
 
     def _windows(self, q, k, v, there, grid):
         """What each token receives within its window, (b n c)."""
-        sides = [min(self.window, side) for side in grid]
-        q, k, v = (rearrange(t, "b (y x) (h d) -> b h y x d", y=grid[0], h=self.heads) for t in (q, k, v))
-        q, k, v = (squares(t, sides) for t in (q, k, v))  # (b h y x w d)
-        allowed = squares(there.unflatten(1, grid)[:, None, ..., None], sides).mT
-        allowed = tokens(allowed.expand(-1, -1, -1, -1, sides[0] * sides[1], -1), sides, grid)
-        scores = self.scores_windows(tokens(q * q.shape[-1] ** -0.5 @ k.mT, sides, grid))  # (b h y x w)
-        weights = squares(self.weights_windows(masked_softmax(scores, allowed)), sides)
-        return rearrange(tokens(weights @ v, sides, grid), "b h y x d -> b (y x) (h d)")
+        cut = grid, [min(self.window, side) for side in grid]
+        q, k, v = (windows(split_heads(t, self.heads), *cut) for t in (q, k, v))  # (b h r w d)
+        allowed = windows(there[:, None, :, None], *cut).mT
+        allowed = unwindows(allowed.expand(-1, -1, -1, q.shape[3], -1), *cut).unflatten(2, grid)
+        scores = unwindows(q * q.shape[-1] ** -0.5 @ k.mT, *cut).unflatten(2, grid)  # (b h y x w)
+        weights = self.weights_windows(masked_softmax(self.scores_windows(scores), allowed))
+        return merge_heads(unwindows(windows(weights.flatten(2, 3), *cut) @ v, *cut))
 
     def _pooled(self, g, there, grid):
         """Means over the tokens of each square that exist, (b r c), and whether there are any, (b r)."""
         sides = [min(self.ratio, side) for side in grid]
-        g = squares(g.unflatten(1, grid)[:, None], sides)[:, 0].flatten(1, 2)  # (b r w c)
-        there = squares(there.unflatten(1, grid)[:, None, ..., None], sides)[:, 0].flatten(1, 2)
-        total = g.masked_fill(~there, 0.0).sum(dim=2)
-        return total / there.sum(dim=2).clamp(min=1), there[..., 0].any(dim=2)
+        g, there = (windows(t, grid, sides) for t in (g, there[..., None]))  # (b r w c), (b r w 1)
+        return masked_mean(g, there, dim=2), there[..., 0].any(dim=2)

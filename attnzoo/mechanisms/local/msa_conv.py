@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
-from attnzoo.functional import masked_softmax, rearrange
+from attnzoo.functional import masked_mean, masked_softmax, rearrange, unwindows, windows
 
 
 class MsaConv(Mechanism):
@@ -109,14 +109,15 @@ class MsaConv(Mechanism):
 
     def _around(self, q, k, v, seen, grid):
         """What each token receives of the taps around it, (b h y x d)."""
-        q, k, v, seen = (self._squares(t, grid) for t in (q, k, v, seen))
-        number = seen.sum(dim=4)  # of the tokens of a square that exist
-        k, v = (t.masked_fill(~seen, 0.0).sum(dim=4) / number.clamp(min=1) for t in (k, v))
-        k, v, seen = (self._taps(t, grid) for t in (k, v, number > 0))
-        scores = self.scores(self._tokens(q * q.shape[-1] ** -0.5 @ k, grid))  # (b h y x w)
-        seen = self._tokens(seen.expand(-1, -1, -1, -1, self.pool**2, -1), grid)
-        weights = self.weights(masked_softmax(scores, None if self.padding == "zeros" else seen))
-        return self._tokens(self._squares(weights, grid) @ v.mT, grid)
+        cut = grid, (self.pool, self.pool)
+        q, k, v, seen = (windows(t.flatten(2, 3), *cut) for t in (q, k, v, seen))  # (b h r p² e)
+        k, v, seen = masked_mean(k, seen, dim=3), masked_mean(v, seen, dim=3), seen.any(dim=3)
+        k, v, seen = (self._taps(t, grid) for t in (k, v, seen))
+        scores = unwindows(q * q.shape[-1] ** -0.5 @ k, *cut).unflatten(2, grid)  # (b h y x w)
+        seen = unwindows(seen.expand(-1, -1, -1, self.pool**2, -1), *cut).unflatten(2, grid)
+        weights = masked_softmax(self.scores(scores), None if self.padding == "zeros" else seen)
+        weights = windows(self.weights(weights).flatten(2, 3), *cut)
+        return unwindows(weights @ v.mT, *cut).unflatten(2, grid)
 
     def _moved(self, t, grid, sign):
         """(b h y x e), every head in its direction."""
@@ -126,25 +127,14 @@ class MsaConv(Mechanism):
         heads = [t[:, h].roll((h % 2 * y, h // 2 % 2 * x), dims=(1, 2)) for h in range(self.parts)]
         return torch.stack(heads, dim=1)
 
-    def _squares(self, t, grid):
-        """Tokens (b h y x e) as squares of i × j of them, (b h y x i*j e); the last ones are filled up."""
-        y, x = (-side % self.pool for side in grid)
-        t = F.pad(t, (0, 0, 0, x, 0, y))
-        return rearrange(t, "b h (y i) (x j) e -> b h y x (i j) e", i=self.pool, j=self.pool)
-
-    def _tokens(self, t, grid):
-        """The inverse of `_squares`."""
-        t = rearrange(t, "b h y x (i j) e -> b h (y i) (x j) e", i=self.pool)
-        return t[:, :, : grid[0], : grid[1]]
-
     def _taps(self, t, grid):
-        """What lies around each square (b h y x e), by tap: (b h y x e w)."""
-        far, step = self.side * self.dilation, self.dilation
+        """What lies around each square (b h r e), by tap: (b h r e w)."""
+        far, step, grid = self.side * self.dilation, self.dilation, [-(-side // self.pool) for side in grid]
+        t = t.unflatten(2, grid)
         if self.padding == "circular":
-            y, x = (
-                [i % side for i in range(-far, side + far)] for side in (-(-s // self.pool) for s in grid)
-            )
+            y, x = ([i % side for i in range(-far, side + far)] for side in grid)
             t = t[:, :, y][:, :, :, x]
         else:
             t = F.pad(t, (0, 0, far, far, far, far))
-        return t.unfold(2, 2 * far + 1, 1).unfold(3, 2 * far + 1, 1)[..., ::step, ::step].flatten(5)
+        taps = t.unfold(2, 2 * far + 1, 1).unfold(3, 2 * far + 1, 1)[..., ::step, ::step]
+        return taps.flatten(5).flatten(2, 3)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, MultiGroup, OptionError, Paper, PositiveInt, Site
 from attnzoo.core.multi_group import fold
-from attnzoo.functional import dot_product_attention, merge_heads, rearrange, split_heads
+from attnzoo.functional import dot_product_attention, masked_mean, merge_heads, split_heads, windows
 
 
 class Rlmhsa(Mechanism):
@@ -97,15 +97,14 @@ class Rlmhsa(Mechanism):
         """x' (b r c), of special tokens and means over the tokens of each square that exist, and a mask of its keys."""
         p, (prefix, t) = layout.prefix, layout.split(x)
         there = torch.ones_like(t[..., :1], dtype=torch.bool) if keys is None else keys[:, p:, None]
-        t, there = (self._squares(u, *layout.grid) for u in (t, there))
-        means = t.masked_fill(~there, 0.0).sum(dim=2) / there.sum(dim=2).clamp(min=1)
+        t, there = (self._squares(u, layout.grid) for u in (t, there))
+        means = masked_mean(t, there, dim=2)
         keys = None if keys is None else torch.cat([keys[:, :p], there[..., 0].any(dim=2)], dim=1)
         return torch.cat([prefix, means], dim=1) * self.pool_scale + self.pool_bias, Mask(keys=keys)
 
-    def _squares(self, t, y, x):
+    def _squares(self, t, grid):
         """Grid tokens (b n e) by square, (b r w e); the last ones are filled up."""
         s = self.ratio
         if self.raster:
-            return F.pad(t, (0, 0, 0, -y * x % s**2)).unflatten(1, (-1, s**2))
-        t = F.pad(t.unflatten(1, (y, x)), (0, 0, 0, -x % s, 0, -y % s))
-        return rearrange(t, "b (y i) (x j) e -> b (y x) (i j) e", i=s, j=s)
+            return F.pad(t, (0, 0, 0, -t.shape[1] % s**2)).unflatten(1, (-1, s**2))
+        return windows(t, grid, (s, s))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, OptionError, Paper, PositiveInt, Site
-from attnzoo.functional import dot_product_attention, merge_heads, rearrange
+from attnzoo.functional import dot_product_attention, masked_mean, merge_heads, rearrange
 
 
 class SpatiallyFocused(Mechanism):
@@ -100,7 +100,7 @@ class SpatiallyFocused(Mechanism):
         image = self._trunk(layout.to_grid(x[:, p:]), there)  # (b c y x)
         over = {"time": (2,), "space": (3,), "both": (2, 3)}[self.orientation]
         number = there.sum(over, keepdim=True)
-        mean = image.masked_fill(~there, 0.0).sum(over, keepdim=True) / number.clamp(min=1)
+        mean = masked_mean(image, there, over, keepdim=True)
         u = mean.flatten(2).mT  # (b r c)
         out = self.qkv(u)
         if self.parts == 3:

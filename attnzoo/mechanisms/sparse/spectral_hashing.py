@@ -3,18 +3,20 @@
 Cai et al., "Coarse-to-Fine Sparse Transformer for Hyperspectral Image Reconstruction", 2022, arXiv:2203.04845.
 """
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mechanism, Paper, PositiveInt, Site
-from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange, split_heads
+from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange, split_heads, unwindows, windows
 
 
 class Patches(NamedTuple):
-    """A grid as t patches of n places, of which there are so many that chunks are full: (b h x e) to (b h t n e)."""
+    """A grid as r patches of w places, of which there are so many that chunks are full: (b h x e) to (b h r w e)."""
 
     grid: tuple[int, int]
     sides: tuple[int, int]
@@ -22,16 +24,15 @@ class Patches(NamedTuple):
     roll: bool
 
     def cut(self, t: Tensor) -> Tensor:
-        (rows, columns), (i, j) = self.grid, self.sides
-        t = t.unflatten(2, (rows, columns)).roll((-(i // 2) * self.roll, -(j // 2) * self.roll), (2, 3))
-        t = nn.functional.pad(t, (0, 0, 0, -columns % j, 0, -rows % i))
-        t = rearrange(t, "b h (y i) (x j) e -> b h (y x) (i j) e", i=i, j=j)
-        return nn.functional.pad(t, (0, 0, 0, -(i * j) % self.chunk))
+        t = windows(self._rolled(t, -1), self.grid, self.sides)
+        return F.pad(t, (0, 0, 0, -math.prod(self.sides) % self.chunk))
 
     def join(self, t: Tensor) -> Tensor:
-        (rows, columns), (i, j) = self.grid, self.sides
-        t = rearrange(t[..., : i * j, :], "b h (y x) (i j) e -> b h (y i) (x j) e", i=i, y=-(-rows // i))
-        return t[:, :, :rows, :columns].roll((i // 2 * self.roll, j // 2 * self.roll), (2, 3)).flatten(2, 3)
+        return self._rolled(unwindows(t[..., : math.prod(self.sides), :], self.grid, self.sides), 1)
+
+    def _rolled(self, t, sign):
+        y, x = (sign * self.roll * (side // 2) for side in self.sides)
+        return t.unflatten(2, self.grid).roll((y, x), (2, 3)).flatten(2, 3)
 
 
 class SpectralHashing(Mechanism):
@@ -122,7 +123,7 @@ class SpectralHashing(Mechanism):
         out = rows(sort(weights) @ near_v).sum(dim=-2)
         if p:  # special tokens
             weights = masked_softmax(q[:, :, :p] @ k.mT, exists[:, None, None])
-            out = torch.cat([nn.functional.dropout(weights, self.attn_drop, self.training) @ v, out], dim=2)
+            out = torch.cat([F.dropout(weights, self.attn_drop, self.training) @ v, out], dim=2)
         return self.proj(merge_heads(out))
 
     def _patches(self, layout):

@@ -9,14 +9,12 @@ from torch.func import functional_call
 
 from attnzoo.core import Fusion, Head, Law, MultiHead, auxiliary_losses
 from attnzoo.core.auxiliary import wanted_by
-from attnzoo.testing.claim import claim, requires
+from attnzoo.testing.claim import DRAWS, claim, requires
 from attnzoo.testing.influence import hard, partial
 from attnzoo.testing.strategies import Checkable, Scene
 
 LEARNS = 1e-9
 """Least gradient, relative to the largest one of the same tensor, that is more than rounding."""
-DRAWS = 8
-"""So many parameters and inputs are tried before something counts as silent: a narrow rectifier is, in some."""
 
 
 def _gradients(
@@ -53,6 +51,7 @@ def check_gradients(cls: Checkable, scene: Scene) -> None:
     scene = scene.roomy()
     fusion = issubclass(cls, Fusion)
     names = [f"branch {i + 1}" for i in range(scene.arity)] if fusion else ["x", "context"]
+    free = set(names) if fusion and scene.card.hard_routing else set()
     waiting: set[str] = set()
     for stream in range(DRAWS):
         inputs, parameters = _gradients(scene, scene.build(stream=stream), stream)
@@ -60,11 +59,9 @@ def check_gradients(cls: Checkable, scene: Scene) -> None:
         for name, gradient in found.items():
             claim(bool(gradient.isfinite().all()), "gradients are finite", f"that of `{name}` is not")
         silent = {name for name, gradient in found.items() if not gradient.any() and _own(scene, name)}
-        waiting = silent if stream == 0 else waiting & silent
+        waiting = silent - free if stream == 0 else waiting & silent
         if not waiting:
             return
-    if fusion and scene.card.hard_routing:
-        waiting -= set(names)
     listed = ", ".join(sorted(f"`{name}`" for name in waiting))
     claim(not waiting, "everything learns", f"{listed} got no gradient")
 
@@ -77,7 +74,7 @@ def check_every_entry_learns(cls: Checkable, scene: Scene) -> None:
     """
     scene = scene.roomy(8 if not issubclass(cls, Fusion) and cls.card.grid is not None else 6)
     largest: dict[str, Tensor] = {}
-    for stream in range(16):  # a rectifier is silent in some
+    for stream in range(DRAWS):
         component = scene.build(stream=stream)
         for name, gradient in _gradients(scene, component, stream)[1].items():
             share = gradient.abs() / max(float(gradient.abs().max()), 1e-30)
@@ -100,32 +97,39 @@ def check_every_input_counts(cls: Checkable, scene: Scene) -> None:
     scene = scene.roomy()
     if hard(scene):
         return
-    largest: list[Tensor] = []
+    whole = not partial(scene, scene.build(), scene.inputs()) if scene.site.context_dim is not None else True
+    largest: dict[str, Tensor] = {}
     for stream in range(DRAWS):
-        inputs = [g.abs() for g in _gradients(scene, scene.build(stream=stream), stream)[0]]
-        largest = (
-            inputs if not largest else [torch.maximum(a, b) for a, b in zip(largest, inputs, strict=True)]
-        )
-        if all(bool((g > LEARNS * g.max()).all()) for g in largest):
+        inputs = _gradients(scene, scene.build(stream=stream), stream)[0]
+        for name, gradient in _counting(scene, inputs, whole).items():
+            largest[name] = torch.maximum(largest.get(name, gradient.abs()), gradient.abs())
+        dead = {name: (g <= LEARNS * max(float(g.max()), 1e-30)).nonzero() for name, g in largest.items()}
+        if not any(len(where) for where in dead.values()):
             return
-    if issubclass(cls, Fusion):
-        largest.pop()  # x is there for those who ask
-    else:
-        # who needs geometry may have no place for special tokens
-        firsts = scene.layout.prefix if scene.card.grid is not None else 0
-        largest[0] = largest[0][:, firsts:]
-        if scene.card.context_grid is not None:
-            largest[1] = largest[1][:, scene.head_layout().prefix :]
-        elif partial(scene, scene.build(), scene.inputs()):
-            largest = largest[:1]  # a context may be longer than windows reach
-    for i, gradient in enumerate(largest):
-        most = max(float(gradient.max()), 1e-30)
-        dead = (gradient <= LEARNS * most).nonzero()
-        name = f"branch {i + 1}" if issubclass(cls, Fusion) else ("x", "context")[i]
-        if not _own(scene, name):
-            continue
-        where = dead[0].tolist() if len(dead) else []
-        claim(not len(dead), f"every entry of `{name}` has influence", f"the one at {where} has none")
+    for name, where in dead.items():
+        at = where[0].tolist() if len(where) else []
+        claim(not len(where), f"every entry of `{name}` has influence", f"the one at {at} has none")
+
+
+def _counting(scene: Scene, inputs: list[Tensor], whole: bool) -> dict[str, Tensor]:
+    """Of what belongs to each input, in its shape, the part that must count, by name.
+
+    Args:
+        scene: Where.
+        inputs: What belongs to x, a context, branches.
+        whole: Whether all of a context is read.
+    """
+    if issubclass(scene.component, Fusion):  # x is there for those who ask
+        return {f"branch {i + 1}": branch for i, branch in enumerate(inputs[:-1])}
+    found = dict(zip(("x", "context"), inputs, strict=False))
+    # who needs geometry may have no place for special tokens
+    if scene.card.grid is not None:
+        found["x"] = found["x"][:, scene.layout.prefix :]
+    if scene.card.context_grid is not None:
+        found["context"] = found["context"][:, scene.head_layout().prefix :]
+    elif not whole:  # it may be longer than windows reach
+        del found["context"]
+    return {name: tensor for name, tensor in found.items() if _own(scene, name)}
 
 
 @requires("head", wide=True, share=0.4)

@@ -1,0 +1,39 @@
+"""A plane of tokens cut into windows, and put together again."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from attnzoo.functional.einops import rearrange
+
+
+def windows(t: Tensor, grid: Sequence[int], sides: Sequence[int]) -> Tensor:
+    """The tokens of a plane by window, (... y*x e) -> (... r w e): r windows of w = i j places, both row by row.
+
+    Windows that would reach beyond the grid are filled up with zeros; of a boolean that is True for every token, with
+    False, so that it says which places hold one: `windows(there[..., None], grid, sides)`.
+
+    Args:
+        t: What the tokens of the grid have, in row-major order, (... y*x e).
+        grid: How many rows and columns of tokens there are, (y, x).
+        sides: How many rows and columns a window has, (i, j); they need not divide the grid.
+    """
+    (y, x), (i, j) = grid, sides
+    t = t.unflatten(-2, (y, x))
+    if y % i or x % j:
+        t = F.pad(t, (0, 0, 0, -x % j, 0, -y % i))
+    return rearrange(t, "... (y i) (x j) e -> ... (y x) (i j) e", i=i, j=j)
+
+
+def unwindows(t: Tensor, grid: Sequence[int], sides: Sequence[int]) -> Tensor:
+    """The inverse of `windows`, (... r w e) -> (... y*x e): what was filled up is left out.
+
+    Args:
+        t: What the places of the windows have, (... r w e).
+        grid: How many rows and columns of tokens there are, (y, x).
+        sides: How many rows and columns a window has, (i, j).
+    """
+    (y, x), (i, j) = grid, sides
+    t = rearrange(t, "... (y x) (i j) e -> ... (y i) (x j) e", y=-(-y // i), i=i, j=j)
+    return t[..., :y, :x, :].flatten(-3, -2)
