@@ -16,6 +16,7 @@ from attnzoo.core.card import Given
 from attnzoo.errors import RecipeError, did_you_mean
 from attnzoo.hosts.given import NO_MAPS, GivenFeatures
 from attnzoo.hosts.info import BackboneInfo, Put, init_normal, undecayed
+from attnzoo.hosts.skip import Skip
 
 
 class Backbone(nn.Module):
@@ -95,11 +96,12 @@ def build_backbone(
     *,
     filter_fn: Callable[[dict[str, Tensor], Any], dict[str, Tensor]],
     named_inputs: bool,
-    pretrained: bool,
+    pretrained: bool = False,
     pretrained_cfg: Mapping[str, Any],
-    init: str,
-    device: Any,
-    dtype: torch.dtype | None,
+    init: str = "timm",
+    skip: Skip = Skip(),  # noqa: B008 - frozen
+    device: Any = None,
+    dtype: torch.dtype | None = None,
     **timm_options,
 ) -> nn.Module:
     """A backbone of our own, as timm builds its own.
@@ -110,12 +112,10 @@ def build_backbone(
         info: The inspected base.
         filter_fn: Makes a state dict fit the model.
         named_inputs: Whether `forward` takes more by name than images.
-        pretrained: Whether timm shall load the weights that `pretrained_cfg` names.
-        pretrained_cfg: timm's configuration of the model.
-        init: `timm` for the model's own initialisation, or `normal` for N(0, 0.02²) everywhere.
+        pretrained, pretrained_cfg, init, timm_options: As for `kinds.ImageHost.build`.
+        skip: None that does anything: the recipe's is refused before.
         device: Where it is built.
         dtype: Type of its parameters.
-        timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, ...
     """
     features = {
         "out_indices": timm_options.pop("out_indices", 3),

@@ -37,7 +37,6 @@ from attnzoo.hosts.info import (
     on_meta,
     without_weights,
 )
-from attnzoo.hosts.skip import Skip
 
 default_cfgs: dict[str, Any] = {}
 """timm looks here for the configurations of the models that are registered from this module."""
@@ -495,29 +494,9 @@ def build(
     *,
     pool: PutPool | None = None,
     given: Mapping[str, Given] = NO_MAPS,
-    pretrained: bool = False,
-    pretrained_cfg: Mapping[str, Any],
-    init: str = "timm",
-    skip: Skip = Skip(),  # noqa: B008 - frozen
-    device: Any = None,
-    dtype: torch.dtype | None = None,
-    **timm_options,
+    **how: Any,
 ) -> nn.Module:
-    """The base with mechanisms in its blocks.
-
-    Args:
-        info: The inspected base.
-        put: Builds what is put at a site.
-        pool: Builds what is put at the site `pool`; None for the authors' pooling.
-        given: Maps that the components ask for, by name.
-        pretrained: Whether timm shall load the weights that `pretrained_cfg` names.
-        pretrained_cfg: timm's configuration of the model.
-        init: `timm` for the authors' initialisation, or `normal` for N(0, 0.02²) everywhere.
-        skip: None that does anything: the recipe's is refused before.
-        device: Where it is built.
-        dtype: Type of its parameters.
-        timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, ...
-    """
+    """The base with mechanisms in its blocks; arguments as for `kinds.ImageHost.build`."""
     components = {"pool": with_heads(info, pool), "global_pool": POOL} if pool else {}
     return build_backbone(
         partial(CompactTransformer, put=with_heads(info, put), given=given),
@@ -525,27 +504,14 @@ def build(
         info,
         filter_fn=checkpoint_filter_fn,
         named_inputs=bool(given),
-        pretrained=pretrained,
-        pretrained_cfg=pretrained_cfg,
-        init=init,
-        device=device,
-        dtype=dtype,
-        **timm_options,
+        **how,
     )
 
 
 def model_cfg(
     name: str, base: str, arguments: Mapping[str, Any], mean: list[float] | None, std: list[float] | None
 ) -> dict[str, Any]:
-    """timm's configuration of a composed model.
-
-    Args:
-        name: The model's own name.
-        base: The base's name.
-        arguments: Constructor arguments that differ from the base's.
-        mean: Mean of the images by channel; CIFAR-100's when None.
-        std: Standard deviation of the images by channel; CIFAR-100's when None.
-    """
+    """timm's configuration of a composed model, with the statistics of CIFAR-100 when none are said."""
     cfg = PretrainedCfg(
         input_size=(3, 32, 32),
         num_classes=100,

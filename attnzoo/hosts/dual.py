@@ -48,7 +48,6 @@ from attnzoo.hosts.info import (
     without_weights,
 )
 from attnzoo.hosts.requirements import Requirements
-from attnzoo.hosts.skip import Skip
 from attnzoo.hosts.streams import DualBlock, Given, Patches, Sublayers, check_patches, second_stream
 
 default_cfgs: dict[str, Any] = {}
@@ -504,29 +503,9 @@ def build(
     *,
     pool: PutPool | None = None,
     given: Mapping[str, Kind] = NO_MAPS,
-    pretrained: bool = False,
-    pretrained_cfg: Mapping[str, Any],
-    init: str = "timm",
-    skip: Skip = Skip(),  # noqa: B008 - frozen
-    device: Any = None,
-    dtype: torch.dtype | None = None,
-    **timm_options,
+    **how: Any,
 ) -> nn.Module:
-    """The base with mechanisms at its sites.
-
-    Args:
-        info: The inspected base, without the sites that a recipe leaves empty.
-        put: Builds what is put at a site.
-        pool: None: the recipe's is refused before.
-        given: None: components that ask for maps are refused before.
-        pretrained: Whether timm shall load the weights that `pretrained_cfg` names.
-        pretrained_cfg: timm's configuration of the model.
-        init: `timm` for a truncated N(0, 0.02²), or `normal` for N(0, 0.02²) everywhere.
-        skip: None that does anything: the recipe's is refused before.
-        device: Where it is built.
-        dtype: Type of its parameters.
-        timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, ...
-    """
+    """The base with mechanisms at its sites; arguments as for `kinds.ImageHost.build`."""
     assert isinstance(info, DualInfo)
     return build_backbone(
         partial(DualTransformer, put=with_heads(info, put), left_out=info.left_out, beside=info.beside),
@@ -534,27 +513,14 @@ def build(
         info,
         filter_fn=checkpoint_filter_fn,
         named_inputs=bool(info.inputs),
-        pretrained=pretrained,
-        pretrained_cfg=pretrained_cfg,
-        init=init,
-        device=device,
-        dtype=dtype,
-        **timm_options,
+        **how,
     )
 
 
 def model_cfg(
     name: str, base: str, arguments: Mapping[str, Any], mean: list[float] | None, std: list[float] | None
 ) -> dict[str, Any]:
-    """timm's configuration of a composed model.
-
-    Args:
-        name: The model's own name.
-        base: The base's name.
-        arguments: Constructor arguments that differ from the base's.
-        mean: Mean of the images by channel; ImageNet's when None.
-        std: Standard deviation of the images by channel; ImageNet's when None.
-    """
+    """timm's configuration of a composed model, with the statistics of ImageNet when none are said."""
     side = BASES[base]["img_size"]
     cfg = PretrainedCfg(
         input_size=(3, side, side),

@@ -29,7 +29,15 @@ class ImageHost(Protocol):
         mean: list[float] | None,
         std: list[float] | None,
     ) -> dict[str, Any]:
-        """timm's configuration of a composed model."""
+        """timm's configuration of a composed model.
+
+        Args:
+            name: The model's own name.
+            base: The base's name.
+            arguments: Constructor arguments that differ from the base's.
+            mean: Mean of the images by channel; the base's when None.
+            std: Standard deviation of the images by channel; the base's when None.
+        """
 
     def build(
         self,
@@ -44,7 +52,19 @@ class ImageHost(Protocol):
         skip: Skip,
         **timm_options,
     ) -> nn.Module:
-        """The base with mechanisms at its sites."""
+        """The base with mechanisms at its sites.
+
+        Args:
+            info: The inspected base, without the sites that a recipe leaves empty.
+            put: Builds what is put at a site.
+            pool: Builds what is put at the site `pool`; None for the host's own way.
+            given: Maps that the components ask for, by name.
+            pretrained: Whether timm shall load the weights that `pretrained_cfg` names.
+            pretrained_cfg: timm's configuration of the model.
+            init: `timm` for the host's own initialisation, or `normal` for N(0, 0.02²) everywhere.
+            skip: What blocks hand on.
+            timm_options: What goes to timm's builder and not to the model: `features_only`, `device`, ...
+        """
 
 
 HOSTS: dict[str, ImageHost] = {

@@ -41,7 +41,6 @@ from attnzoo.hosts.info import (
     without_weights,
 )
 from attnzoo.hosts.requirements import Requirements
-from attnzoo.hosts.skip import Skip
 from attnzoo.hosts.stages import (
     NORMS,
     Block,
@@ -521,59 +520,26 @@ def build(
     *,
     pool: PutPool | None = None,
     given: Mapping[str, Given] = NO_MAPS,
-    pretrained: bool = False,
-    pretrained_cfg: Mapping[str, Any],
-    init: str = "timm",
-    skip: Skip = Skip(),  # noqa: B008 - frozen
-    device: Any = None,
-    dtype: torch.dtype | None = None,
-    **timm_options,
+    **how: Any,
 ) -> nn.Module:
-    """The base with mechanisms at its sites.
-
-    Args:
-        info: The inspected base, without the sites that a recipe leaves empty.
-        put: Builds what is put at a site.
-        pool: Builds what is put at the site `pool`; None for the mean.
-        given: None: components that ask for maps are refused before.
-        pretrained: Whether timm shall load the weights that `pretrained_cfg` names.
-        pretrained_cfg: timm's configuration of the model.
-        init: `timm` for the model's own initialisation, or `normal` for N(0, 0.02²) everywhere.
-        skip: None that does anything: the recipe's is refused before.
-        device: Where it is built.
-        dtype: Type of its parameters.
-        timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, ...
-    """
+    """The base with mechanisms at its sites; arguments as for `kinds.ImageHost.build`."""
     assert isinstance(info, PyramidInfo)
     components = {"pool": with_heads(info, pool), "global_pool": POOL} if pool else {}
-    timm_options.setdefault("out_indices", tuple(range(len(info.stages))))
+    how.setdefault("out_indices", tuple(range(len(info.stages))))
     return build_backbone(
         partial(PyramidTransformer, put=with_heads(info, put), left_out=info.left_out),
         {**BASES[info.base], **info.arguments, **components},
         info,
         filter_fn=checkpoint_filter_fn,
         named_inputs=False,
-        pretrained=pretrained,
-        pretrained_cfg=pretrained_cfg,
-        init=init,
-        device=device,
-        dtype=dtype,
-        **timm_options,
+        **how,
     )
 
 
 def model_cfg(
     name: str, base: str, arguments: Mapping[str, Any], mean: list[float] | None, std: list[float] | None
 ) -> dict[str, Any]:
-    """timm's configuration of a composed model.
-
-    Args:
-        name: The model's own name.
-        base: The base's name.
-        arguments: Constructor arguments that differ from the base's.
-        mean: Mean of the images by channel; ImageNet's when None.
-        std: Standard deviation of the images by channel; ImageNet's when None.
-    """
+    """timm's configuration of a composed model, with the statistics of ImageNet when none are said."""
     side = BASES[base]["img_size"]
     cfg = PretrainedCfg(
         input_size=(3, side, side),

@@ -458,19 +458,7 @@ def build(
     skip: Skip = Skip(),  # noqa: B008 - frozen
     **timm_options,
 ) -> nn.Module:
-    """The base with mechanisms in its blocks.
-
-    Args:
-        info: The inspected base.
-        put: Builds what is put at a site.
-        pool: Builds what is put at the site `pool`; None for timm's pooling.
-        given: Maps that the components ask for, by name.
-        pretrained: Whether timm shall load the weights that `pretrained_cfg` names.
-        pretrained_cfg: timm's configuration of the model.
-        init: `timm`, or `normal` for N(0, 0.02²) everywhere.
-        skip: What blocks hand on.
-        timm_options: What goes to timm's builder and not to the model: `features_only`, `out_indices`, `device`, ...
-    """
+    """The base with mechanisms in its blocks; arguments as for `kinds.ImageHost.build`."""
     features = {
         "out_indices": timm_options.pop("out_indices", 3),
         "feature_cls": GivenFeatures if given else "getter",
