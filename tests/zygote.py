@@ -92,7 +92,7 @@ try:
 except SystemExit as end:
     status = end.code if isinstance(end.code, int) else int(end.code is not None)
     if end.code is not None and not isinstance(end.code, int):
-        print(end.code, file=sys.stderr)
+        print(end.code, file=sys.stderr)  # noqa: T201
 except BaseException:
     sys.excepthook(*sys.exc_info())
     status = 1

@@ -315,6 +315,9 @@ class Scene:
         """How a bare head's keys lie."""
         return self.site.context_layout or self.layout
 
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     def __repr__(self) -> str:
         text = f"Scene({self.component.__name__}, {_site_text(self.site)}"
         for name, usual in (
