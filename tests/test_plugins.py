@@ -1,6 +1,7 @@
 """Plugins: found through entry points, kept apart from one another, switched on and off, installed for real."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 
 from attnzoo.errors import RecipeError
 from attnzoo.recipe import load, resolve
-from attnzoo.zoo import Zoo, hookspecs
+from attnzoo.zoo import Zoo, hookspecs, manager
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "plugins"
@@ -117,6 +118,7 @@ def points(folder):
 def folder(tmp_path, monkeypatch):
     """An empty folder on `sys.path`; what is imported from it is forgotten afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(manager, "SLOW", math.inf)  # on a busy machine any import may take a second
     yield tmp_path
     for name in [name for name in sys.modules if name.startswith("az_")]:
         del sys.modules[name]
