@@ -426,6 +426,16 @@ def settings_of(cls: Checkable) -> tuple[dict[str, Any], ...]:
     return tuple(sorted(found, key=len)[:MOST_SETTINGS])
 
 
+@cache
+def claims_of(cls: Checkable) -> tuple[tuple[Card | FusionCard, dict[str, Any]], ...]:
+    """What a class claims under each of its settings, and the setting.
+
+    Args:
+        cls: A mechanism, head or fusion.
+    """
+    return tuple((card_of(cls, options), options) for options in settings_of(cls))
+
+
 def scenes(
     cls: Checkable, keep: Callable[[Any, dict[str, Any]], bool] | None = None
 ) -> st.SearchStrategy[Scene]:
@@ -435,7 +445,7 @@ def scenes(
         cls: A mechanism, head, pool or fusion.
         keep: Which option settings to draw, asked with the card under them and the options; None draws all.
     """
-    kept = [s for s in settings_of(cls) if keep is None or keep(card_of(cls, s), s)]
+    kept = [options for card, options in claims_of(cls) if keep is None or keep(card, options)]
     fusion = issubclass(cls, Fusion)
     card: Any = cls.card
     grid = None if fusion else card.grid
