@@ -323,7 +323,16 @@ class TestEveryKind:
         assert torch.equal(again(x), expected)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "conv front", "ham", "neighborhood", "elu_linear"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "softmax",
+        "conv front",
+        pytest.param("ham", marks=pytest.mark.slow),
+        "neighborhood",
+        pytest.param("elu_linear", marks=pytest.mark.slow),
+    ],
+)
 def test_compile_and_export(kind):
     model, x = made(kind), image()
     torch._dynamo.reset()

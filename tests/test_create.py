@@ -588,7 +588,13 @@ def test_making_it_draws_no_more_random_numbers_than_its_weights_need():
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [("softmax", "tokens"), ("softmax", "map"), ("agent", "map"), ("elu_linear", "tokens")]
+    ("name", "form"),
+    [
+        ("softmax", "tokens"),
+        pytest.param("softmax", "map", marks=pytest.mark.slow),
+        ("agent", "map"),
+        pytest.param("elu_linear", "tokens", marks=pytest.mark.slow),
+    ],
 )
 def test_compile_in_one_graph(name, form):
     m = attnzoo.create(name, DIM, HEADS, grid=GRID, form=form).eval()

@@ -530,8 +530,17 @@ class TestEveryStream:
         assert torch.allclose(graph(x, **given(model, x))["out"], model(x, **given(model, x)), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["scale", "pair", "given map"])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "training"),
+    [
+        ("scale", False),
+        ("pair", True),
+        ("given map", True),
+        pytest.param("scale", True, marks=pytest.mark.slow),
+        pytest.param("pair", False, marks=pytest.mark.slow),
+        pytest.param("given map", False, marks=pytest.mark.slow),
+    ],
+)
 def test_compile(kind, training):
     model, x = copy.deepcopy(made(kind)).train(training), images()
     torch._dynamo.reset()

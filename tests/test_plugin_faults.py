@@ -1,6 +1,7 @@
 """What a plugin does wrong once it is imported is its own fault: named, with a code, and nothing else is disturbed."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from attnzoo.cli.app import app
 from attnzoo.core import Card, Family
 from attnzoo.errors import PluginError, RecipeError
 from attnzoo.recipe import load, resolve
-from attnzoo.zoo import Zoo
+from attnzoo.zoo import Zoo, manager
 
 ROOT = Path(__file__).parent.parent
 PLUGIN = """
@@ -118,6 +119,7 @@ def recipe(where: str) -> str:
 def folder(tmp_path, monkeypatch):
     """A folder on `sys.path`; what is imported from it is forgotten afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(manager, "SLOW", math.inf)  # on a busy machine any import may take a second
     yield tmp_path
     for name in [name for name in sys.modules if name.startswith("az_")]:
         del sys.modules[name]

@@ -414,7 +414,7 @@ def test_explained_variance_far_below_zero_is_still_the_best(tmp_path, monkeypat
     assert done.summary()["best_accuracy"] < -100 and (last(tmp_path) / "best.safetensors").exists()
 
 
-@pytest.mark.parametrize("task", ["reverse", "recall", "regression"])
+@pytest.mark.parametrize("task", ["reverse", pytest.param("recall", marks=pytest.mark.slow), "regression"])
 def test_it_learns(tmp_path, task):
     log = run(task, tmp_path, epochs=40, optimizer={"lr": 0.01, "weight_decay": 0.0}).log()
     assert log[-1]["train_loss"] < 0.5 * log[0]["train_loss"]

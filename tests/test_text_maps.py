@@ -1006,7 +1006,13 @@ LEGITIMATE = {
 
 
 @pytest.mark.parametrize("name", SHEETS)
-@pytest.mark.parametrize("change", LEGITIMATE)
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(change, marks=pytest.mark.slow if change in ("last bits", "a larger font") else ())
+        for change in LEGITIMATE
+    ],
+)
 def test_another_machine_is_no_fault(change, name, monkeypatch):
     LEGITIMATE[change](monkeypatch)
     assert differences(structure(name), stored()[name]) == []

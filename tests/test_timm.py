@@ -364,7 +364,9 @@ def test_compile_with_inductor(name):
         assert torch.allclose(compiled(image(name)), made(name)(image(name)), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "ham_vit_b" else pytest.mark.slow) for name in MODELS]
+)
 def test_onnx(name):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     buffer = io.BytesIO()
@@ -538,7 +540,13 @@ attention: {fuse: hadamard, of: [softmax, soft]}
 
 
 @pytest.mark.parametrize(
-    "more", ["", ", class_token: false", ", reg_tokens: 2", ", class_token: false, reg_tokens: 2"]
+    "more",
+    [
+        "",
+        pytest.param(", class_token: false", marks=pytest.mark.slow),
+        pytest.param(", reg_tokens: 2", marks=pytest.mark.slow),
+        ", class_token: false, reg_tokens: 2",
+    ],
 )
 @pytest.mark.parametrize("pool", ["map", "prr", "avg"])
 def test_attention_pooling_works_in_every_way(pool, more, tmp_path):

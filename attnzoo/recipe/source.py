@@ -11,7 +11,9 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from attnzoo.errors import Diagnostic, Place, RecipeError
 from attnzoo.files import open_file
 
 MAX_BYTES = 64 * 1024
+KEPT_LENGTH = 4096
+"""Texts of so many characters, which is what recipes have, are parsed once."""
 MAX_DEPTH = 32
 MAX_NODES = 10_000
 MAX_FAULTS = 20
@@ -199,6 +203,14 @@ def parse(text: str, file: str, before: str = "", prose: bool = False) -> Source
         raise RecipeError(
             "AZ102", f"the recipe has {size:,} bytes; a recipe has at most {MAX_BYTES:,}", place=Place(file)
         )
+    read = _read if len(text) <= KEPT_LENGTH else _read.__wrapped__
+    source = read(text, file, before, prose)
+    tree, values, keys = deepcopy(source.tree), dict(source.values), dict(source.keys)
+    return Source(file, tree, values, keys, list(source.faults))  # the caller's to change
+
+
+@lru_cache(maxsize=256)  # all recipes are read for timm, again for a list, and many extend a few
+def _read(text: str, file: str, before: str, prose: bool) -> Source:
     return _Reader(text, file, before, prose).read()
 
 

@@ -16,7 +16,7 @@ from attnzoo.errors import CheckError, RecipeError, did_you_mean
 from attnzoo.testing.checks import CHECKS
 from attnzoo.testing.claim import Check, Inapplicable, Requirement
 from attnzoo.testing.report import CheckResult
-from attnzoo.testing.strategies import Checkable, Scene, card_of, edges, scenes, settings_of
+from attnzoo.testing.strategies import Checkable, Scene, claims_of, edges, scenes
 
 EXAMPLES = 25
 
@@ -39,12 +39,11 @@ def checks_for(cls: Checkable) -> list[Check]:
     Args:
         cls: A mechanism, head, pool or fusion.
     """
-    claimed = [(card_of(cls, options), options) for options in settings_of(cls)]
     return [
         check
         for check in CHECKS.values()
         if set(requirement(check).kinds) & set(kinds_of(cls))
-        and any(requirement(check).fits(card, options) for card, options in claimed)
+        and any(requirement(check).fits(card, options) for card, options in claims_of(cls))
     ]
 
 
@@ -93,7 +92,7 @@ def run_check(cls: Checkable, check: Check, examples: int = EXAMPLES, *, shrink:
     try:
         run()
         if wanted.share == 1:
-            fitting = [s for s in settings_of(cls) if wanted.fits(card_of(cls, s), s)]
+            fitting = [options for card, options in claims_of(cls) if wanted.fits(card, options)]
             for scene in edges(cls, fitting[0], wanted.large):
                 holds(scene)
     except Inapplicable as reason:

@@ -315,6 +315,9 @@ class Scene:
         """How a bare head's keys lie."""
         return self.site.context_layout or self.layout
 
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     def __repr__(self) -> str:
         text = f"Scene({self.component.__name__}, {_site_text(self.site)}"
         for name, usual in (
@@ -423,6 +426,16 @@ def settings_of(cls: Checkable) -> tuple[dict[str, Any], ...]:
     return tuple(sorted(found, key=len)[:MOST_SETTINGS])
 
 
+@cache
+def claims_of(cls: Checkable) -> tuple[tuple[Card | FusionCard, dict[str, Any]], ...]:
+    """What a class claims under each of its settings, and the setting.
+
+    Args:
+        cls: A mechanism, head or fusion.
+    """
+    return tuple((card_of(cls, options), options) for options in settings_of(cls))
+
+
 def scenes(
     cls: Checkable, keep: Callable[[Any, dict[str, Any]], bool] | None = None
 ) -> st.SearchStrategy[Scene]:
@@ -432,7 +445,7 @@ def scenes(
         cls: A mechanism, head, pool or fusion.
         keep: Which option settings to draw, asked with the card under them and the options; None draws all.
     """
-    kept = [s for s in settings_of(cls) if keep is None or keep(card_of(cls, s), s)]
+    kept = [options for card, options in claims_of(cls) if keep is None or keep(card, options)]
     fusion = issubclass(cls, Fusion)
     card: Any = cls.card
     grid = None if fusion else card.grid

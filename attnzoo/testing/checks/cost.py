@@ -4,6 +4,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ def _flat(value: Any) -> list[Any]:
     return [one for part in value.values() for one in _flat(part)] if isinstance(value, dict) else [value]
 
 
+@lru_cache(maxsize=256)  # time and memory are of the same forwards
 def _measure(scene: Scene, tokens: int, heads: int, head_dim: int) -> _Spent:
     """What one forward costs, taps watched; of a head without projections.
 
@@ -117,9 +119,9 @@ def _measure(scene: Scene, tokens: int, heads: int, head_dim: int) -> _Spent:
 
 
 GROWTHS: dict[str, tuple[str, tuple[int, int, int], tuple[int, int, int]]] = {
-    "tokens": ("nm", (512, 2, 4), (1024, 2, 4)),
-    "channels per head": ("cd", (1024, 2, 8), (1024, 2, 16)),
-    "heads": ("ch", (1024, 2, 4), (1024, 4, 4)),
+    "tokens": ("nm", (256, 2, 4), (512, 2, 4)),
+    "channels per head": ("cd", (512, 2, 4), (512, 2, 8)),
+    "heads": ("ch", (512, 2, 4), (512, 4, 4)),
 }
 """Which letters grow, and from which tokens, heads and channels per head to which; tokens are many beside channels."""
 

@@ -45,7 +45,7 @@ def _rows(component: Mechanism, x: Tensor, sizes: list[int], keys: Tensor | None
     return torch.cat(rows, dim=1)
 
 
-@requires("mechanism", where=_decodes)
+@requires("mechanism", where=_decodes, share=0.4)
 def check_incremental(cls: Checkable, scene: Scene) -> None:
     """Token by token `step` gives the newest rows of `forward`, with padding too; `incremental`: of the full pass."""
     scene = _line(scene)
