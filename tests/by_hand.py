@@ -1,5 +1,8 @@
 """What the files of single mechanisms and fusions share: small inputs, closeness, and wrong versions to be caught."""
 
+import sys
+from unittest.mock import patch
+
 import torch
 from torch import nn
 
@@ -69,6 +72,17 @@ def count(module: nn.Module) -> int:
 def wrong(cls: type, **members) -> type:
     """The class with some of its methods replaced by wrong ones."""
     return type(f"Wrong{cls.__name__}", (cls,), members)
+
+
+def patched(cls: type, name: str, other) -> type:
+    """The class, wrong because a function of its module is another one while it mixes."""
+    module = sys.modules[cls.__module__]
+
+    def mix(self, *inputs, **where):
+        with patch.object(module, name, other):
+            return cls.mix(self, *inputs, **where)
+
+    return wrong(cls, mix=mix)
 
 
 def caught(oracle_test, mutant: type) -> None:

@@ -14,10 +14,12 @@ from attnzoo.functional import (
     additive_scores,
     attention_from_scores,
     dot_product_attention,
+    existing,
     masked_group_norm,
     masked_mean,
     masked_softmax,
     merge_heads,
+    relative_bias,
     split_heads,
     unwindows,
     windows,
@@ -91,7 +93,23 @@ def test_windows_are_traced_compiled_and_exported():
         assert torch.equal(call(x), module(x)) and torch.equal(call(other), module(other))
 
 
+@pytest.mark.parametrize("sides", [(2, 3), (1, 1), (3, 3), (3, 1)])
+def test_relative_bias_is_what_the_table_holds_for_the_way(sides):
+    table, (i, j) = double(2, 5, 7), sides  # of windows of 3 × 4 at most
+    found = relative_bias(table, sides)
+    assert found.shape == (2, i * j, i * j)
+    for a in range(i * j):
+        for b in range(i * j):
+            assert torch.equal(found[:, a, b], table[:, a // j - b // j + 2, a % j - b % j + 3])
+
+
 # Means and norms of those who exist
+
+
+def test_those_who_exist_are_what_the_mask_says_or_all():
+    x, keys = double(2, 3, 4), torch.tensor([[True, False, True], [False, True, True]])
+    assert existing(x, Mask(keys=keys)) is keys
+    assert torch.equal(existing(x, NO_MASK), torch.ones(2, 3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("keepdim", [True, False])

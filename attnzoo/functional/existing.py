@@ -3,7 +3,18 @@
 import torch
 from torch import Tensor, nn
 
+from attnzoo.core import Mask
 from attnzoo.functional.einops import rearrange
+
+
+def existing(tokens: Tensor, mask: Mask) -> Tensor:
+    """Which tokens exist, (b n): what `mask.keys` says, or all.
+
+    Args:
+        tokens: Those that the mask speaks of, (b n c).
+        mask: Who may attend to whom.
+    """
+    return torch.ones_like(tokens[..., 0], dtype=torch.bool) if mask.keys is None else mask.keys
 
 
 def masked_mean(t: Tensor, there: Tensor | None, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
+from attnzoo.core import Layout
 from attnzoo.functional.einops import rearrange
 
 
@@ -37,3 +38,15 @@ def unwindows(t: Tensor, grid: Sequence[int], sides: Sequence[int]) -> Tensor:
     (y, x), (i, j) = grid, sides
     t = rearrange(t, "... (y x) (i j) e -> ... (y i) (x j) e", y=-(-y // i), i=i, j=j)
     return t[..., :y, :x, :].flatten(-3, -2)
+
+
+def relative_bias(table: Tensor, sides: Sequence[int]) -> Tensor:
+    """What a table holds for the way from each place of a window to each other, (h w w), w = i j.
+
+    Args:
+        table: By rows and columns of the way, (h 2I-1 2J-1), whose middle is for a place itself.
+        sides: How many rows and columns the window has, (i, j), I and J at most.
+    """
+    at = Layout(tuple(sides)).coords(table.device)
+    down, right = (at[:, None] - at).unbind(-1)
+    return table[:, down + table.shape[1] // 2, right + table.shape[2] // 2]

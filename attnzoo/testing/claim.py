@@ -16,7 +16,7 @@ TOLERANCE = 1e-10
 """Of float64, relative to the largest number."""
 
 DRAWS = 32
-"""So many parameters and inputs are tried before something counts as silent; behind a rectifier all are, at times."""
+"""So many parameters and inputs are tried before something counts as silent; behind a rectifier much is, at times."""
 
 Check = Callable[[Checkable, Scene], None]
 

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from by_hand import caught, count, near, normal, seen, spread, wrong
+from by_hand import caught, count, near, normal, patched, seen, spread, wrong
 from torch import nn
 from torch.nn import functional as F
 
 from attnzoo.core import Layout, Mask, Site
 from attnzoo.errors import LayoutMismatch, RecipeError
+from attnzoo.functional import relative_bias
 from attnzoo.mechanisms.cross.conv_transformer import ConvTransformer
 from attnzoo.testing import against
 
@@ -94,18 +95,18 @@ def no_bias(self, x, source, mask):
 def whole(self, x, source, *, mask, layout, context_layout=None):
     """One window as large as the grid, where the table reaches."""
     window, self.window = self.window, max(layout.grid)
-    table, reach = self._bias, window - 1
+    reach = window - 1
 
-    def bias(i, j):
-        at = Layout((i, j)).coords()
+    def clamped(table, sides):
+        at = Layout(tuple(sides)).coords()
         dy, dx = (at[:, None] - at[None]).clamp(-reach, reach).unbind(-1)
-        return self.bias[:, dy + reach, dx + reach]
+        return table[:, dy + reach, dx + reach]
 
-    self._bias = bias
+    other = patched(ConvTransformer, "relative_bias", clamped)
     try:
-        return ConvTransformer.mix(self, x, source, mask=mask, layout=layout, context_layout=context_layout)
+        return other.mix(self, x, source, mask=mask, layout=layout, context_layout=context_layout)
     finally:
-        self.window, self._bias = window, table
+        self.window = window
 
 
 MUTANTS = {
@@ -113,8 +114,8 @@ MUTANTS = {
     "keys for values": mixing(keys_and_values),
     "tokens before the context": mixing(tokens_first),
     "no table": mixing(no_bias),
-    "rows and columns of the table": wrong(
-        ConvTransformer, _bias=lambda self, i, j: ConvTransformer._bias(self, i, j).mT
+    "rows and columns of the table": patched(
+        ConvTransformer, "relative_bias", lambda *how: relative_bias(*how).mT
     ),
     "the mask ignored": mixing(lambda self, x, source, mask: (x, source, Mask())),
     "hidden contexts are read by their own place": mixing(

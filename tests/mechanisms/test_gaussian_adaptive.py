@@ -58,7 +58,7 @@ def slow(component, options, x, keys, rule=weights_of, deal=chunks_of):
     return torch.stack(out)
 
 
-@against(GaussianAdaptive, examples=30)
+@against(GaussianAdaptive, examples=60)
 def test_oracle(component, options, x, keys):
     """w_i = g_i / Σ g of a chunk, g the product, or the sum, of Gaussians of y_k = (x − μ − δ_k) / s."""
     return slow(component, options, x, keys)

@@ -2,17 +2,15 @@
 
 import itertools
 import math
-from unittest.mock import patch
 
 import pytest
 import torch
-from by_hand import caught, count, narrow, near, normal, seen, set_all, spread, wrong
+from by_hand import caught, count, narrow, near, normal, patched, seen, set_all, spread, wrong
 from torch.nn import functional as F
 
 from attnzoo.core import Layout, Mask, MultiHead, Site, options_of
 from attnzoo.functional import masked_group_norm
 from attnzoo.mechanisms.dot_product.softmax import Softmax
-from attnzoo.mechanisms.local import hierarchical as module
 from attnzoo.mechanisms.local.hierarchical import Hierarchical
 from attnzoo.testing import against
 
@@ -136,16 +134,6 @@ def norm_of_padding(norm, x, there):
     return masked_group_norm(norm, x)
 
 
-def norms(other):
-    """The mechanism with other norms."""
-
-    def mix(self, x, source, *, mask, layout):
-        with patch.object(module, "masked_group_norm", other):
-            return Hierarchical.mix(self, x, source, mask=mask, layout=layout)
-
-    return wrong(Hierarchical, mix=mix)
-
-
 def from_the_pooled_map(self, g, there, grid):
     """The sum of a square, not its mean."""
     pooled, exist = Hierarchical._pooled(self, g, there, grid)
@@ -161,8 +149,10 @@ def residual_of_the_normed(self, x, source, *, mask, layout):
     def once(norm, t, there):
         return t if norm is self.norm else masked_group_norm(norm, t, there)
 
-    with patch.object(module, "masked_group_norm", once):
-        out = Hierarchical.mix(self, torch.cat([x[:, :p], changed], 1), source, mask=mask, layout=layout)
+    changed = torch.cat([x[:, :p], changed], 1)
+    out = patched(Hierarchical, "masked_group_norm", once).mix(
+        self, changed, source, mask=mask, layout=layout
+    )
     return torch.cat([x[:, :p], out[:, p:]], 1)
 
 
@@ -172,9 +162,9 @@ MUTANTS = {
     "padding in windows": within(lambda self, q, k, v, there: (q, k, v, torch.ones_like(there))),
     "windows too small": before(lambda self: setattr(self, "window", max(2, self.window - 1) if self.window > 1 else 1)),
     "squares too large": before(lambda self: setattr(self, "ratio", self.ratio + 1)),
-    "a norm of each token": norms(norm_of_each_token),
-    "a norm of the batch": norms(norm_of_the_batch),
-    "padding in the norms": norms(norm_of_padding),
+    "a norm of each token": patched(Hierarchical, "masked_group_norm", norm_of_each_token),
+    "a norm of the batch": patched(Hierarchical, "masked_group_norm", norm_of_the_batch),
+    "padding in the norms": patched(Hierarchical, "masked_group_norm", norm_of_padding),
     "sums of squares": wrong(Hierarchical, _pooled=from_the_pooled_map),
     "the mask ignored": wrong(Hierarchical, mix=unmasked),
     "padding is zeros": wrong(Hierarchical, mix=only_zeroed),

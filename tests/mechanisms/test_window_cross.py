@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from by_hand import caught, count, near, normal, seen, spread, wrong
+from by_hand import caught, count, near, normal, patched, seen, spread, wrong
 from torch import nn
 
 from attnzoo.core import Layout, Site
 from attnzoo.errors import LayoutMismatch, RecipeError
-from attnzoo.functional import rearrange
+from attnzoo.functional import rearrange, relative_bias
 from attnzoo.mechanisms.cross.window_cross import WindowCross
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 from attnzoo.testing import against
@@ -78,7 +78,9 @@ def keys_for_values(self, x, source, layout):
 MUTANTS = {
     "the table turned": mixing(turn_bias),
     "no table": mixing(no_bias),
-    "rows and columns of the table": wrong(WindowCross, _bias=lambda self: WindowCross._bias(self).mT),
+    "rows and columns of the table": patched(
+        WindowCross, "relative_bias", lambda *how: relative_bias(*how).mT
+    ),
     "keys for values": mixing(keys_for_values),
     "a wrong scale": mixing(lambda self, x, source, layout: (x, 2 * source)),
     "the first sample asks for all": mixing(

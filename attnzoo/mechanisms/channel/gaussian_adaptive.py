@@ -79,16 +79,13 @@ class GaussianAdaptive(Mechanism):
         super().__init__(site)
         length = site.layout.length if axis == "tokens" else site.dim
         if chunks > 1 and length < 2 * chunks:
-            raise OptionError(
-                f"{length} {axis} make no {chunks} chunks of two or more",
-                help=f"choose at most {length // 2}",
-            )
-        self.axis, self.clamp = axis, clamp
+            fault = f"{length} {axis} make no {chunks} chunks of two or more"
+            raise OptionError(fault, help=f"choose at most {length // 2}")
+        self.axis, self.clamp, self.combine = axis, clamp, combine
         self.offset = nn.Parameter(torch.empty(chunks, gaussians))  # δ
         self.log_scale = nn.Parameter(torch.empty(chunks, gaussians))
-        mixed = combine == "sum"
-        self.share = nn.Parameter(torch.empty(chunks, gaussians)) if mixed and gaussians > 1 else None
-        self.combine = combine
+        mixed = combine == "sum" and gaussians > 1
+        self.share = nn.Parameter(torch.empty(chunks, gaussians)) if mixed else None
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -111,13 +108,10 @@ class GaussianAdaptive(Mechanism):
         lines = lines.mT if along else lines
         exists = mask.keys[:, None] if along and mask.keys is not None else torch.ones_like(lines[:1, :1]) > 0
         chunks, size = len(self.offset), lines.shape[-1] // len(self.offset)
-        weights = []
-        for h in range(chunks):
-            part = slice(h * size, (h + 1) * size if h < chunks - 1 else None)
-            weights.append(self._weights(lines[..., part], exists[..., part], h))
+        parts = [slice(h * size, (h + 1) * size if h < chunks - 1 else None) for h in range(chunks)]
+        weights = [self._weights(lines[..., part], exists[..., part], h) for h, part in enumerate(parts)]
         w = torch.cat(weights, dim=-1)
-        w = (self.weights(w.mT) if along else self.gate(w)).to(x.dtype)
-        return x * w
+        return x * (self.weights(w.mT) if along else self.gate(w)).to(x.dtype)
 
     def _weights(self, lines, exists, h):
         """w of one chunk of all lines, (... l)."""
@@ -130,9 +124,7 @@ class GaussianAdaptive(Mechanism):
         if self.combine == "prod":
             logs = (logs - log_scale - 0.5 * math.log(2 * math.pi)).sum(dim=-2)
         else:
-            shares = (
-                torch.zeros_like(logs) if self.share is None else self.share[h, :, None].log_softmax(dim=0)
-            )
+            shares = 0.0 if self.share is None else self.share[h, :, None].log_softmax(dim=0)
             logs = (logs + shares).logsumexp(dim=-2)
         if not self.clamp:
             return masked_softmax(logs, exists)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Mechanism, OptionError, Paper, PositiveInt, Site, Tap
 from attnzoo.errors import LayoutMismatch
-from attnzoo.functional import masked_mean
+from attnzoo.functional import existing, masked_mean
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 RESIZE = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -112,8 +112,7 @@ class ClassSemantics(Mechanism):
                 help="both streams lie on a line, or both on a plane; `axes: channels` leaves the tokens free",
             )
         p = context_layout.prefix
-        keys = torch.ones_like(source[..., 0], dtype=torch.bool) if mask.keys is None else mask.keys
-        there = context_layout.to_grid(keys[:, p:, None])  # (b 1 *grid)
+        there = context_layout.to_grid(existing(source, mask)[:, p:, None])  # (b 1 *grid)
         r = context_layout.to_grid(source[:, p:]).masked_fill(~there, 0.0)
         parts = []
         if self.channels:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Layout, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.errors import LayoutMismatch
-from attnzoo.functional import attention_from_scores, rearrange, unwindows, windows
+from attnzoo.functional import attention_from_scores, existing, rearrange, relative_bias, unwindows, windows
 
 
 class ConvTransformer(Mechanism):
@@ -94,21 +94,14 @@ class ConvTransformer(Mechanism):
             )
         grid, p = layout.grid, context_layout.prefix
         sides = [min(self.window, side) for side in grid]
-        exists = torch.ones_like(source[..., 0], dtype=torch.bool) if mask.keys is None else mask.keys
-        exists = exists[:, p:, None]
+        exists = existing(source, mask)[:, p:, None]
         u = torch.cat([source[:, p:].masked_fill(~exists, 0.0), x[:, layout.prefix :]], dim=-1)
         u, allowed = (windows(t, grid, sides) for t in (self.qkv(u), exists))
         q, k, v = rearrange(u, "b r w (three h d) -> three b r h w d", three=3, h=self.heads)
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT + self._bias(*sides)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT + relative_bias(self.bias, sides)
         out = attention_from_scores(self, scores, v, rearrange(allowed, "b r w 1 -> b r 1 1 w"))
         out = unwindows(rearrange(out, "b r h w d -> b r w (h d)"), grid, sides)
         return F.pad(self.proj(out), (0, 0, layout.prefix, 0))
-
-    def _bias(self, i, j):
-        """What the table says of each pair of positions in an i × j window, (h n w)."""
-        at = Layout((i, j)).coords(self.bias.device)
-        dy, dx = (at[:, None] - at[None]).unbind(-1)
-        return self.bias[:, dy + self.window - 1, dx + self.window - 1]
 
 
 def _tile(window: int, layout: Layout) -> bool:

@@ -7,9 +7,9 @@ Wasi et al., "ARBEx: Attentive Feature Extraction with Reliability Balancing for
 import torch
 from torch import nn
 
-from attnzoo.core import Card, Family, Law, Layout, Mechanism, OptionError, Paper, Site
+from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, Site
 from attnzoo.errors import LayoutMismatch
-from attnzoo.functional import attention_from_scores, rearrange, unwindows, windows
+from attnzoo.functional import attention_from_scores, rearrange, relative_bias, unwindows, windows
 
 
 class WindowCross(Mechanism):
@@ -84,13 +84,7 @@ class WindowCross(Mechanism):
         tokens = windows(tokens, layout.grid, self.window)
         k, v = rearrange(self.kv(tokens), "b r m (two h d) -> two b r h m d", two=2, h=self.heads)
         q = rearrange(context_layout.split(source)[1], "b w (h d) -> b 1 h w d", h=self.heads)
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT + self._bias()
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT + relative_bias(self.bias, self.window)
         out = attention_from_scores(self, scores, v, None)
         out = unwindows(rearrange(out, "b r h w d -> b r w (h d)"), layout.grid, self.window)
         return torch.cat([torch.zeros_like(prefix), self.proj(out)], dim=1)
-
-    def _bias(self):
-        """What the table says of each pair of positions in a window, (h w m)."""
-        at = Layout(self.window).coords(self.bias.device)
-        dy, dx = (at[:, None] - at[None]).unbind(-1)
-        return self.bias[:, dy + self.window[0] - 1, dx + self.window[1] - 1]

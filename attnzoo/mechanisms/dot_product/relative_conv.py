@@ -76,10 +76,9 @@ class RelativeConv(Mechanism):
         laws={Law.STOCHASTIC},
         fidelity="adapted",
         notes="The memory of the segment before, of a language model, is left out. Row P - 1 - r of the table is R_r, "
-        "and there are 2 P - 1; the authors keep 2 P, P = 4096, of which slot P - r is R_r, and refuse what is longer. "
-        "Keys are convolved without β, which a softmax would not see; W has a bias for values only, as theirs. "
-        "Tokens that do not exist are zeros to the convolution, like those before the first. Pairs cannot be hidden, "
-        "for a key holds its neighbours too. A grid is read row by row, after the special tokens.",
+        "of 2 P - 1; the authors have 2 P rows, P = 4096, and refuse what is longer. Keys are convolved without β, "
+        "which a softmax would not see. Tokens that do not exist are zeros to the convolution, like those before the "
+        "first. Pairs cannot be hidden: a key holds its neighbours. Grids are read row by row, after special tokens.",
     )
 
     @classmethod

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, OptionError, Paper, Pool, PositiveInt, Site
-from attnzoo.functional import masked_softmax, rearrange, reduce
+from attnzoo.functional import existing, masked_softmax, rearrange, reduce
 
 
 class Lama(Pool):
@@ -87,7 +87,7 @@ class Lama(Pool):
             nn.init.normal_(self.vector)
 
     def pool(self, x, *, mask, layout):
-        keys = torch.ones_like(x[..., 0], dtype=torch.bool) if mask.keys is None else mask.keys
+        keys = existing(x, mask)
         x = x.masked_fill(~keys[..., None], 0.0)
         vector = self.vector
         if vector is None:  # of nobody: zero

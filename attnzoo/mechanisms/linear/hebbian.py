@@ -46,17 +46,17 @@ class Hebbian(Head):
         incremental=True,
         laws={Law.LINEAR_IN_VALUES, Law.PERMUTATION_EQUIVARIANT, Law.HEADS_APART},
         fidelity="inspired",
-        notes="Our reading: the abstract gives the correspondence with conditioning, the rules are the textbook's. "
-        "Tokens that do not exist leave the memory as it is. Nothing scales the products: `features: elu` does. A rule "
-        "or a decay that asks for an order reads no context. ONNX cannot solve the systems of `delta` and `oja`.",
+        notes="Our reading: the abstract has the correspondence with conditioning, the rules are the textbook's. "
+        "Tokens that do not exist leave the memory as it is. Nothing but `features: elu` scales the products. What "
+        "depends on an order reads no context. ONNX cannot solve the systems of `delta` and `oja`.",
     )
 
     @classmethod
     def claims(cls, *, rule: str, decay: float, **options) -> Card:
         if rule == "hebb" and decay == 1:
             return cls.card
-        laws = {Law.HEADS_APART} if rule == "oja" else {Law.HEADS_APART, Law.LINEAR_IN_VALUES}
-        return replace(cls.card, context=False, laws=laws)
+        gone = {Law.PERMUTATION_EQUIVARIANT} | ({Law.LINEAR_IN_VALUES} if rule == "oja" else set())
+        return replace(cls.card, context=False, laws=cls.card.laws - gone)
 
     def __init__(
         self,

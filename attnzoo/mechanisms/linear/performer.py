@@ -41,13 +41,12 @@ class Performer(Head):
         incremental=True,
         laws={Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED, Law.HEADS_APART},
         fidelity="adapted",
-        notes="The costs are for ⌊d ln d⌋ features, at most d². W is a buffer, drawn when the head is built; no "
-        "forward redraws it: who trains as the authors do calls `init_weights` every 1000 steps. Their stabiliser of a "
-        "causal pass is that of all keys, which lets later keys be felt through ε; here each query has that of the "
-        "keys it sees.",
+        notes="The costs are for ⌊d ln d⌋ features, at most d². W is a buffer that no forward redraws: who trains as "
+        "the authors do calls `init_weights` every 1000 steps. Their stabiliser of a causal pass is that of all keys, "
+        "so that later keys are felt through ε; here it is that of the keys a query sees.",
     )
 
-    projection: Tensor
+    projection: Tensor  # W
 
     def __init__(
         self,
@@ -62,7 +61,7 @@ class Performer(Head):
         d = site.head_dim
         self.kernel, self.norms, self.chunk = kernel, norms, max(d, 16)
         self.eps = {"softmax": 1e-6, "relu": 1e-3}[kernel] if eps is None else eps
-        self.register_buffer("projection", torch.empty(features or max(1, int(d * math.log(d))), d))  # W
+        self.register_buffer("projection", torch.empty(features or max(1, int(d * math.log(d))), d))
         self.init_weights()
 
     @torch.no_grad()
@@ -73,10 +72,8 @@ class Performer(Head):
         blocks = torch.randn(-(-r // d), d, d, device=self.projection.device, dtype=dtype)
         q, upper = torch.linalg.qr(blocks)
         q = q * upper.diagonal(dim1=-2, dim2=-1).sgn()[:, None]  # the signs that QR leaves are no chance
-        norms = torch.randn(r, d, device=blocks.device, dtype=dtype).norm(dim=-1)
-        if self.norms == "fixed":
-            norms = torch.full_like(norms, d**0.5)
-        self.projection.copy_(q.mT.flatten(0, 1)[:r] * norms[:, None])
+        norms = torch.randn(r, d, device=blocks.device, dtype=dtype).norm(dim=-1, keepdim=True)
+        self.projection.copy_(q.mT.flatten(0, 1)[:r] * (norms if self.norms == "random" else d**0.5))
 
     def shared(self) -> set[str]:
         return {"projection"}
@@ -96,11 +93,11 @@ class Performer(Head):
         if dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()  # sums over all keys lose digits in half precision
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # the last column sums the weights
-        absent = None if mask.keys is None else ~mask.keys[:, None, :, None]
-        if absent is not None:
+        if mask.keys is not None:
+            absent = ~mask.keys[:, None, :, None]
             k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
         q, (k, log) = self.features(q)[0] + self.eps, self.features(k)
-        if absent is not None:
+        if mask.keys is not None:
             log = log.masked_fill(absent, torch.finfo(log.dtype).min)
         if mask.causal and q.shape[2] != 1:  # the newest query alone sees all keys
             out = causal_sums(q, k, log, v, self.eps, self.chunk)

@@ -11,6 +11,7 @@ from torch import nn
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, Paper, PositiveInt, Site, Tap
 from attnzoo.functional import (
     dot_product_attention,
+    existing,
     masked_group_norm,
     masked_mean,
     masked_softmax,
@@ -18,7 +19,7 @@ from attnzoo.functional import (
     split_heads,
     unwindows,
     windows,
-)
+)  # fmt: skip
 
 
 class Hierarchical(Mechanism):
@@ -88,11 +89,9 @@ class Hierarchical(Mechanism):
                 nn.init.zeros_(parameter) if "bias" in name else nn.init.trunc_normal_(parameter, std=0.02)
 
     def mix(self, x, source, *, mask, layout):
-        (prefix, x), grid = layout.split(x), layout.grid
-        there = torch.ones_like(x[..., 0], dtype=torch.bool)
-        if mask.keys is not None:
-            there = mask.keys[:, layout.prefix :]
-            x = x.masked_fill(~there[..., None], 0.0)
+        there, grid = existing(x, mask)[:, layout.prefix :], layout.grid
+        prefix, x = layout.split(x)
+        x = x.masked_fill(~there[..., None], 0.0)
         q, k, v = self.qkv(masked_group_norm(self.norm, x, there)).chunk(3, dim=-1)
         if self.window > 1:
             x = masked_group_norm(self.window_norm, x + self._windows(q, k, v, there, grid), there)  # g

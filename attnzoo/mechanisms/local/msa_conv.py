@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
-from attnzoo.functional import masked_mean, masked_softmax, rearrange, unwindows, windows
+from attnzoo.functional import existing, masked_mean, masked_softmax, rearrange, unwindows, windows
 
 
 class MsaConv(Mechanism):
@@ -94,9 +94,7 @@ class MsaConv(Mechanism):
     def mix(self, x, source, *, mask, layout):
         p, grid = layout.prefix, layout.grid
         tokens = layout.to_grid(x[:, p:])  # (b c y x)
-        there = torch.ones_like(tokens[:, :1], dtype=torch.bool)
-        if mask.keys is not None:
-            there = layout.to_grid(mask.keys[:, p:, None])
+        there = layout.to_grid(existing(x, mask)[:, p:, None])
         q, k, v = self.qkv(tokens).chunk(3, dim=1)
         q, k, v = (rearrange(t, "b (h d) y x -> b h y x d", h=self.parts) for t in (q, k, v))
         seen = there.expand(-1, self.parts, -1, -1)[..., None]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, OptionError, Paper, PositiveInt, Site
-from attnzoo.functional import dot_product_attention, masked_mean, merge_heads, rearrange
+from attnzoo.functional import dot_product_attention, existing, masked_mean, merge_heads, rearrange
 
 
 class SpatiallyFocused(Mechanism):
@@ -95,8 +95,7 @@ class SpatiallyFocused(Mechanism):
 
     def mix(self, x, source, *, mask, layout):
         p = layout.prefix
-        keys = x.new_ones(x.shape[:2], dtype=torch.bool) if mask.keys is None else mask.keys
-        there = layout.to_grid(keys[:, p:, None])  # (b 1 y x)
+        there = layout.to_grid(existing(x, mask)[:, p:, None])  # (b 1 y x)
         image = self._trunk(layout.to_grid(x[:, p:]), there)  # (b c y x)
         over = {"time": (2,), "space": (3,), "both": (2, 3)}[self.orientation]
         number = there.sum(over, keepdim=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mechanism, Paper, PositiveInt, Site
-from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange, split_heads, unwindows, windows
+from attnzoo.functional import einsum, existing, masked_mean, masked_softmax, rearrange, unwindows, windows
 
 
 class Patches(NamedTuple):
@@ -98,11 +98,11 @@ class SpectralHashing(Mechanism):
         return self.patch - 1
 
     def mix(self, x, source, *, mask, layout, sparsity=None):
-        p, patches, rounds = layout.prefix, self._patches(layout), self.get_buffer("directions").shape[0]
+        p, patches, rounds = layout.prefix, self._patches(layout), len(self.get_buffer("directions"))
         q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.heads)
-        q, x_h = q * self.factor, split_heads(x, self.heads)[:, :, p:]
-        exists = torch.ones_like(x[..., 0], dtype=torch.bool) if mask.keys is None else mask.keys
-        there = patches.cut(exists[:, None, p:, None])  # (b 1 t n 1)
+        q, x_h = q * self.factor, rearrange(x[:, p:], "b x (h d) -> b h x d", h=self.heads)
+        exists = existing(x, mask)[:, None]
+        there = patches.cut(exists[:, :, p:, None])  # (b 1 t n 1)
         order = self._order(patches.cut(x_h.detach()), there[..., 0])[..., None]
         rank = order.sort(dim=-2).indices
 
@@ -117,14 +117,14 @@ class SpectralHashing(Mechanism):
         near_q, near_k, near_v = (sort(patches.cut(t[:, :, p:])[:, :, None]) for t in (q, k, v))
         scores = self.scores(rows(near_q @ near_k.mT).flatten(-2))
         allowed = rows(sort(there[:, :, None]).mT.expand(-1, -1, -1, -1, -1, patches.chunk, -1)).flatten(-2)
-        weights = masked_softmax(scores, allowed & exists[:, None, p:, None])
+        weights = masked_softmax(scores, allowed & exists[:, :, p:, None])
         weights = weights * self._screen(patches, sparsity.to(x), there) if self.screening else weights
         weights = rearrange(patches.cut(self.weights(weights)), "b h t n (k w) -> b h k t n w", k=rounds)
         out = rows(sort(weights) @ near_v).sum(dim=-2)
         if p:  # special tokens
-            weights = masked_softmax(q[:, :, :p] @ k.mT, exists[:, None, None])
+            weights = masked_softmax(q[:, :, :p] @ k.mT, exists[:, :, None])
             out = torch.cat([F.dropout(weights, self.attn_drop, self.training) @ v, out], dim=2)
-        return self.proj(merge_heads(out))
+        return self.proj(rearrange(out, "b h n e -> b n (h e)"))
 
     def _patches(self, layout):
         """How the grid is cut."""
@@ -144,7 +144,6 @@ class SpectralHashing(Mechanism):
     def _screen(self, patches, sparsity, there):
         """σ of its patch's mean for each token of the better half of the patches, 0 for others: (b 1 x 1)."""
         values = patches.cut(sparsity.flatten(1)[:, None, :, None])
-        total, number = torch.where(there, values, 0.0).sum(dim=3), there.sum(dim=3)  # (b 1 t 1)
-        mean = torch.where(number > 0, total / number.clamp(min=1), float("-inf"))
+        mean = masked_mean(values, there, dim=3).masked_fill(~there.any(dim=3), float("-inf"))  # (b 1 t 1)
         best = torch.zeros_like(mean).scatter(2, mean.topk(max(1, mean.shape[2] // 2), dim=2).indices, 1.0)
         return patches.join((best * mean.sigmoid())[:, :, :, None].expand(-1, -1, -1, there.shape[3], -1))
