@@ -1,4 +1,4 @@
-"""Every built-in mechanism, pool and fusion is held to its card: 15 scenes for each check, 200 in the slow run.
+"""Every built-in mechanism, pool and fusion is held to its card: 25 scenes for each check, 200 in the slow run.
 
 Where `ATTNZOO_SINCE` names a revision of git, those whose files have changed since get the 200 at once, as in CI.
 """
@@ -41,9 +41,7 @@ def test_git_says_what_is_touched():
         assert touched(empty) == COMPONENTS
 
 
-@parametrize_with_checks(
-    COMPONENTS, examples=15
-)  # of the 25 that a plugin gets: here seventy of a kind are tried
+@parametrize_with_checks(COMPONENTS)
 def test_conformance(check):
     check()
 
