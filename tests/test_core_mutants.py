@@ -37,7 +37,7 @@ from attnzoo.testing.strategies import settings_of
 COMPONENTS = {e.name: e.value for e in load_zoo().mechanisms.values() if e.plugin == "attnzoo"}
 QUICK = ("softmax", "linformer", "additive", "large_kernel")
 """Those of the default tier: a fused kernel, slots, scores by a network, no weights at all."""
-SCENES = 60
+SCENES = 100
 """In how many cases a fault may show that it changes something."""
 EXAMPLES = 200
 """In how many an oracle may notice it, as in the slow run."""
@@ -486,6 +486,18 @@ def table() -> Iterator[None]:
 def test_somebody_notices(name):
     ROWS[name] = row(name)
     assert "SURVIVED" not in ROWS[name], f"\n{line('', list(MUTANTS))}\n{line(name, ROWS[name])}"
+
+
+def test_a_fault_that_changes_nothing_does_not_apply():
+    (version,) = calling(lambda name, func, args, kwargs: None)(COMPONENTS["linformer"])
+    assert not applies(COMPONENTS["linformer"], version, Mutant(swapped), nullcontext)
+
+
+def test_a_fault_that_nobody_looks_for_survives():
+    fault = Mutant(calling(unscaled), ("causality",), oracle=False)  # no law sees a scale
+    (version,) = fault.versions(COMPONENTS["softmax"])
+    assert applies(COMPONENTS["softmax"], version, fault, nullcontext)
+    assert noticed_by("softmax", version, fault) == "SURVIVED"
 
 
 if __name__ == "__main__":
