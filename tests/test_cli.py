@@ -184,7 +184,7 @@ def test_schema_accepts_shipped_recipes():
     schema = json.loads(run("schema").stdout)
     validator = jsonschema.Draft7Validator(schema)
     jsonschema.Draft7Validator.check_schema(schema)
-    for path in (ROOT / "recipes").glob("*.yaml"):
+    for path in (ROOT / "recipes").rglob("*.yaml"):
         if path.stem != "third_party":  # names what is not installed here
             assert not list(validator.iter_errors(yaml.safe_load(path.read_text()))), path
     for bad in ({"recipe": 1, "hots": 3}, {"recipe": 1, "attention": "softmx"}, {"recipe": 2},

@@ -34,8 +34,11 @@ def recipe_schema() -> dict[str, Any]:
         ]
     }
     definitions["Spec"] = spec
-    for owner, key in ((schema, "attention"), (schema, "pool"), (definitions["Override"], "put")):
-        owner["properties"][key] = {"$ref": "#/definitions/Spec"}
+    for key in ("attention", "pool"):
+        schema["properties"][key] = {"$ref": "#/definitions/Spec"}
+    definitions["Override"]["properties"]["put"] = {
+        "anyOf": [{"$ref": "#/definitions/Spec"}, {"type": "null"}]
+    }
     definitions["Fuse"]["properties"]["of"]["items"] = {"$ref": "#/definitions/Spec"}
     step = definitions["Train"]["properties"]["augment"]
     step["items"] = {"anyOf": [step["items"], {"type": "string"}]}
