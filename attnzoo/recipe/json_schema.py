@@ -56,6 +56,8 @@ def recipe_schema() -> dict[str, Any]:
     for kind, host in hosts.items():
         definitions[host]["required"] = []
         definitions[host]["properties"]["kind"] = {"const": kind}
+    for stream in ("scale", "pair", "features", "tokens", "given"):
+        definitions[f"{stream.title()}Stream"]["properties"]["stream"] = {"const": stream}
     schema["properties"]["host"]["anyOf"] = schema["properties"]["host"].pop("oneOf")
     return _draft7(
         {"$schema": "http://json-schema.org/draft-07/schema#", **schema, "definitions": definitions}
