@@ -52,7 +52,7 @@ def skip(text: str) -> str:
 SAID = {
     "misspelt_dim": (pair("⟦dimm: 4"), "AZ110 did you mean `dim`?"),
     "misspelt_kind": (f"{R}host: {{kind: ⟦sequnce}}\n{A}", "AZ113 did you mean `sequence`?"),
-    "kinds_are_named": (f"{R}host: {{kind: ⟦rnn}}\n{A}", "AZ113 `vit`, `cct`, `dual`, `seq2seq` or `sequence`"),
+    "kinds_are_named": (f"{R}host: {{kind: ⟦rnn}}\n{A}", "AZ113 `vit`, `cct`, `pyramid`, `dual`, `seq2seq` or `sequence`"),
     "key_of_a_stack": (pair("⟦causal: true"), "AZ110 unknown key `causal` in `host`"),
     "key_of_a_pair": (line("⟦tie: all"), "AZ110 unknown key `tie` in `host`"),
     "norm_of_a_pair": (line("⟦norm: scalar"), "AZ110 unknown key `norm`"),
