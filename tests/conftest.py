@@ -1,6 +1,7 @@
 """One thread, no network, reproducible examples."""
 
 import os
+import signal
 import socket
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers on two cores, one thread each
@@ -10,6 +11,10 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as under `nohup ... &`; processes of the tests would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, database=None)
