@@ -44,8 +44,20 @@ def check_large_inputs(cls: Checkable, scene: Scene) -> None:
 
 @requires("mechanism", "pool", "fusion", share=0.4)
 def check_autocast(cls: Checkable, scene: Scene) -> None:
-    """Forward and backward run inside `torch.autocast`; the output is close to that of float32."""
-    component, inputs = scene.build(torch.float32), scene.inputs(dtype=torch.float32)
+    """Forward and backward run inside `torch.autocast`; the output is close to that of float32.
+
+    A norm of two channels, or a position that is rounded, may make much of a rounding: of three draws two are close.
+    """
+    off = _off(scene, 0)
+    if off <= AUTOCAST or hard(scene):
+        return
+    off = sorted([off, _off(scene, 1), _off(scene, 2)])[1]
+    claim(off <= AUTOCAST, "autocast gives what float32 gives, but for rounding", f"it is {off:.0%} off")
+
+
+def _off(scene: Scene, stream: int) -> float:
+    """How far autocast takes the output of a draw, relative to its norm; forward and backward must run there."""
+    component, inputs = scene.build(torch.float32, stream=stream), scene.inputs(stream, torch.float32)
     exact = scene.run(component, inputs).detach()
     claimed = "forward and backward run inside torch.autocast (bfloat16)"
     for x in inputs:
@@ -65,9 +77,7 @@ def check_autocast(cls: Checkable, scene: Scene) -> None:
     ]:
         finite = tensor.grad is None or bool(tensor.grad.isfinite().all())
         claim(finite, f"{claimed} with finite gradients", f"that of `{name}` holds NaN or infinity")
-    off = float((out.float() - exact).detach().norm() / (1e-3 + exact.norm()))
-    if not hard(scene):
-        claim(off <= AUTOCAST, "autocast gives what float32 gives, but for rounding", f"it is {off:.0%} off")
+    return float((out.float() - exact).detach().norm() / (1e-3 + exact.norm()))
 
 
 @requires("mechanism", "pool", "fusion", share=0.4)
