@@ -593,8 +593,6 @@ def test_threads():
 @ALL
 def test_onnx(kind, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    if kind == "LIT":
-        pytest.skip("ONNX's exporter has no rule for torchvision's deformable convolution")
     model, x = made(kind), images()
     torch.onnx.export(model, (x,), tmp_path / "m.onnx", dynamo=True, external_data=False)
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
