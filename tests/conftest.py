@@ -1,8 +1,10 @@
 """One thread, no network, reproducible examples."""
 
+import gc
 import os
 import signal
 import socket
+from zlib import crc32
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers on two cores, one thread each
 
@@ -20,6 +22,24 @@ settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.register_profile("deep", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `sample(n)` the first case and one in n of the others, chosen by name, are for every day."""
+    seen = set()
+    for item in items:
+        sample, test = item.get_closest_marker("sample"), item.nodeid.partition("[")[0]
+        if sample and test in seen and crc32(item.nodeid.encode()) % sample.args[0]:
+            item.add_marker(pytest.mark.slow)
+        seen.add(test)
+
+
+def pytest_collection_finish():
+    """Garbage is collected seldom: going through all modules and tests again and again took a tenth of a run."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 100)
+
 
 LOCAL = ("127.", "localhost", "::1")
 _connect, _connect_ex = socket.socket.connect, socket.socket.connect_ex

@@ -329,7 +329,7 @@ class TestEveryKind:
         "softmax",
         "conv front",
         pytest.param("ham", marks=pytest.mark.slow),
-        "neighborhood",
+        pytest.param("neighborhood", marks=pytest.mark.slow),
         pytest.param("elu_linear", marks=pytest.mark.slow),
     ],
 )

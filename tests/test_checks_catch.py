@@ -15,7 +15,7 @@ from attnzoo.testing.runner import checks_for, run_check
 )
 def test_a_broken_part_is_caught(name, broken, healthy):
     assert CHECKS[name] in checks_for(broken)
-    result = run_check(broken, CHECKS[name], shrink=False)  # with the 25 examples that everybody gets
+    result = run_check(broken, CHECKS[name], shrink=False)  # with the 50 examples that everybody gets
     assert result.status == "failed"
     assert result.reason.startswith("claimed: ")
     assert "; but " in result.reason

@@ -160,6 +160,11 @@ def test_plugins_and_their_changes(tmp_path):
     plugin(tmp_path / "site", name="my_other")
     assert spawned("attnzoo show my", tmp_path, path) == ["my_other"]
     assert spawned("attnzoo show my", tmp_path, path, ATTNZOO_DISABLE_PLUGINS="mine") == []
+
+
+@pytest.mark.slow
+def test_plugins_that_are_gone(tmp_path):
+    assert spawned("attnzoo show my", tmp_path, plugin(tmp_path / "site")) == ["my_own"]
     shutil.rmtree(tmp_path / "site")
     assert spawned("attnzoo show my", tmp_path) == []
 

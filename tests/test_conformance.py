@@ -41,7 +41,7 @@ def test_git_says_what_is_touched():
         assert touched(empty) == COMPONENTS
 
 
-@parametrize_with_checks(COMPONENTS)
+@parametrize_with_checks(COMPONENTS, examples=25)
 def test_conformance(check):
     check()
 

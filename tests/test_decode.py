@@ -294,6 +294,7 @@ MODELS = [
 
 
 @pytest.mark.parametrize("edits", MODELS, ids=lambda edits: " ".join(edits))
+@pytest.mark.sample(3)
 def test_kept_keys_and_values_give_what_recomputation_gives(edits):
     model, source = composed(*edits, eos=2.0), sources()
     target = torch.randint(3, 13, (BATCH, 10))

@@ -26,6 +26,7 @@ def test_every_mechanism_has_its_recipe():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.sample(5)
 def test_it_differs_in_its_mechanism_alone(name):
     """It puts what it is called after at every site, or the last, and trains as the others do."""
     recipe, plain = load(f"digits_{name}").recipe, load("digits_softmax").recipe

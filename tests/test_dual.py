@@ -392,6 +392,7 @@ FILLED = [(kind, empty) for kind in STREAMS for empty in EMPTY if kind != "pair"
 
 
 @pytest.mark.parametrize(("kind", "empty"), FILLED)
+@pytest.mark.sample(4)
 def test_nothing_is_there_for_empty_sites(kind, empty):
     """No parameters without a use: every one gets a gradient. A stream that is never changed is read by no classifier."""
     model = copy.deepcopy(made(kind, empty)).train()
@@ -513,6 +514,7 @@ class TestEveryStream:
             together = list(pool.map(lambda x: torch.no_grad()(model)(x, **given(model, x)), batches))
         assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
+    @pytest.mark.sample(4)
     def test_export(self, kind):
         model, x = made(kind), images()
         more = given(model, x)
@@ -535,7 +537,7 @@ class TestEveryStream:
     [
         ("scale", False),
         ("pair", True),
-        ("given map", True),
+        pytest.param("given map", True, marks=pytest.mark.slow),
         pytest.param("scale", True, marks=pytest.mark.slow),
         pytest.param("pair", False, marks=pytest.mark.slow),
         pytest.param("given map", False, marks=pytest.mark.slow),

@@ -56,6 +56,7 @@ def test_every_section_says_what_to_do_and_what_is_printed():
 
 
 @pytest.mark.parametrize("code", examples())
+@pytest.mark.sample(3)
 def test_example_gives_its_code(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["example"])

@@ -74,10 +74,10 @@ VERBS = [
     ("list", "--json"),
     ("show", "nosuch", "--json"),
     ("compose", "noisy_vit", "--json"),
-    ("doctor", "--json"),
     ("train", "noisy_vit", "--out", "run", "--json"),
 ]
 MORE = [
+    ("doctor", "--json"),
     ("list", "models", "--json"),
     ("show", "noisy", "--json"),
     ("show", "noisy_vit", "--json"),

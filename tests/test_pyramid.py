@@ -421,6 +421,7 @@ EMPTY = {kind: '"stages.0.*"' for kind in KINDS if kind != "reduced"}
 
 
 @pytest.mark.parametrize("kind", EMPTY)
+@pytest.mark.sample(3)
 def test_nothing_is_there_for_empty_sites(kind):
     rest = f"attention: softmax\noverrides: [{{at: {EMPTY[kind]}, put: null}}]\n"
     model, full = copy.deepcopy(made(kind, rest=rest)).train(), made(kind)

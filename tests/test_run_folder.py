@@ -142,6 +142,7 @@ def cli(*arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.sample(3)
 def test_a_malformed_state_costs_only_its_steps(name, run, whole):
     spoil(run / "step_00000012", name)
     opened = open_run(run)

@@ -213,6 +213,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("host", "rest"), PAIRS)
+@pytest.mark.sample(3)
 def test_padding_neighbours_and_future_change_nothing(host, rest):
     model = tiny(host, rest)
     assert not pads_matter(model)

@@ -24,7 +24,7 @@ with jaxtyping.install_import_hook([f"attnzoo.{name}" for name in HOOKED], "bear
         for part in parts
         for name in wanted
         if CHECKS[name] in checks_for(part)
-        for result in [run_check(part, CHECKS[name], 2, shrink=False)]
+        for result in [run_check(part, CHECKS[name], 1, shrink=False)]
         if "TypeCheckError" in result.reason or "Beartype" in result.reason
     ]
     assert parts and not bad, "\\n\\n".join(bad)

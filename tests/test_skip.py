@@ -203,6 +203,7 @@ def near(one, other) -> bool:
 
 @pytest.mark.parametrize("norm_first", ["true", "false"])
 @pytest.mark.parametrize("use", ["none", *READ])
+@pytest.mark.sample(3)
 def test_in_an_encoder(use, norm_first):
     model = rough(SEQ % f", norm_first: {norm_first}" + HEADS + f"attention: softmax\nskip: {use}\n")
     source, _ = padded()
@@ -500,6 +501,7 @@ def mixed_sizes(recipe: str) -> list[tuple[torch.Tensor, ...]]:
 
 
 @pytest.mark.parametrize(("recipe", "_args"), cases())
+@pytest.mark.sample(3)
 def test_many_threads(recipe, _args):
     """One model, eight threads, inputs of several sizes: bit for bit what a thread alone gets."""
     model = compose(recipe.replace("num_classes: 3", "num_classes: 3, dynamic_img_size: true")).eval()
@@ -521,6 +523,7 @@ def test_many_threads(recipe, _args):
 
 
 @pytest.mark.parametrize(("recipe", "args"), cases())
+@pytest.mark.sample(3)
 def test_samples_do_not_see_each_other(recipe, args):
     model = rough(recipe)
     says = model(*args)
@@ -529,6 +532,7 @@ def test_samples_do_not_see_each_other(recipe, args):
 
 
 @pytest.mark.parametrize(("recipe", "args"), cases())
+@pytest.mark.sample(3)
 def test_copies_and_files(recipe, args):
     model = rough(recipe)
     says = model(*args)
@@ -544,6 +548,7 @@ def test_copies_and_files(recipe, args):
 
 
 @pytest.mark.parametrize(("recipe", "args"), cases())
+@pytest.mark.sample(3)
 def test_all_parameters_get_finite_gradients(recipe, args):
     model = compose(recipe).double().train()
     for _ in range(2):  # no graph of the last step is reached again
@@ -555,6 +560,7 @@ def test_all_parameters_get_finite_gradients(recipe, args):
     "use", ["merged", "cross", "probs_pairmean", "logits_pairmean", "merged_post", "encoder_stack"]
 )
 @pytest.mark.parametrize("at", ["decoder.*.self", "decoder.*.cross"])
+@pytest.mark.sample(3)
 def test_steps_hand_on_too(use, at):
     if use == "cross":
         at = "decoder.*.cross"

@@ -169,12 +169,12 @@ def recorded(monkeypatch, *arguments: str) -> list[tuple[str, tuple, dict]]:
 VERBS = [
     "list",
     "list models",
-    "list mechanisms --mask causal",
+    pytest.param("list mechanisms --mask causal", marks=pytest.mark.slow),
     "show soft",
-    "show luong_global",
+    pytest.param("show luong_global", marks=pytest.mark.slow),
     "show hadamard",
     "compose ham_a",
-    "compose nested",
+    pytest.param("compose nested", marks=pytest.mark.slow),
     pytest.param("compose deep_head --set host.dim=128", marks=pytest.mark.slow),
     pytest.param("compose cct_7_3x1", marks=pytest.mark.slow),
     "compose ham_seq2seq --set host.dim=64",
@@ -184,16 +184,17 @@ VERBS = [
     "bench ham_vit_b --against ham_vit_classic --rounds 2 --batch 1 --train-batch 1",
     "compare ham_classic ham_b --seeds 1 --workers 1 --out {c} " + " ".join(f"--set {edit}" for edit in TINY)
     + " --set train.data=synthetic --set train.epochs=1",
-    "eval {c}/ham_b-seed0",
-    "eval {c}/ham_b-seed0 {c}/ham_classic-seed0 --committee",
-    "eval {pairs} --beams 1",
+    *(
+        pytest.param(f"eval {what}", marks=pytest.mark.slow)
+        for what in ("{c}/ham_b-seed0", "{c}/ham_b-seed0 {c}/ham_classic-seed0 --committee", "{pairs} --beams 1")
+    ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", VERBS, ids=lambda command: " ".join(command.split()[:3]))
 def test_verbs_fit_the_terminal(command, request, monkeypatch):
     if "{" in command:
-        runs = request.getfixturevalue("trained")
+        runs = request.getfixturevalue("trained" if command.startswith("eval") else "tmp_path")
         command = command.format(c=runs / "c", pairs=runs / "pairs")
     calls = recorded(monkeypatch, *command.split())
     tables = [arguments for name, arguments, _ in calls if name == "table"]

@@ -623,7 +623,7 @@ def script() -> None:
 
 
 def test_on_two_devices():
-    spread(2, contexts, chance, tensors, models, refusals, mutants)
+    spread(2, contexts, chance, refusals, mutants)
 
 
 def test_on_four_devices():

@@ -979,6 +979,7 @@ MUTANTS: dict[str, tuple[Callable, tuple[str, ...], str]] = {
         for i, name in enumerate(names)
     ],
 )
+@pytest.mark.sample(3)
 def test_a_wrong_sheet_is_caught(mutant, name, monkeypatch):
     change, _, said = MUTANTS[mutant]
     change(monkeypatch)

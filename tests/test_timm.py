@@ -441,6 +441,7 @@ def grid_model(attention: str = "neighborhood", base: str = "deit_tiny_patch16_2
 @pytest.mark.parametrize("base", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
 @pytest.mark.parametrize("attention", ["neighborhood", "softmax"])
 @pytest.mark.parametrize("again", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.sample(4)
 def test_one_model_and_many_threads(attention, base, again):
     """Images of several sizes, masks, intermediates: bit for bit what one thread alone gets."""
     model = grid_model(attention, base)

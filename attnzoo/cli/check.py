@@ -24,7 +24,7 @@ def check(
         ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that there is.")] = False,
-    examples: Annotated[int, typer.Option(min=1, max=100_000, help="Examples for each property.")] = 25,
+    examples: Annotated[int, typer.Option(min=1, max=100_000, help="Examples for each property.")] = 50,
     as_json: AsJson = False,
 ) -> None:
     """Hold mechanisms and fusions to their cards. Ends with 1 when a claim fails."""

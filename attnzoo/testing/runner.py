@@ -18,7 +18,8 @@ from attnzoo.testing.claim import Check, Inapplicable, Requirement
 from attnzoo.testing.report import CheckResult
 from attnzoo.testing.strategies import Checkable, Scene, claims_of, edges, scenes
 
-EXAMPLES = 25
+EXAMPLES = 50
+MANY = 20
 
 
 def requirement(check: Check) -> Requirement:
@@ -57,9 +58,10 @@ def run_check(cls: Checkable, check: Check, examples: int = EXAMPLES, *, shrink:
         shrink: Whether a failing scene is made small, which takes a second or two.
 
     After the drawn scenes come a few at the edges: everything once, and more tokens than a chunk may hold; not for
-    checks that ask for a share of the scenes.
+    checks that ask for a share of the scenes, unless that is many.
     """
     name, wanted = check.__name__, requirement(check)
+    drawn = max(1, round(examples * wanted.share))
     phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
     last: list[Scene] = []
 
@@ -77,7 +79,7 @@ def run_check(cls: Checkable, check: Check, examples: int = EXAMPLES, *, shrink:
 
     @seed(crc32(name.encode()))
     @settings(
-        max_examples=max(1, round(examples * wanted.share)),
+        max_examples=drawn,
         phases=phases,
         database=None,
         deadline=None,
@@ -91,7 +93,7 @@ def run_check(cls: Checkable, check: Check, examples: int = EXAMPLES, *, shrink:
 
     try:
         run()
-        if wanted.share == 1:
+        if wanted.share == 1 or drawn >= MANY:
             fitting = [options for card, options in claims_of(cls) if wanted.fits(card, options)]
             for scene in edges(cls, fitting[0], wanted.large):
                 holds(scene)

@@ -126,7 +126,7 @@ def check_options_matter(cls: Checkable, scene: Scene) -> None:
             )
 
 
-@requires("mechanism", "pool", "fusion", share=0.4)
+@requires("mechanism", "pool", "fusion", share=0.2)
 def check_pickles(cls: Checkable, scene: Scene) -> None:
     """A pickled, a deep-copied and a state-dict copy give the same output."""
     component, inputs = scene.build(), scene.inputs()
@@ -189,7 +189,7 @@ def check_parameters_train(cls: Checkable, scene: Scene) -> None:
         claim(parameter.requires_grad, "parameters learn; what does not is a buffer", f"`{name}` is frozen")
 
 
-@requires("mechanism", "pool", "fusion", share=0.4)
+@requires("mechanism", "pool", "fusion", share=0.2)
 def check_moves(cls: Checkable, scene: Scene) -> None:
     """It runs on another device than the CPU: what it makes in a forward is where its tokens are."""
     masks = None if issubclass(cls, Fusion) else random_mask(scene, scene.card.masks)

@@ -37,7 +37,7 @@ def check_context(cls: Checkable, scene: Scene) -> None:
         claim(finite, "gradients are finite", f"that of `{name}` is not")
 
 
-@requires("mechanism", context=True)
+@requires("mechanism", context=True, share=0.4)
 def check_context_counts(cls: Checkable, scene: Scene) -> None:
     """Every token of a context has influence on some output, and every output token is under some influence."""
     scene = _across(scene)
@@ -69,7 +69,7 @@ def check_context_padding_invisible(cls: Checkable, scene: Scene) -> None:
     )
 
 
-@requires("mechanism", context=False)
+@requires("mechanism", context=False, share=0.4)
 def check_context_refused(cls: Checkable, scene: Scene) -> None:
     """A mechanism that does not claim cross-attention refuses a context with AZ404."""
     component, (x,) = scene.build(), scene.inputs()
@@ -77,7 +77,7 @@ def check_context_refused(cls: Checkable, scene: Scene) -> None:
         refused("AZ404", "context: False, so a context", scene.run, component, [x, context])
 
 
-@requires("mechanism", context=True)
+@requires("mechanism", context=True, share=0.4)
 def check_context_as_site_says(cls: Checkable, scene: Scene) -> None:
     """A context at a site without one, and none at a site with one, are refused with AZ404."""
     across = scene.across()
@@ -90,7 +90,7 @@ def check_context_as_site_says(cls: Checkable, scene: Scene) -> None:
             refused("AZ404", "a context at a site without one", alone.run, component, [x, given])
 
 
-@requires("mechanism", context=True, where=lambda card: card.context_grid is None)
+@requires("mechanism", context=True, where=lambda card: card.context_grid is None, share=0.4)
 def check_context_like_tokens(cls: Checkable, scene: Scene) -> None:
     """A context of the tokens' own shape is a context: it is read, and may be the very same tensor."""
     scene = scene.alone()

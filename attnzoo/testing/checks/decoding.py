@@ -45,7 +45,7 @@ def _rows(component: Mechanism, x: Tensor, sizes: list[int], keys: Tensor | None
     return torch.cat(rows, dim=1)
 
 
-@requires("mechanism", where=_decodes, share=0.4)
+@requires("mechanism", where=_decodes, share=0.2)
 def check_incremental(cls: Checkable, scene: Scene) -> None:
     """Token by token `step` gives the newest rows of `forward`, with padding too; `incremental`: of the full pass."""
     scene = _line(scene)
@@ -100,7 +100,7 @@ def check_cache_selected(cls: Checkable, scene: Scene) -> None:
     same(_steps(component, more, [1, 1], cache), expected, "after `select` samples go on as themselves")
 
 
-@requires("mechanism", where=_decodes, share=0.4)
+@requires("mechanism", where=_decodes, share=0.2)
 def check_caches_apart(cls: Checkable, scene: Scene) -> None:
     """Two batches in turn, with a cache each, are decoded as if each were alone, and `forward` between them too."""
     scene = _line(scene, 5)

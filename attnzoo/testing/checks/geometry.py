@@ -13,7 +13,7 @@ def _needs(card: object) -> bool:
     return card.grid is not None  # type: ignore[attr-defined]
 
 
-@requires("mechanism", "pool", where=_needs)
+@requires("mechanism", "pool", where=_needs, share=0.4)
 def check_wrong_layout_refused(cls: Checkable, scene: Scene) -> None:
     """A component that needs geometry refuses tokens that do not fit the layout, with AZ401."""
     first, *rest = scene.layout.grid
@@ -31,7 +31,7 @@ def check_wrong_layout_refused(cls: Checkable, scene: Scene) -> None:
             refused("AZ401", claimed, way, replace(scene, site=site))
 
 
-@requires("mechanism", "pool", where=lambda card: card.grid is None)
+@requires("mechanism", "pool", where=lambda card: card.grid is None, share=0.4)
 def check_geometry_ignored(cls: Checkable, scene: Scene) -> None:
     """A component that needs no geometry gives the same output however the grid is arranged."""
     component, inputs = scene.build(), scene.inputs()

@@ -42,7 +42,7 @@ def _own(scene: Scene, name: str) -> bool:
     return name.startswith("inner.") or name == ("x" if scene.site.context_dim is None else "context")
 
 
-@requires("mechanism", "pool", "fusion", wide=True, where=lambda card: Law.SILENT not in card.laws)
+@requires("mechanism", "pool", "fusion", wide=True, where=lambda card: Law.SILENT not in card.laws, share=0.4)
 def check_gradients(cls: Checkable, scene: Scene) -> None:
     """Every parameter, x, a context and every branch receives a finite gradient, not always zero.
 
@@ -91,7 +91,7 @@ def check_every_entry_learns(cls: Checkable, scene: Scene) -> None:
     claim(False, "every entry of every parameter learns", happened)
 
 
-@requires("mechanism", "pool", "fusion", wide=True, where=lambda card: Law.SILENT not in card.laws)
+@requires("mechanism", "pool", "fusion", wide=True, where=lambda card: Law.SILENT not in card.laws, share=0.4)
 def check_every_input_counts(cls: Checkable, scene: Scene) -> None:
     """Every channel of every token that is given, of a context and of the branches too, has influence."""
     scene = scene.roomy()
@@ -202,7 +202,7 @@ class _Run(torch.nn.Module):
         return self.scene.run(self.component, inputs)
 
 
-@requires("mechanism", "pool", "fusion", share=0.4)
+@requires("mechanism", "pool", "fusion", share=0.2)
 def check_gradcheck(cls: Checkable, scene: Scene) -> None:
     """Gradients with respect to inputs and parameters equal finite differences, in float64."""
     whole, inputs = _Run(scene), [x.requires_grad_() for x in scene.inputs()]

@@ -27,7 +27,7 @@ from attnzoo.testing.influence import (
 from attnzoo.testing.strategies import Checkable, Scene
 
 
-@requires("mechanism", "pool", mask="not all")
+@requires("mechanism", "pool", mask="not all", share=0.4)
 def check_unclaimed_masks_refused(cls: Checkable, scene: Scene) -> None:
     """A kind of mask that the card does not claim is refused with AZ402, alone and beside one that it claims."""
     ways = scene.ways()
@@ -39,7 +39,7 @@ def check_unclaimed_masks_refused(cls: Checkable, scene: Scene) -> None:
                 refused("AZ402", claimed, way, scene, mask)
 
 
-@requires("mechanism", "pool", mask="some")
+@requires("mechanism", "pool", mask="some", share=0.4)
 def check_masks_that_do_not_fit_refused(cls: Checkable, scene: Scene) -> None:
     """`keys` and `pairs` about other samples, heads, queries or keys are refused with AZ405, never stretched."""
     scene = scene.crowded()
@@ -113,7 +113,7 @@ def check_masks_together(cls: Checkable, scene: Scene) -> None:
         _hides(scene.crowded(), kinds)
 
 
-@requires("mechanism", mask="pairs")
+@requires("mechanism", mask="pairs", share=0.4)
 def check_masks_let_through(cls: Checkable, scene: Scene) -> None:
     """Under every combination of masks, what a query may attend to has influence, as it has without a mask."""
     scene = scene.crowded()
@@ -135,7 +135,7 @@ def check_masks_let_through(cls: Checkable, scene: Scene) -> None:
         )
 
 
-@requires("mechanism", mask="pairs")
+@requires("mechanism", mask="pairs", share=0.4)
 def check_every_pair_counts(cls: Checkable, scene: Scene) -> None:
     """Forbidding one pair, in one head of one sample, changes the output of that query and no other."""
     scene = scene.crowded()
@@ -201,7 +201,7 @@ def check_pairs_by_head(cls: Checkable, scene: Scene) -> None:
             same(after[hidden], before[hidden], words)
 
 
-@requires("mechanism", "pool", mask="keys")
+@requires("mechanism", "pool", mask="keys", share=0.4)
 def check_full_keys_change_nothing(cls: Checkable, scene: Scene) -> None:
     """A mask in which all keys exist equals no mask."""
     component, inputs = scene.build(), scene.inputs()
@@ -229,7 +229,7 @@ def check_full_pairs_change_nothing(cls: Checkable, scene: Scene) -> None:
         same(written, expected, f"pairs written as {shape} are the same as pairs written once")
 
 
-@requires("mechanism", "pool", mask="some", share=0.4)
+@requires("mechanism", "pool", mask="some", share=0.2)
 def check_masks_as_views(cls: Checkable, scene: Scene) -> None:
     """How a mask lies in memory has no say: transposed, strided or expanded."""
     component, inputs = scene.build(), scene.inputs()
@@ -260,7 +260,7 @@ def check_masks_as_views(cls: Checkable, scene: Scene) -> None:
         )
 
 
-@requires("mechanism", "pool", mask="some", share=0.4)
+@requires("mechanism", "pool", mask="some", share=0.2)
 def check_masks_forgotten(cls: Checkable, scene: Scene) -> None:
     """A second mask of the same shape counts for itself, and so does the same mask once it was changed in place."""
     scene = scene.crowded()
@@ -323,7 +323,7 @@ def check_empty_rows_are_zero(cls: Checkable, scene: Scene) -> None:
             )
 
 
-@requires("mechanism", "pool", mask="some")
+@requires("mechanism", "pool", mask="some", share=0.4)
 def check_empty_rows_are_finite(cls: Checkable, scene: Scene) -> None:
     """A query that may attend to nothing makes neither outputs nor gradients NaN or infinite."""
     component, inputs = scene.build(), scene.inputs()

@@ -10,7 +10,7 @@ AUTOCAST = 0.1
 """How far bfloat16 may be off, relative to the norm of the output; its steps are 1/128."""
 
 
-@requires("mechanism", "pool", "fusion")
+@requires("mechanism", "pool", "fusion", share=0.4)
 def check_output(cls: Checkable, scene: Scene) -> None:
     """The output has the shape and dtype that it must, in float32, float64 and bfloat16, and is finite."""
     component = scene.build()
@@ -34,7 +34,7 @@ def check_half(cls: Checkable, scene: Scene) -> None:
     same(out.float(), exact, "float16 gives what float32 gives, but for rounding", 0.03)
 
 
-@requires("mechanism", "pool", "fusion")
+@requires("mechanism", "pool", "fusion", share=0.4)
 def check_large_inputs(cls: Checkable, scene: Scene) -> None:
     """The output is finite for |x| up to 1000, in float32."""
     inputs = [(1e3 * x.sign() if scene.seed % 2 else 1e3 * x.tanh()).float() for x in scene.inputs()]
@@ -98,7 +98,9 @@ def check_memory_format(cls: Checkable, scene: Scene) -> None:
         raise AssertionError(f"claimed: {claimed}; but {str(error).splitlines()[0]}") from error
 
 
-@requires("mechanism", "pool", where=lambda card: not card.fixed_length and card.context_grid is None)
+@requires(
+    "mechanism", "pool", where=lambda card: not card.fixed_length and card.context_grid is None, share=0.4
+)
 def check_other_lengths(cls: Checkable, scene: Scene) -> None:
     """Without `fixed_length` it works on other grids than its site has."""
     component = scene.build()

@@ -93,7 +93,7 @@ def _many(scene: Scene, copies: int, stream: int = 0) -> tuple[Scene, list[Tenso
     return replace(scene, batch=copies), [x.repeat(copies, 1, 1) for x in one.inputs(stream)]
 
 
-@requires("mechanism", "pool", share=0.4)
+@requires("mechanism", "pool", share=0.2)
 def check_dropout_off(cls: Checkable, scene: Scene) -> None:
     """In eval mode dropout has no effect, and in training mode a probability of 0 has none."""
     component, inputs = scene.build(), scene.inputs()
@@ -108,7 +108,7 @@ def check_dropout_off(cls: Checkable, scene: Scene) -> None:
     same(scene.run(component.train(), inputs), expected, "a dropout of 0 has no effect in training mode")
 
 
-@requires("mechanism", "pool", share=0.4)
+@requires("mechanism", "pool", share=0.2)
 def check_proj_drop(cls: Checkable, scene: Scene) -> None:
     """In training mode `proj_drop` makes each entry of the output zero with its probability and scales the others."""
     scene, inputs = _many(_with(scene, attn_drop=0.0, proj_drop=DROP), 40)
@@ -138,7 +138,7 @@ def _repeated(scene: Scene) -> dict[str, Tensor] | None:
     return {name: m.repeat(scene.batch, *[1] * (m.ndim - 1)) for name, m in maps.items()} or None
 
 
-@requires("mechanism", "pool", weights=True, share=0.4)
+@requires("mechanism", "pool", weights=True, share=0.2)
 def check_attn_drop(cls: Checkable, scene: Scene) -> None:
     """In training mode `attn_drop` drops weights: other ones in every call and sample, the same from one seed."""
     scene = _with(scene.roomy(), attn_drop=DROP, proj_drop=0.0)

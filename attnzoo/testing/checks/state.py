@@ -47,7 +47,7 @@ def check_arguments_left_alone(cls: Checkable, scene: Scene) -> None:
             claim(torch.equal(tensor, before[name]), "arguments are left as they were", f"{name} was changed")
 
 
-@requires("mechanism", "pool", "fusion", share=0.4)
+@requires("mechanism", "pool", "fusion", share=0.2)
 def check_calls_forgotten(cls: Checkable, scene: Scene) -> None:
     """A call leaves nothing behind: after tokens A, B gives what it gives a fresh copy, and so does A again."""
     component, a, b = scene.build(), scene.inputs(), scene.inputs(3)
@@ -71,7 +71,7 @@ def check_calls_forgotten(cls: Checkable, scene: Scene) -> None:
     )
 
 
-@requires("mechanism", "pool", "fusion", share=0.4)
+@requires("mechanism", "pool", "fusion", share=0.2)
 def check_layouts_forgotten(cls: Checkable, scene: Scene) -> None:
     """A call in one size leaves nothing behind for one in another size, dtype or number of samples."""
     if getattr(scene.card, "fixed_length", True) is True or scene.card.context_grid is not None:
@@ -151,7 +151,7 @@ def check_batch_independent(cls: Checkable, scene: Scene) -> None:
         same(alone, together[one], f"a sample alone gives what it gives in a batch, in {mode} mode")
 
 
-@requires("mechanism", "pool", "fusion", share=0.2)
+@requires("mechanism", "pool", "fusion", share=0.1)
 def check_instances_apart(cls: Checkable, scene: Scene) -> None:
     """Instances share nothing: what one was given before, in this process, has no say in what another gives."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)

@@ -31,7 +31,7 @@ def with_tap(
         return scene.run(component, inputs)
 
 
-@requires("mechanism", "pool", "fusion")
+@requires("mechanism", "pool", "fusion", share=0.4)
 def check_taps(cls: Checkable, scene: Scene) -> None:
     """Taps have known names, fire exactly once, under every mask, and show the axes that they and the card declare."""
     if scene.arity == 1 and scene.options.get("start") == "identity":
@@ -106,7 +106,7 @@ def check_taps_transparent(cls: Checkable, scene: Scene) -> None:
         claim(gradient is not None, f"what the tap `{name}` shows has a gradient", "it has none")
 
 
-@requires("mechanism", "pool", weights=True, wide=True, share=0.4)
+@requires("mechanism", "pool", weights=True, wide=True, share=0.2)
 def check_every_weight_is_used(cls: Checkable, scene: Scene) -> None:
     """Every head and row of tapped weights is used: changing it alone changes the output, of its sample alone."""
     scene = scene.crowded().roomy()
@@ -178,7 +178,7 @@ def check_uniform_weights_average(cls: Checkable, scene: Scene) -> None:
     )
 
 
-@requires("mechanism", "pool", "fusion")
+@requires("mechanism", "pool", "fusion", share=0.4)
 def check_watching_changes_nothing(cls: Checkable, scene: Scene) -> None:
     """The output is the same whether taps are watched or not, without a mask and under those that are claimed."""
     component, inputs = scene.build(), scene.inputs()
