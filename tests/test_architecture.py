@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "alone": {*NOUNS, "zoo", "recipe", "alone"},
     "parallel": NOUNS,
     "catalogue": {*NOUNS, "zoo", "recipe", "alone", "catalogue"},
-    "bench": {*NOUNS, "hosts", "recipe", "data", "train", "bench"},
+    "bench": {*NOUNS, "zoo", "hosts", "recipe", "alone", "data", "train", "bench"},
     "testing": {*NOUNS, "testing"},
     "data": {*NOUNS, "files", "data"},
     "train": {*NOUNS, "files", "workers", "hosts", "recipe", "data", "train"},

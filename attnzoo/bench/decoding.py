@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.bench.speed import machine
+from attnzoo.bench.speed import machine, quartiles
 from attnzoo.hosts.decode import greedy
 from attnzoo.hosts.positions import positions
 from attnzoo.recipe import compose
@@ -134,7 +134,7 @@ def measure(
                 rates[name].append(made.numel() / seconds)
     finally:
         torch.set_num_threads(before)
-    figures = {name: _quartiles(rates[name][1:]) if name in rates else None for name in works}
+    figures = {name: quartiles(rates[name][1:]) if name in rates else None for name in works}
     first = statistics.median(rates["attnzoo"][1:])
     return {
         "tokens_per_second": figures,
@@ -150,8 +150,3 @@ def measure(
         "threads": threads,
         "rounds": rounds,
     }
-
-
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high

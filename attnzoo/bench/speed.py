@@ -131,17 +131,17 @@ def compare(
     figures = []
     for model in models:
         model.eval()
-    times = _alternate([forward(model) for model in models], rounds, device)
+    times = alternate([forward(model) for model in models], rounds, device)
     rates = [[batch / t for t in each] for each in times]
     figures.append(_figure("eval", "images/s", rates[0], rates[1], "more"))
-    memory = [[_peak(forward(model), model, device)] for model in models]
+    memory = [[peak(forward(model), model, device)] for model in models]
     figures.append(_figure("memory in eval", "MiB", memory[0], memory[1], "less"))
     for model in models:
         model.train()
-    times = _alternate([step(model) for model in models], rounds, device)
+    times = alternate([step(model) for model in models], rounds, device)
     rates = [[train_batch / t for t in each] for each in times]
     figures.append(_figure("training step", "images/s", rates[0], rates[1], "more"))
-    memory = [[_peak(_backward(model, x_train), model, device)] for model in models]
+    memory = [[peak(_backward(model, x_train), model, device)] for model in models]
     figures.append(_figure("memory in training", "MiB", memory[0], memory[1], "less"))
     return figures
 
@@ -155,7 +155,14 @@ def _backward(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
     return work
 
 
-def _alternate(works: list[Callable[[], Any]], rounds: int, device: torch.device) -> list[list[float]]:
+def alternate(works: list[Callable[[], Any]], rounds: int, device: torch.device) -> list[list[float]]:
+    """Seconds that each takes, in turns (A B, B A, ...) after two warm-ups.
+
+    Args:
+        works: What is timed.
+        rounds: Turns that are counted.
+        device: Where they run.
+    """
     times: list[list[float]] = [[] for _ in works]
     for work in works:  # warm-up
         work()
@@ -168,19 +175,30 @@ def _alternate(works: list[Callable[[], Any]], rounds: int, device: torch.device
 
 
 def _figure(what: str, unit: str, candidate: list[float], baseline: list[float], better: str) -> Figure:
-    a, b = _quartiles(candidate), _quartiles(baseline)
+    a, b = quartiles(candidate), quartiles(baseline)
     return Figure(what, unit, a, b, a[0] / b[0], better)
 
 
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Median, 25th and 75th percentile.
+
+    Args:
+        values: At least one.
+    """
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return middle, low, high
 
 
-def _peak(work: Callable[[], Any], model: nn.Module, device: torch.device) -> float:
-    """Most bytes alive at once during the work, weights included, in MiB."""
+def peak(work: Callable[[], Any], model: nn.Module, device: torch.device) -> float:
+    """Most bytes alive at once during the work, weights included, in MiB.
+
+    Args:
+        work: What runs, twice.
+        model: Whose weights are counted.
+        device: Where.
+    """
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     work()
     if device.type == "cuda":

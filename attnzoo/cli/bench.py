@@ -1,6 +1,8 @@
-"""`attnzoo bench MODEL --against MODEL`: two models side by side in one run."""
+"""`attnzoo bench MODEL --against MODEL`: two models side by side; `bench mechanisms`: layers, as tokens grow."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,24 +15,48 @@ def bench(
     model: Annotated[
         str,
         typer.Argument(
-            help="A timm model's name or a recipe; or `train`, `augment`, `decode`.",
+            help="A timm model's name or a recipe; or `mechanisms`, `train`, `augment`, `decode`.",
             autocompletion=completion.benchmarks,
         ),
     ],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Of `bench mechanisms`: which ones, by name or as `{use: linformer, with: {rank: 64}}`.",
+            autocompletion=completion.components,
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
-            help="The baseline: a timm model's name, or a recipe.", autocompletion=completion.recipes
+            help="The baseline: a timm model's name, or a recipe; a mechanism, `softmax` unless said.",
+            autocompletion=completion.recipes,
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per forward in eval mode.")] = 8,
     train_batch: Annotated[int, typer.Option(min=1, help="Images per training step.")] = 4,
-    rounds: Annotated[int, typer.Option(min=2, help="Pairs of alternating runs that are counted.")] = 20,
+    rounds: Annotated[
+        int | None, typer.Option(min=2, help="Alternating runs that are counted: 20, or 7 of mechanisms.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Of `bench mechanisms`: all of a family.")] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Of `bench mechanisms`: sizes; 196 1024 4096 16384 unless said."),
+    ] = None,
+    dim: Annotated[int, typer.Option(min=1, help="Of `bench mechanisms`: channels.")] = 384,
+    heads: Annotated[int, typer.Option(min=1, help="Of `bench mechanisms`: heads.")] = 6,
+    out: Annotated[
+        Path | None, typer.Option(help="Of `bench mechanisms`: a folder for the figures as CSV and drawn.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Compare speed and memory of two models: medians of alternating runs, and their ratios.
+
+    `bench mechanisms NAME...` lets single layers take turns at several numbers of tokens: times, memory, how they grow,
+    and from how many tokens on each is faster than the baseline.
 
     `bench train` holds our training loop against torchvision's per-image pipeline and a bare loop, `bench
     augment` the augmentation alone, `bench decode` our greedy decoding against `torch.nn.Transformer` and
@@ -39,17 +65,24 @@ def bench(
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr otherwise
     import torch
 
+    from attnzoo.bench.mechanisms import TOKENS
     from attnzoo.bench.speed import compare, machine
     from attnzoo.cli.render import Column, say, say_json, say_next, table
     from attnzoo.errors import ZooError
 
+    if model != "mechanisms" and (names or family or tokens or out):
+        raise ZooError(
+            "AZ613",
+            f"names, --family, --tokens and --out belong to `bench mechanisms`, not to `bench {model}`",
+            help=f"attnzoo bench mechanisms {' '.join(names or ['linformer'])}",
+        )
     if model == "decode":
         _decoding(threads or os.cpu_count() or 1, as_json)
         return
     if model in ("train", "augment"):
         _pipeline(model, threads or os.cpu_count() or 1, as_json)
         return
-    if against is None:
+    if against is None and model != "mechanisms":
         raise ZooError("AZ610", f"`{model}` needs something to be held against", help="say --against MODEL")
     try:
         where = torch.device(device)
@@ -62,6 +95,17 @@ def bench(
         ) from None
     if threads:
         torch.set_num_threads(threads)
+    if model == "mechanisms":
+        _mechanisms(
+            _named(names or [], family, against or "softmax"),
+            {"tokens": tokens or TOKENS, "dim": dim, "heads": heads, "rounds": rounds or 7},
+            where,
+            out,
+            as_json,
+        )
+        return
+    assert against is not None
+    rounds = rounds or 20
     candidate, baseline = _model(model), _model(against)
     sizes = [m.pretrained_cfg["input_size"] for m in (candidate, baseline)]
     if sizes[0] != sizes[1]:
@@ -146,6 +190,125 @@ def _model(name: str) -> Any:
             help=hint or "`attnzoo list models` shows ours",
         )
     return compose(name)
+
+
+def _named(names: list[str], family: str | None, against: str) -> list[str]:
+    """The baseline, and what is held against it."""
+    from attnzoo.catalogue.lists import list_mechanisms
+    from attnzoo.errors import ZooError
+
+    if not names and family is None:
+        raise ZooError(
+            "AZ613",
+            "`bench mechanisms` was not told which",
+            help="attnzoo bench mechanisms linformer performer, or --family linear",
+        )
+    wanted = [*names, *(list_mechanisms(family=family) if family else [])]
+    return list(dict.fromkeys([against, *wanted]))
+
+
+def _mechanisms(names: list[str], how: dict[str, Any], where: Any, out: Path | None, as_json: bool) -> None:
+    """`bench mechanisms`."""
+    from attnzoo.bench.mechanisms import Point, draw, measure, ratio, write_csv
+    from attnzoo.bench.speed import machine
+    from attnzoo.cli.render import Column, say, say_json, say_next, table, warn
+
+    here = machine(where)
+    found = measure(names, device=where, report=warn, **how)
+    baseline = found[names[0]]
+    figures: dict[str, Callable[[Point], float]] = {
+        "forward": lambda p: p.forward[0],
+        "step": lambda p: p.step[0],
+        "memory": lambda p: p.memory,
+        "step_memory": lambda p: p.step_memory,
+    }
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_csv(found, out / "mechanisms.csv")
+        drawn = draw(found, out / "mechanisms.png")
+    if as_json:
+        mechanisms = {
+            name: {
+                "points": [vars(point) for point in growth.points.values()],
+                "left_out": growth.left_out,
+                "slopes": {what: growth.slope(of) for what, of in figures.items()},
+                "faster_from": {what: growth.faster_from(baseline, of) for what, of in figures.items()},
+            }
+            for name, growth in found.items()
+        }
+        say_json({"against": names[0], "machine": vars(here), **how, "mechanisms": mechanisms})
+        return
+    say("one layer of {dim} channels and {heads} heads, batch 1; {rounds} alternating runs".format(**how))
+    say(_machine(vars(here)))
+    over = f"over {names[0]}"
+    rows = [
+        [
+            name,
+            str(n),
+            *(_spread(spread) for spread in (p.forward, p.step)),
+            *(
+                "" if (r := ratio(p, baseline, figures[what])) is None else f"{r:.2f}"
+                for what in ("forward", "step")
+            ),
+            f"{p.memory:.1f}",
+            f"{p.step_memory:.1f}",
+        ]
+        for name, growth in found.items()
+        for n, p in sorted(growth.points.items())
+    ]
+    table(
+        [
+            Column("mechanism", wrap=12),
+            Column("tokens", right=True),
+            Column("forward, ms", rank=2, right=True, wrap=8),
+            Column("with backward, ms", rank=3, right=True, wrap=8),
+            Column(f"forward {over}", right=True),
+            Column(f"with backward {over}", rank=1, right=True),
+            Column("MiB", rank=4, right=True),
+            Column("MiB with backward", rank=5, right=True),
+        ],
+        rows,
+    )
+    grows = [
+        [
+            name,
+            *(
+                "" if (s := growth.slope(figures[what])) is None else f"{s:.2f}"
+                for what in ("forward", "step", "step_memory")
+            ),
+            _from(growth.faster_from(baseline, figures["forward"])) if name != names[0] else "",
+            _from(growth.faster_from(baseline, figures["step"])) if name != names[0] else "",
+        ]
+        for name, growth in found.items()
+    ]
+    say()
+    say(
+        "power of the number of tokens with which they grow, from 1024 tokens on; from how many they are faster"
+    )
+    table(
+        [
+            Column("mechanism", wrap=12),
+            Column("forward", right=True),
+            Column("with backward", rank=1, right=True),
+            Column("memory", right=True),
+            Column("faster from", right=True),
+            Column("in training from", rank=2, right=True),
+        ],
+        grows,
+    )
+    for name, growth in found.items():
+        for n, reason in growth.left_out.items():
+            say(f"{name} at {n} tokens left out: {reason}", style="dim")
+    if out is not None:
+        say(
+            f"wrote {out / 'mechanisms.csv'}"
+            + (f" and {out / 'mechanisms.png'}" if drawn else "; the figure needs attnzoo[plot]")
+        )
+    say_next("attnzoo show NAME")
+
+
+def _from(tokens: float | None) -> str:
+    return "never" if tokens is None else f"{tokens:.0f}"
 
 
 def _pipeline(what: str, threads: int, as_json: bool) -> None:

@@ -1,0 +1,95 @@
+"""Layers side by side as the number of tokens grows: what is computed from the figures, and the command."""
+
+import csv
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from attnzoo.bench import mechanisms
+from attnzoo.bench.mechanisms import Growth, Point, measure, ratio
+from attnzoo.cli.app import app
+
+
+def growth(power: float, factor: float = 1.0, sizes=(256, 1024, 4096, 16384)) -> Growth:
+    """Figures that grow with a power of the number of tokens."""
+    spent = {n: factor * n**power for n in sizes}
+    return Growth({n: Point("made", n, (t, t, t), (2 * t, t, t), t, 3 * t) for n, t in spent.items()})
+
+
+def forward(point: Point) -> float:
+    return point.forward[0]
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_slopes_are_powers(power):
+    assert growth(power).slope(forward) == pytest.approx(power)
+    assert growth(power, sizes=(196, 1024)).slope(forward) is None  # below 1024 products with weights decide
+
+
+def test_small_sizes_do_not_count():
+    made = growth(1.0)
+    made.points[256] = Point("made", 256, (9e9, 0, 0), (1, 1, 1), 1, 1)
+    assert made.slope(forward) == pytest.approx(1.0)
+
+
+def test_crossover():
+    """c n = n² at n = c."""
+    square = growth(2.0)
+    assert growth(1.0, 700.0).faster_from(square, forward) == pytest.approx(700)
+    assert growth(1.0, 0.5).faster_from(square, forward) == 256
+    assert growth(1.0, 1e9).faster_from(square, forward) is None
+    assert square.faster_from(square, forward) is None
+    assert ratio(square.points[1024], growth(1.0), forward) == pytest.approx(1024)
+    assert ratio(square.points[1024], growth(1.0, sizes=(256,)), forward) is None
+
+
+def test_what_would_take_too_long_is_left_out(monkeypatch):
+    monkeypatch.setattr(mechanisms, "PATIENCE", 0.0)
+    found = measure(["softmax"], tokens=(4, 9), dim=8, heads=2, rounds=2)["softmax"]
+    assert list(found.points) == [4] and found.left_out[9].startswith("would take")
+
+
+def test_memory_of_what_grows_linearly_is_no_reason(monkeypatch):
+    monkeypatch.setattr(mechanisms, "ROOM", 1.0)
+    linear, square = growth(1.0), growth(2.0)
+    assert "GiB" in mechanisms._too_much(square, 2**17) and "GiB" not in mechanisms._too_much(linear, 2**17)
+
+
+def test_the_command(tmp_path):
+    arguments = (
+        "bench mechanisms linformer neighborhood region --tokens 12 --tokens 30 --dim 16 --heads 2 --rounds 2"
+    )
+    result = CliRunner().invoke(app, [*arguments.split(), "--json", "--out", str(tmp_path / "made")])
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert list(data["mechanisms"]) == ["softmax", "linformer", "neighborhood", "region"]
+    for name in ("softmax", "linformer", "neighborhood"):
+        points = data["mechanisms"][name]["points"]
+        assert [p["tokens"] for p in points] == [12, 30] and not data["mechanisms"][name]["left_out"]
+        for p in points:
+            assert (
+                0 < p["forward"][1] <= p["forward"][0] <= p["forward"][2]
+                and 0 < p["memory"] < p["step_memory"]
+            )
+    assert "map" in data["mechanisms"]["region"]["left_out"]["12"]  # nobody hands it over
+    rows = list(csv.DictReader((tmp_path / "made" / "mechanisms.csv").open(encoding="utf-8")))
+    assert [(row["mechanism"], row["tokens"]) for row in rows[:2]] == [("softmax", "12"), ("softmax", "30")]
+    assert float(rows[0]["forward_ms"]) == data["mechanisms"]["softmax"]["points"][0]["forward"][0]
+
+
+def test_specs_and_another_baseline():
+    spec = "{use: linformer, with: {rank: 3}}"
+    more = "--tokens 9 --dim 8 --heads 2 --rounds 2 --against soft"
+    result = CliRunner().invoke(app, ["bench", "mechanisms", spec, *more.split()], env={"COLUMNS": "200"})
+    assert result.exit_code == 0 and "rank: 3" in result.output and "over soft" in result.output, (
+        result.output
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", ["bench mechanisms", "bench ham_a linformer --against ham_b", "bench decode --tokens 3"]
+)
+def test_refusals(arguments):
+    result = CliRunner().invoke(app, arguments.split())
+    assert result.exit_code == 2 and "AZ613" in result.output and "attnzoo bench mechanisms" in result.output
