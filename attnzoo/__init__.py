@@ -11,6 +11,7 @@ What most people want:
     list_mechanisms("*lin*", mask="causal")   names; also list_fusions and list_recipes
     show("softmax")                           one of them: equations, options, masks, paper
     describe(model)                           what is in a model, in a few lines
+    accelerate(model)                         a finished model, faster on a CPU
     auxiliary_losses(model)                   what its mechanisms add to the loss of your own training loop
 
 Those who write mechanisms want the rest: `docs/writing-a-plugin.md`.
@@ -32,6 +33,7 @@ _LAZY = {
     **dict.fromkeys(["list_mechanisms", "list_fusions", "list_recipes"], "attnzoo.catalogue.lists"),
     "show": "attnzoo.catalogue.pages",
     "describe": "attnzoo.catalogue.models",
+    "accelerate": "attnzoo.inference",
     **dict.fromkeys(
         ["NO_MASK", "AuxiliaryLosses", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard",
          "Head", "Law", "Layout", "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "PositiveFloat",

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from attnzoo.inference import PackedLinear
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -95,6 +97,7 @@ def compare(
     train_batch: int = 4,
     rounds: int = 20,
     device: torch.device,
+    training: bool = True,
 ) -> list[Figure]:
     """Alternate the two models (A B, B A, ...) after a warm-up and compare medians.
 
@@ -106,6 +109,7 @@ def compare(
         train_batch: Images per training step.
         rounds: Pairs that are counted.
         device: Where both run.
+        training: Whether a training step is measured too.
     """
     models = [candidate.to(device), baseline.to(device)]
     x = torch.randn(batch, *image, device=device)
@@ -136,6 +140,8 @@ def compare(
     figures.append(_figure("eval", "images/s", rates[0], rates[1], "more"))
     memory = [[peak(forward(model), model, device)] for model in models]
     figures.append(_figure("memory in eval", "MiB", memory[0], memory[1], "less"))
+    if not training:
+        return figures
     for model in models:
         model.train()
     times = alternate([step(model) for model in models], rounds, device)
@@ -200,6 +206,7 @@ def peak(work: Callable[[], Any], model: nn.Module, device: torch.device) -> flo
         device: Where.
     """
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    weights += sum(m.weight.nbytes for m in model.modules() if isinstance(m, PackedLinear))  # a second time
     work()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

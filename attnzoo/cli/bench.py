@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from attnzoo.cli import completion
+from attnzoo.cli.eval import Accelerate
 from attnzoo.cli.list import AsJson
 
 
@@ -19,14 +20,6 @@ def bench(
             autocompletion=completion.benchmarks,
         ),
     ],
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NAME]...",
-            help="Of `bench mechanisms`: which ones, by name or as `{use: linformer, with: {rank: 64}}`.",
-            autocompletion=completion.components,
-        ),
-    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -51,6 +44,15 @@ def bench(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    accelerate: Accelerate = False,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Of `bench mechanisms`: which ones, by name or as `{use: linformer, with: {rank: 64}}`.",
+            autocompletion=completion.components,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare speed and memory of two models: medians of alternating runs, and their ratios.
@@ -107,6 +109,10 @@ def bench(
     assert against is not None
     rounds = rounds or 20
     candidate, baseline = _model(model), _model(against)
+    if accelerate:
+        from attnzoo.inference import accelerate as faster
+
+        candidate = faster(candidate)
     sizes = [m.pretrained_cfg["input_size"] for m in (candidate, baseline)]
     if sizes[0] != sizes[1]:
         raise ZooError(
@@ -123,6 +129,7 @@ def bench(
         train_batch=train_batch,
         rounds=rounds,
         device=where,
+        training=not accelerate,
     )
     if as_json:
         say_json(
@@ -135,7 +142,9 @@ def bench(
         )
         return
     say(
-        f"{model} against {against}: batch {batch} in eval, {train_batch} in training, {rounds} alternating pairs"
+        f"{model}{' (accelerated)' if accelerate else ''} against {against}: batch {batch} in eval, "
+        + ("" if accelerate else f"{train_batch} in training, ")
+        + f"{rounds} alternating pairs"
     )
     say(_machine(vars(here)))
     table(

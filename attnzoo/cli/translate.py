@@ -4,12 +4,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from attnzoo.cli import completion
+from attnzoo.cli.eval import Accelerate
 from attnzoo.cli.list import AsJson
 
 WINDOW = 64
@@ -44,21 +46,20 @@ def translate(
     out: Annotated[
         Path | None, typer.Option(help="Where to write; standard output otherwise.", show_default=False)
     ] = None,
+    accelerate: Accelerate = False,
     as_json: AsJson = False,
 ) -> None:
     """Translate texts, a file or standard input: a line for each line, in their order."""
     lines = _lines(text or [], file)
     _check_out(out, file)
 
-    import torch
-
     from attnzoo.cli.render import say_json
     from attnzoo.eval.translation import translate as translate_lines
     from attnzoo.train import open_run
 
-    found = open_run(run)
+    found = replace(open_run(run), accelerated=accelerate)
     vocabularies = found.vocabularies()
-    model: Any = found.model(which).to("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = found.model(which).to(found.device)
     rows: list[dict[str, Any]] = []
     truncated: list[int] = []
     unfinished: list[int] = []

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from attnzoo.data.pairs import padded
@@ -99,9 +98,8 @@ def evaluate_translations(run: Run, which: Which = "best", data: str | None = No
     library("sacrebleu")  # before the translations, which take their time
     side = run.data(data).test
     longest = int(side.lengths[:, 1].max())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     found = translate(
-        run.model(which).to(device),
+        run.model(which).to(run.device),
         run.vocabularies(),
         side.source_texts,
         beams=beams,

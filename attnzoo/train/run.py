@@ -15,6 +15,7 @@ from attnzoo.data.vocabulary import Vocabulary
 from attnzoo.errors import RecipeError, RunError, ZooError
 from attnzoo.hosts.given import taken
 from attnzoo.hosts.info import BackboneInfo
+from attnzoo.inference import accelerate
 from attnzoo.recipe import Loaded, build, load, resolve
 from attnzoo.recipe.schema import ImageHost, Seq2SeqHost, SequenceHost
 from attnzoo.train import checkpoint
@@ -36,11 +37,18 @@ class Run:
         folder: Where it is.
         loaded: The recipe, with what its data decide.
         settings: How it is trained.
+        accelerated: Whether its models are made faster for a CPU, `attnzoo.accelerate`, and stay there.
     """
 
     folder: Path
     loaded: Loaded
     settings: Settings
+    accelerated: bool = False
+
+    @property
+    def device(self) -> str:
+        """Where its models are tried."""
+        return "cuda" if torch.cuda.is_available() and not self.accelerated else "cpu"
 
     def model(self, which: Which = "best") -> nn.Module:
         """The model in eval mode; with `ema`, the averaged one.
@@ -50,13 +58,14 @@ class Run:
 
         Raises:
             RunError: AZ802, when its weights do not fit; AZ805, when no checkpoint is sound.
+            ZooError: AZ413, when it cannot be accelerated.
         """
         saved = self._newest()
         model = build(self.loaded, {})
         names = {"best": ("best", "ema", "model"), "last": ("ema", "model")}[which]
         with reading(saved):
             model.load_state_dict(saved.tensors(next((name for name in names if saved.has(name)), "model")))
-        return model.eval()
+        return accelerate(model) if self.accelerated else model.eval()
 
     @property
     def kind(self) -> Kind:
@@ -148,8 +157,7 @@ class Run:
         """
         changed = {"data": data} if data else {}
         task = task_of(self.loaded, self.settings.model_copy(update=changed), self.data(data))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return task.figures(task.tally(self.model(which).to(device), device=device))
+        return task.figures(task.tally(self.model(which).to(self.device), device=self.device))
 
     def evaluate(self, which: Which = "best", data: str | None = None) -> Evaluation:
         """The model on the test side of its images, or of others with the same classes.
@@ -183,9 +191,13 @@ class Run:
                 help="choose data of the same kind",
             )
         transform = evaluation(image, images.mean, images.std)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         return evaluate(
-            model.to(device), images.test, transform, images.classes, inputs=taken(model), device=device
+            model.to(self.device),
+            images.test,
+            transform,
+            images.classes,
+            inputs=taken(model),
+            device=self.device,
         )
 
     def log(self) -> list[dict[str, Any]]:
