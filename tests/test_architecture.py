@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "inference": NOUNS,
     "catalogue": {*NOUNS, "zoo", "recipe", "alone", "catalogue"},
     "bench": {*NOUNS, "inference", "zoo", "hosts", "recipe", "alone", "data", "train", "bench"},
-    "testing": {*NOUNS, "testing"},
+    "testing": {*NOUNS, "zoo", "testing"},
     "data": {*NOUNS, "files", "data"},
     "train": {*NOUNS, "files", "workers", "inference", "hosts", "recipe", "data", "train"},
     "eval": {*NOUNS, "hosts", "data", "train", "eval"},

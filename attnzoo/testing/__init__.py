@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnzoo.testing.checks import CHECKS
 from attnzoo.testing.oracle import against, compare
+from attnzoo.testing.recipes import random_recipe, recipes
 from attnzoo.testing.report import CheckResult
 from attnzoo.testing.runner import check, checks_for, load_file
 from attnzoo.testing.strategies import Scene, scenes
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKS", "CheckResult", "Scene", "against", "check", "checks_for", "compare", "load_file",
-    "parametrize_with_checks", "scenes",
+    "parametrize_with_checks", "random_recipe", "recipes", "scenes",
 ]  # fmt: skip
 
 
