@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from attnzoo.cli import completion
+from attnzoo.cli.cost import Matched
 from attnzoo.cli.list import AsJson
 
 
@@ -34,6 +35,7 @@ def compare(
             min=0, max=100, help="A test accuracy in percent: tell the epochs that each takes to it."
         ),
     ] = None,
+    match: Matched = None,
     edits: Annotated[list[str], typer.Option("--set", help="Change a value in every recipe.")] = [],  # noqa: B006
     workers: Annotated[int | None, typer.Option(min=1, help="Runs side by side; as many as cores.")] = None,
     ray: Annotated[
@@ -43,6 +45,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Train several recipes under one budget with several seeds, and weigh the outcome."""
+    from attnzoo.bench.budget import matched
     from attnzoo.bench.cost import flops
     from attnzoo.cli.render import Column, say, say_json, say_next, table
     from attnzoo.errors import RunError, did_you_mean
@@ -67,9 +70,21 @@ def compare(
         *edits,
         *([f"train.epochs={epochs}"] if epochs else []),
     ]
+    found = (
+        matched(recipes, match, lambda name, more: prepare(name, [*changes, *more], minutes=minutes)[0])
+        if match
+        else {}
+    )
+    for recipe, one in found.items():
+        if one.edits and not as_json:
+            say(
+                f"{recipe}: {' '.join(f'--set {edit}' for edit in one.edits)}, for as many {match}",
+                style="dim",
+            )
     prepared = []
     for recipe in recipes:
-        loaded, settings = prepare(recipe, changes, minutes=minutes)
+        more = found[recipe].edits if match else ()
+        loaded, settings = prepare(recipe, [*changes, *more], minutes=minutes)
         prepared.append((loaded.name, loaded, settings))
     names = [name for name, _, _ in prepared]
     if len(set(names)) != len(names):
@@ -109,7 +124,10 @@ def compare(
     target = folder / "index.html"
     replace(target, page(result, f"{', '.join(names)} on {result.data}"))
     if as_json:
-        say_json(result.as_dict() | {"page": str(target)})
+        say_json(
+            result.as_dict()
+            | {"page": str(target), "matched": {recipe: one.edits for recipe, one in found.items()}}
+        )
         return
     speed = f"{kinds[0]}/s"
     table(
