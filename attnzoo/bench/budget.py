@@ -121,8 +121,7 @@ def match(target: Cost, budget: Budget, recipe: Callable[[Sequence[str]], Loaded
             "without MLPs it has" if factor < 1 else f"with MLPs {WIDEST} times as wide as the tokens it has"
         )
         reach = 2 * one - two if factor < 1 else one + (WIDEST - 1) * (two - one)
-        less = "more" if factor < 1 else "less"
-        return Match((), before, None, f"{least} {less} {_words(budget)} than that: {reach:,.4g}")
+        return Match((), before, None, f"{least} {_figure(reach, budget)}")
     edits = _edits(plain, dims, factor)
     after = cost(recipe(edits), timed)
     if abs(after.of(budget) / wanted - 1) > near:
@@ -133,6 +132,10 @@ def match(target: Cost, budget: Budget, recipe: Callable[[Sequence[str]], Loaded
 
 def _words(budget: Budget) -> str:
     return {"params": "parameters", "flops": "FLOPs", "time": "seconds"}[budget]
+
+
+def _figure(value: float, budget: Budget) -> str:
+    return f"{value:.3g} seconds" if budget == "time" else f"{value:,.0f}"
 
 
 def _dims(loaded: Loaded) -> list[int]:
@@ -175,7 +178,7 @@ def matched(
     faults = [
         RecipeError(
             "AZ325",
-            f"`{name}` cannot have as many {_words(budget)} as `{first}`, {target.of(budget):,.4g}: {one.reason}",
+            f"`{name}` cannot have as many {_words(budget)} as `{first}`, {_figure(target.of(budget), budget)}: {one.reason}",
             help="compare it with a smaller or larger recipe, or change its width with --set host.model.embed_dim=...",
         ).diagnostics[0]
         for name, one in found.items()
