@@ -178,7 +178,8 @@ def matched(
     faults = [
         RecipeError(
             "AZ325",
-            f"`{name}` cannot have as many {_words(budget)} as `{first}`, {_figure(target.of(budget), budget)}: {one.reason}",
+            f"`{name}` cannot have as many {_words(budget)} as `{first}`, "
+            f"{_figure(target.of(budget), budget)}: {one.reason}",
             help="compare it with a smaller or larger recipe, or change its width with --set host.model.embed_dim=...",
         ).diagnostics[0]
         for name, one in found.items()
