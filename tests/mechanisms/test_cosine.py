@@ -22,10 +22,8 @@ def test_oracle(component, q, k, v, allowed):
         see, one = allowed[b, h, i], q[b, h, i]
         if see.any():
             tau = 1 / torch.minimum(component.log_scale[h].exp(), torch.tensor(100.0))
-            cosines = [
-                key @ one / (torch.sqrt((key**2).sum()) * torch.sqrt((one**2).sum())) for key in k[b, h, see]
-            ]
-            out[b, h, i] = (torch.stack(cosines) / tau).softmax(0) @ v[b, h, see]
+            lengths = torch.sqrt((k[b, h, see] ** 2).sum(-1)) * torch.sqrt((one**2).sum())
+            out[b, h, i] = (k[b, h, see] @ one / lengths / tau).softmax(0) @ v[b, h, see]
     return out
 
 
@@ -95,8 +93,11 @@ def test_hand_two_angles():
     part = head(2, 1, 2)
     with torch.no_grad():
         part.log_scale.fill_(math.log(math.log(3)))
-    q, k = torch.tensor([[[[5.0, 0]]]]).double(), torch.tensor([[[[0.1, 0], [0, 70]]]]).double()
-    v = torch.tensor([[[[4.0, 1], [8, 1]]]]).double()
+    q, k = (
+        torch.tensor([[[[5.0, 0]]]], dtype=torch.float64),
+        torch.tensor([[[[0.1, 0], [0, 70]]]], dtype=torch.float64),
+    )
+    v = torch.tensor([[[[4.0, 1], [8, 1]]]], dtype=torch.float64)
     near(part(q, k, v, layout=Layout((2,))), [5, 1])
 
 

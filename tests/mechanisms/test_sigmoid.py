@@ -21,9 +21,8 @@ def test_oracle(component, options, q, k, v, allowed, keys):
             "seen": sum(allowed[b, h, i].tolist()),
             "site": component.length,
         }[options["count"]]
-        for j in allowed[b, h, i].nonzero()[:, 0].tolist():
-            score = (q[b, h, i] * k[b, h, j]).sum() / math.sqrt(q.shape[3])
-            out[b, h, i] = out[b, h, i] + v[b, h, j] / (1 + number * torch.exp(-score))
+        scores = k[b, h, allowed[b, h, i]] @ q[b, h, i] / math.sqrt(q.shape[3])
+        out[b, h, i] = (1 / (1 + number * torch.exp(-scores))) @ v[b, h, allowed[b, h, i]]
     return out
 
 
