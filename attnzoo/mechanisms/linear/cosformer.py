@@ -86,7 +86,7 @@ class Cosformer(Head):
     def __init__(self, site: Site, *, length: Literal["input", "site"] = "input"):
         super().__init__(site)
         self.reaches = None if length == "input" else self.length
-        self.chunk = max(site.head_dim, 16)
+        self.chunk = site.head_dim  # then states are as large as tokens
 
     def attend(self, q, k, v, *, mask, layout):
         dtype = v.dtype
