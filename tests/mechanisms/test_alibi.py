@@ -57,15 +57,13 @@ def test_oracle(options, q, k, v, allowed, layout):
 
 
 def with_fault(
-    turn=lambda q, k: (q, k), slope=lambda m: m, far=lambda f: f, hide=lambda a: a, inside=1.0, dim=-1, length=None
+    turn=lambda q, k: (q, k), slope=lambda m: m, far=lambda f: f, hide=lambda a: a, inside=1.0, dim=-1
 ):  # fmt: skip
     """ALiBi with one fault."""
 
     def attend(self, q, k, v, *, mask, layout):
         q, k = turn(q, k)
         f = far(alibi.distances(q, k, layout, self.distance))
-        if length and self.distance == "sequence":  # the first query is where the first key is
-            f = (torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])).abs().double()
         bias = -slope(self.slopes)[:, None, None] * f
         scores = q @ k.mT * q.shape[-1] ** -0.5 + bias * (inside if inside == 1 else q.shape[-1] ** -0.5)
         allowed = mask.dense(q.shape[2], k.shape[2])
@@ -88,7 +86,6 @@ MUTANTS = {
     "slopes of one head": with_fault(slope=lambda m: m[:1].expand_as(m)),
     "squared distances": with_fault(far=lambda f: f**2),
     "distances of a line": with_fault(far=lambda f: (torch.arange(f.shape[0])[:, None] - torch.arange(f.shape[1]) + f.shape[1] - f.shape[0]).abs().double()),
-    "aligned with the first key": with_fault(length=True),
     "no scale": wrong(Alibi, attend=lambda self, q, k, v, *, mask, layout: Alibi.attend(self, q * q.shape[-1] ** 0.5, k, v, mask=mask, layout=layout)),
     "q and k swapped": with_fault(turn=lambda q, k: (k, q) if q.shape == k.shape else (q, k)),
     "softmax over the batch": with_fault(dim=0),

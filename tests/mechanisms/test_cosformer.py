@@ -7,22 +7,24 @@ import torch
 from by_hand import caught, count, narrow, near, normal, place, row, wrong
 
 from attnzoo.core import Layout, Mask, options_of
-from attnzoo.errors import LayoutMismatch
+from attnzoo.errors import LayoutMismatch, UnsupportedMask
 from attnzoo.mechanisms.linear.cosformer import Cosformer, causal_sums
 from attnzoo.testing import against
 
 
 @against(Cosformer, examples=50)
-def test_oracle(component, options, q, k, v, allowed):
-    """Σ_j s_ij v_j / max(Σ_j s_ij, ε), pair by pair, over the keys that are seen; places from 1."""
-    (n, m), out = (q.shape[2], k.shape[2]), torch.zeros_like(q)
-    length = component.length if options["length"] == "site" else max(n, m)
-    later = m - n  # the last query is where the last key is
+def test_oracle(component, options, q, k, v, allowed, keys):
+    """Σ_j s_ij v_j / max(Σ_j s_ij, ε), query by query, over the keys that are seen; places from 1."""
+    out = torch.zeros_like(q)
     for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
-        see = allowed[b, h, i].nonzero()[:, 0].tolist()
-        away = [math.cos(math.pi / 2 * ((i + 1 + later) - (j + 1)) / length) for j in see]
-        asks, keys = (torch.where(t > 0, t, 0.0) for t in (q[b, h, i], k[b, h, see]))
-        weights = keys @ asks * torch.tensor(away, dtype=torch.float64)
+        see, there = allowed[b, h, i].nonzero()[:, 0].tolist(), keys[b].nonzero()[:, 0].tolist()
+        length, place = component.length, i
+        if options["length"] == "input" and there:
+            length = max(there) - min(there) + 1
+            place = min(max(i, min(there)), max(there) + 1)  # of padding
+        away = [math.cos(math.pi / 2 * ((place + 1) - (j + 1)) / length) for j in see]
+        asks, kept = (torch.where(t > 0, t, 0.0) for t in (q[b, h, i], k[b, h, see]))
+        weights = kept @ asks * torch.tensor(away, dtype=torch.float64)
         out[b, h, i] = weights @ v[b, h, see] / (weights.sum() if weights.sum() > 1e-6 else 1e-6)
     return out
 
@@ -31,13 +33,20 @@ def pairwise(
     self, q, k, v, mask, form=torch.relu, away=None, hide=lambda a: a, dim=-1, norm=lambda t: t.clamp(min=1e-6)
 ):  # fmt: skip
     """By explicit pairs, with a fault."""
-    n, m = q.shape[2], k.shape[2]
-    later = m - n
-    steps = (torch.arange(n)[:, None] + later - torch.arange(m)).double()
-    length = self.reaches or max(n, m)
+    n = q.shape[2]
+    at, first, length = (
+        torch.arange(n).double().expand(len(q), n),
+        torch.zeros(len(q), 1),
+        torch.full((len(q), 1), float(self.reaches or n)),
+    )
+    if not self.reaches and mask.keys is not None:
+        first = mask.keys.int().argmax(-1, keepdim=True)
+        length = (n - mask.keys.flip(-1).int().argmax(-1, keepdim=True) - first).clamp(min=1)
+    at = torch.minimum(torch.maximum(at, first), first + length)
+    steps, length = (at[:, :, None] - at[:, None])[:, None], length[:, :, None, None].double()
     turn = (math.pi / 2 * steps / length).cos() if away is None else away(steps, length)
     weights = form(q) @ form(k).mT * turn
-    allowed = mask.dense(n, m)
+    allowed = mask.dense(n, n)
     weights = weights if allowed is None else weights.masked_fill(~hide(allowed), 0.0)
     return weights / norm(weights.sum(dim, keepdim=True)) @ v
 
@@ -56,6 +65,7 @@ def test_identity_the_linear_form_is_the_explicit_one():
 
 
 MUTANTS = {
+    "M with padding": with_fault(away=lambda steps, length: (math.pi / 2 * steps / steps.shape[-1]).cos()),
     "no relu": with_fault(form=lambda t: t),
     "elu + 1": with_fault(form=lambda t: torch.nn.functional.elu(t) + 1),
     "no cosine": with_fault(away=lambda steps, length: torch.ones(steps.shape).double()),
@@ -137,13 +147,24 @@ def test_identity_the_size_of_a_query_has_no_say():
     near(head(7 * q, k, v, layout=Layout((5,))), head(q, k, v, layout=Layout((5,))), 1e-10)
 
 
-@pytest.mark.parametrize("length,same", [("input", False), ("site", True)])
-def test_identity_what_follows_changes_a_causal_pass_through_m_alone(length, same):
-    """M grows with the tokens; with one M for all, a row does not know how many follow."""
-    head, (q, k, v) = Cosformer(place(12, 3, 9), length=length), normal(3, 2, 3, 9, 4)
+def test_identity_a_row_of_a_causal_pass_does_not_know_how_many_follow():
+    """With one M for all; with that of the input it would, and causal masks are refused."""
+    head, (q, k, v) = Cosformer(place(12, 3, 9), length="site"), normal(3, 2, 3, 9, 4)
     whole = head(q, k, v, mask=Mask(causal=True), layout=Layout((9,)))[:, :, :5]
-    part = head(q[:, :, :5], k[:, :, :5], v[:, :, :5], mask=Mask(causal=True), layout=Layout((5,)))
-    assert (float((whole - part).abs().max()) < 1e-12) is same
+    near(head(q[:, :, :5], k[:, :, :5], v[:, :, :5], mask=Mask(causal=True), layout=Layout((5,))), whole)
+    with pytest.raises(UnsupportedMask, match="AZ402"):
+        Cosformer(place(12, 3, 9))(q, k, v, mask=Mask(causal=True), layout=Layout((9,)))
+
+
+@pytest.mark.parametrize("length", ["input", "site"])
+@pytest.mark.parametrize("first", [0, 2])
+def test_identity_padding_is_a_shorter_input(length, first):
+    """On either side: M is that of the tokens, and the places of all may be moved."""
+    head, (q, k, v) = Cosformer(place(12, 3, 7), length=length), normal(3, 2, 3, 7, 4)
+    own = slice(first, first + 4)
+    at = torch.arange(7).expand(2, 7)
+    padded = head(q, k, v, mask=Mask(keys=(at >= first) & (at < first + 4)), layout=Layout((7,)))
+    near(padded[:, :, own], head(q[:, :, own], k[:, :, own], v[:, :, own], layout=Layout((4,))))
 
 
 def test_identity_the_newest_query_alone():

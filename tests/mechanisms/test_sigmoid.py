@@ -7,6 +7,7 @@ import torch
 from by_hand import caught, count, narrow, near, normal, place, row, seen, wrong
 
 from attnzoo.core import KVCache, Layout, Mask, MultiHead, options_of
+from attnzoo.errors import UnsupportedMask
 from attnzoo.mechanisms.dot_product.sigmoid import Sigmoid
 from attnzoo.testing import against
 
@@ -93,8 +94,8 @@ def test_hand_two_keys():
 
 
 @pytest.mark.parametrize(
-    "count,wanted", [("keys", [[1 / 3, 0], [1 / 3, 1 / 3]]), ("seen", [[1 / 2, 0], [1 / 3, 1 / 3]]), ("site", [[1 / 6, 0], [1 / 6, 1 / 6]])]
-)  # fmt: skip
+    "count,wanted", [("seen", [[1 / 2, 0], [1 / 3, 1 / 3]]), ("site", [[1 / 6, 0], [1 / 6, 1 / 6]])]
+)
 def test_hand_what_is_counted_under_a_causal_mask(count, wanted):
     """Scores of zero, two tokens where five were expected: 1 / (N + 1)."""
     head, zero = Sigmoid(place(1, tokens=5), count=count).double(), row(0, 0)
@@ -108,7 +109,7 @@ def test_hand_the_authors_constant():
 
 
 def test_hand_parameters():
-    assert count(Sigmoid(place(12, 3))) == 0 and options_of(Sigmoid)().model_dump() == {"count": "keys"}
+    assert count(Sigmoid(place(12, 3))) == 0 and options_of(Sigmoid)().model_dump() == {"count": "seen"}
 
 
 # Identities
@@ -166,14 +167,21 @@ def test_identity_a_causal_pass_does_not_know_how_many_follow(count):
     )
 
 
-def test_identity_decoding_follows_the_length_so_far():
-    """With N = keys, `step` is the last row of a pass over the tokens so far."""
+def test_identity_token_by_token():
     site = place(12, 3, 7)
     part, x, cache = MultiHead(site, Sigmoid(site)).double(), normal(1, 5, 12), KVCache()
-    for i in range(5):
-        out = part.step(x[:, i : i + 1], cache, mask=Mask(causal=True), layout=Layout((i + 1,)))
-        whole = part(x[:, : i + 1], mask=Mask(causal=True), layout=Layout((i + 1,)))
-        near(out, whole[:, -1:])
+    rows = [
+        part.step(x[:, i : i + 1], cache, mask=Mask(causal=True), layout=Layout((i + 1,))) for i in range(5)
+    ]
+    near(torch.cat(rows, 1), part(x, mask=Mask(causal=True), layout=Layout((5,))))
+
+
+def test_a_count_of_all_keys_knows_how_many_follow():
+    """And so refuses causal masks."""
+    with pytest.raises(UnsupportedMask, match="AZ402"):
+        Sigmoid(place(12, 3, 5), count="keys")(
+            *normal(3, 1, 3, 5, 4), mask=Mask(causal=True), layout=Layout((5,))
+        )
 
 
 def test_narrow_numbers_stay_near():

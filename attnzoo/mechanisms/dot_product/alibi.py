@@ -60,13 +60,13 @@ class Alibi(Head):
         time="n m c",
         memory="h n m",
         masks={"keys", "causal", "pairs"},
-        context=True,
         incremental=True,
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.LINEAR_IN_VALUES, Law.BOUNDED, Law.HEADS_APART},
         notes="The paper's under a causal mask; without one it has no form, and this is symmetric. The bias is not "
-        "divided by √d. Of other numbers of queries than keys the last query is where the last key is. In a line "
-        "special tokens are its first. Recipes that use it need no position embeddings.",
+        "divided by √d. The newest queries alone are where the last keys are. In a line special tokens are its "
+        "first. A context, which is no continuation of the tokens, is not read. Recipes that use it need no "
+        "position embeddings.",
     )
 
     @classmethod
@@ -75,7 +75,7 @@ class Alibi(Head):
             return cls.card
         how = {"l1": "rows and columns added", "l2": "as the crow flies"}[distance]
         notes = f"Distances on a grid, {how}, are not the paper's. {cls.card.notes}"
-        return replace(cls.card, grid="any", context=False, fidelity="adapted", notes=notes)
+        return replace(cls.card, grid="any", fidelity="adapted", notes=notes)
 
     def __init__(self, site: Site, *, distance: Literal["sequence", "l1", "l2"] = "sequence"):
         super().__init__(site)

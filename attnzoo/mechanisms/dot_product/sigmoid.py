@@ -16,8 +16,8 @@ class Sigmoid(Head):
 
     Args:
         site: Where the head is put.
-        count: What N counts: `keys`, those that exist, in each sample; `seen`, those that a query may attend to, which
-            under a causal mask are more with each query; `site`, the tokens it was built for, whatever is given.
+        count: What N counts: `seen`, the keys that a query may attend to, which under a causal mask are more with each
+            query; `keys`, those that exist, in each sample; `site`, the tokens it was built for, whatever is given.
     """
 
     card = Card(
@@ -35,19 +35,22 @@ class Sigmoid(Head):
         memory="h n m",
         masks={"keys", "causal", "pairs"},
         context=True,
+        incremental=True,
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.HEADS_APART},
         notes="The tap `scores` shows q kᵀ / √d, before the bias, which is not learned. The authors' N is a constant, "
-        "the length they train with (`site`), under causal masks too; `keys` follows the length. With `keys` a row of "
-        "a causal pass depends on how many tokens follow, so decoding computes all rows again. They stabilise it by "
-        "LayerScale or norms of queries and keys, which are the host's.",
+        "the length they train with (`site`), under causal masks too. `seen` and `keys` follow the length, and are the "
+        "same without causal masks and pairs. With `keys` what a token receives depends on how many follow, and causal "
+        "masks are refused. The authors stabilise it by LayerScale or norms of queries and keys, which are the host's.",
     )
 
     @classmethod
     def claims(cls, *, count: str, **options) -> Card:
-        return cls.card if count == "keys" else replace(cls.card, incremental=True)
+        if count == "keys":
+            return replace(cls.card, masks={"keys", "pairs"}, incremental=False)
+        return cls.card
 
-    def __init__(self, site: Site, *, count: Literal["keys", "seen", "site"] = "keys"):
+    def __init__(self, site: Site, *, count: Literal["seen", "keys", "site"] = "seen"):
         super().__init__(site)
         self.count = count
 

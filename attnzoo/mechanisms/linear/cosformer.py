@@ -17,14 +17,19 @@ EPS = 1e-6
 """ε, the authors'."""
 
 
-def angles(q: Tensor, k: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
-    """π i / 2M of each query and of each key, (n 1) and (m 1); M is `length`, or the larger of n and m.
+def angles(q: Tensor, k: Tensor, keys: Tensor | None, length: int | None) -> tuple[Tensor, Tensor]:
+    """π i / 2M of each query and of each key, (b or 1, 1, n, 1) and (b or 1, 1, m, 1); the last two are at one place.
 
-    The last query is where the last key is.
+    M is `length`, or the number of tokens from the first to the last that exists; others are as the next of these.
     """
     n, m = q.shape[2], k.shape[2]
-    at = torch.arange(max(n, m), device=q.device)[:, None].to(q.dtype) * (math.pi / 2 / (length or max(n, m)))
-    return at[-n:], at[-m:]
+    at = torch.arange(max(n, m), device=q.device).to(q.dtype)
+    first, most = at.new_zeros(1), at.new_full((1,), length or max(n, m))
+    if keys is not None and length is None:
+        first = torch.where(keys, at[-m:], at[-1]).amin(dim=-1)
+        most = (torch.where(keys, at[-m:], 0.0).amax(dim=-1) - first + 1).clamp(min=1)
+    turn = ((at - first[:, None]) / most[:, None]).clamp(0, 1)[:, None, :, None] * (math.pi / 2)
+    return turn[:, :, -n:], turn[:, :, -m:]
 
 
 def causal_sums(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
@@ -52,8 +57,8 @@ class Cosformer(Head):
 
     Args:
         site: Where the head is put.
-        length: M: `input`, the number of queries or keys, whichever is larger, or `site`, that of the tokens it was
-            built for. With `input` a row of a causal pass depends on how many tokens follow.
+        length: M: `input`, the number of tokens that are given, without padding, or `site`, that of those it was built
+            for. With `input` what a token receives depends on how many follow, so that alone `site` is causal.
     """
 
     card = Card(
@@ -69,19 +74,19 @@ class Cosformer(Head):
         ),
         time="n c d + m c d",
         memory="n c + m c + h d²",
-        masks={"keys", "causal"},
+        masks={"keys"},
         laws={Law.LINEAR_IN_VALUES, Law.HEADS_APART},
-        notes="Scores are not scaled. Tokens lie in a line, special ones first; padding counts in M. A causal pass "
-        "forms pairs in chunks of d tokens. With `length: site` no more tokens than that are taken, for weights would "
-        "be negative beyond; then decoding keeps keys and values. A context, which is no continuation of the tokens, "
-        "is not read.",
+        notes="Scores are not scaled. Tokens lie in a line, special ones first. `length: site` takes no more tokens "
+        "than that, for weights would be negative beyond; a causal pass forms pairs in chunks of d tokens, and "
+        "decoding keeps keys and values. The authors' M is that of the input, with padding, under causal masks too. A "
+        "context, which is no continuation of the tokens, is not read.",
     )
 
     @classmethod
     def claims(cls, *, length: str, **options) -> Card:
         if length == "input":
             return cls.card
-        return replace(cls.card, fixed_length="most", incremental=True)
+        return replace(cls.card, masks={"keys", "causal"}, fixed_length="most", incremental=True)
 
     def __init__(self, site: Site, *, length: Literal["input", "site"] = "input"):
         super().__init__(site)
@@ -92,7 +97,7 @@ class Cosformer(Head):
         dtype = v.dtype
         if dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()  # sums over all keys overflow and lose digits
-        at_q, at_k = angles(q, k, self.reaches)
+        at_q, at_k = angles(q, k, mask.keys, self.reaches)
         q, k = q.relu(), k.relu()
         if mask.keys is not None:
             k = k * mask.keys[:, None, :, None]
