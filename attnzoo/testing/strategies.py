@@ -461,6 +461,8 @@ def scenes(
         options, (prefix, batch, heads, head_dim, bias), (arity, inside), across, grid, seed = drawn
         heads = arity * heads  # so that a fusion can deal them out
         site = Site("check", heads * head_dim, heads, Layout(grid, prefix), qkv_bias=bias, proj_bias=bias)
+        if fusion:  # which may know how deep it is
+            site = replace(site, layer=seed % 4, depth=4)
         drawn_scene = Scene(cls, site, options, batch, seed, arity, inside)
         return drawn_scene.across() if across and drawn_scene.card.context else drawn_scene
 
