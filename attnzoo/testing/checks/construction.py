@@ -99,8 +99,10 @@ def check_options_matter(cls: Checkable, scene: Scene) -> None:
     """Every value of every option changes something, whatever the others are: the card, parameters, or an output."""
     settings = settings_of(cls)
     base = scene.roomy(6)
-    if issubclass(cls, Fusion):  # which may know how deep it is
-        bases = [replace(base, site=replace(base.site, layer=layer, depth=24)) for layer in (1, 2, 3)]
+    if issubclass(cls, Fusion):  # which may know how deep it is, and count branches and channels
+        arity = min(4, cls.card.arity[1] or 4)
+        site = replace(base.site, heads=arity, dim=24, depth=24)
+        bases = [replace(base, site=replace(site, layer=layer), arity=arity) for layer in (1, 2, 3)]
     else:
         bases = [base.at(replace(base.site, heads=2, dim=32))]
     names = sorted({name for setting in settings for name in setting})
