@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from attnzoo.core import NO_MASK, Component, Fused, Head, Law, Mask, Mechanism, MultiHead, find_taps
+from attnzoo.core import NO_MASK, Component, Fused, Fusion, Head, Law, Mask, Mechanism, MultiHead, find_taps
 from attnzoo.core.component import NOTHING
 from attnzoo.errors import Diagnostic, ZooError
 
@@ -128,7 +128,7 @@ def _reason(part: Any, size: int) -> str:
     if not isinstance(part, MultiHead):
         return f"`{part.card.name}` has projections of its own, or none"
     card, linears = part.card, [getattr(part, name) for name, _ in (*_projections(part), ("proj", 1))]
-    inside = [inner for inner in part.inner.modules() if isinstance(inner, Component)]
+    inside = [inner for inner in part.inner.modules() if isinstance(inner, Component | Fusion)]
     reasons = {
         f"`{card.name}` does not claim the law `heads_apart`": Law.HEADS_APART not in card.laws,
         f"`{card.name}` adds to the loss what all heads show": any(inner.card.auxiliary for inner in inside),

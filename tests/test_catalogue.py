@@ -72,7 +72,14 @@ def test_lists_hold_what_they_should():
         attnzoo.list_mechanisms(search="n linear windows") == [] != attnzoo.list_mechanisms(search="window")
     )
     assert attnzoo.list_mechanisms("s*", search="timm") == ["squeeze_excite"]
-    assert attnzoo.list_fusions(law="convex") == ["gated", "max", "mean"]
+    assert attnzoo.list_fusions(law="convex") == [
+        "attentional",
+        "by_depth",
+        "gated",
+        "max",
+        "mean",
+        "selective",
+    ]
     assert attnzoo.list_recipes("ham_?") == ["ham_a", "ham_b"]
     assert attnzoo.list_recipes(plugin="attnzoo") == attnzoo.list_recipes() == sorted(load_zoo().recipes)
 

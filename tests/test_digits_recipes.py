@@ -1,9 +1,9 @@
-"""Every mechanism has a recipe of its own on digits, small enough to train while one looks on, and learns there."""
+"""Every mechanism, and every later fusion, has a recipe of its own on digits, small enough to train while one looks on, and learns there."""
 
 import pytest
 from typer.testing import CliRunner
 
-from attnzoo import list_mechanisms, list_recipes
+from attnzoo import list_fusions, list_mechanisms, list_recipes
 from attnzoo.cli.app import app
 from attnzoo.recipe import load
 from attnzoo.train import train
@@ -20,9 +20,23 @@ WITHOUT = {  # they read a second stream, which a ViT has not
     "window_cross",
 }
 
+ELSEWHERE = {  # in recipes of HAM, or nested ones
+    "add",
+    "concat",
+    "difference",
+    "gated",
+    "hadamard",
+    "head_split",
+    "low_rank",
+    "max",
+    "mean",
+    "weighted_sum",
+}
 
-def test_every_mechanism_has_its_recipe():
-    assert sorted([*NAMES, *WITHOUT]) == list_mechanisms(plugin="attnzoo")
+
+def test_every_mechanism_and_fusion_has_its_recipe():
+    found = [*list_mechanisms(plugin="attnzoo"), *list_fusions(plugin="attnzoo")]
+    assert sorted([*NAMES, *WITHOUT, *ELSEWHERE]) == sorted(found)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -376,14 +376,19 @@ def test_options_and_fusions(kind, spec):
         is_right(kind, spec, model)
 
 
-FUSIONS = sorted(name for name, entry in load_zoo().fusions.items() if entry.plugin == "attnzoo")
+FUSIONS = {name: entry.value.card for name, entry in load_zoo().fusions.items() if entry.plugin == "attnzoo"}
+CAUSAL = sorted(name for name, card in FUSIONS.items() if "causal" in card.masks)
 
 
 @pytest.mark.parametrize("level", ["heads", "tokens"])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", CAUSAL)
 @pytest.mark.sample(3)
 def test_fusions_hide_the_future(fusion, level):
-    """A fusion that says that it mixes no tokens mixes none."""
+    """A fusion that claims causal masks mixes no tokens, inside the heads and on tokens."""
+    if level == "heads" and not FUSIONS[fusion].inside_heads:
+        with pytest.raises(RecipeError, match=f"AZ303.*`{fusion}` cannot fuse inside the heads"):
+            compose_file(put("self", f"{{fuse: {fusion}, level: heads, of: [softmax, elu_linear]}}"))
+        return
     for kind in ("self", "causal"):
         model = composed(kind, f"{{fuse: {fusion}, level: {level}, of: [softmax, elu_linear]}}")
         assert model is not None
@@ -413,24 +418,36 @@ class Plugin:
         return [Shift]
 
 
-@pytest.mark.parametrize("kind", ["encoder", "self", "cross", "causal", "free"])
-def test_a_fusion_that_mixes_tokens_is_refused_where_later_ones_are_hidden(kind):
+@pytest.mark.parametrize("level", ["heads", "tokens"])
+@pytest.mark.parametrize("fusion", sorted({*FUSIONS} - {*CAUSAL}))
+def test_fusions_that_pool_see_no_padding(fusion, level):
+    """A fusion that mixes tokens goes where padding is hidden, and is refused where later tokens or a context are."""
+    spec = f"{{fuse: {fusion}, level: {level}, of: [softmax, elu_linear]}}"
+    model = composed("encoder", spec)
+    is_right("encoder", spec, model)
+    for kind in ("self", "cross", "causal"):
+        with pytest.raises(RecipeError, match=f"AZ302.*`{fusion}` cannot fuse at"):
+            compose_file(put(kind, spec))
+
+
+@pytest.mark.parametrize("kind,why", [("encoder", "padding is hidden"), ("self", "later tokens are hidden"), ("cross", "padding is hidden"), ("causal", "later tokens are hidden"), ("free", "")])  # fmt: skip
+def test_a_fusion_that_mixes_tokens_is_refused_where_some_are_hidden(kind, why):
     zoo = Zoo.of([("mine", Plugin())])
     assert not zoo.problems
     loaded = load(
         put(kind, "{fuse: shift, of: [softmax, {fuse: shift, level: heads, of: [softmax, softmax]}]}")
     )
-    if kind not in ("self", "causal"):
-        model = resolve(loaded, zoo=zoo).build().double().eval()
-        (model(*padded()) if kind != "free" else model(padded()[0])).mean().backward()
+    if not why:
+        resolve(loaded, zoo=zoo).build().double().eval()(padded()[0]).mean().backward()
         return
     with pytest.raises(RecipeError) as caught:
         resolve(loaded, zoo=zoo)
     assert len(caught.value.diagnostics) == 2  # the outer and the inner
     for fault in caught.value.diagnostics:
         assert fault.code == "AZ302" and "`shift` cannot fuse at" in fault.message
-        assert "later tokens are hidden there" in fault.why
-        assert fault.help == f"who can: {', '.join(f'`{name}`' for name in FUSIONS)}"
+        assert fault.why == f"{why} there, and this fusion mixes tokens"
+        can = [n for n, card in FUSIONS.items() if kind == "encoder" or "causal" in card.masks]
+        assert fault.help == f"who can: {', '.join(f'`{name}`' for name in can)}"
 
 
 def test_without_the_refusal_the_future_would_leak(monkeypatch):

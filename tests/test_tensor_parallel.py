@@ -169,7 +169,8 @@ def fusions() -> Iterator[tuple[str, Site, Callable[[Site], Head]]]:
     branches = [found["softmax"], partial(found["memory"], slots=2)]
     site = Site("x", 32, 8, Layout((2, 3), 1))
     for name, entry in zoo.fusions.items():
-        if entry.plugin == "attnzoo" and name != "head_split":
+        card = entry.value.card
+        if entry.plugin == "attnzoo" and name != "head_split" and card.inside_heads and not card.auxiliary:
             yield name, site, partial(FusedHeads, fusion=entry.value, branches=branches)
     inner = partial(
         FusedHeads, fusion=zoo.fusions["gated"].value, branches=[found["soft"], found["linformer"]]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.core.component import Component
+from attnzoo.core.fusion import Fusion
 
 
 class AuxiliaryLosses:
@@ -17,7 +18,7 @@ class AuxiliaryLosses:
 
     def __init__(self) -> None:
         self._shown: dict[tuple[int, str, str], list[Tensor]] = {}
-        self._sources: dict[str, Component] = {}
+        self._sources: dict[str, Component | Fusion] = {}
 
     def by_component(self) -> dict[str, Tensor]:
         """The losses, each a number, by the full name of the component; the mean over its forwards."""
@@ -37,7 +38,7 @@ class AuxiliaryLosses:
         return torch.stack(losses).mean() if losses else 0.0
 
 
-def wanted_by(component: Component) -> tuple[str, ...]:
+def wanted_by(component: Component | Fusion) -> tuple[str, ...]:
     """The taps of which a component's `auxiliary` is made: the names of its parameters."""
     return tuple(inspect.signature(component.auxiliary).parameters)
 
@@ -64,7 +65,7 @@ def auxiliary_losses(model: nn.Module) -> Iterator[AuxiliaryLosses]:
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            if isinstance(module, Component) and module.card.auxiliary:
+            if isinstance(module, Component | Fusion) and module.card.auxiliary:
                 losses._sources[name] = module
                 for tap in wanted_by(module):
                     hook = partial(see, name, tap)

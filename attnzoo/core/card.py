@@ -303,6 +303,10 @@ class FusionCard:
         laws: Algebraic claims.
         arity: Fewest and most branches; None for no bound.
         hard_routing: Whether some branches may get no gradient.
+        masks: Which kinds of `Mask` hold for what is merged where they hold in every branch. A fusion of tokens by
+            themselves (the law `TOKEN_LOCAL`) leaves it out where all do; one that mixes tokens is handed the mask.
+        inside_heads: Whether it merges inside the heads too; otherwise on tokens only.
+        auxiliary: The loss that it adds in training, as an equation; its method `auxiliary` makes it of what taps show.
         fidelity: `exact`, or `adapted` or `inspired` with notes.
         notes: What a user should know.
     """
@@ -313,11 +317,23 @@ class FusionCard:
     laws: Set[Law] = frozenset()
     arity: tuple[int, int | None] = (1, None)
     hard_routing: bool = False
+    masks: Set[str] = frozenset()
+    inside_heads: bool = True
+    auxiliary: str = ""
     fidelity: Fidelity = "exact"
     notes: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "laws", frozenset(self.laws))
+        every = frozenset() if self.mixes_tokens else MASK_KINDS
+        object.__setattr__(self, "masks", frozenset(self.masks) or every)
         _coherent(self, FUSION_LAWS)
+        if self.masks - MASK_KINDS:
+            raise ValueError(f"card {self.name!r}: {sorted(self.masks - MASK_KINDS)} is no kind of mask")
         if self.arity[0] < 1 or (self.arity[1] is not None and self.arity[1] < self.arity[0]):
             raise ValueError(f"card {self.name!r}: an arity of {self.arity} holds for no number of branches")
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether a token of the output may depend on other tokens of the branches."""
+        return Law.TOKEN_LOCAL not in self.laws

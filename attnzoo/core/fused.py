@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, cast, final
+from typing import Any, Literal, cast, final
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from attnzoo.core.layout import Layout
 from attnzoo.core.mask import Mask
 from attnzoo.core.mechanism import Mechanism
 from attnzoo.core.site import Site
+from attnzoo.errors import RecipeError
 
 Build = Callable[[Site], Component]
 """Builds a branch for the site that the fusion gives it."""
@@ -43,15 +44,18 @@ def fused_card(fusion: FusionCard, branches: Sequence[Card]) -> Card:
         summary=f"{fusion.name} of {', '.join(card.name for card in branches)}",
         time=" + ".join(dict.fromkeys(card.time for card in branches)),
         memory=" + ".join(dict.fromkeys(card.memory for card in branches)),
-        masks=frozenset.intersection(*(frozenset(card.masks) for card in branches)),
+        masks=frozenset(fusion.masks).intersection(*(card.masks for card in branches)),
         one_head=any(card.one_head for card in branches),
-        context=(context := _context(branches)),
+        # which of the own tokens exist, nobody says where masks are about a context
+        context=(context := not fusion.mixes_tokens and _context(branches)),
         context_grid=contexts[0] if contexts and context else None,
         # a number asks for more than `any`
         grid=max(grids, key=lambda grid: grid != "any", default=None),
         # an exact length asks for more than a longest one
         fixed_length=any(lengths) and (True in lengths or "most"),
-        incremental=all(card.incremental for card in branches) and Law.TOKEN_LOCAL in fusion.laws,
+        incremental=all(card.incremental for card in branches)
+        and "causal" in fusion.masks
+        and not fusion.mixes_tokens,
         given={name: kind for card in branches for name, kind in card.given.items()},
         extra=frozenset().union(*(card.extra for card in branches)),
     )
@@ -79,10 +83,17 @@ class FusedHeads(Head):
         site: Where it is put.
         fusion: Builds the fusion for a site and a number of branches.
         branches: Build a head each.
+
+    Raises:
+        RecipeError: AZ303, when the fusion merges on tokens only.
     """
 
     def __init__(self, site: Site, fusion: Callable[[Site, int], Fusion], branches: Sequence[Build]):
         merge = fusion(inside_heads(site), len(branches))
+        if not merge.card.inside_heads:
+            raise RecipeError(
+                "AZ303", f"`{merge.card.name}` cannot fuse inside the heads", help="write `level: tokens`"
+            )
         parts = _branches(type(merge).sites(site, len(branches)), branches)
         cards = [cast(Head, part).card for part in parts.values()]
         self.card = fused_card(merge.card, cards)
@@ -101,11 +112,11 @@ class FusedHeads(Head):
 
     def attend(self, q, k, v, *, mask: Mask, layout: Layout, **given: Tensor):
         parts = zip(*(self.fusion.split(t, 1) for t in (q, k, v)), _masks(self.fusion, mask), strict=True)
-        outs = [
-            branch(q_i, k_i, v_i, mask=mask_i, layout=layout, given=given)
-            for branch, (q_i, k_i, v_i, mask_i) in zip(self.branches.values(), parts, strict=True)
-        ]
-        return self.fusion(outs, q)
+        outs: list[Tensor] = []
+        for branch, (q_i, k_i, v_i, mask_i) in zip(self.branches.values(), parts, strict=True):
+            asked = self.fusion.feed(q_i, outs)
+            outs.append(branch(asked, k_i, v_i, mask=mask_i, layout=layout, given=given))
+        return self.fusion(outs, q, mask=mask)
 
 
 @final
@@ -127,12 +138,12 @@ class Fused(Mechanism):
 
     def mix(self, x, source, *, mask: Mask, layout: Layout, context_layout: Layout | None = None, **given):
         context = None if self.context_dim is None else source
+        where = {"layout": layout, "context_layout": context_layout, "given": given}
         split = zip(self.branches.values(), self.fusion.split(x, -1), _masks(self.fusion, mask), strict=True)
-        outs = [
-            branch(x_i, context, mask=mask_i, layout=layout, context_layout=context_layout, given=given)
-            for branch, x_i, mask_i in split
-        ]
-        return self.fusion(outs, x)
+        outs: list[Tensor] = []
+        for branch, x_i, mask_i in split:
+            outs.append(branch(self.fusion.feed(x_i, outs), context, mask=mask_i, **where))
+        return self.fusion(outs, x, mask=mask)
 
     def step(
         self,
@@ -144,13 +155,12 @@ class Fused(Mechanism):
         layout: Layout,
         context_layout: Layout | None = None,
     ) -> Float[Tensor, "b n c"]:
-        if Law.TOKEN_LOCAL not in self.fusion.card.laws:
-            return super().step(x, cache, context, mask=mask, layout=layout, context_layout=context_layout)
+        where: dict[str, Any] = {"layout": layout, "context_layout": context_layout}
+        if self.fusion.card.mixes_tokens:
+            return super().step(x, cache, context, mask=mask, **where)
         split = zip(self.branches.items(), self.fusion.split(x, -1), _masks(self.fusion, mask), strict=True)
-        outs = [
-            cast(Mechanism, branch).step(
-                x_i, cache.branch(name), context, mask=mask_i, layout=layout, context_layout=context_layout
-            )
-            for (name, branch), x_i, mask_i in split
-        ]
-        return self.fusion(outs, x)
+        outs: list[Tensor] = []
+        for (name, branch), x_i, mask_i in split:
+            newest, own = self.fusion.feed(x_i, outs), cache.branch(name)
+            outs.append(cast(Mechanism, branch).step(newest, own, context, mask=mask_i, **where))
+        return self.fusion(outs, x, mask=mask)

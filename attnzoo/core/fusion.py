@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnzoo.core.card import FusionCard
+from attnzoo.core.mask import NO_MASK, Mask
 from attnzoo.core.site import Site
 from attnzoo.errors import RecipeError
 
@@ -71,11 +72,23 @@ class Fusion(nn.Module, ABC):
         """
         return [x] * self.arity
 
+    def feed(self, part: Tensor, done: Sequence[Tensor]) -> Tensor:
+        """What the next branch works on: its part of x, unless what the branches before it gave has a say.
+
+        Args:
+            part: Of x, or of the query inside the heads, as `split` gives it.
+            done: What the branches before it gave, in order; none for the first.
+        """
+        return part
+
     @abstractmethod
     def merge(
         self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*_ n _"]
     ) -> Float[Tensor, "*_ n _"]:
         """One output from the branches' outputs.
+
+        A fusion that mixes tokens and claims masks takes one more, `mask` (with the default `NO_MASK`, so that type
+        checkers agree): of the claimed kinds only, and about its own tokens, so that `mask.keys` says which exist.
 
         Args:
             branches: k tensors (... n c).
@@ -83,19 +96,39 @@ class Fusion(nn.Module, ABC):
         """
 
     def merge_from_first(
-        self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*_ n _"]
+        self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*_ n _"], **handed: Any
     ) -> Float[Tensor, "*_ n _"]:
         """The merge reached from the first branch: a + γ (merge − a), γ = 0 at first."""
         first = branches[0]
-        return first + self.gamma * (self.merge(branches, x) - first)
+        return first + self.gamma * (self.merge(branches, x, **handed) - first)
 
     def forward(
-        self, branches: Sequence[Float[Tensor, "*b n c"]], x: Float[Tensor, "*_ n _"]
+        self,
+        branches: Sequence[Float[Tensor, "*b n c"]],
+        x: Float[Tensor, "*_ n _"],
+        *,
+        mask: Mask = NO_MASK,
     ) -> Float[Tensor, "*_ n _"]:
-        """`merge`, or `merge_from_first` with `start: identity`."""
+        """`merge`, or `merge_from_first` with `start: identity`.
+
+        Args:
+            branches: k tensors (... n c).
+            x: What the branches were given.
+            mask: Who may attend to whom, as the branches were told.
+
+        Raises:
+            UnsupportedMask: AZ402, for a kind that the card does not claim.
+        """
+        if not mask.free:
+            mask.only(*self.card.masks, by=self.card.name)
+        handed = {"mask": mask} if self.card.mixes_tokens and self.card.masks else {}
         if self.start == "identity":
-            return self.merge_from_first(branches, x) if self.arity > 1 else branches[0]
-        return self.merge(branches, x)
+            return self.merge_from_first(branches, x, **handed) if self.arity > 1 else branches[0]
+        return self.merge(branches, x, **handed)
+
+    def auxiliary(self, *_: Any, **shown: Any) -> Tensor | None:
+        """What it adds to the loss in training, where `card.auxiliary` says so; as of a `Component`."""
+        return None
 
     def init_weights(self) -> None:
         """Special initialisation; called at construction by whoever needs it and by hosts after their own."""

@@ -3,13 +3,13 @@
 from attnzoo.functional.additive import additive_scores
 from attnzoo.functional.balance import balance_loss
 from attnzoo.functional.einops import einsum, rearrange, reduce, repeat
-from attnzoo.functional.existing import existing, masked_group_norm, masked_mean
+from attnzoo.functional.existing import existing, masked_group_norm, masked_mean, mean_token
 from attnzoo.functional.heads import merge_heads, split_heads
 from attnzoo.functional.softmax import attention_from_scores, dot_product_attention, masked_softmax
 from attnzoo.functional.windows import relative_bias, unwindows, windows
 
 __all__ = [
     "additive_scores", "attention_from_scores", "balance_loss", "dot_product_attention", "einsum", "existing",
-    "masked_group_norm", "masked_mean", "masked_softmax", "merge_heads", "rearrange", "reduce", "relative_bias",
-    "repeat", "split_heads", "unwindows", "windows",
+    "masked_group_norm", "masked_mean", "masked_softmax", "mean_token", "merge_heads", "rearrange", "reduce",
+    "relative_bias", "repeat", "split_heads", "unwindows", "windows",
 ]  # fmt: skip

@@ -33,6 +33,17 @@ def masked_mean(t: Tensor, there: Tensor | None, dim: int | tuple[int, ...], kee
     ).clamp(min=1)
 
 
+def mean_token(t: Tensor, mask: Mask) -> Tensor:
+    """The mean of the tokens that exist, (... 1 c); zero where there are none.
+
+    Args:
+        t: Tokens (b n c), or inside the heads (b h n c).
+        mask: Who may attend to whom among them.
+    """
+    there = None if mask.keys is None else mask.keys.reshape(t.shape[0], *[1] * (t.ndim - 3), -1, 1)
+    return masked_mean(t, there, -2, keepdim=True)
+
+
 def masked_group_norm(norm: nn.GroupNorm, x: Tensor, there: Tensor | None = None) -> Tensor:
     """γ (x - μ) / √(σ² + ε) + β; μ and σ² of a group of channels are over all tokens of a sample that exist.
 

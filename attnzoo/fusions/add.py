@@ -28,5 +28,5 @@ class Add(Fusion):
     def merge(self, branches, x):
         return reduce(add, branches)
 
-    def merge_from_first(self, branches, x):
+    def merge_from_first(self, branches, x, **handed):
         return torch.addcmul(branches[0], self.gamma, reduce(add, branches[1:]))

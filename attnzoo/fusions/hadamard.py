@@ -26,5 +26,5 @@ class Hadamard(Fusion):
     def merge(self, branches, x):
         return reduce(mul, branches)
 
-    def merge_from_first(self, branches, x):
+    def merge_from_first(self, branches, x, **handed):
         return branches[0] * (1 + self.gamma * reduce(mul, branches[1:]))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from attnzoo.core import Card, Family, Law
+from attnzoo.core import Card, Family, FusionCard, Law
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,6 @@ class Requirements:
         open_end: Why the last token is not where the grid ends; empty when it is.
         drops_tokens: Why tokens may be missing from the grid, and the others in any order; empty when they may not.
         rotary: Whether queries and keys are turned by their positions, which happens inside the heads.
-        token_local: Whether fusions must not mix tokens, because later ones are hidden.
         no_maps: Why no map can be handed over; empty when it can.
     """
 
@@ -32,7 +31,6 @@ class Requirements:
     open_end: str = ""
     drops_tokens: str = ""
     rotary: bool = False
-    token_local: bool = False
     no_maps: str = ""
 
 
@@ -70,4 +68,18 @@ def unmet(card: Card, required: Requirements) -> list[str]:
     if card.given and required.no_maps:
         maps = ", ".join(f"`{name}`" for name in card.given)
         reasons.append(f"`{card.name}` needs the map {maps} from the caller; {required.no_maps}")
+    return reasons
+
+
+def unmet_by_fusion(card: FusionCard, required: Requirements) -> list[str]:
+    """The reasons why a fusion cannot merge there, whatever its branches; none when it can."""
+    hidden = {"causal": "later tokens are", "keys": "padding is", "pairs": "pairs of tokens are"}
+    does = "mixes tokens" if card.mixes_tokens else "lets a branch work on what others gave"
+    reasons = [
+        f"{words} hidden there, and this fusion {does}"
+        for kind, words in hidden.items()
+        if kind in required.masks and kind not in card.masks
+    ]
+    if required.context and card.mixes_tokens:
+        reasons.append("masks are about the context there, and this fusion mixes its own tokens")
     return reasons

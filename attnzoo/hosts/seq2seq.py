@@ -284,7 +284,7 @@ class Seq2SeqInfo(HostInfo):
         if site.endswith(".cross"):
             return replace(own, context=True, rotary=False)
         if site.endswith(".self"):
-            return replace(own, masks=frozenset({"keys", "causal"}), token_local=True)
+            return replace(own, masks=frozenset({"keys", "causal"}))
         return own
 
     def module_path(self, site: str) -> str:

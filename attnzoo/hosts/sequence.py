@@ -149,12 +149,11 @@ class SequenceInfo(HostInfo):
         causal = self.form.causal
         own = Requirements(
             masks=frozenset({"causal"} if causal else ()),
-            token_local=causal,
             varying_length="sequences may differ in length" if causal else "",
             rotary=self.form.positions == "rotary",
             no_maps="a model of kind sequence takes a sequence alone",
         )
-        return replace(own, masks=frozenset(), token_local=False, rotary=False) if site == POOL else own
+        return replace(own, masks=frozenset(), rotary=False) if site == POOL else own
 
     def module_path(self, site: str) -> str:
         return f"{site}.attn"

@@ -87,7 +87,12 @@ class Planner:
         entry, options, place = component
         known = cast(list[Plan], branches)
         on_tokens = [branch for branch in known if not branch.inside_heads]
-        inside = spec.level == "heads" or (spec.level is None and not on_tokens)
+        merges_inside = entry.value.card.inside_heads
+        inside = spec.level == "heads" or (spec.level is None and not on_tokens and merges_inside)
+        if inside and not merges_inside:
+            message, why = f"`{entry.name}` cannot fuse inside the heads", "it merges on tokens only"
+            self.fault("AZ303", message, place, why, "write `level: tokens`")
+            return None
         if inside and on_tokens:
             names = ", ".join(f"`{branch.entry.name}`" for branch in on_tokens)
             why, help = "what has projections of its own works on tokens", "write `level: tokens`"

@@ -10,13 +10,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from attnzoo.core import Head, Law, Mechanism, Pool, Site
+from attnzoo.core import Head, Mechanism, Pool, Site
 from attnzoo.core.card import ROLLOUT, Given
 from attnzoo.errors import Diagnostic, Place, RecipeError
 from attnzoo.hosts import seq2seq, sequence
 from attnzoo.hosts.info import POOL, BackboneInfo, HostInfo, unallocated
 from attnzoo.hosts.kinds import HOSTS, TAKEN
-from attnzoo.hosts.requirements import Requirements, unmet
+from attnzoo.hosts.requirements import Requirements, unmet, unmet_by_fusion
 from attnzoo.hosts.rollout import asks, one_map
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.sequence import SequenceInfo
@@ -380,13 +380,11 @@ def _misfits(plans: Mapping[str, Plan | None], info: HostInfo, zoo: Zoo) -> tupl
                     Diagnostic("AZ302", message, leaf.place, why, _who_can(required, zoo, leaf.entry))
                 )
                 told.add((leaf.place, required))
-        for fusion in plan.fusions() if required.token_local else ():
-            if Law.TOKEN_LOCAL not in fusion.entry.value.card.laws:
+        for fusion in plan.fusions():
+            for why in unmet_by_fusion(fusion.entry.value.card, required)[:1]:
                 message = f"`{fusion.entry.name}` cannot fuse at {name}"
-                why = "later tokens are hidden there, and this fusion mixes tokens"
-                can = [
-                    name for name, entry in zoo.fusions.items() if Law.TOKEN_LOCAL in entry.value.card.laws
-                ]
+                cards = {one: entry.value.card for one, entry in zoo.fusions.items()}
+                can = [one for one, card in cards.items() if not unmet_by_fusion(card, required)]
                 help = f"who can: {', '.join(f'`{one}`' for one in can)}"
                 faults.append(Diagnostic("AZ302", message, fusion.place, why, help))
                 met = False

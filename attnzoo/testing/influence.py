@@ -46,7 +46,7 @@ def random_mask(scene: Scene, kinds: frozenset[str] | set[str], stream: int = 50
         heads: Whether `pairs` tell heads apart, where the component has more than one.
     """
     n, m, random = scene.layout.length, scene.reads, scene.generator(stream)
-    h = scene.site.heads if heads and not scene.card.one_head else 1
+    h = scene.site.heads if heads and not getattr(scene.card, "one_head", False) else 1
     keys = torch.rand(scene.batch, m, generator=random) < 0.6
     pairs = torch.rand(scene.batch, h, n, m, generator=random) < 0.6
     pairs |= torch.eye(n, m, dtype=torch.bool)

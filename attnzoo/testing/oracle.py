@@ -21,7 +21,7 @@ from attnzoo.core import Fusion, Head, Layout, Mask, Mechanism, watch
 from attnzoo.core.mask import KINDS
 from attnzoo.errors import RecipeError
 from attnzoo.testing.report import CheckResult
-from attnzoo.testing.strategies import Scene, scenes
+from attnzoo.testing.strategies import Scene, outputs, scenes
 
 Oracle = Callable[..., Any]
 """What a component must give: a function of some of the arguments that `against` lists, by name."""
@@ -167,7 +167,7 @@ class Case:
     def _found(self, component: Any, named: dict[str, Any], mask: Mask) -> Tensor:
         layout = self.scene.layout
         if isinstance(component, Fusion):
-            return component(named["branches"], named["x"])
+            return component(outputs(component, [*named["branches"], named["x"]]), named["x"], mask=mask)
         tensors = list(named.values())
         where: dict[str, Any] = {"mask": mask, "layout": layout}
         if isinstance(component, Head):
@@ -183,13 +183,13 @@ class Case:
 
     def _wanted(self, oracle: Oracle, component: Any, named: dict[str, Any], mask: Mask) -> Any:
         known = {"component": component, "options": self.options, **named}
+        layout, reads = self.scene.layout, self.context or self.scene.layout
+        b, h, n, m = self.scene.batch, self.scene.site.heads, layout.length, reads.length
+        known |= {"mask": mask, "allowed": _allowed(mask, b, h, n, m)}
+        known["keys"] = torch.ones(b, m, dtype=torch.bool) if mask.keys is None else mask.keys
         if not isinstance(component, Fusion):
-            layout, reads = self.scene.layout, self.context or self.scene.layout
             where = reads if isinstance(component, Head) else layout
-            known |= {"mask": mask, "layout": where, "context_layout": self.context, **self.maps(where)}
-            b, h, n, m = self.scene.batch, self.scene.site.heads, layout.length, reads.length
-            known["allowed"] = _allowed(mask, b, h, n, m)
-            known["keys"] = torch.ones(b, m, dtype=torch.bool) if mask.keys is None else mask.keys
+            known |= {"layout": where, "context_layout": self.context, **self.maps(where)}
         parameters = inspect.signature(oracle).parameters.values()
         missing = [p.name for p in parameters if p.name not in known and p.default is p.empty]
         if missing:
@@ -299,10 +299,10 @@ def cases(cls: type, options: Callable[[dict[str, Any]], bool] | None = None) ->
         rows = scene.site.heads * scene.layout.length
         scene = replace(scene, batch=max(1, min(scene.batch, MOST_ROWS // rows)))
         card = scene.card
-        if issubclass(cls, Fusion):
-            return Case(scene)
         claimed = [kind for kind in KINDS if kind in card.masks]
         together = [kinds for size in range(len(claimed), -1, -1) for kinds in combinations(claimed, size)]
+        if issubclass(cls, Fusion):
+            return Case(scene, together[chosen % len(together)] if card.mixes_tokens else ())
         found = Case(
             scene,
             together[chosen % len(together)],
@@ -404,9 +404,11 @@ def against(cls: type, **how: Any) -> Callable[[Oracle], Callable[[], None]]:
     - a head: `q` (b h n d), `k` and `v` (b h m d), and `layout`, of the keys;
     - a mechanism: `x` (b n c), `source` (b m e), which is the context or x itself, `layout` of x, `context_layout`;
     - a pool: `x` (b n c) and `layout`;
-    - a fusion: `branches`, k tensors (... n c), and `x` (... n c);
-    - all but a fusion: `mask`; `allowed`, the whole mask as one boolean (b h n m); `keys`, which tokens that are read
-      from exist (b m); and the maps that the card names.
+    - a fusion: `branches`, k tensors (... n c), and `x` (... n c); where a fusion feeds branches with what others
+      gave, branch i gives branches[i] + (what it is fed − x);
+    - all: `mask`; `allowed`, the whole mask as one boolean (b h n m); `keys`, which tokens that are read from exist
+      (b m);
+    - all but a fusion: the maps that the card names.
 
     Args:
         cls: A mechanism, head, pool or fusion.

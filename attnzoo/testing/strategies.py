@@ -278,11 +278,11 @@ class Scene:
         Args:
             component: What `build` returned.
             tensors: What `inputs` returned; several times as many samples, too.
-            mask: Who may attend to whom; not for a fusion.
+            mask: Who may attend to whom.
             given: Maps; those of the scene when None.
         """
         if isinstance(component, Fusion):
-            return component(list(tensors[:-1]), tensors[-1])
+            return component(outputs(component, tensors), tensors[-1], mask=mask)
         where: dict[str, Any] = {"mask": mask, "layout": self.layout}
         maps = self.given if given is None else given
         if maps:
@@ -347,6 +347,23 @@ class Scene:
                 f"CHECKS[{check!r}]({self.component.__name__}, scene)",
             ]
         )
+
+
+def outputs(fusion: Fusion, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What branches give that pass on what they are fed: b_i + (what is fed − what would be without `feed`).
+
+    Args:
+        fusion: Which feeds them.
+        tensors: b_1, ..., b_k, and x.
+    """
+    *branches, x = tensors
+    if type(fusion).feed is Fusion.feed:
+        return branches
+    given: list[Tensor] = []
+    for branch, part in zip(branches, fusion.split(x, fusion.head_axis), strict=True):
+        fed = fusion.feed(part, given)
+        given.append(branch if fed is part else branch + (fed - part))
+    return given
 
 
 def _site_text(site: Site) -> str:
@@ -453,7 +470,8 @@ def scenes(
     fewest, most = card.arity if fusion else (1, 1)
     arities = range(fewest, 1 + (max(fewest, 4) if most is None else min(most, max(fewest, 4))))
     places = PLACES if not fusion else [place for place in PLACES if place[2] < 3 and place[4]]
-    levels = [(arity, inside) for arity in arities for inside in ((False, True) if fusion else (False,))]
+    insides = (False, True) if fusion and card.inside_heads else (False,)
+    levels = [(arity, inside) for arity in arities for inside in insides]
     # two in three without a context, where there may be one
     across = (False,) if fusion else (True,) if card.context_grid is not None else (False, False, True)
 
@@ -461,6 +479,8 @@ def scenes(
         options, (prefix, batch, heads, head_dim, bias), (arity, inside), across, grid, seed = drawn
         heads = arity * heads  # so that a fusion can deal them out
         site = Site("check", heads * head_dim, heads, Layout(grid, prefix), qkv_bias=bias, proj_bias=bias)
+        if fusion:  # which may know how deep it is
+            site = replace(site, layer=seed % 4, depth=4)
         drawn_scene = Scene(cls, site, options, batch, seed, arity, inside)
         return drawn_scene.across() if across and drawn_scene.card.context else drawn_scene
 

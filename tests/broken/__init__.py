@@ -194,6 +194,12 @@ BROKEN = [
     ("check_gamma", fusions.StopsGamma, fusions.HealthyFusion),
     ("check_gamma", fusions.FirstGammaForAll, fusions.HealthyFusion),
     ("check_every_branch_counts", fusions.LosesMiddleBranch, fusions.HealthySum),
+    ("check_fused_masks", fusions.CountsPadding, fusions.HealthyPooled),
+    ("check_fused_masks", fusions.LooksAhead, fusions.HealthyPooled),
+    ("check_fused_masks", fusions.HandsOnPairs, fusions.HealthySeries),
+    ("check_fused_masks", fusions.ClaimsTokens, fusions.HealthyFusion),
+    ("check_single", fusions.FeedsTwice, fusions.HealthySeries),
+    ("check_auxiliary", fusions.ForgetsLoss, fusions.HealthyRouter),
 ]
 """The check that must catch it, the broken part, and a healthy part that passes the same check."""
 

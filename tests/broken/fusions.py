@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from attnzoo.core import Fusion, FusionCard, Law, Site, Start, Tap
+from attnzoo.core import NO_MASK, Fusion, FusionCard, Law, Site, Start, Tap
+from attnzoo.functional import mean_token
 from broken.heads import claims
 
 
@@ -194,3 +195,84 @@ class SeesTheLastToken(HealthyFusion):
 
     def merge(self, branches, x):
         return super().merge(branches, x) * (1 + 0.1 * (x.shape[-2] > 1))
+
+
+class HealthyPooled(Fusion):
+    """The mean, with a gate for each channel from the mean of the tokens that exist."""
+
+    card = FusionCard(name="healthy_pooled", summary="A pooled gate.", masks={"keys"})
+
+    def merge(self, branches, x, mask=NO_MASK):
+        total = sum(branches) / self.arity
+        return total * mean_token(total, self.known(mask)).sigmoid()
+
+    def known(self, mask):
+        """The mask that it reads."""
+        return mask
+
+
+class CountsPadding(HealthyPooled):
+    def known(self, mask):
+        return NO_MASK
+
+
+class LooksAhead(HealthyPooled):
+    card = claims(HealthyPooled, masks={"keys", "causal"})
+
+
+class ClaimsTokens(HealthyFusion):
+    """Each token sees the one after it, and the card says that it sees itself alone."""
+
+    def merge(self, branches, x):
+        return super().merge([branch.roll(-1, dims=-2) for branch in branches], x)
+
+
+class HealthySeries(Fusion):
+    """One branch after the other."""
+
+    card = FusionCard(
+        name="healthy_series",
+        summary="One after the other.",
+        laws={Law.SINGLE, Law.TOKEN_LOCAL},
+        masks={"keys", "causal"},
+        inside_heads=False,
+    )
+
+    def feed(self, part, done):
+        return done[-1] if done else part
+
+    def merge(self, branches, x):
+        return branches[-1]
+
+
+class HandsOnPairs(HealthySeries):
+    card = claims(HealthySeries, masks={"keys", "causal", "pairs"})
+
+
+class FeedsTwice(HealthySeries):
+    def feed(self, part, done):
+        return done[-1] if done else 2 * part
+
+
+class HealthyRouter(Fusion):
+    """A mixture with shares for each token, which shall be large for no branch."""
+
+    card = FusionCard(
+        name="healthy_router", summary="A mixture.", laws={Law.SINGLE, Law.TOKEN_LOCAL}, auxiliary="mean p²"
+    )
+
+    def __init__(self, site: Site, arity: int, *, start: Start = "free"):
+        super().__init__(site, arity, start=start)
+        self.route, self.shares = nn.Linear(site.dim, arity), Tap("b n k")
+
+    def auxiliary(self, *, shares):
+        return shares.square().mean()
+
+    def merge(self, branches, x):
+        shares = self.shares(self.route(x).softmax(dim=-1))
+        return sum(shares[..., i : i + 1] * branch for i, branch in enumerate(branches))
+
+
+class ForgetsLoss(HealthyRouter):
+    def auxiliary(self, *, shares):
+        return None

@@ -99,13 +99,18 @@ def check_options_matter(cls: Checkable, scene: Scene) -> None:
     """Every value of every option changes something, whatever the others are: the card, parameters, or an output."""
     settings = settings_of(cls)
     base = scene.roomy(6)
-    base = base.at(replace(base.site, heads=2, dim=32)) if not issubclass(cls, Fusion) else base
+    if issubclass(cls, Fusion):  # which may know how deep it is, and count branches and channels
+        arity = min(4, cls.card.arity[1] or 4)
+        site = replace(base.site, heads=arity, dim=24, depth=24)
+        bases = [replace(base, site=replace(site, layer=layer), arity=arity) for layer in (1, 2, 3)]
+    else:
+        bases = [base.at(replace(base.site, heads=2, dim=32))]
     names = sorted({name for setting in settings for name in setting})
     traits: dict[int, Any] = {}
 
     def of(i: int) -> Any:
         if i not in traits:
-            traits[i] = _traits(replace(base, options=settings[i]))
+            traits[i] = [_traits(replace(base, options=settings[i])) for base in bases]
         return traits[i]
 
     for name in names:
@@ -118,7 +123,7 @@ def check_options_matter(cls: Checkable, scene: Scene) -> None:
             for (a, i), (b, j) in itertools.combinations(members, 2):
                 pairs.setdefault((repr(a), repr(b)), []).append((i, j))
         for (a, b), among in pairs.items():
-            matters = any(_differ(of(i), of(j)) for i, j in among)
+            matters = any(_differ(x, y) for i, j in among for x, y in zip(of(i), of(j), strict=True))
             claim(
                 matters,
                 f"`{name}: {a}` is not `{name}: {b}`",

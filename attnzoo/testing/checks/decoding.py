@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.core import Card, Family, Fused, Head, KVCache, Law, Layout, Mask, Mechanism, MultiHead, Site
+from attnzoo.core import KVCache, Layout, Mask, Mechanism
+from attnzoo.testing.checks.fusions import fused_tokens
 from attnzoo.testing.claim import claim, requires, same
 from attnzoo.testing.influence import random_mask
 from attnzoo.testing.strategies import Checkable, Scene
@@ -158,48 +159,15 @@ def check_step_with_context(cls: Checkable, scene: Scene) -> None:
     same(out, expected, "after `select`, with a context, samples go on as themselves")
 
 
-class _Plain(Head):
-    """Softmax attention, as a branch."""
-
-    card = Card(
-        name="plain", family=Family.DOT_PRODUCT, summary="A branch.", masks={"causal"}, incremental=True
-    )
-
-    def attend(self, q, k, v, *, mask, layout):
-        seen = mask.dense(q.shape[2], k.shape[2])
-        return (q @ k.mT).masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v
-
-
-@requires("fusion", share=0.4)
+@requires("fusion", mask="causal", share=0.4)
 def check_fused_decoding(cls: Checkable, scene: Scene) -> None:
-    """With branches that decode token by token the fusion does, too.
-
-    A fusion of tokens by themselves gives the rows of the full pass; one that mixes tokens, those of the tokens so far.
-    """
+    """With branches that decode token by token the fusion does, too."""
     scene = replace(scene, inside=False).with_layout((5,), prefix=0)
-    site = scene.site
-
-    def branch(place: Site) -> MultiHead:
-        return MultiHead(place, _Plain(place))
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(scene.seed)
-        fused = Fused(site, lambda s, k: cls(s, k, **scene.options), [branch] * scene.arity)  # type: ignore
-    fused = fused.double().eval()
-    with torch.no_grad():
-        for parameter in fused.parameters():
-            parameter.add_(scene.random(*parameter.shape, stream=6), alpha=0.3)
-    x = scene.random(scene.batch, 5, site.dim, stream=1)
-    full = fused(x, mask=Mask(causal=True), layout=site.layout)
+    fused, x = fused_tokens(scene), scene.random(scene.batch, 5, scene.site.dim, stream=1)
+    full = fused(x, mask=Mask(causal=True), layout=scene.layout)
     claim(
         tuple(full.shape) == tuple(x.shape), "fused mechanisms give tokens", f"they give {tuple(full.shape)}"
     )
-    if Law.TOKEN_LOCAL not in scene.card.laws:
-        parts = [
-            fused(x[:, :end], mask=Mask(causal=True), layout=Layout((end,)))[:, start:]
-            for start, end in ((0, 1), (1, 4), (4, 5))
-        ]
-        full = torch.cat(parts, dim=1)
     same(
         _steps(fused, x, [1, 3, 1], KVCache()), full, "a fusion of what decodes step by step decodes so, too"
     )

@@ -1,12 +1,68 @@
-"""Claims about fusions: what branches are handed, how many there may be, and how γ lets the others in."""
+"""Claims about fusions: what branches are handed, how many there may be, masks, and how γ lets the others in."""
 
 from dataclasses import replace
 
 import torch
 
-from attnzoo.core import Fusion, options_of
+from attnzoo.core import (
+    Card,
+    Family,
+    Fused,
+    FusedHeads,
+    Fusion,
+    Head,
+    Mechanism,
+    MultiHead,
+    Site,
+    options_of,
+)
+from attnzoo.core.mask import KINDS
 from attnzoo.testing.claim import claim, refused, requires, same
-from attnzoo.testing.strategies import Checkable, Scene
+from attnzoo.testing.influence import allowed, changed, random_mask, some_kinds
+from attnzoo.testing.strategies import Checkable, Scene, outputs
+
+
+class _Plain(Head):
+    """Softmax attention, as a branch."""
+
+    card = Card(
+        name="plain",
+        family=Family.DOT_PRODUCT,
+        summary="A branch.",
+        masks={*KINDS},
+        context=True,
+        incremental=True,
+    )
+
+    def attend(self, q, k, v, *, mask, layout):
+        scores, seen = q @ k.mT, mask.dense(q.shape[2], k.shape[2])
+        if seen is None:
+            return scores.softmax(dim=-1) @ v
+        scores = scores.masked_fill(~seen, -torch.inf)
+        empty = ~seen.any(dim=-1, keepdim=True)
+        return (scores.masked_fill(empty, 0.0).softmax(dim=-1) @ v).masked_fill(empty, 0.0)
+
+
+def fused_tokens(scene: Scene) -> Mechanism:
+    """The fusion of plain attention as often as it has branches, at its level, moved away from where it starts."""
+
+    def fusion(site: Site, arity: int) -> Fusion:
+        return scene.component(site, arity, **scene.options)  # type: ignore[call-arg, return-value]
+
+    def branch(place: Site) -> MultiHead:
+        return MultiHead(place, _Plain(place))
+
+    fused: Mechanism
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(scene.seed)
+        if scene.inside:
+            fused = MultiHead(scene.site, FusedHeads(scene.site, fusion, [_Plain] * scene.arity))
+        else:
+            fused = Fused(scene.site, fusion, [branch] * scene.arity)
+    with torch.no_grad():
+        for parameter in fused.double().parameters():
+            parameter.add_(scene.random(*parameter.shape, stream=6), alpha=0.3)
+    return fused.eval()
 
 
 @requires("fusion")
@@ -31,6 +87,34 @@ def check_arity_refused(cls: Checkable, scene: Scene) -> None:
         refused("AZ312", claimed, replace(scene, arity=arity).construct)
 
 
+@requires("fusion", share=0.4)
+def check_fused_masks(cls: Checkable, scene: Scene) -> None:
+    """What masks hide from branches of plain attention is hidden from what is merged; other kinds are refused."""
+    scene = scene.with_layout((5,))
+    fused, x = fused_tokens(scene), scene.random(scene.batch, scene.layout.length, scene.site.dim, stream=1)
+    for kind in set(KINDS) - scene.card.masks:
+        refused(
+            "AZ402",
+            f"masks: no {kind}, so a mask of that kind",
+            fused,
+            x,
+            mask=random_mask(scene, {kind}),
+            layout=scene.layout,
+        )
+    for kinds in [frozenset({kind}) for kind in KINDS if kind in scene.card.masks] + some_kinds(scene, 2):
+        mask = random_mask(scene, kinds, heads=False)
+        before, j = fused(x, mask=mask, layout=scene.layout), scene.seed % x.shape[1]
+        where = (torch.arange(x.shape[1]) == j).expand(x.shape[:2])
+        moved = (fused(changed(x, where, scene), mask=mask, layout=scene.layout) - before).detach().abs()
+        hidden = ~allowed(scene, mask)[:, :, j]
+        beyond = float(moved.amax(dim=-1).masked_fill(~hidden, 0.0).max())
+        claim(
+            beyond <= 1e-12,
+            f"masks: {', '.join(sorted(kinds))}, so what is hidden has no influence",
+            f"token {j} changes one by {beyond:.2e}",
+        )
+
+
 def _gated(scene: Scene, gamma: float) -> Fusion:
     """The fusion with `start: identity` and every γ of this value; otherwise as built."""
     fusion = scene.build()
@@ -51,7 +135,7 @@ def check_gamma(cls: Checkable, scene: Scene) -> None:
     first, zero, one = inputs[0], _gated(scene, 0.0), _gated(scene, 1.0)
     same(scene.run(zero, inputs), first, "with γ = 0 the output is the first branch", 0)
     whole = scene.run(one, inputs)
-    merged = one.merge(inputs[:-1], inputs[-1])
+    merged = one.merge(outputs(one, inputs), inputs[-1])
     reached = [bool(torch.allclose(whole, target, rtol=0, atol=1e-9)) for target in (merged, merged + first)]
     claim(
         any(reached),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from attnzoo.core import Fusion, Head, Law, MultiHead, auxiliary_losses
+from attnzoo.core import Fusion, Head, Law, MultiHead, auxiliary_losses, find_taps
 from attnzoo.core.auxiliary import wanted_by
 from attnzoo.testing.claim import DRAWS, claim, requires
 from attnzoo.testing.influence import hard, partial
@@ -160,19 +160,19 @@ def check_every_channel_counts(cls: Checkable, scene: Scene) -> None:
         claim(fine, f"every channel of the {name} has influence, as others have", f"channel {where} has none")
 
 
-@requires("mechanism", "pool", where=lambda card: bool(card.auxiliary), wide=True, share=0.4)
+@requires("mechanism", "pool", "fusion", where=lambda card: bool(card.auxiliary), wide=True, share=0.4)
 def check_auxiliary(cls: Checkable, scene: Scene) -> None:
     """The loss that it adds in training is made of its own taps, one finite number, and some parameter learns of it.
 
-    Under the defaults, with four heads or more: other options, and few heads, may leave nothing to balance.
+    Under the defaults, with four heads or more, and two branches: fewer, and other options, may leave nothing to do.
     """
     heads = max(4, scene.site.heads)
     site = replace(scene.site, heads=heads, dim=heads * scene.site.head_dim)
     scene = scene.at(site).crowded().roomy()
     component, inputs = scene.build().train(), scene.inputs()
     own = component.inner if isinstance(component, MultiHead) else component
-    unknown = set(wanted_by(own)) - set(scene.card.taps)
-    claim(not unknown, "`auxiliary` is made of what taps show", f"{sorted(unknown)} are no taps of the card")
+    unknown = set(wanted_by(own)) - set(find_taps(own))
+    claim(not unknown, "`auxiliary` is made of what taps show", f"{sorted(unknown)} are no taps of it")
     with auxiliary_losses(component) as extra:
         scene.run(component, inputs)
     found = list(extra.by_component().values())

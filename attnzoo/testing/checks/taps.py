@@ -38,6 +38,8 @@ def check_taps(cls: Checkable, scene: Scene) -> None:
         return  # one branch from which to start is the result: nothing is merged
     component, inputs = scene.build(), scene.inputs()
     sizes = {"b": scene.batch, "n": scene.layout.length, "m": scene.reads, "c": scene.site.dim}
+    if scene.inside:
+        sizes |= {"h": scene.site.heads, "d": scene.site.head_dim}
     if isinstance(scene.card, Card) and scene.card.grid is not None:
         del sizes["n"], sizes["m"]  # of windows, perhaps
     masks = [NO_MASK] if isinstance(component, Fusion) else [NO_MASK, random_mask(scene, scene.card.masks)]
@@ -47,8 +49,8 @@ def check_taps(cls: Checkable, scene: Scene) -> None:
         claim(kind_of(last) in KINDS, f"taps are called {', '.join(KINDS)}", f"one is called `{name}`")
         claim(len(seen) == 1, f"the tap `{name}` fires once in a forward", f"it fires {len(seen)} times")
         axes = tap.axes.split()
-        if isinstance(component, Fusion) and scene.inside and "n" in axes:
-            axes = [axes[0], "h", *axes[1:]]  # a fusion is written for (... n c)
+        if scene.inside and axes[0] == "b":  # a fusion is written for (... n c)
+            axes = ["b", "h", *("d" if axis == "c" else axis for axis in axes[1:])]
         shape = tuple(seen[0].shape)
         fits = len(axes) == len(shape)
         claim(fits, f"the tap `{name}` has axes `{tap.axes}`", f"it shows a tensor of shape {shape}")
