@@ -8,7 +8,7 @@ from by_hand import caught, count, narrow, near, normal, place, row, seen, wrong
 
 from attnzoo.core import Layout, Mask, options_of
 from attnzoo.functional import masked_softmax
-from attnzoo.mechanisms.sparse.entmax import Entmax, masked_entmax
+from attnzoo.mechanisms.dot_product.entmax import Entmax, masked_entmax
 from attnzoo.testing import against
 
 

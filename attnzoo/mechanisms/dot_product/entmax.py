@@ -64,7 +64,7 @@ class Entmax(Head):
 
     card = Card(
         name="entmax",
-        family=Family.SPARSE,
+        family=Family.DOT_PRODUCT,
         summary="Sparse weights in the place of a softmax: exact 1.5-entmax, or sparsemax.",
         paper=Paper(
             "Sparse Sequence-to-Sequence Models",
