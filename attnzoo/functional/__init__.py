@@ -2,6 +2,7 @@
 
 from attnzoo.functional.additive import additive_scores
 from attnzoo.functional.balance import balance_loss
+from attnzoo.functional.causal import causal_sums
 from attnzoo.functional.einops import einsum, rearrange, reduce, repeat
 from attnzoo.functional.existing import existing, masked_group_norm, masked_mean, mean_token
 from attnzoo.functional.heads import merge_heads, split_heads
@@ -9,7 +10,7 @@ from attnzoo.functional.softmax import attention_from_scores, dot_product_attent
 from attnzoo.functional.windows import relative_bias, unwindows, windows
 
 __all__ = [
-    "additive_scores", "attention_from_scores", "balance_loss", "dot_product_attention", "einsum", "existing",
+    "additive_scores", "attention_from_scores", "balance_loss", "causal_sums", "dot_product_attention", "einsum", "existing",
     "masked_group_norm", "masked_mean", "masked_softmax", "mean_token", "merge_heads", "rearrange", "reduce",
     "relative_bias", "repeat", "split_heads", "unwindows", "windows",
 ]  # fmt: skip

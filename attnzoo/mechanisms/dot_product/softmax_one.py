@@ -64,7 +64,7 @@ class SoftmaxOne(Head):
 
     def _sink(self, like):
         """s of each head, in the shape and dtype of (b h n 1)."""
-        return self.sink[:, None, None].to(like.dtype).expand_as(like)
+        return self.get_parameter("sink")[:, None, None].to(like.dtype).expand_as(like)
 
     def _fused(self, q, k, v, mask):
         """The sink is a key before the first, of zeros; where its score is learned, a channel is added to hold it."""

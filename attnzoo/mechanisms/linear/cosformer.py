@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Head, Law, Paper, Site
+from attnzoo.functional import causal_sums
 
 EPS = 1e-6
 """ε, the authors'."""
@@ -32,21 +32,7 @@ def angles(q: Tensor, k: Tensor, keys: Tensor | None, length: int | None) -> tup
     return turn[:, :, -n:], turn[:, :, -m:]
 
 
-def causal_sums(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
-    """Σ_{j ≤ i} q_i·k_j v_j for each query i, the last being the last key's; (b h n r), (b h m r), (b h m e).
-
-    Pairs are formed in chunks of w tokens; t chunks hand on states (r e), so that memory is linear in the tokens.
-    """
-    n, m = q.shape[2], k.shape[2]
-    length = -(-max(n, m) // chunk) * chunk
-    # (b h t w ·); what is too few stands in front, as zeros
-    q, k, v = (F.pad(x, (0, 0, length - x.shape[2], 0)).unflatten(2, (-1, chunk)) for x in (q, k, v))
-    states = F.pad((k.mT @ v).cumsum(dim=2), (0, 0, 0, 0, 1, -1))  # of the chunks before
-    return ((q @ k.mT).tril() @ v + q @ states).flatten(2, 3)[:, :, length - n :]
-
-
 fx.wrap("angles")  # symbolic tracing knows no lengths
-fx.wrap("causal_sums")
 
 
 class Cosformer(Head):
