@@ -2,18 +2,27 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
 
 import pytest
 import torch
 from by_hand import caught, narrow, near, normal, place, wrong
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from attnzoo.core import Layout, Mask, Site
+from attnzoo.core import NO_MASK, Layout, Mask, Site, watch
 from attnzoo.errors import RecipeError
+from attnzoo.functional import Windows, tiles_save
 from attnzoo.mechanisms.dot_product.softmax import Softmax
-from attnzoo.mechanisms.local.neighborhood import Neighborhood, windows
+from attnzoo.mechanisms.local.neighborhood import Neighborhood
 from attnzoo.testing import against
+
+
+def windows(length, window, stride, dilation, causal):
+    """Who sees whom along one dimension."""
+    return Windows(length, window, stride, dilation, causal).seen(torch.device("cpu"))
 
 
 def window_of(
@@ -196,3 +205,90 @@ def test_a_stride_longer_than_the_window_is_refused():
 
 def test_narrow_numbers_stay_near():
     narrow(Neighborhood, [(2, 3, 7, 4)] * 3, site=place(12, 3, 7), window=3)
+
+
+# Tiles
+
+
+TILED = [
+    ((300,), 0, {}),
+    ((300,), 2, {"window": 5, "dilation": 3}),
+    ((257,), 1, {"window": 9, "stride": 4, "causal": True}),
+    ((24, 20), 0, {}),
+    ((31, 29), 3, {"window": 5, "stride": 3}),
+    ((25, 33), 1, {"window": 3, "dilation": 2, "causal": True}),
+    ((33, 39), 0, {"window": 7, "stride": 7}),
+    ((9, 8, 10), 2, {"window": 3}),
+]
+
+
+def both(grid, prefix, options, mask=NO_MASK, batch=2, dim=6):
+    """What tiles give and what the dense form gives, with the gradients of a random sum, in float64."""
+    layout, head = Layout(grid, prefix), Neighborhood(place(dim, 2, 4), **options).double()
+    assert tiles_save(head.along(layout))
+    inputs = [t.requires_grad_() for t in normal(3, batch, 2, layout.length, dim // 2)]
+    found = []
+    for watched in (False, True):
+        with watch(head, None, lambda name, seen: None) if watched else nullcontext():
+            out = head(*inputs, mask=mask, layout=layout)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        found.append((out, *torch.autograd.grad((out * weight).sum(), inputs)))
+    return found
+
+
+@pytest.mark.parametrize(("grid", "prefix", "options"), TILED)
+@pytest.mark.parametrize("kind", ["no mask", "keys", "causal", "keys and causal"])
+def test_identity_tiles_are_the_dense_form(grid, prefix, options, kind):
+    length = math.prod(grid) + prefix
+    keys = torch.rand(2, length) > 0.3 if "keys" in kind else None
+    tiles, dense = both(grid, prefix, options, Mask(keys=keys, causal="causal" in kind))
+    for one, other in zip(tiles, dense, strict=True):
+        near(one, other)
+
+
+def test_identity_tiles_of_a_sample_without_keys_are_zero():
+    keys = torch.ones(2, 480, dtype=torch.bool)
+    keys[1] = False
+    tiles, dense = both((24, 20), 0, {}, Mask(keys=keys))
+    assert not tiles[0][1].any() and all(bool(t.isfinite().all()) for t in tiles)
+    near(tiles[0], dense[0])
+
+
+def test_identity_small_grids_are_dense():
+    assert not tiles_save(Neighborhood(place(4, 2, 4)).along(Layout((7, 7))))
+    assert tiles_save(Neighborhood(place(4, 2, 4)).along(Layout((64, 64))))
+
+
+@pytest.mark.parametrize("fault", ["another tile's keys", "one key too few"])
+def test_wrong_tiles_are_seen(fault, monkeypatch):
+    tiles = Windows.tiles
+
+    def wrong_tiles(self, tile, device):
+        queries, there, keys, seen = tiles(self, tile, device)
+        if fault == "another tile's keys":
+            keys = keys.roll(1, 0)
+        else:
+            seen = seen & (torch.arange(seen.shape[2]) > 0)
+        return queries, there, keys, seen
+
+    monkeypatch.setattr(Windows, "tiles", wrong_tiles)
+    one, other = both((24, 20), 1, {})
+    assert not torch.allclose(one[0], other[0])
+
+
+def test_tiles_form_no_tensor_of_all_pairs():
+    """Of 64 × 64 tokens the largest tensor has fewer numbers than a tenth of n²."""
+    layout, head = Layout((64, 64)), Neighborhood(place(8, 1, 4))
+    q, k, v = (t.float() for t in normal(3, 1, 1, layout.length, 8))
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+            return out
+
+    with Sizes():
+        head(q, k, v, layout=layout)
+    assert 10 * largest < layout.length**2
