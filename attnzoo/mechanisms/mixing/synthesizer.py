@@ -1,0 +1,150 @@
+"""Synthesizer: the scores of a token are made from it alone, or learned, without looking at any key.
+
+Tay et al., "Synthesizer: Rethinking Self-Attention for Transformer Models", 2020, arXiv:2005.00743, §3.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.core import Card, Family, Law, Mechanism, Paper, PositiveInt, Site
+from attnzoo.functional import attention_from_scores, merge_heads, rearrange
+
+Scores = Literal[
+    "dense", "random", "factorised_dense", "factorised_random",
+    "random+dense", "random+dot", "dense+dot", "random+dense+dot",
+]  # fmt: skip
+
+
+class Synthesizer(Mechanism):
+    """W softmax(B) v with scores B of n × N, for each head, of which n tokens use the first n columns.
+
+    `dense`: B_i = f(x_i) = W₂ relu(W₁ x_i + b₁) + b₂. `random`: B is learned. `factorised_dense`: B_ij = f_i[j // β]
+    g_i[j mod β], f of α and g of β numbers, α β = N. `factorised_random`: B = R₁ R₂ᵀ, of N × k. `dot`: q kᵀ / √d. Sums
+    have shares of their own: Σ_s γ_s B_s, γ the softmax of as many learned numbers.
+
+    Args:
+        site: Where the mechanism is put; N is its number of tokens.
+        scores: What B is.
+        sees: Of `dense`: what the f of a head is given, its own d channels of x, `head`, or all of x, `full`.
+        frozen: Whether what is random stays as it was drawn.
+        rank: k, columns of R₁ and R₂.
+    """
+
+    card = Card(
+        name="synthesizer",
+        family=Family.MIXING,
+        summary="Scores made from each token alone (dense) or learned (random), in the place of q kᵀ.",
+        paper=Paper(
+            "Synthesizer: Rethinking Self-Attention for Transformer Models",
+            "Tay et al.",
+            2020,
+            "arXiv:2005.00743",
+            where="§3",
+        ),
+        time="n m c + n c c",
+        memory="h n m + n c",
+        masks={"keys", "causal", "pairs"},
+        fixed_length="most",
+        honours={"qkv_bias", "proj_bias"},
+        taps={"scores": "b h n m", "weights": "b h n m"},
+        laws={Law.STOCHASTIC},
+        notes="Synthesised scores are not divided by √d. That a head sees its own channels is our reading; the other "
+        "is `sees: full`. Where no α near √N divides N, such as a prime N, α β is a little more, and columns beyond N "
+        "are not used. Random scores start from N(0, 1).",
+    )
+
+    table: Any  # R, or R₁ and R₂
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        scores: Scores = "dense",
+        sees: Literal["head", "full"] = "head",
+        frozen: bool = False,
+        rank: PositiveInt = 8,
+    ):
+        super().__init__(site)
+        c, h, d, length = site.dim, site.heads, site.head_dim, self.length
+        self.sources, self.full = scores.split("+"), sees == "full"
+        outs = {"dense": [length], "factorised_dense": factors(length)}
+        self.nets = nn.ModuleList(
+            ByHead(h, c if self.full else d, d, out) for name in self.sources for out in outs.get(name, [])
+        )
+        shapes = {"random": (h, length, length), "factorised_random": (2, h, length, rank)}
+        shape = shapes.get(self.sources[0])
+        table = None if shape is None else nn.Parameter(torch.empty(shape))
+        if frozen:
+            self.register_buffer("table", None if table is None else table.data)
+        else:
+            self.table = table
+        self.qk = nn.Linear(c, 2 * c, bias=site.qkv_bias) if "dot" in self.sources else None
+        self.shares = nn.Parameter(torch.empty(len(self.sources))) if len(self.sources) > 1 else None
+        self.v = nn.Linear(c, c, bias=site.qkv_bias)
+        self.proj = nn.Linear(c, c, bias=site.proj_bias)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Random scores of variance 1, small networks as linear layers are, equal shares."""
+        if self.table is not None:  # a product of two of k columns has a variance of 1, too
+            nn.init.normal_(self.table, std=1.0 if self.table.ndim == 3 else self.table.shape[3] ** -0.25)
+        for net in self.nets:
+            net.reset_parameters()  # type: ignore[operator]
+        if self.shares is not None:
+            nn.init.zeros_(self.shares)
+
+    def mix(self, x, source, *, mask, layout):
+        (b, n, _), heads = x.shape, self.heads
+        made = [self._scores(name, x, n).expand(b, -1, -1, -1) for name in self.sources]
+        if self.shares is not None:
+            gamma = self.shares.softmax(dim=0)
+            made = [gamma[i] * scores for i, scores in enumerate(made)]
+        v = rearrange(self.v(x), "b m (h d) -> b h m d", h=heads)
+        return self.proj(merge_heads(attention_from_scores(self, sum(made), v, mask.dense(n, n, x.device))))
+
+    def _scores(self, name, x, n):
+        """What one source makes, (b h n m), or (1 h n m) where x has no say."""
+        own = x[:, None] if self.full else rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+        if "dense" in name:
+            f, *g = (net(own) for net in self.nets)
+            return (f if not g else (f[..., None] * g[0][..., None, :]).flatten(-2))[..., :n]
+        if name == "dot":
+            q, k = rearrange(self.qk(x), "b n (two h d) -> two b h n d", two=2, h=self.heads)
+            return (q * q.shape[-1] ** -0.5) @ k.mT
+        made = self.table if name == "random" else self.table[0] @ self.table[1].mT
+        return made[None, :, :n, :n]
+
+
+class ByHead(nn.Module):
+    """W₂ relu(W₁ x + b₁) + b₂ by head: `width` channels, then `hidden`, then `out`."""
+
+    def __init__(self, heads: int, width: int, hidden: int, out: int):
+        super().__init__()
+        self.first = nn.Parameter(torch.empty(heads, width, hidden))
+        self.first_bias = nn.Parameter(torch.empty(heads, hidden))
+        self.second = nn.Parameter(torch.empty(heads, hidden, out))
+        self.second_bias = nn.Parameter(torch.empty(heads, out))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1 / √fan-in."""
+        for name, parameter in self.named_parameters():
+            bound = (self.first if "first" in name else self.second).shape[1] ** -0.5
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b h n out), of x (b h n width) or (b 1 n width)."""
+        hidden = x @ self.first + self.first_bias[:, None]
+        return hidden.relu() @ self.second + self.second_bias[:, None]
+
+
+def factors(length: int) -> tuple[int, int]:
+    """α and β whose product is a length, or, where they would be far apart, a little more."""
+    alpha = max(a for a in range(1, math.isqrt(length) + 1) if length % a == 0)
+    if 4 * alpha**2 >= length:
+        return alpha, length // alpha
+    beta = math.isqrt(length - 1) + 1
+    return -(-length // beta), beta
