@@ -95,7 +95,8 @@ class CascadedGroup(Mechanism):
         return self
 
     def mix(self, x, source, *, mask, layout):
-        keys, found = None if mask.keys is None else mask.keys[:, None], []
+        keys = None if mask.keys is None else mask.keys[:, None]
+        found: list[torch.Tensor] = []
         tables, (down, right) = self._tables(layout), self._ways(layout, x.device)
         for i, own in enumerate(x.chunk(self.heads, dim=-1)):
             q, k, v = self.qkv[i](own + found[-1] if found else own).split(
