@@ -4,6 +4,7 @@ By chunks of w tokens, exactly. Decays are logarithms and only ever summed, from
 subtracted: no exponent is above 0, and none loses digits, however long the sequence and however strong the decay.
 """
 
+import math
 from abc import abstractmethod
 from dataclasses import replace
 
@@ -169,6 +170,26 @@ def short_conv(
         kept.append(line.gather(1, newest[..., None].expand(b, 1, c)))
         newest = before.gather(1, newest)
     return out, torch.cat([line[:, :0], *kept[::-1]], dim=1)
+
+
+def unit(t: Tensor) -> Tensor:
+    """t / √(|t|² + 10⁻⁶), over the last axis: of length 1, and smooth at zero."""
+    exact = t.to(torch.promote_types(t.dtype, torch.float32))
+    return (exact * (exact.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()).to(t.dtype)
+
+
+@torch.no_grad()
+def init_fading(rates: Tensor, steps: Tensor, least: float) -> None:
+    """As Mamba-2's: log A, A uniform up to 16; and softplus⁻¹(Δ), Δ from 0.001 to 0.1, uniform in its logarithm.
+
+    Args:
+        rates: Becomes log A, (h).
+        steps: Becomes softplus⁻¹(Δ), (h).
+        least: The least A.
+    """
+    rates.uniform_(least, 16.0).clamp_(min=1e-4).log_()
+    steps.uniform_(math.log(1e-3), math.log(0.1)).exp_()
+    steps.add_((-torch.expm1(-steps)).log())
 
 
 def _chunks(t: Tensor, w: int) -> Tensor:
