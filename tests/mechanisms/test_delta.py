@@ -46,7 +46,7 @@ def carried(component, x, there, negative):
     return torch.stack(out)
 
 
-@against(Delta, examples=20)
+@against(Delta, examples=14)
 def test_oracle(component, options, x, keys):
     """Token by token; each head divided by the root of its mean square, projected."""
     out = []
@@ -175,15 +175,15 @@ def inner(part, x):
 @pytest.mark.parametrize("negative", [False, True])
 def test_identity_three_forms_agree(negative):
     """Chunked, recurrent by `step`, and quadratic: tril(Q Kᵀ) (I + β tril(K Kᵀ, -1))⁻¹ β V."""
-    part, x = spread(Delta(place(12, 3, 130), negative=negative)), normal(2, 130, 12)
+    part, x = spread(Delta(place(12, 3, 80), negative=negative)), normal(2, 80, 12)
     q, k, v, rate = inner(part, x)
-    system = torch.eye(130).double() + rate * (k @ k.mT).tril(-1)
+    system = torch.eye(80).double() + rate * (k @ k.mT).tril(-1)
     near(part.carry(part.read(x), None)[0], (q @ k.mT).tril() @ torch.linalg.solve(system, rate * v), 1e-10)
     cache, out = KVCache(), []
-    for j in range(130):
+    for j in range(80):
         out.append(part.step(x[:, j : j + 1], cache, mask=Mask(causal=True), layout=Layout((j + 1,))))
         assert [tuple(t.shape) for t in cache.carried] == [(2, 3, 36), (2, 3, 4, 4)]
-    near(torch.cat(out, 1), part(x, layout=Layout((130,))), 1e-10)
+    near(torch.cat(out, 1), part(x, layout=Layout((80,))), 1e-10)
 
 
 @pytest.mark.parametrize("conv", [0, 1, 4])
