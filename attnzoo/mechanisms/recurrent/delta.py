@@ -26,7 +26,8 @@ class Delta(Recurrent):
         conv: Over how many tokens, with the token itself; 4 in the authors' code, 0 for none.
         negative: Whether β reaches to 2, so that Sᵢ₋₁ may change its sign along a key.
         direction: `forward`, the paper's: from the first token to the last, whatever the mask; or `both`, which adds
-            what is carried from the last token to the first, and honours no causal mask.
+            what is carried from the last token to the first, so that each meets itself twice, and honours no causal
+            mask.
     """
 
     card = Card(
@@ -46,8 +47,9 @@ class Delta(Recurrent):
         incremental=True,
         taps={"gate": "b n h"},
         notes="The tap `gate` shows β. Lengths are 1 up to 10⁻⁶ under the root. Tokens that do not exist are not "
-        "written, and no convolution counts them. It runs from the first token to the last with or without a causal "
-        "mask; images may want `direction: both`.",
+        "written, and no convolution counts them. It runs from the first token to the last with or without a "
+        "causal mask; images want `direction: both`, for a class token comes first and would see itself "
+        "alone.",
     )
 
     def __init__(

@@ -27,7 +27,8 @@ class GatedDelta(Recurrent):
         conv: Over how many tokens, with the token itself; 4 in the authors' code, 0 for none.
         negative: Whether β reaches to 2, so that the state may change its sign along a key.
         direction: `forward`, the paper's: from the first token to the last, whatever the mask; or `both`, which adds
-            what is carried from the last token to the first, and honours no causal mask.
+            what is carried from the last token to the first, so that each meets itself twice, and honours no causal
+            mask.
     """
 
     card = Card(
@@ -47,9 +48,10 @@ class GatedDelta(Recurrent):
         incremental=True,
         taps={"gate_fade": "b n h", "gate_write": "b n h"},
         notes="The taps show log α and β. Heads are as many and as wide as the site's; the authors' keys are three "
-        "quarters as wide as the tokens. Lengths are 1 up to 10⁻⁶ under the root. Tokens that do not exist are not "
-        "written, nothing fades for them, and no convolution counts them. It runs from the first token to the "
-        "last with or without a causal mask; images may want `direction: both`.",
+        "quarters as wide as the tokens. Lengths are 1 up to 10⁻⁶ under the root. Tokens that do not exist "
+        "are not written, nothing fades for them, and no convolution counts them. It runs from the first "
+        "token to the last with or without a causal mask; images want `direction: both`, for a class token "
+        "comes first and would see itself alone.",
     )
 
     gate_fade: Tap

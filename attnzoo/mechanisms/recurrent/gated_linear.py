@@ -25,7 +25,8 @@ class GatedLinear(Recurrent):
         rank: Columns of W₁: 16 in the paper.
         temperature: τ: the greater, the less fades; 16 in the paper.
         direction: `forward`, the paper's: from the first token to the last, whatever the mask; or `both`, which adds
-            what is carried from the last token to the first, and honours no causal mask.
+            what is carried from the last token to the first, so that each meets itself twice, and honours no causal
+            mask.
     """
 
     card = Card(
@@ -44,8 +45,9 @@ class GatedLinear(Recurrent):
         masks={"keys", "causal"},
         incremental=True,
         taps={"gate": "b n h d"},
-        notes="The tap `gate` shows log α. Tokens that do not exist are not written, and nothing fades for them. It "
-        "runs from the first token to the last with or without a causal mask; images may want `direction: both`.",
+        notes="The tap `gate` shows log α. Tokens that do not exist are not written, and nothing fades for them. It"
+        " runs from the first token to the last with or without a causal mask; images want `direction: both`,"
+        " for a class token comes first and would see itself alone.",
     )
 
     def __init__(

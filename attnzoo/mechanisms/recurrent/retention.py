@@ -26,9 +26,10 @@ class Retention(Recurrent):
     Args:
         site: Where the mechanism is put.
         expand: e / d: how many times as wide as queries and keys the values are; 2 in the paper.
-        turn: Whether positions turn queries and keys, as in the paper; without it only their order decays.
+        turn: Whether positions turn queries and keys, as in the paper; without it the decay alone tells where they are.
         direction: `forward`, the paper's: from the first token to the last, whatever the mask; or `both`, which adds
-            what is retained from the last token to the first, and honours no causal mask.
+            what is retained from the last token to the first, so that each meets itself twice, and honours no causal
+            mask.
     """
 
     card = Card(
@@ -47,8 +48,9 @@ class Retention(Recurrent):
         masks={"keys", "causal"},
         incremental=True,
         notes="No projection has a bias. What the paper divides scores by for precision cancels in the norm and is "
-        "left out. Tokens that do not exist are not retained, and neither fade nor turn what is. It runs from the "
-        "first token to the last with or without a causal mask; images may want `direction: both`.",
+        "left out. Tokens that do not exist are not retained, and neither fade nor turn what is. It runs from"
+        " the first token to the last with or without a causal mask; images want `direction: both`, for a "
+        "class token comes first and would see itself alone.",
     )
 
     def __init__(

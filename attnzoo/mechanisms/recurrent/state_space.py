@@ -28,7 +28,8 @@ class StateSpace(Recurrent):
         state: r, the channels of B and C; 128 in the authors' code.
         conv: Over how many tokens, with the token itself; 4 in the authors' code, 0 for none.
         direction: `forward`, the paper's: from the first token to the last, whatever the mask; or `both`, which adds
-            what is carried from the last token to the first, and honours no causal mask.
+            what is carried from the last token to the first, so that each meets itself twice, and honours no causal
+            mask.
     """
 
     card = Card(
@@ -48,10 +49,11 @@ class StateSpace(Recurrent):
         incremental=True,
         taps={"gate_fade": "b n h", "gate_write": "b n h"},
         notes="Not attention: nothing is compared or normalised over tokens, though it equals a masked linear "
-        "attention with C, B and x as queries, keys and values. The taps show -A Δ and Δ. Heads are as many as the "
-        "site's; the authors' are 64 wide. Tokens that do not exist are not written, nothing fades for them, and no "
-        "convolution counts them. It runs from the first token to the last with or without a causal mask; images may "
-        "want `direction: both`.",
+        "attention with C, B and x as queries, keys and values. The taps show -A Δ and Δ. Heads are as many "
+        "as the site's; the authors' are 64 wide. Tokens that do not exist are not written, nothing fades for"
+        " them, and no convolution counts them. It runs from the first token to the last with or without a "
+        "causal mask; images want `direction: both`, for a class token comes first and would see itself "
+        "alone.",
     )
 
     gate_fade: Tap
