@@ -240,3 +240,9 @@ def test_narrow_numbers_stay_near():
     narrow(
         MixtureOfAttention, [(2, 7, 12)], site=place(12, 3, 7), experts=3, active=3
     )  # no choice hangs on rounding
+
+
+def test_of_ties_the_first_have_it():
+    """At the start all experts are alike."""
+    part = MixtureOfAttention(place(12, 3, 5))
+    near(part.gates(torch.randn(2, 5, 12)), torch.tensor([1 / 6] * 3 + [0.0] * 3).expand(2, 5, 6), 1e-6)

@@ -50,7 +50,7 @@ class MixtureOfAttention(Mechanism):
         notes="The authors weigh the first part of the loss with 0.01, the second with 0.001. The paper divides p by "
         "its sum over the active experts, without that sum's gradient; the authors' code, which is followed, does not. "
         "No projection has a bias. The tap `weights` shows the softmax times p; its heads are the experts. All experts "
-        "are computed: no operation is saved. Ties, as at the start, are broken as PyTorch's topk does.",
+        "are computed: no operation is saved. Of ties, as at the start, the first have it.",
     )
 
     scores_experts: Tap
@@ -99,8 +99,11 @@ class MixtureOfAttention(Mechanism):
         shares = self.shares(self.scores_experts(self.route(x)).softmax(dim=-1))
         if self.active == self.experts:
             return shares
-        chosen = shares.topk(self.active, dim=-1).indices
-        return torch.zeros_like(shares).scatter(-1, chosen, 1.0) * shares
+        # by comparison: at the start all are alike, and of ties topk takes others on every machine
+        place = torch.ones_like(shares).cumsum(dim=-1)
+        own, other = shares[..., None], shares[..., None, :]
+        ahead = (other > own) | ((other == own) & (place[..., None, :] < place[..., None]))
+        return shares * (ahead.sum(dim=-1) < self.active)
 
     def mix(self, x, source, *, mask, layout):
         q = split_heads(self.q(x), self.experts)
