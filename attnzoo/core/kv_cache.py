@@ -6,7 +6,8 @@ from torch import Tensor
 
 
 class KVCache:
-    """What one mechanism keeps between steps: tensors that grow along the tokens, tensors that stay, and its branches'.
+    """What one mechanism keeps between steps: tensors that grow along the tokens, or a state of constant size, tensors
+    that stay, and its branches'.
 
     Buffers double when they are full, so a step copies what is new and not what is old. It is written in place: no
     gradient flows through it.
@@ -14,6 +15,7 @@ class KVCache:
 
     def __init__(self) -> None:
         self.length = 0
+        self.carried: tuple[Tensor, ...] = ()
         self._growing: list[Tensor] = []
         self._kept: tuple[Tensor, ...] | None = None
         self._branches: dict[str, KVCache] = {}
@@ -35,6 +37,16 @@ class KVCache:
         self.length = stop
         return [buffer[..., :stop, :] for buffer in self._growing]
 
+    def carry(self, count: int, *state: Tensor) -> None:
+        """Go on from another state, of constant size: `carried`, which is empty before the first step.
+
+        Args:
+            count: How many tokens are new.
+            state: What is carried on, (b ...) each; without its gradient, which would hold all that was before.
+        """
+        self.length += count
+        self.carried = tuple(t.detach() for t in state)
+
     def keep(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What is the same in every step, made in the first: keys and values of a context."""
         if self._kept is None:
@@ -53,6 +65,7 @@ class KVCache:
             kept: Whether what stays is selected too; not needed when every row is replaced by one of the same context.
         """
         self._growing = [buffer.index_select(0, rows) for buffer in self._growing]
+        self.carried = tuple(t.index_select(0, rows) for t in self.carried)
         if kept and self._kept is not None:
             self._kept = tuple(t.index_select(0, rows) for t in self._kept)
         for branch in self._branches.values():

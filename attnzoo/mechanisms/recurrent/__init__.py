@@ -1,0 +1,1 @@
+"""What state is carried along the sequence."""
