@@ -116,6 +116,8 @@ def attention(dim, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
     """PyTorch's fused kernel in the open, with a softmax over any axis."""
     scores = q @ k.mT * q.shape[-1] ** -0.5
     allowed = torch.ones_like(scores, dtype=torch.bool).tril() if is_causal else attn_mask
+    if allowed is not None and allowed.dtype != torch.bool:  # a bias, which hides by -∞
+        scores, allowed = scores + allowed.clamp(min=-1e9), None
     scores = scores if allowed is None else scores.masked_fill(~allowed, -1e9)
     return F.dropout(scores.softmax(dim), dropout_p) @ v
 

@@ -11,9 +11,11 @@ from attnzoo.train.settings import prepare
 
 NAMES = [name.removeprefix("digits_") for name in list_recipes("digits_*", plugin="attnzoo")]
 WITHOUT = {  # they read a second stream, which a ViT has not
+    "class_cross",
     "class_semantics",
     "conv_transformer",
     "cross_scale",
+    "global_query",
     "medusa",
     "pairwise_cross",
     "prior_cross",

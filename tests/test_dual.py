@@ -759,6 +759,7 @@ def test_compose_shows_both_streams(name):
 PAPERS = {
     "window_cross": "given", "prior_cross": "tokens", "cross_scale": "scale", "conv_transformer": "features",
     "pairwise_cross": "pair", "class_semantics": "tokens", "medusa": "features",
+    "global_query": "features", "class_cross": "scale",
 }  # fmt: skip
 """What the mechanisms of two streams read, each in a recipe of its own."""
 

@@ -199,6 +199,7 @@ class Card:
             that the context, of their width, may have no tokens.
         context_grid: Number of grid dimensions that its context must have, or `any`; None when it needs no geometry.
         grid: Number of grid dimensions it needs, `any` when every number will do, None when it needs no geometry.
+        hard_routing: Whether a small change may choose other keys or experts: influence comes and goes in steps.
         fixed_length: Whether it only reads from as many tokens as it was built for; `most` when from fewer too.
         incremental: Of a head: whether the newest query alone, against all keys so far under a causal mask, gives the
             last row of the full pass.
@@ -224,6 +225,7 @@ class Card:
     context: bool | Literal["beside"] = False
     context_grid: int | Literal["any"] | None = None
     grid: int | Literal["any"] | None = None
+    hard_routing: bool = False
     fixed_length: bool | Literal["most"] = False
     incremental: bool = False
     given: Mapping[str, Given] = field(default_factory=dict)

@@ -22,7 +22,7 @@ MOST = 12
 def hard(scene: Scene) -> bool:
     """Whether a small change may choose another key or branch, so that influence comes and goes in steps."""
     card = scene.card
-    return getattr(card, "hard_routing", False) or getattr(card, "family", None) in (
+    return card.hard_routing or getattr(card, "family", None) in (
         Family.SPARSE,
         Family.ROUTING,
     )

@@ -75,6 +75,7 @@ class Entmax(Head):
         ),
         time="n m c + n m log(m)",
         memory="h n m",
+        hard_routing=True,
         masks={"keys", "causal", "pairs"},
         context=True,
         incremental=True,

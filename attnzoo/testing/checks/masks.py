@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from attnzoo.core import Mask, watch
+from attnzoo.core import NO_MASK, Mask, watch
 from attnzoo.core.mask import KINDS
 from attnzoo.testing.claim import TOLERANCE, claim, refused, requires, same
 from attnzoo.testing.influence import (
@@ -25,6 +25,9 @@ from attnzoo.testing.influence import (
     tokens_of,
 )
 from attnzoo.testing.strategies import Checkable, Scene
+
+TRIES = 3
+"""So many parameters and inputs: beside a great weight a small one may be nothing."""
 
 
 @requires("mechanism", "pool", mask="not all", share=0.4)
@@ -119,14 +122,16 @@ def check_masks_let_through(cls: Checkable, scene: Scene) -> None:
     scene = scene.crowded()
     if hard(scene):
         return
-    component, inputs = scene.build(), scene.inputs()
-    free = influence(scene, component, inputs) > FELT
     for kinds in some_kinds(scene):
-        mask = random_mask(scene, kinds)
-        if chosen(scene):
-            free = influence(scene, component, inputs, Mask(mask.keys)) > FELT
-        seen = allowed(scene, mask, itself=False)[..., tokens_of(scene)] & free
-        lost = seen & (influence(scene, component, inputs, mask) <= ANY)
+        mask, lost = random_mask(scene, kinds), torch.tensor(True)
+        for stream in range(TRIES):
+            component, inputs = scene.build(stream=stream), scene.inputs(stream)
+            keys = Mask(mask.keys) if chosen(scene) else NO_MASK
+            free = influence(scene, component, inputs, keys) > FELT
+            seen = allowed(scene, mask, itself=False)[..., tokens_of(scene)] & free
+            lost = lost & seen & (influence(scene, component, inputs, mask) <= ANY)
+            if not lost.any():
+                break
         words = " and ".join(sorted(kinds))
         claim(
             not lost.any(),
