@@ -93,24 +93,51 @@ def attend_in_groups(
         taps: Those that see the scores and the weights of the grid tokens, (b h x p+w).
         bias: Added to the scores within a group, (h w w); nothing is added to those of special tokens.
     """
-    p, (scores, weights) = prefix, taps
-    drop = weights.dropout if weights.training else 0.0
+    p = prefix
     near_q = groups.cut(q[:, :, p:])  # (b h r w d)
     near_k, near_v = (with_special(groups.cut(t[:, :, p:]), t, p) for t in (k, v))  # (b h r p+w d)
     allowed = seen_in_groups(q, groups, mask, p)
-    if bias is not None:
-        bias = F.pad(bias, (p, 0))[None, :, None]  # (1 h 1 w p+w)
-    if scores.watched or weights.watched:
-        shown = (near_q * q.shape[-1] ** -0.5) @ near_k.mT
-        shown = groups.join(shown if bias is None else shown + bias)
-        if allowed is not None:
-            r, w, s = near_q.shape[2], near_q.shape[3], near_k.shape[3]
-            allowed = groups.join(allowed.expand(-1, -1, r, w, s))
-        shares = weights(masked_softmax(scores(shown), allowed))
-        out = groups.join(groups.cut(shares) @ near_v)
-    else:
-        out = groups.join(_fused(near_q, near_k, near_v, bias, allowed, drop))
-    return torch.cat([special_rows(q[:, :, :p], k, v, mask, drop), out], dim=2) if p else out
+    bias = None if bias is None else F.pad(bias, (p, 0))
+    out = read_in_groups(near_q, near_k, near_v, groups=groups, taps=taps, allowed=allowed, bias=bias)
+    if not p:
+        return out
+    drop = taps[1].dropout if taps[1].training else 0.0
+    return torch.cat([special_rows(q[:, :, :p], k, v, mask, drop), out], dim=2)
+
+
+def read_in_groups(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    groups: Groups,
+    taps: Sequence[Tap],
+    allowed: Tensor | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """softmax(q kᵀ / √d + bias) v, group by group: PyTorch's kernel while nobody watches, explicit otherwise.
+
+    Args:
+        q: Queries by group (b h r w d).
+        k: The keys that each group reads (b h r s d).
+        v: Their values (b h r s d).
+        groups: How the grid is cut.
+        taps: Those that see the scores and the weights of the grid tokens, (b h x s).
+        allowed: Boolean that broadcasts to (b h r w s); None allows all.
+        bias: Added to the scores, (h w s).
+
+    Returns:
+        What the grid tokens receive, (b h x d).
+    """
+    scores, weights = taps
+    bias = None if bias is None else bias[None, :, None]  # (1 h 1 w s)
+    if not (scores.watched or weights.watched):
+        return groups.join(_fused(q, k, v, bias, allowed, weights.dropout if weights.training else 0.0))
+    shown = (q * q.shape[-1] ** -0.5) @ k.mT
+    shown = groups.join(shown if bias is None else shown + bias)
+    if allowed is not None:
+        allowed = groups.join(allowed.expand(-1, -1, q.shape[2], q.shape[3], k.shape[3]))
+    return groups.join(groups.cut(weights(masked_softmax(scores(shown), allowed))) @ v)
 
 
 def special_rows(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
