@@ -97,7 +97,7 @@ def attend_in_groups(
     near_q = groups.cut(q[:, :, p:])  # (b h r w d)
     near_k, near_v = (with_special(groups.cut(t[:, :, p:]), t, p) for t in (k, v))  # (b h r p+w d)
     allowed = seen_in_groups(q, groups, mask, p)
-    bias = None if bias is None else F.pad(bias, (p, 0))
+    bias = None if bias is None else F.pad(bias, (p, 0))[None, :, None]
     out = read_in_groups(near_q, near_k, near_v, groups=groups, taps=taps, allowed=allowed, bias=bias)
     if not p:
         return out
@@ -124,13 +124,12 @@ def read_in_groups(
         groups: How the grid is cut.
         taps: Those that see the scores and the weights of the grid tokens, (b h x s).
         allowed: Boolean that broadcasts to (b h r w s); None allows all.
-        bias: Added to the scores, (h w s).
+        bias: Added to the scores, broadcasts to (b h r w s).
 
     Returns:
         What the grid tokens receive, (b h x d).
     """
     scores, weights = taps
-    bias = None if bias is None else bias[None, :, None]  # (1 h 1 w s)
     if not (scores.watched or weights.watched):
         return groups.join(_fused(q, k, v, bias, allowed, weights.dropout if weights.training else 0.0))
     shown = (q * q.shape[-1] ** -0.5) @ k.mT
