@@ -94,7 +94,8 @@ class Deformable(Mechanism):
         allowed = None if keys is None else keys[:, None, None, None]
         whole, taps = Groups((1, layout.length), (1, layout.length)), (self.scores, self.weights)
         out = read_in_groups(q, k, v, groups=whole, taps=taps, allowed=allowed, bias=bias)
-        return self.proj(merge_heads(out))
+        # a kernel may give another order of axes in memory than the one that ONNX is told of
+        return self.proj(merge_heads(out.clone(memory_format=torch.contiguous_format)))
 
     def _points(self, q, grid):
         """Where each group samples, in tokens from the first, (b g m 2)."""
