@@ -34,7 +34,7 @@ def test_oracle(component, options, x, keys):
             for directions in component.directions:
                 turned = q[s, :, mine].detach() @ directions
                 bucket = torch.cat([turned, -turned], 1).argmax(1).tolist()
-                line = sorted(range(n), key=lambda i: (not keys[s, i], bucket[i], i))  # noqa: B023
+                line = sorted(range(n), key=lambda i: (bucket[i] if keys[s, i] else n + 99, i))  # noqa: B023
                 chunks = [line[i : i + size] for i in range(0, n, size)]
                 for r, chunk in enumerate(chunks):
                     for i in chunk:
