@@ -1,0 +1,149 @@
+"""Axial attention: along the columns of the grid, then along its rows, with positions that have a say everywhere.
+
+Wang et al., "Axial-DeepLab: Stand-Alone Axial-Attention for Panoptic Segmentation", 2020, arXiv:2003.07853, §3.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from attnzoo.core import Card, Family, Law, Mechanism, Paper, Site, Tap
+from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange
+from attnzoo.functional.groups import Groups, attend_in_groups, seen_in_groups, special_rows, with_special
+
+
+class Axial(Mechanism):
+    """W_o rows(columns(x)); along a line o_i = Σ_j w_ij (v_j + r^v_{i-j}), w a softmax over j of the scores
+
+    a q_i k_j + b q_i r^q_{i-j} + c k_j r^k_{i-j}. Queries, keys, r^q and r^k are half as wide as values and r^v; the
+    tables of r are shared by the heads of an axis.
+
+    Args:
+        site: Where the mechanism is put.
+        positions: Whether there are r; without, it is plain attention along each axis.
+        merge: Rows read what columns gave (`sequential`), or both read x and are added (`sum`).
+        scale: a, b and c of each head: learned, from d^-½ on, or d^-½, or 1; without positions
+            nothing is learned. d is of queries.
+    """
+
+    card = Card(
+        name="axial",
+        family=Family.LOCAL,
+        summary="Attention along the columns of the grid, then along its rows, by relative position.",
+        paper=Paper(
+            "Axial-DeepLab: Stand-Alone Axial-Attention for Panoptic Segmentation", "Wang et al.", 2020,
+            "arXiv:2003.07853", where="§3, eq. 4",
+        ),
+        time="n m c + n c c",
+        memory="h n m + n c",
+        masks={"keys", "causal"},
+        grid=2,
+        honours={"qkv_bias", "proj_bias"},
+        taps=dict.fromkeys(("scores_columns", "weights_columns", "scores", "weights"), "b h x w"),
+        laws={Law.STOCHASTIC},
+        fidelity="adapted",
+        notes="m is y + x, the keys of a token: n^1.5 on a square grid. The authors' norms over the batch would let "
+        "samples have a say in each other: what they scale, a, b and c do. r of distances beyond the grid it was built "
+        "for are those of the farthest. Special tokens, which are ours, belong to all lines, with r = 0, and read all. "
+        "Pairs are honoured by `merge: sum` alone, for in sequence a token reads through others.",
+    )  # fmt: skip
+
+    scores_columns: Tap
+    weights_columns: Tap
+
+    @classmethod
+    def claims(cls, *, merge: str, **options) -> Card:
+        masks = cls.card.masks | ({"pairs"} if merge == "sum" else set())
+        return replace(cls.card, masks=masks)
+
+    def __init__(
+        self, site: Site, *, positions: bool = True, merge: Literal["sequential", "sum"] = "sequential",
+        scale: Literal["learned", "dim", "none"] = "learned",
+    ):  # fmt: skip
+        super().__init__(site)
+        self.positions, self.sequential, self.scale = positions, merge == "sequential", scale
+        d = site.head_dim
+        self.narrow = max(1, d // 2)
+        self.columns, self.rows = (
+            nn.Linear(site.dim, site.heads * (2 * self.narrow + d), bias=site.qkv_bias) for _ in range(2)
+        )
+        y, x = site.layout.grid
+        self.of_columns, self.of_rows = (
+            nn.Parameter(torch.empty(2 * side - 1, 2 * self.narrow + d)) if positions else None
+            for side in (y, x)
+        )
+        learned = positions and scale == "learned"
+        self.gains = nn.Parameter(torch.empty(2, 3, site.heads)) if learned else None
+        self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The authors': deviations of c^-½ for projections, of d^-½ for tables."""
+        for layer, table in ((self.columns, self.of_columns), (self.rows, self.of_rows)):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            if table is not None:
+                nn.init.normal_(table, std=(table.shape[1] - 2 * self.narrow) ** -0.5)
+        if self.gains is not None:
+            nn.init.constant_(self.gains, self.narrow**-0.5)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"gains"} if self.gains is not None else set()
+
+    def mix(self, x, source, *, mask, layout):
+        rows, columns = layout.grid
+        out = self._along(
+            0, x, self.columns, self.of_columns, Groups((rows, columns), (rows, 1)), mask, layout
+        )
+        read = out if self.sequential else x
+        more = self._along(
+            1, read, self.rows, self.of_rows, Groups((rows, columns), (1, columns)), mask, layout
+        )
+        return self.proj(more if self.sequential else out + more)
+
+    def _along(self, axis, x, layer, table, groups, mask, layout):
+        """What each token receives along one axis, (b n c)."""
+        scores, weights = taps = ((self.scores_columns, self.weights_columns), (self.scores, self.weights))[
+            axis
+        ]
+        e, p = self.narrow, layout.prefix
+        qkv = rearrange(layer(x), "b n (h e) -> b h n e", h=self.heads)
+        q, k, v = qkv[..., :e], qkv[..., e : 2 * e], qkv[..., 2 * e :]
+        if table is None:
+            q = q * e**0.5 if self.scale == "none" else q  # the kernel divides by √d
+            return merge_heads(attend_in_groups(q, k, v, groups=groups, mask=mask, prefix=p, taps=taps))
+        a, b, c = self._gains(axis)
+        r_q, r_k, r_v = by_distance(table, max(groups.sides)).split([e, e, table.shape[1] - 2 * e], dim=-1)
+        near_q, near_k = groups.cut(q[:, :, p:]), groups.cut(k[:, :, p:])  # (b h r w d)
+        near = b * einsum(near_q, r_q, "b h r i d, i j d -> b h r i j")
+        near = near + c * einsum(near_k, r_k, "b h r j d, i j d -> b h r i j")
+        shown = scores(groups.join(a * (near_q @ with_special(near_k, k, p).mT) + F.pad(near, (p, 0))))
+        allowed = seen_in_groups(q, groups, mask, p)
+        if allowed is not None:
+            allowed = groups.join(allowed.expand(-1, -1, near.shape[2], near.shape[3], -1))
+        shares = groups.cut(weights(masked_softmax(shown, allowed)))  # (b h r w p+w)
+        out = shares @ with_special(groups.cut(v[:, :, p:]), v, p)
+        out = groups.join(out + einsum(shares[..., p:], r_v, "b h r i j, i j d -> b h r i d"))
+        if p:
+            drop = self.attn_drop if self.training else 0.0
+            first = q[:, :, :p] * (a[..., 0] * e**0.5)
+            out = torch.cat([special_rows(first, k, v, mask, drop), out], dim=2)
+        return merge_heads(out)
+
+    def _gains(self, axis):
+        """a, b and c, (h 1 1 1) or one number each."""
+        if self.gains is not None:
+            return self.gains[axis, :, :, None, None, None].unbind(0)
+        gain = self.narrow**-0.5 if self.scale == "dim" else 1.0
+        return self.columns.weight.new_full((3, 1, 1, 1, 1), gain).unbind(0)
+
+
+def by_distance(table: Tensor, side: int) -> Tensor:
+    """The rows of a table for the way from key to query of a line, (w w e); its middle is for a token itself."""
+    at, middle = torch.arange(side, device=table.device), len(table) // 2
+    return table[(middle + at[:, None] - at).clamp(0, 2 * middle)]
+
+
+fx.wrap("by_distance")  # symbolic tracing cannot ask for a device

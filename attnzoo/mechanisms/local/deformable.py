@@ -1,0 +1,149 @@
+"""Deformable attention, of DAT: queries shift a coarse grid of points, and what lies there is attended to by all.
+
+Xia et al., "Vision Transformer with Deformable Attention", 2022, arXiv:2201.00520, §3.2.
+"""
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveFloat, PositiveInt, Site
+from attnzoo.functional import merge_heads, rearrange, split_heads
+from attnzoo.functional.groups import Groups, read_in_groups
+
+
+class Deformable(Mechanism):
+    """W_o softmax(q k̃ᵀ / √d + B) ṽ, k̃ and ṽ of x̃, which is x between its tokens at points p + Δp of a coarse grid.
+
+    Δp = (f / 2) tanh(w GELU(LN(DWC(q)))) steps of that grid, for each group of channels. B is a table by the way from
+    point to query, read between its entries.
+
+    Args:
+        site: Where the mechanism is put.
+        groups: In how many groups channels are sampled, each at its own points; must divide the heads.
+        kernel: Side of the depthwise convolution DWC.
+        stride: Its stride: there is a point for stride × stride tokens.
+        factor: f; None for points that may lie anywhere, shifted by halves of the grid, without tanh.
+        bias: Whether there is a table B.
+
+    Raises:
+        OptionError: AZ214, when the groups do not divide the heads.
+    """
+
+    card = Card(
+        name="deformable",
+        family=Family.LOCAL,
+        summary="DAT: a coarse grid of points, shifted by the queries, is sampled for keys and values of all.",
+        paper=Paper("Vision Transformer with Deformable Attention", "Xia et al.", 2022, "arXiv:2201.00520", "§3.2"),
+        time="n m c + n c c",
+        memory="h n m + n c",
+        masks={"keys"},
+        grid=2,
+        honours={"qkv_bias", "proj_bias"},
+        taps={"scores": "b h n r", "weights": "b h n r"},
+        laws={Law.STOCHASTIC},
+        notes="r counts special tokens and points, of which there are n / stride². Points start in the middle of their "
+        "squares, where the authors' code stretches them beyond the border; they are held on the grid. At a point the "
+        "tokens that exist are weighed among themselves; where none does there is no key. Special tokens, which are "
+        "ours, ask and are asked without B, and shift nothing. On another grid than it was built for B is stretched.",
+    )  # fmt: skip
+
+    def __init__(
+        self, site: Site, *, groups: PositiveInt = 1, kernel: PositiveInt = 5, stride: PositiveInt = 1,
+        factor: PositiveFloat | None = 2.0, bias: bool = True,
+    ):  # fmt: skip
+        super().__init__(site)
+        if site.heads % groups:
+            raise OptionError(f"`deformable`: {groups} groups do not divide {site.heads} heads")
+        self.groups, self.kernel, self.stride, self.factor = groups, kernel, stride, factor
+        c, some = site.dim, site.dim // groups
+        self.q, self.kv = nn.Linear(c, c, bias=site.qkv_bias), nn.Linear(c, 2 * c, bias=site.qkv_bias)
+        self.around = nn.Conv2d(some, some, kernel, stride, groups=some)  # DWC
+        self.norm, self.shift = nn.LayerNorm(some), nn.Linear(some, 2, bias=False)
+        shape = [2 * side - 1 for side in site.layout.grid]
+        self.bias = nn.Parameter(torch.empty(site.heads, *shape)) if bias else None
+        self.proj = nn.Linear(c, c, bias=site.proj_bias)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The table from N(0, 0.01²), the authors'."""
+        if self.bias is not None:
+            nn.init.trunc_normal_(self.bias, std=0.01, a=-0.02, b=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        return set() if self.bias is None else {"bias"}
+
+    def mix(self, x, source, *, mask, layout):
+        p, grid = layout.prefix, layout.grid
+        exists = None if mask.keys is None else mask.keys[:, p:, None].to(x.dtype)
+        q = self.q(x)
+        at = self._points(q[:, p:] if exists is None else q[:, p:] * exists, grid)  # (b g m 2)
+        if exists is None:
+            read, keys = sample(x[:, p:], at, grid), None
+        else:
+            read = sample(x[:, p:] * exists, at, grid)
+            share = sample(exists.expand(-1, -1, self.groups), at, grid)  # (b m g)
+            keys = torch.cat([mask.keys[:, :p], (share > 0).any(dim=-1)], dim=1)
+            read = read / torch.where(share > 0, share, 1.0).repeat_interleave(
+                x.shape[-1] // self.groups, dim=-1
+            )
+        k, v = self.kv(torch.cat([x[:, :p], read], dim=1)).chunk(2, dim=-1)
+        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
+        q, k, v = (t[:, :, None] for t in (q, k, v))  # all in one group
+        bias = None if self.bias is None else F.pad(between(self.bias, at, grid), (p, 0, p, 0))[:, :, None]
+        allowed = None if keys is None else keys[:, None, None, None]
+        whole, taps = Groups((1, layout.length), (1, layout.length)), (self.scores, self.weights)
+        out = read_in_groups(q, k, v, groups=whole, taps=taps, allowed=allowed, bias=bias)
+        # a kernel may give another order of axes in memory than the one that ONNX is told of
+        return self.proj(merge_heads(out.clone(memory_format=torch.contiguous_format)))
+
+    def _points(self, q, grid):
+        """Where each group samples, in tokens from the first, (b g m 2)."""
+        before = (self.kernel - 1) // 2
+        (y, x), (i, j) = grid, (-(-side // self.stride) for side in grid)
+        below, beside = ((of - 1) * self.stride + self.kernel - before for of in (i, j))
+        image = rearrange(q, "b (y x) (g c) -> b g c y x", y=y, g=self.groups).flatten(0, 1)
+        image = F.pad(image, (before, beside - x, before, below - y))[
+            ..., : before + below, : before + beside
+        ]
+        around = rearrange(self.around(image), "(b g) c i j -> b g (i j) c", g=self.groups)
+        shift = self.shift(F.gelu(self.norm(around)))
+        return points(shift, grid, (i, j), self.factor)
+
+
+def points(shift: Tensor, grid: tuple[int, int], coarse: tuple[int, int], factor: float | None) -> Tensor:
+    """The middles of the squares of a coarse grid, shifted (b g m 2) and held on the grid."""
+    dtype = torch.promote_types(shift.dtype, torch.float32)
+    sides, least = (torch.tensor(t, device=shift.device, dtype=dtype) for t in (grid, coarse))
+    rows, columns = (torch.arange(side, device=shift.device, dtype=dtype) + 0.5 for side in coarse)
+    middles = (
+        torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1) * sides / least - 0.5
+    )
+    shift = shift.to(dtype)
+    shift = shift * sides / 2 if factor is None else shift.tanh() * factor / 2 * sides / least
+    return torch.minimum((middles + shift).clamp(min=0), sides - 1)
+
+
+def sample(tokens: Tensor, at: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What lies between the tokens (b n c) at points of each group (b g m 2), (b m c)."""
+    groups, scale = at.shape[1], [2 / max(1, side - 1) for side in grid[::-1]]
+    image = rearrange(tokens, "b (y x) (g c) -> (b g) c y x", y=grid[0], g=groups).to(at.dtype)
+    where = at.flip(-1).flatten(0, 1)[:, None] * torch.tensor(scale, device=at.device, dtype=at.dtype) - 1
+    found = F.grid_sample(image, where, padding_mode="border", align_corners=True)
+    return rearrange(found, "(b g) c 1 m -> b m (g c)", g=groups).to(tokens.dtype)
+
+
+def between(table: Tensor, at: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What a table (h 2i-1 2j-1) holds for the way from each point (b g m 2) to each token, (b h n m)."""
+    (b, g), (y, x) = at.shape[:2], grid
+    rows, columns = (torch.arange(side, device=at.device, dtype=at.dtype) for side in grid)
+    tokens = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 1, 2)
+    most = torch.tensor([max(1, x - 1), max(1, y - 1)], device=at.device, dtype=at.dtype)
+    way = (tokens - at[:, :, None]).flip(-1) / most  # (b g n m 2)
+    tables = table.to(at.dtype).unflatten(0, (g, -1)).expand(b, -1, -1, -1, -1).flatten(0, 1)
+    found = F.grid_sample(tables, way.flatten(0, 1), padding_mode="border", align_corners=True)
+    return found.unflatten(0, (b, g)).flatten(1, 2)
+
+
+for _name in ("points", "sample", "between"):
+    fx.wrap(_name)  # symbolic tracing knows no lengths

@@ -1,0 +1,122 @@
+"""LSH attention, of Reformer: tokens are sorted by a hash of their queries, and chunks of them attend.
+
+Kitaev et al., "Reformer: The Efficient Transformer", 2020, arXiv:2001.04451, §2.
+"""
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from attnzoo.core import Card, Family, Law, Mask, Mechanism, Paper, PositiveInt, Site
+from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange, split_heads
+
+ITSELF = -5e4
+"""The score of a token for itself: it counts only where nothing else is read."""
+
+
+class Lsh(Mechanism):
+    """W_o softmax(q k̂ᵀ / √d) v, k̂ = q / ‖q‖, over one's chunk and the one before it in each of k rounds.
+
+    In a round tokens are sorted by bucket, argmax of [q R, -q R], R from N(0, 1), then by position, and cut into
+    chunks; before the first chunk comes the last. One softmax over all rounds weighs them by their logsumexp.
+
+    Args:
+        site: Where the mechanism is put.
+        chunk: How many tokens a chunk holds.
+        rounds: k, how often the tokens are hashed.
+        directions: Columns of R; there are twice as many buckets. The paper has as many buckets as chunks.
+    """
+
+    card = Card(
+        name="lsh",
+        family=Family.SPARSE,
+        summary="Reformer: queries that are keys too are sorted by hash, and chunks of them attend.",
+        paper=Paper(
+            "Reformer: The Efficient Transformer", "Kitaev et al.", 2020, "arXiv:2001.04451", where="§2"
+        ),
+        time="n w c + n c c",
+        memory="h n w + n w c",
+        masks={"keys"},
+        honours={"qkv_bias", "proj_bias"},
+        taps={"scores": "b h n w", "weights": "b h n w"},
+        laws={Law.STOCHASTIC},
+        fidelity="adapted",
+        notes="R is a buffer, drawn once, for all heads; the paper draws it in each forward. A causal mask, which the "
+        "paper uses, is refused: which tokens share a chunk depends on later ones too, so these would have a say. "
+        "Tokens that do not exist are sorted last. A token reads another chunk than in the authors' code at the start "
+        "of a round, which there follows the round before. Pairs that meet in several rounds count several times.",
+    )
+
+    directions: Tensor
+
+    def __init__(
+        self, site: Site, *, chunk: PositiveInt = 64, rounds: PositiveInt = 4, directions: PositiveInt = 8
+    ):
+        super().__init__(site)
+        self.chunk = chunk
+        self.q, self.v, self.proj = (
+            nn.Linear(site.dim, site.dim, bias=bias)
+            for bias in (site.qkv_bias, site.qkv_bias, site.proj_bias)
+        )
+        self.register_buffer("directions", torch.empty(rounds, site.head_dim, directions))  # R
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """N(0, 1) for R."""
+        nn.init.normal_(self.get_buffer("directions"))
+
+    def mix(self, x, source, *, mask, layout):
+        n, c = layout.length, self.chunk
+        more, rounds = -n % c, self.directions.shape[0]
+        q, v = split_heads(self.q(x), self.heads), split_heads(self.v(x), self.heads)
+        order = hashed_order(q.detach(), self.directions, mask, more)  # (b h k n+more)
+        rank = order.argsort(dim=-1)[..., :n]
+
+        def sort(t):  # (b h k n e), of which k may be 1, to chunks (b h k r c e)
+            t = F.pad(t, (0, 0, 0, more)).expand(-1, -1, rounds, -1, -1)
+            return t.gather(3, order[..., None].expand(*[-1] * 4, t.shape[-1])).unflatten(3, (-1, c))
+
+        def rows(t):  # chunks to the tokens in their order, (b h k n e)
+            return t.flatten(3, 4).gather(3, rank[..., None].expand(*[-1] * 4, t.shape[-1]))
+
+        def reach(t):  # a chunk and the one before it, (b h k r w e)
+            return t if n + more == c else torch.cat([t.roll(1, dims=3), t], dim=4)
+
+        near_q, near_k, near_v = (
+            sort(q[:, :, None]),
+            sort(F.normalize(q, dim=-1)[:, :, None]),
+            sort(v[:, :, None]),
+        )
+        near_k, near_v, at = reach(near_k), reach(near_v), order.unflatten(3, (-1, c))[..., None]
+        other = reach(at).mT
+        scores = (near_q * q.shape[-1] ** -0.5) @ near_k.mT
+        scores = rearrange(rows(scores.masked_fill(at == other, ITSELF)), "b h k n w -> b h n (k w)")
+        allowed = rows(existing_places(other, mask, n).expand(*[-1] * 4, c, -1))
+        allowed = rearrange(allowed, "b h k n w -> b h n (k w)")
+        weights = self.weights(masked_softmax(self.scores(scores), allowed))
+        weights = sort(rearrange(weights, "b h n (k w) -> b h k n w", k=rounds))
+        return self.proj(merge_heads(rows(weights @ near_v).sum(dim=2)))
+
+
+def hashed_order(q: Tensor, directions: Tensor, mask: Mask, more: int) -> Tensor:
+    """Positions by bucket and position, (b h k n+more); what does not exist, and what fills up, comes last."""
+    n = q.shape[2]
+    turned = einsum(q, directions.to(q.dtype), "b h n d, k d e -> b h k n e")
+    buckets = torch.cat([turned, -turned], dim=-1).argmax(dim=-1)
+    most = 2 * directions.shape[2]
+    if mask.keys is not None:
+        buckets = buckets.masked_fill(~mask.keys[:, None, None], most)
+    buckets = F.pad(buckets, (0, more), value=most)
+    return (buckets * (n + more) + torch.arange(n + more, device=q.device)).argsort(dim=-1)
+
+
+def existing_places(at: Tensor, mask: Mask, n: int) -> Tensor:
+    """Which of the positions (b h k r 1 w) hold a token that exists."""
+    if mask.keys is None:
+        return at < n
+    keys = F.pad(mask.keys, (0, 1))  # nothing lies beyond
+    return keys.gather(1, at.clamp(max=n).flatten(1)).reshape(at.shape)
+
+
+for _name in ("hashed_order", "existing_places"):
+    fx.wrap(_name)  # symbolic tracing cannot ask for a device
