@@ -61,7 +61,7 @@ def test_python_and_the_command_line_list_the_same(filters):
 def test_lists_hold_what_they_should():
     every = attnzoo.list_mechanisms()
     assert every == sorted(load_zoo().mechanisms)
-    assert attnzoo.list_mechanisms("*lin*", mask="causal") == ["elu_linear"]
+    assert attnzoo.list_mechanisms("*lin*", mask="causal") == ["elu_linear", "gated_linear"]
     assert "softmax" in attnzoo.list_mechanisms("s*", form="head", context=True)
     assert "softmax" not in attnzoo.list_mechanisms(form="mechanism")
     assert sorted(sum((attnzoo.list_mechanisms(form=f) for f in ("head", "mechanism", "pool")), [])) == every
