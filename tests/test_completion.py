@@ -62,7 +62,7 @@ def test_recipes(cache, verb, monkeypatch):
 
 
 def test_names_of_the_zoo(cache):
-    assert words("attnzoo check so", cache) == ["soft", "softmax"]
+    assert words("attnzoo check so", cache) == ["soft", "softmax", "softmax_one"]
     assert set(words("attnzoo show ha", cache)) == {
         "hadamard",
         "halo",
@@ -75,12 +75,13 @@ def test_names_of_the_zoo(cache):
 
 
 def test_zsh_and_fish(cache):
-    assert words("attnzoo check sof", cache, shell="fish") == ["soft", "softmax"]
+    assert words("attnzoo check sof", cache, shell="fish") == ["soft", "softmax", "softmax_one"]
     assert words("attnzoo check sof", cache, shell="zsh") == [
         "_arguments",
         "'*:",
         ':(("soft"',
-        '"softmax"))\'',
+        '"softmax"',
+        '"softmax_one"))\'',
     ]
 
 
@@ -107,7 +108,7 @@ def test_runs_and_files(cache, tmp_path, monkeypatch):
     assert words("attnzoo compose mi", cache) == [
         "mine/x.yaml"
     ]  # a folder that is the only answer is entered
-    assert words("attnzoo check al", cache) == words("attnzoo run al", cache) == ["alone.py"]
+    assert words("attnzoo check alo", cache) == words("attnzoo run al", cache) == ["alone.py"]
     assert words("attnzoo compose nowhere/x", cache) == words("attnzoo compose ~nobody_here/x", cache) == []
 
 
@@ -175,7 +176,7 @@ def test_plugins_that_are_gone(tmp_path):
 ])  # fmt: skip
 def test_broken_plugins_do_not_disturb(before, tmp_path):
     path = plugin(tmp_path / "site", before)
-    assert spawned("attnzoo show softm", tmp_path, path) == ["softmax"]
+    assert spawned("attnzoo show softm", tmp_path, path) == ["softmax", "softmax_one"]
 
 
 def test_a_plugin_that_hangs_costs_its_time_once(tmp_path, monkeypatch):

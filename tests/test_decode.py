@@ -314,6 +314,7 @@ def test_kept_keys_and_values_give_what_recomputation_gives(edits):
 
 @pytest.mark.parametrize("seed", [0, 2, 3])
 @pytest.mark.parametrize("search", [greedy, beam])
+@pytest.mark.sample(3)
 def test_a_batch_gives_the_tokens_of_single_decodes(search, seed):
     model, source = composed("host.max_length=24", eos=1.5, seed=seed), sources(32, 17)
     together = search(model, source, 20)

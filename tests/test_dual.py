@@ -742,6 +742,7 @@ def test_a_recipe_for_every_stream():
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.sample(3)
 def test_compose_shows_both_streams(name):
     result = CliRunner().invoke(app, ["compose", name])
     assert result.exit_code == 0, result.output

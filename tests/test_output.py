@@ -72,11 +72,11 @@ train: {data: digits, epochs: 1, batch_size: 256}
 """
 VERBS = [
     ("list", "--json"),
-    ("show", "nosuch", "--json"),
     ("compose", "noisy_vit", "--json"),
     ("train", "noisy_vit", "--out", "run", "--json"),
 ]
 MORE = [
+    ("show", "nosuch", "--json"),
     ("doctor", "--json"),
     ("list", "models", "--json"),
     ("show", "noisy", "--json"),

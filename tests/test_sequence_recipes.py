@@ -336,6 +336,7 @@ def is_right(kind: str, spec: str, model) -> None:
 
 
 @pytest.mark.parametrize("kind", SITES)
+@pytest.mark.sample(4)
 def test_who_can_go_there(kind):
     assert admitted(kind) & KNOWN_NAMES == CAN[kind]
 
@@ -360,7 +361,7 @@ def test_every_mechanism_is_right_or_refused_everywhere(kind, name):
         assert any(words in fault.why for words in ("the site requires masks of kind", "reads from a context", "reads from a second stream", "rotary positions", "where the grid ends", "from the caller", "-D grid")), fault.why  # fmt: skip
         named = {one.strip("`") for one in fault.help.removeprefix("who can: ").split(", ")}
         ours = {one for one in named if one in BUILT_IN}
-        assert ours == CAN[kind]
+        assert ours & KNOWN_NAMES == CAN[kind]
 
 
 @pytest.mark.parametrize("spec", OPTIONS)

@@ -17,7 +17,7 @@ with jaxtyping.install_import_hook([f"attnzoo.{name}" for name in HOOKED], "bear
 
     zoo = load_zoo()
     assert not [p for p in zoo.problems if p.plugin == "attnzoo"], zoo.problems
-    wanted = ["check_output", "check_forbidden_pairs", "check_causality", "check_padding_invisible", "check_context"]
+    wanted = ["check_output", "check_masks_as_views", "check_context_refused", "check_context_as_site_says"]
     parts = [e.value for r in (zoo.mechanisms, zoo.fusions) for e in r.values() if e.plugin == "attnzoo"]
     bad = [
         str(result)

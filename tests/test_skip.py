@@ -630,6 +630,7 @@ def test_a_forward_that_stops_early_does_no_harm():
 
 
 @pytest.mark.parametrize("host", [SEQ, VIT, STACK])
+@pytest.mark.sample(3)
 def test_compiles_without_a_break(host):
     torch._dynamo.reset()
     model = rough((host % "").replace("layers: 4", "layers: 2").replace("depth: 4", "depth: 2") + "attention: softmax\nheads: 4\nskip: merged\n")  # fmt: skip

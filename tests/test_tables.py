@@ -218,6 +218,7 @@ def test_verbs_fit_the_terminal(command, request, monkeypatch):
                     assert one in text, (one, text)
 
 
+@pytest.mark.slow
 def test_old_tables_are_caught(monkeypatch):
     calls = recorded(monkeypatch, "list")
     columns, rows = next(arguments for name, arguments, _ in calls if name == "table")

@@ -286,6 +286,7 @@ def test_two_processes_train_as_one(tmp_path, task):
     ("switching", {}),
     ("regression", {}),
 ])  # fmt: skip
+@pytest.mark.sample(3)
 def test_resume_is_exact(tmp_path, task, changes):
     whole = tmp_path / "whole"
     run(task, whole, checkpoint_every=1, keep=99, **changes)

@@ -217,6 +217,7 @@ def every_head() -> None:
 def test_the_heads_are_those_that_claim_it():
     names = {name.split()[0] for name, _, _ in heads()}
     assert names == {
+        "alibi", "cosformer", "cosine", "efficient", "entmax", "nystrom", "sigmoid", "softmax_one", "top_k", "window",
         "elu_linear", "expressive", "hebbian", "linformer", "longformer", "memory", "neighborhood", "performer", "region",
         "soft", "softmax", "twicing",
     }  # fmt: skip
@@ -624,9 +625,10 @@ def script() -> None:
 
 
 def test_on_two_devices():
-    spread(2, contexts, chance, refusals, mutants)
+    spread(2, each_head, step_for_step, refusals, mutants)
 
 
+@pytest.mark.slow
 def test_on_four_devices():
     spread(4, each_head, step_for_step)
 

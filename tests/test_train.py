@@ -104,6 +104,7 @@ def test_same_seed_same_bits(tmp_path):
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_another_process_with_other_hashes_finds_the_same_bits(tmp_path):
     tiny(tmp_path / "here")
     code = (f"import torch; torch.set_num_threads(1)\nimport attnzoo.train.kinds as kinds, training\n"

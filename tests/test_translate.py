@@ -27,7 +27,7 @@ LINES = ["a b c", "", "l k j i h g", "  ", "d", "a a a a a a a a a a a a", "b c 
 class Stand:
     """Stands in for a run: a model without training."""
 
-    kind = "pairs"
+    kind, device = "pairs", "cpu"
 
     def __init__(self):
         torch.manual_seed(1)

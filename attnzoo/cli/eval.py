@@ -51,7 +51,7 @@ def eval_(
             "AZ813", f"{len(runs)} runs were named", help="say --committee, or evaluate one at a time"
         )
     run = runs[0]
-    found = replace(open_run(run), accelerated=accelerate)
+    found = replace(open_run(run), accelerated=True) if accelerate else open_run(run)
     notes, what = found.notes(), {"run": str(run), "which": which, "data": data or found.settings.data}
     if not as_json:
         for note in notes:
@@ -125,7 +125,8 @@ def _committee(
     from attnzoo.eval.committee import evaluate_committee
     from attnzoo.train import open_run
 
-    members = [replace(open_run(run), accelerated=accelerate) for run in runs]
+    members = [open_run(run) for run in runs]
+    members = [replace(member, accelerated=True) for member in members] if accelerate else members
     if other := next((run for run in members if run.kind != "images"), None):
         raise RunError(
             "AZ814",

@@ -57,7 +57,7 @@ def translate(
     from attnzoo.eval.translation import translate as translate_lines
     from attnzoo.train import open_run
 
-    found = replace(open_run(run), accelerated=accelerate)
+    found = replace(open_run(run), accelerated=True) if accelerate else open_run(run)
     vocabularies = found.vocabularies()
     model: Any = found.model(which).to(found.device)
     rows: list[dict[str, Any]] = []

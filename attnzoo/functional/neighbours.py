@@ -108,7 +108,7 @@ def tiles_save(sides: Sequence[Windows]) -> bool:
     for one in sides:
         most = -(-one.length // one.dilation)
         pairs *= one.dilation * -(-most // tile) * tile * min(most, one.window + tile + one.stride - 2)
-    return 2 * pairs < math.prod(one.length for one in sides) ** 2
+    return 2 * pairs < math.prod([one.length for one in sides]) ** 2
 
 
 def tiled_attention(
@@ -152,9 +152,9 @@ def tiled_attention(
     if mask.causal:
         seen = seen & (found[:, None] <= asked[..., None])
     places = zip((q, k, v), (asked, found, found), strict=True)
-    asks, reads, gives = (
+    asks, reads, gives = [
         rearrange(t[:, :, at.flatten()], "b h (r w) d -> (b r) h w d", r=r) for t, at in places
-    )
+    ]
     out = dot_product_attention(
         component, asks, reads, gives, Mask(pairs=rearrange(seen, "b r w m -> (b r) 1 w m"))
     )
