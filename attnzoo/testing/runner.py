@@ -5,7 +5,10 @@ import inspect
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from random import Random
 from zlib import crc32
 
 from hypothesis import HealthCheck, Phase, given, reject, seed, settings
@@ -14,12 +17,14 @@ from hypothesis.errors import HypothesisException
 from attnzoo.core import Component, Fusion, Head, Pool
 from attnzoo.errors import CheckError, RecipeError, did_you_mean
 from attnzoo.testing.checks import CHECKS
-from attnzoo.testing.claim import Check, Inapplicable, Requirement
+from attnzoo.testing.claim import Check, Inapplicable, Requirement, claim
 from attnzoo.testing.report import CheckResult
-from attnzoo.testing.strategies import Checkable, Scene, claims_of, edges, scenes
+from attnzoo.testing.strategies import Checkable, Scene, claims_of, edges, random_scenes, scenes
 
 EXAMPLES = 50
 MANY = 20
+PATIENCE = 9
+"""So many times as many scenes may be refused, for options and sites that do not go together."""
 
 
 def requirement(check: Check) -> Requirement:
@@ -62,7 +67,6 @@ def run_check(cls: Checkable, check: Check, examples: int = EXAMPLES, *, shrink:
     """
     name, wanted = check.__name__, requirement(check)
     drawn = max(1, round(examples * wanted.share))
-    phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
     last: list[Scene] = []
 
     def holds(scene: Scene) -> bool:
@@ -79,30 +83,46 @@ def run_check(cls: Checkable, check: Check, examples: int = EXAMPLES, *, shrink:
 
     @seed(crc32(name.encode()))
     @settings(
-        max_examples=drawn,
-        phases=phases,
+        max_examples=4 * drawn,
+        phases=[Phase.generate, Phase.shrink],
         database=None,
         deadline=None,
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
     @given(scenes(cls, wanted.fits))
-    def run(scene: Scene) -> None:
+    def smallest(scene: Scene) -> None:
         if not holds(scene):
             reject()
 
-    try:
-        run()
+    def run() -> None:
+        """All scenes; one that fails is made small, which may find a smaller one that fails for another reason."""
+        chance = random_scenes(cls, wanted.fits, Random(crc32(name.encode())))
+        tried = sum(holds(scene) for scene in islice(chance, drawn))
+        for scene in islice(chance, PATIENCE * drawn):
+            if tried >= drawn:
+                break
+            tried += holds(scene)
+        claim(tried > 0, "it can be built somewhere", "no scene could be tried")
         if wanted.share == 1 or drawn >= MANY:
             fitting = [options for card, options in claims_of(cls) if wanted.fits(card, options)]
             for scene in edges(cls, fitting[0], wanted.large):
                 holds(scene)
+
+    try:
+        try:
+            run()
+        except (Inapplicable, KeyboardInterrupt):
+            raise
+        except BaseException:
+            failing = last[0]
+            if shrink:
+                with suppress(HypothesisException):  # as when it fails in some runs only
+                    smallest()
+            last[:] = [failing]
+            raise
     except Inapplicable as reason:
         return CheckResult(cls.card.name, name, "skipped", str(reason))
-    except HypothesisException as error:
-        return CheckResult(
-            cls.card.name, name, "failed", f"no scene could be tried: {type(error).__name__}: {error}"
-        )
     except AssertionError as error:
         return CheckResult(cls.card.name, name, "failed", str(error), last[0].code(name))
     except KeyboardInterrupt:

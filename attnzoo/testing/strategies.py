@@ -3,10 +3,11 @@
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from itertools import chain
+from random import Random
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -453,15 +454,13 @@ def claims_of(cls: Checkable) -> tuple[tuple[Card | FusionCard, dict[str, Any]],
     return tuple((card_of(cls, options), options) for options in settings_of(cls))
 
 
-def scenes(
-    cls: Checkable, keep: Callable[[Any, dict[str, Any]], bool] | None = None
-) -> st.SearchStrategy[Scene]:
-    """Scenes in which a component is tried.
+Keep = Callable[[Any, dict[str, Any]], bool]
+"""Whether to draw an option setting, asked with the card under it and the options."""
+SEEDS = 2**16
 
-    Args:
-        cls: A mechanism, head, pool or fusion.
-        keep: Which option settings to draw, asked with the card under them and the options; None draws all.
-    """
+
+def _tables(cls: Checkable, keep: Keep | None) -> tuple[Sequence[Any], ...]:
+    """What a scene is drawn from, beside its seed, each table with the simplest first: few draws, for a draw costs."""
     kept = [options for card, options in claims_of(cls) if keep is None or keep(card, options)]
     fusion = issubclass(cls, Fusion)
     card: Any = cls.card
@@ -475,24 +474,42 @@ def scenes(
     # two in three without a context, where there may be one
     across = (False,) if fusion else (True,) if card.context_grid is not None else (False, False, True)
 
-    def scene(drawn: tuple) -> Scene:
-        options, (prefix, batch, heads, head_dim, bias), (arity, inside), across, grid, seed = drawn
-        heads = arity * heads  # so that a fusion can deal them out
-        site = Site("check", heads * head_dim, heads, Layout(grid, prefix), qkv_bias=bias, proj_bias=bias)
-        if fusion:  # which may know how deep it is
-            site = replace(site, layer=seed % 4, depth=4)
-        drawn_scene = Scene(cls, site, options, batch, seed, arity, inside)
-        return drawn_scene.across() if across and drawn_scene.card.context else drawn_scene
+    return kept, places, levels, across, grids
 
-    # few draws from tables, simplest first: a draw costs as much as a small forward
-    return st.tuples(
-        st.sampled_from(kept),
-        st.sampled_from(places),
-        st.sampled_from(levels),
-        st.sampled_from(across),
-        st.sampled_from(grids),
-        st.integers(0, 2**16),
-    ).map(scene)
+
+def _scene(cls: Checkable, drawn: Sequence[Any], seed: int) -> Scene:
+    """The scene of an entry of each table."""
+    options, (prefix, batch, heads, head_dim, bias), (arity, inside), across, grid = drawn
+    heads = arity * heads  # so that a fusion can deal them out
+    site = Site("check", heads * head_dim, heads, Layout(grid, prefix), qkv_bias=bias, proj_bias=bias)
+    if issubclass(cls, Fusion):  # which may know how deep it is
+        site = replace(site, layer=seed % 4, depth=4)
+    scene = Scene(cls, site, options, batch, seed, arity, inside)
+    return scene.across() if across and scene.card.context else scene
+
+
+def scenes(cls: Checkable, keep: Keep | None = None) -> st.SearchStrategy[Scene]:
+    """Scenes in which a component is tried; they shrink to the simplest.
+
+    Args:
+        cls: A mechanism, head, pool or fusion.
+        keep: Which option settings to draw; None draws all.
+    """
+    drawn = st.tuples(*(st.sampled_from(table) for table in _tables(cls, keep)))
+    return st.builds(lambda entries, seed: _scene(cls, entries, seed), drawn, st.integers(0, SEEDS))
+
+
+def random_scenes(cls: Checkable, keep: Keep | None, random: Random) -> Iterator[Scene]:
+    """Such scenes without end and without hypothesis, whose draws take as long as a small forward.
+
+    Args:
+        cls: A mechanism, head, pool or fusion.
+        keep: Which option settings to draw; None draws all.
+        random: Where they come from.
+    """
+    tables = _tables(cls, keep)
+    while True:
+        yield _scene(cls, [random.choice(table) for table in tables], random.randrange(SEEDS))
 
 
 def edges(cls: Checkable, options: dict[str, Any], large: bool) -> list[Scene]:
