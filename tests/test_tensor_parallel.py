@@ -625,7 +625,7 @@ def script() -> None:
 
 
 def test_on_two_devices():
-    spread(2, each_head, step_for_step, refusals, mutants)
+    spread(2, each_head, refusals, mutants)
 
 
 @pytest.mark.slow
