@@ -100,7 +100,9 @@ def check_taps_transparent(cls: Checkable, scene: Scene) -> None:
     weight = scene.random(*out.shape, stream=5)
     wanted = [*inputs, *component.parameters()]
     before = torch.autograd.grad((expected * weight).sum(), wanted, allow_unused=True)
-    learned = {name: seen for name, seen in shown.items() if seen.requires_grad}  # what is frozen depends on nothing
+    learned = {
+        name: seen for name, seen in shown.items() if seen.requires_grad
+    }  # what is frozen depends on nothing
     after = torch.autograd.grad((out * weight).sum(), [*wanted, *learned.values()], allow_unused=True)
     for a, b in zip(after, before, strict=False):
         none = torch.zeros(1) if b is None else torch.zeros_like(b)
