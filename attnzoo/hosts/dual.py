@@ -1,7 +1,7 @@
 """Two streams of tokens in one backbone: each attends to itself, then to the other, then goes through an MLP.
 
-Stream a is the picture in patches. Stream b is what a recipe says (`streams.py`): the same picture at another scale or
-through convolutions, another picture of the batch, learnt tokens, or what the caller hands over. Layers are pre-norm;
+Stream a is the image in patches. Stream b is what a recipe says (`streams.py`): the same image at another scale or
+through convolutions, another image of the batch, learnt tokens, or what the caller hands over. Layers are pre-norm;
 both cross-attentions read what their layer's self-attentions gave:
 
     a ← a + self_a(LN(a))          b ← b + self_b(LN(b))
@@ -81,7 +81,7 @@ class DualTransformer(Backbone):
         num_classes: 0 for features.
         global_pool: What the classifier reads of a stream: `token` for the class token, or the mean where there is
             none; `avg` for the mean without special tokens; nothing for all tokens. By `class_token` if None.
-        class_token: Whether a picture in patches has one.
+        class_token: Whether a image in patches has one.
         embed_dim: Width of the tokens of both streams, in channels.
         depth: Number of layers.
         num_heads: Heads at each site.

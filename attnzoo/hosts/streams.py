@@ -59,12 +59,12 @@ class Stream(nn.Module):
 
 
 class Patches(Stream):
-    """The picture in square patches, with a class token if wanted.
+    """The image in square patches, with a class token if wanted.
 
     Args:
-        img_size: Rows and columns of the picture.
+        img_size: Rows and columns of the image.
         patch_size: Side of a patch; divides both.
-        in_chans: Channels of the picture.
+        in_chans: Channels of the image.
         dim: Width of the tokens, in channels.
         class_token: Whether there is one.
     """
@@ -82,11 +82,11 @@ class Patches(Stream):
 
 
 class Features(Stream):
-    """What a few convolutions find in the picture: n × [convolution, ReLU, max pooling], as in `cct`.
+    """What a few convolutions find in the image: n × [convolution, ReLU, max pooling], as in `cct`.
 
     Args:
-        img_size: Rows and columns of the picture.
-        in_chans: Channels of the picture.
+        img_size: Rows and columns of the image.
+        in_chans: Channels of the image.
         dim: Width of the tokens, in channels.
         n_conv_layers: How many convolutions; each halves the sides, or more.
         kernel_size: Their side.
@@ -110,7 +110,7 @@ class Features(Stream):
 
 
 class Tokens(Stream):
-    """Learnt tokens, the same for every picture: classes, a dictionary.
+    """Learnt tokens, the same for every image: classes, a dictionary.
 
     Args:
         count: How many.
@@ -126,7 +126,7 @@ class Tokens(Stream):
 
 
 class Given(Stream):
-    """What the caller hands over with the pictures, projected to the width of the tokens.
+    """What the caller hands over with the images, projected to the width of the tokens.
 
     Args:
         name: What the argument of the model's `forward` is called.
@@ -166,10 +166,10 @@ def second_stream(
     """Stream b; None for `pair`, whose tokens are made as those of stream a.
 
     Args:
-        img_size: Rows and columns of the picture.
-        in_chans: Channels of the picture.
+        img_size: Rows and columns of the image.
+        in_chans: Channels of the image.
         dim: Width of the tokens, in channels.
-        class_token: Whether a picture in patches has one.
+        class_token: Whether a image in patches has one.
         stream: `scale`, `pair`, `features`, `tokens` or `given`.
         patch_size: Of `scale`.
         n_conv_layers, kernel_size: Of `features`.
@@ -177,7 +177,7 @@ def second_stream(
         name, channels, size: Of `given`.
 
     Raises:
-        RecipeError: AZ322, when it cannot be made of such a picture.
+        RecipeError: AZ322, when it cannot be made of such a image.
     """
     if stream == "pair":
         return None
@@ -194,10 +194,10 @@ def second_stream(
 
 
 def check_patches(img_size: tuple[int, int], patch_size: int, code: str) -> None:
-    """Refuse patches that do not tile a picture.
+    """Refuse patches that do not tile a image.
 
     Args:
-        img_size: Rows and columns of the picture.
+        img_size: Rows and columns of the image.
         patch_size: Side of a patch.
         code: Of the fault: AZ320 for stream a, AZ322 for stream b.
 

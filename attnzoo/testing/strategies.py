@@ -500,7 +500,7 @@ def scenes(cls: Checkable, keep: Keep | None = None) -> st.SearchStrategy[Scene]
 
 
 def random_scenes(cls: Checkable, keep: Keep | None, random: Random) -> Iterator[Scene]:
-    """Such scenes without end and without hypothesis, whose draws take as long as a small forward.
+    """The simplest scene, then others without end; without hypothesis, whose draws take as long as a small forward.
 
     Args:
         cls: A mechanism, head, pool or fusion.
@@ -508,6 +508,7 @@ def random_scenes(cls: Checkable, keep: Keep | None, random: Random) -> Iterator
         random: Where they come from.
     """
     tables = _tables(cls, keep)
+    yield _scene(cls, [table[0] for table in tables], 0)
     while True:
         yield _scene(cls, [random.choice(table) for table in tables], random.randrange(SEEDS))
 

@@ -1,4 +1,4 @@
-"""Cross-scale token attention: tokens of one patch size ask those of another, of the same picture.
+"""Cross-scale token attention: tokens of one patch size ask those of another, of the same image.
 
 Yoo et al., "Enriched CNN-Transformer Feature Aggregation Networks for Super-Resolution", 2023, WACV, arXiv:2203.07682;
 its block of cross-scale token attention (CSTA).

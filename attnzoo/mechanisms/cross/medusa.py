@@ -1,4 +1,4 @@
-"""MEDUSA: one guide map, made once from the whole picture, opens gates at every place of every layer.
+"""MEDUSA: one guide map, made once from the whole image, opens gates at every place of every layer.
 
 Aboutalebi et al., "MEDUSA: Multi-scale Encoder-Decoder Self-Attention Deep Neural Network Architecture for Medical
 Image Analysis", 2022, arXiv:2110.06063; one of its heads. The body that makes the map is the host's second stream.
@@ -33,7 +33,7 @@ class Medusa(Mechanism):
     card = Card(
         name="medusa",
         family=Family.CROSS,
-        summary="Gates from one guide map of the whole picture and from the tokens around each place.",
+        summary="Gates from one guide map of the whole image and from the tokens around each place.",
         paper=Paper(TITLE, "Aboutalebi et al.", 2022, "arXiv:2110.06063"),
         time="n c + m c",
         memory="n c + m c",
