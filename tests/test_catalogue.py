@@ -69,7 +69,9 @@ def test_lists_hold_what_they_should():
     assert attnzoo.list_mechanisms("nosuch*") == []
     assert attnzoo.list_mechanisms(search="VASWANI 2017") == ["softmax"]  # of the paper
     assert (
-        attnzoo.list_mechanisms(search="linear zebra windows") == [] != attnzoo.list_mechanisms(search="window")
+        attnzoo.list_mechanisms(search="linear zebra windows")
+        == []
+        != attnzoo.list_mechanisms(search="window")
     )
     of_timm = attnzoo.list_mechanisms("s*", search="timm")
     assert "squeeze_excite" in of_timm and "softmax" not in of_timm
