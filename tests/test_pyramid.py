@@ -420,6 +420,15 @@ def test_shared_blocks_equal_copies():
 EMPTY = {kind: '"stages.0.*"' for kind in KINDS if kind != "reduced"}
 
 
+def test_a_model_without_any_attention():
+    """Every site is left empty: MLPs alone, which learn."""
+    made = attnzoo.compose(
+        recipe("plain", rest='attention: softmax\noverrides: [{at: "stages.*.*", put: null}]\n')
+    )
+    made(images()).square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in made.parameters())
+
+
 @pytest.mark.parametrize("kind", EMPTY)
 @pytest.mark.sample(3)
 def test_nothing_is_there_for_empty_sites(kind):

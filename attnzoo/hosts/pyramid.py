@@ -430,6 +430,10 @@ class PyramidInfo(BackboneInfo):
     left_out: frozenset[str] = frozenset()
 
     @property
+    def tokens(self) -> int:
+        return self.model.layouts[0].length  # type: ignore[union-attr,index]
+
+    @property
     def dims(self) -> tuple[int, ...]:
         return tuple(site.dim for site in self.model.sites.values())  # type: ignore[union-attr,operator]
 
