@@ -47,7 +47,7 @@ SWAPS: dict[type, type] = {
     ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
 }  # fmt: skip
 """Each operator and what takes its place."""
-COMMUTES = ("minimum", "maximum", "promote_types", "transpose")
+COMMUTES = ("min", "max", "minimum", "maximum", "promote_types", "transpose")
 """Functions that do not mind the order of their arguments."""
 TEXTS = ("Card", "FusionCard", "Paper")
 """Calls that say things rather than compute them; their claims are what the conformance suite is about."""
@@ -99,7 +99,10 @@ def _changes(node: ast.AST) -> Iterator[ast.AST]:
         case ast.Constant(value=float(value)):
             yield _with(node, value=value * 1.5 if value else 1.0)
         case ast.Call(func, [first, second, *rest]) if not isinstance(first, ast.Starred):
-            if ast.dump(first) != ast.dump(second) and getattr(func, "attr", "") not in COMMUTES:
+            if (
+                ast.dump(first) != ast.dump(second)
+                and getattr(func, "attr", getattr(func, "id", "")) not in COMMUTES
+            ):
                 yield _with(node, args=[second, first, *rest])
         case ast.IfExp(body=body, orelse=other):
             yield _with(node, body=other, orelse=body)

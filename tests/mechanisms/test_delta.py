@@ -244,3 +244,11 @@ def test_long_sequences_in_single_precision():
 
 def test_narrow_numbers_stay_near():
     narrow(Delta, [(2, 7, 12)], site=place(12, 3, 7))
+
+
+def test_convolutions_start_as_pytorchs():
+    """Uniform within ± 1 / √w."""
+    for w in (4, 9):
+        conv = Delta(place(64, 4, 5), conv=w).conv.detach()
+        assert float(conv.abs().max()) <= w**-0.5 and float(conv.min()) < 0 < float(conv.max())
+        assert abs(float(conv.std()) * 3**0.5 * w**0.5 - 1) < 0.1

@@ -282,3 +282,13 @@ def test_dropout_drops_weights_of_all_tokens():
 
 def test_narrow_numbers_stay_near():
     narrow(Window, [(2, 3, 13, 4)] * 3, site=Site("hand", 12, 3, Layout((3, 4), 1)), window=2, shift="half")
+
+
+def test_reach_default_and_table():
+    """Windows of 7 × 7, so a token reaches 6 away; the table from N(0, 0.02²), cut at two deviations."""
+    assert (
+        Window(Site("hand", 8, 2, Layout((8, 8)))).window == 7
+        and Window(Site("hand", 8, 2, Layout((8, 8)))).reach() == 6
+    )
+    table = Window(Site("hand", 8, 4, Layout((8, 8))), window=30).bias.detach()
+    assert float(table.abs().max()) <= 0.04 and 0.0165 < float(table.std()) < 0.0187  # 0.88 of 0.02
