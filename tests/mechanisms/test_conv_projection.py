@@ -218,3 +218,20 @@ def test_identity_padding_is_a_smaller_picture():
 def test_narrow_numbers_stay_near():
     assert conv_projection.dot_product_attention is dot_product_attention
     narrow(ConvProjection, [(2, 12, 12)], site=Site("hand", 12, 3, Layout((3, 4))))
+
+
+@pytest.mark.parametrize("stride,grid", [(2, (3, 1)), (3, (3, 1)), (3, (3, 2)), (2, (3, 2))])
+def test_gradients_in_autocast_read_no_unwritten_memory(stride, grid):
+    """oneDNN's of a kernel did, in bfloat16 and channels last, where a grid has fewer columns than the stride."""
+    layout = Layout(grid, prefix=0)
+    component = ConvProjection(Site("blocks.0.attn", dim=6, heads=2, layout=layout), stride=stride)
+    for _ in range(5):
+        component.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = component(normal(2, layout.length, 6).float(), layout=layout)
+        # What is freed here is what the next tensors and scratchpads are made of.
+        freed = [torch.full((int(16 * 2 ** (k / 4)),), math.nan) for k in range(64) for _ in range(3)]
+        del freed
+        out.float().sum().backward()
+        for name, parameter in component.named_parameters():
+            assert parameter.grad.isfinite().all(), name

@@ -97,6 +97,10 @@ class ConvProjection(Mechanism):
                 there = layout.to_grid(there)[:, 0, :: self.stride, :: self.stride].flatten(1)
                 mask = Mask(keys=torch.cat([mask.keys[:, : layout.prefix], there], dim=1))
         grid = layout.to_grid(tokens)
+        if (
+            layout.grid[1] < self.stride
+        ):  # channels last, oneDNN's gradient of a kernel in bfloat16 would read
+            grid = grid.contiguous()  # memory that nobody wrote
         q, k, v = (
             split_heads(project(layout.from_grid(prefix, conv(grid))), self.heads)
             for project, conv in ((self.q, self.q_conv), (self.k, self.k_conv), (self.v, self.v_conv))
