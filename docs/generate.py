@@ -85,6 +85,8 @@ def page(entry: Entry, kind: str, recipes: list[str]) -> str:
         "grid",
         "time",
         "memory",
+        "parameters",
+        "FLOPs",
         "auxiliary",
         "fidelity",
     ):

@@ -34,6 +34,8 @@ BAD = [
 """What neither kind of card may say."""
 BAD_MECHANISM = [
     ({"laws": {Law.SYMMETRIC}}, "symmetric is no law"),
+    ({"params": "4 c c"}, "`4 c c` is no formula"),
+    ({"flops": "n *"}, r"`n \*` is no formula"),
     ({"masks": {"padding"}}, "padding.* is no kind of mask"),
     ({"masks": {"keys", "Causal"}}, "is no kind of mask"),
     ({"incremental": True}, "needs a causal mask"),

@@ -3,12 +3,14 @@
 import inspect
 import types
 import typing
+from dataclasses import replace
 from typing import Any
 
 from attnzoo.catalogue.lists import form_of
 from attnzoo.catalogue.text import Sheet, Table, Verbatim
-from attnzoo.core import options_of
+from attnzoo.core import Head, Layout, Site, evaluate, options_of
 from attnzoo.core.card import ROLLOUT
+from attnzoo.core.options import defaults_of
 from attnzoo.errors import RecipeError, did_you_mean
 from attnzoo.recipe.source import read_text
 from attnzoo.zoo import Entry, load_zoo
@@ -75,6 +77,8 @@ def page_of(entry: Entry, kind: str) -> dict[str, Any]:
         "fidelity": card.fidelity,
         "time": getattr(card, "time", ""),
         "memory": getattr(card, "memory", ""),
+        "parameters": _counted(entry.value, "params"),
+        "FLOPs": _counted(entry.value, "flops"),
         "masks": ", ".join(sorted(card.masks)) or "none",
         "level": "on tokens only" if kind == "fusion" and not card.inside_heads else "",
         "context": "yes" if getattr(card, "context", False) else "",
@@ -111,6 +115,25 @@ def page_of(entry: Entry, kind: str) -> dict[str, Any]:
         "options": options,
         "example": example,
     }
+
+
+def _counted(component: Any, what: str) -> str:
+    """A formula and what it gives at a site of ViT-S."""
+    formula = getattr(component.card, what, "")
+    if not formula:
+        return ""
+    grid = {1: (196,), 3: (4, 7, 7)}.get(component.card.grid, (14, 14))
+    layout = Layout(grid, prefix=1)
+    site = Site("blocks.0", 384, 6, layout)
+    if component.card.context_grid is not None:
+        site = replace(site, context_dim=384, context_layout=layout)
+    text = formula.replace("**2", "²").replace("**3", "³").replace(" * ", " · ")
+    if issubclass(component, Head) and what == "params":
+        text += ", beside the projections"
+    try:
+        return f"{text} ({evaluate(formula, site, defaults_of(component)):,} at c = 384, h = 6, n = 197)"
+    except ValueError:  # an option without a default
+        return text
 
 
 def _yaml(value: Any) -> str:

@@ -3,6 +3,7 @@
 from attnzoo.core.auxiliary import AuxiliaryLosses, auxiliary_losses
 from attnzoo.core.card import Card, Family, FusionCard, Law, Paper
 from attnzoo.core.component import Component
+from attnzoo.core.formula import evaluate
 from attnzoo.core.fused import Fused, FusedHeads
 from attnzoo.core.fusion import Fusion, Start
 from attnzoo.core.head import Head
@@ -30,5 +31,5 @@ __all__ = [
     "NO_MASK", "AuxiliaryLosses", "Card", "Component", "Family", "Fraction", "Fused", "FusedHeads", "Fusion",
     "FusionCard", "Head", "KVCache", "Law", "Layout", "Mask", "Mechanism", "MultiGroup", "MultiHead",
     "NonNegativeInt", "OptionError", "Paper", "Pool", "PositiveFloat", "PositiveInt", "Site", "Start", "Tap",
-    "auxiliary_losses", "find_taps", "option_texts", "options_of", "rotate", "watch",
+    "auxiliary_losses", "evaluate", "find_taps", "option_texts", "options_of", "rotate", "watch",
 ]  # fmt: skip

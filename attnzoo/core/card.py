@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, NoReturn, get_args
 
+from attnzoo.core.formula import check_formula
 from attnzoo.core.tap import KINDS, kind_of
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -193,6 +194,10 @@ class Card:
         time: Operations in the shape letters, as implemented: `n m c`. How they grow with tokens, channels and heads is
             measured, with many tokens beside channels; factors are not, and what calls an unknown kernel is not.
         memory: What a forward holds at its peak, in the shape letters, as implemented, taps watched; measured likewise.
+        params: Number of parameters, as a formula (`attnzoo.core.evaluate` says what it may name): `2 * rank * n`. Of a
+            head without the projections around it. Counted, where it is given.
+        flops: FLOPs of a forward of one sample without a mask, two per multiply-add, as a formula: of matrix products,
+            convolutions and attention kernels, as PyTorch counts them. Counted, where it is given.
         masks: Which kinds of `Mask` are honoured, of keys, pairs, causal; the base class refuses the others.
         one_head: Whether it is one head whatever the site says: pairs that differ by head are refused.
         context: Whether it can read from a context (cross-attention); `beside` when it reads its own tokens too, so
@@ -220,6 +225,8 @@ class Card:
     paper: Paper | None = None
     time: str = "n m c"
     memory: str = "h n m"
+    params: str = ""
+    flops: str = ""
     masks: Set[str] = frozenset()
     one_head: bool = False
     context: bool | Literal["beside"] = False
@@ -256,6 +263,8 @@ class Card:
             raise ValueError(
                 f"card {self.name!r}: grid is a number of dimensions, 'any' or None, not {self.grid!r}"
             )
+        for formula in (self.params, self.flops):
+            check_formula(formula or "0")
         for name, axes in self.taps.items():
             if kind_of(name) not in KINDS:
                 raise ValueError(f"card {self.name!r}: the tap {name!r} is none of {', '.join(KINDS)}")

@@ -411,6 +411,26 @@ class ClaimsLittleMemory(Healthy):
     card = claims(Healthy, memory="n c")
 
 
+class HealthyCounted(Healthy):
+    card = claims(Healthy, params="h", flops="4 * n * m * c")
+
+
+class ForgetsOtherHeads(Healthy):
+    card = claims(Healthy, params="1")
+
+
+class NamesWhatIsNotThere(Healthy):
+    card = claims(Healthy, params="heads")
+
+
+class CountsTheScoresAlone(Healthy):
+    card = claims(Healthy, flops="2 * n * m * c")
+
+
+class TakesContextsForTokens(Healthy):
+    card = claims(Healthy, flops="4 * n * n * c")
+
+
 class HoldsEveryChunk(Healthy):
     """No tensor is large, but all chunks of the weights are there at once."""
 

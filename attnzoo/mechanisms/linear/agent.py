@@ -68,6 +68,8 @@ class Agent(Mechanism):
         ),
         time="n r c + n c c",
         memory="h n r + n c",
+        params="4 * c * c + (3 * qkv_bias + proj_bias + 10) * c + 2 * h * agents**2 * (49 + sum(sides) + p)",
+        flops="8 * n * c * c + 8 * n * agents**2 * c + 18 * (n - p) * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

@@ -34,6 +34,8 @@ class Linformer(Head):
         ),
         time="n r c + m r c",
         memory="h n r + r m",
+        params="rank * m * (2 if share == 'headwise' else 1)",
+        flops="4 * rank * m * c + 4 * rank * n * c",
         masks={"keys"},
         context=True,
         fixed_length="most",

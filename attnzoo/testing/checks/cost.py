@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from attnzoo.core import Head, watch
+from attnzoo.core import Head, evaluate, watch
+from attnzoo.core.options import defaults_of
 from attnzoo.errors import ZooError
 from attnzoo.testing.claim import Inapplicable, claim, requires
 from attnzoo.testing.strategies import Checkable, Scene, settings_of
@@ -166,3 +167,35 @@ def check_time(cls: Checkable, scene: Scene) -> None:
 def check_memory(cls: Checkable, scene: Scene) -> None:
     """What a forward holds at once, at its peak, grows no faster than `memory` claims; taps are watched."""
     _grows(cls, scene, "memory", lambda spent: spent.most)
+
+
+@requires("mechanism", "pool", where=lambda card: card.params, share=0.4)
+def check_params(cls: Checkable, scene: Scene) -> None:
+    """There are as many parameters as the formula says; of a head without the projections around it."""
+    counted = sum(p.numel() for p in scene.construct().parameters())
+    _equals(scene, "params", scene.card.params, counted)
+
+
+@requires("mechanism", "pool", where=lambda card: card.flops, wide=True, share=0.4)
+def check_flops(cls: Checkable, scene: Scene) -> None:
+    """PyTorch counts as many FLOPs as the formula says, of one sample, without a mask, on the meta device.
+
+    A product over one token, channel or head is none to it, so there are more of each.
+    """
+    one = replace(scene.crowded().roomy(), batch=1)
+    component, counter = one.construct().eval().to("meta"), FlopCounterMode(display=False)
+    maps = {name: given.to("meta") for name, given in one.given.items()}
+    with torch.no_grad(), counter:
+        if isinstance(component, Head):
+            component(*(t.float().to("meta") for t in one.heads()), layout=one.head_layout(), given=maps)
+        else:
+            one.run(component, [t.to("meta") for t in one.inputs(dtype=torch.float32)], given=maps)
+    _equals(one, "flops", one.card.flops, counter.get_total_flops())
+
+
+def _equals(scene: Scene, what: str, formula: str, counted: int) -> None:
+    try:
+        said = evaluate(formula, scene.site, {**defaults_of(scene.component), **scene.options})
+    except ValueError as error:
+        claim(False, f"{what}: `{formula}`", str(error))
+    claim(said == counted, f"{what}: `{formula}`, here {said:,}", f"there are {counted:,}")

@@ -25,6 +25,8 @@ class Template(Head):
         summary="Scaled dot-product attention with a learned temperature for each head.",
         time="n m c",
         memory="h n m",
+        params="h",
+        flops="4 * n * m * c",
         masks={"keys", "causal", "pairs"},
         context=True,
         incremental=True,
