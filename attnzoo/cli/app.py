@@ -25,6 +25,7 @@ from attnzoo.cli import (
     run,
     schema,
     show,
+    sweep,
     train,
     translate,
 )
@@ -108,6 +109,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "heatmap": heatmap.heatmap,
     "train": train.train,
     "compare": compare.compare,
+    "sweep": sweep.sweep,
     "cost": cost.cost,
     "resume": resume.resume,
     "eval": eval.eval_,

@@ -16,6 +16,8 @@ from attnzoo.zoo import load_zoo
 T = TypeVar("T")
 Choose = Callable[[Sequence[T]], T]
 """Takes one of several; the first is the simplest."""
+Settings = Callable[[Any], Sequence[dict[str, Any]]]
+"""The options that a class may be given, as far as they differ from their defaults."""
 
 HOSTS = ("vit", "cct", "pyramid", "dual", "seq2seq", "sequence")
 DEPTH = 2
@@ -57,21 +59,40 @@ def random_recipe(
     kind = take(hosts)
     host, globs = _HOSTS[kind](take)
     names = list(mechanisms) if mechanisms is not None else _names()
-    recipe: dict[str, Any] = {
-        "recipe": 1,
-        "host": {"kind": kind} | host,
-        "attention": _spec(take, names, DEPTH),
-    }
-    for _ in range(take((0, 0, 1, 2))):
-        put = None if kind in ("pyramid", "dual") and take((False, False, True)) else _spec(take, names, 1)
-        recipe.setdefault("overrides", []).append({"at": take(globs), "put": put})
+    recipe = {"recipe": 1, "host": {"kind": kind} | host} | random_attention(take, kind, globs, names)
     if take((False, False, True)):
         recipe["heads"] = take((2, [4, 2], {"schedule": "halving", "first": 4}))
-    if take((False, False, False, True)):
-        recipe["skip"] = take((*SKIPS, {"use": "merged", "at": globs[-1]}))
-    if take((False, False, False, True)):
-        recipe["pool"] = take(_names(pools=True))
     return recipe
+
+
+def random_attention(
+    choose: Choose | random.Random,
+    kind: str,
+    globs: Sequence[str],
+    mechanisms: Sequence[str] | None = None,
+    settings: Settings = settings_of,
+) -> dict[str, Any]:
+    """What a recipe says beside its host: `attention`, and perhaps `overrides`, `skip` and `pool`.
+
+    Args:
+        choose: What takes one of several, or a source of random numbers.
+        kind: Of the host.
+        globs: Over its sites, for overrides.
+        mechanisms: Names of what is put at the sites; all of the zoo when None.
+        settings: Options that a mechanism or fusion may be given.
+    """
+    take: Choose = choose.choice if isinstance(choose, random.Random) else choose
+    names = list(mechanisms) if mechanisms is not None else _names()
+    said: dict[str, Any] = {"attention": _spec(take, names, DEPTH, settings)}
+    for _ in range(take((0, 0, 1, 2))):
+        empty = kind in ("pyramid", "dual") and take((False, False, True))
+        put = None if empty else _spec(take, names, 1, settings)
+        said.setdefault("overrides", []).append({"at": take(globs), "put": put})
+    if take((False, False, False, True)):
+        said["skip"] = take((*SKIPS, {"use": "merged", "at": globs[-1]}))
+    if take((False, False, False, True)):
+        said["pool"] = take(_names(pools=True))
+    return said
 
 
 def _names(pools: bool = False) -> list[str]:
@@ -80,20 +101,25 @@ def _names(pools: bool = False) -> list[str]:
     return [*(name for name in ("softmax",) if name in names), *(name for name in names if name != "softmax")]
 
 
-def _spec(take: Choose, names: Sequence[str], depth: int) -> Any:
+def _spec(take: Choose, names: Sequence[str], depth: int, settings: Settings) -> Any:
     """A mechanism with options, or a fusion of specs."""
     zoo = load_zoo()
     if depth == 0 or take((True, True, False)):
         name = take(names)
-        options = take(settings_of(zoo.mechanisms[name].value)) if name in zoo.mechanisms else {}
+        options = take(settings(zoo.mechanisms[name].value)) if name in zoo.mechanisms else {}
         spec = {"use": name, "with": options} if options else name
-        return {"use": name, "with": options, "heads": 2} if take((False,) * 7 + (True,)) else spec
+        if not take((False,) * 7 + (True,)):
+            return spec
+        return (spec if isinstance(spec, dict) else {"use": name}) | {"heads": 2}
     fusion = take(sorted(zoo.fusions))
     cls = zoo.fusions[fusion].value
     fewest, most = cls.card.arity
     count = take(range(max(1, fewest), 1 + (3 if most is None else max(fewest, min(most, 3)))))
-    fused: dict[str, Any] = {"fuse": fusion, "of": [_spec(take, names, depth - 1) for _ in range(count)]}
-    if options := take(settings_of(cls)):
+    fused: dict[str, Any] = {
+        "fuse": fusion,
+        "of": [_spec(take, names, depth - 1, settings) for _ in range(count)],
+    }
+    if options := take(settings(cls)):
         fused["with"] = options
     if level := take((None, None, "heads", "tokens")):
         fused["level"] = level
