@@ -4,6 +4,8 @@ import gc
 import os
 import signal
 import socket
+import subprocess
+from pathlib import Path
 from zlib import crc32
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers on two cores, one thread each
@@ -24,15 +26,35 @@ settings.register_profile("deep", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+WRONG_VERSIONS = {"test_mutants", "test_the_form_without_a_fault_is_not_caught"}
+"""Of the test files of mechanisms and fusions: what tests the oracle. Every day the first of a file and one in four."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test marked `sample(n)` the first case and one in n of the others, chosen by name, are for every day."""
-    seen = set()
+    """Of a test marked `sample(n)` the first case and one in n of the others, chosen by name, are for every day.
+
+    Wrong versions of a mechanism are all tried where its file, or the file of its tests, has changed since the revision
+    that `ATTNZOO_SINCE` names.
+    """
+    seen, changed = set(), _changed(os.environ.get("ATTNZOO_SINCE"))
     for item in items:
         sample, test = item.get_closest_marker("sample"), item.nodeid.partition("[")[0]
-        if sample and test in seen and crc32(item.nodeid.encode()) % sample.args[0]:
+        one_in = sample.args[0] if sample else 1
+        if item.path.parent.name in ("mechanisms", "fusions") and item.path.stem not in changed:
+            one_in = 4 if item.originalname in WRONG_VERSIONS else one_in
+        if one_in > 1 and test in seen and crc32(item.nodeid.encode()) % one_in:
             item.add_marker(pytest.mark.slow)
         seen.add(test)
+
+
+def _changed(since: str | None) -> set[str]:
+    """Stems of the test files of what has changed since a revision, committed or not; none without one that git knows."""
+    if since is None:
+        return set()
+    command = ["git", "diff", "--name-only", since]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {f"test_{Path(line).stem.removeprefix('test_')}" for line in done.stdout.splitlines()}
 
 
 def pytest_collection_finish():

@@ -39,6 +39,7 @@ def test_what_is_counted_is_the_model():
 
 @pytest.mark.parametrize("what", ["params", "flops"])
 @pytest.mark.parametrize("name", ["digits_linformer", "digits_fourier", "digits_memory"])
+@pytest.mark.sample(3)
 def test_a_match_is_near(name, what):
     found = matched(["digits_softmax", name], what, load)[name]
     wanted = cost(load("digits_softmax")).of(what)

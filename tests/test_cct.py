@@ -333,6 +333,7 @@ class TestEveryKind:
         pytest.param("elu_linear", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sample(3)
 def test_compile_and_export(kind):
     model, x = made(kind), image()
     torch._dynamo.reset()

@@ -29,6 +29,7 @@ NAMES = ["ham_vit_b", "vit_ham_b_tiny_patch16_224", "cct_7_3x1_32_c100", "vit_ti
     "asked", [{"num_classes": 3}, {"num_classes": 0}, {"in_chans": 1}, {"img_size": 64}, {}], ids=str
 )
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.sample(3)
 def test_weights_of_a_file(name, asked, tmp_path):
     """They are for so many classes and channels as the registered model has, whatever is asked for."""
     small = SIZES.get(name, {})
@@ -276,6 +277,7 @@ def trained(model, targets) -> set[str]:
 @pytest.mark.parametrize(
     "attention", ["softmax", "{fuse: add, of: [softmax, soft]}", "{fuse: gated, of: [softmax, soft]}"]
 )
+@pytest.mark.sample(4)
 def test_lora_trains_what_it_does_on_timms_vit(targets, attention):
     text = f"{{recipe: 1, host: {{kind: vit, base: vit_tiny_patch16_224}}, attention: {attention}}}"
     mine = trained(attnzoo.compose(text, **PLAIN), targets)
@@ -310,6 +312,7 @@ def test_lora_on_every_mechanism(name):
 
 
 @pytest.mark.parametrize("skip", ["merged", "merged_raw", "merged_post", "probs_pairmean", "logits_pairmean"])
+@pytest.mark.sample(3)
 def test_torchvisions_feature_extractor_with_a_skip(skip):
     """What blocks hand on is in the graph, and each call has its own."""
     model, x = attnzoo.compose(recipe("softmax") | {"skip": skip}).eval(), images(2)

@@ -54,6 +54,7 @@ def test_verbs(cache):
 
 
 @pytest.mark.parametrize("verb", ["compose", "train", "compare ham_classic", "bench ham_vit_a --against"])
+@pytest.mark.sample(4)
 def test_recipes(cache, verb, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert set(words(f"attnzoo {verb} ham_", cache)) == {name for name in RECIPES if name.startswith("ham_")}
@@ -154,6 +155,7 @@ def plugin(folder: Path, before: str = "", name: str = "my_own") -> str:
     return str(folder)
 
 
+@pytest.mark.sample(2)
 def test_plugins_and_their_changes(tmp_path):
     path = plugin(tmp_path / "site")
     assert spawned("attnzoo show my", tmp_path, path) == ["my_own"]

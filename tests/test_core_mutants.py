@@ -483,6 +483,7 @@ def table() -> Iterator[None]:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in COMPONENTS]
 )
+@pytest.mark.sample(2)
 def test_somebody_notices(name):
     ROWS[name] = row(name)
     assert "SURVIVED" not in ROWS[name], f"\n{line('', list(MUTANTS))}\n{line(name, ROWS[name])}"

@@ -596,6 +596,7 @@ def test_making_it_draws_no_more_random_numbers_than_its_weights_need():
         pytest.param("elu_linear", "tokens", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sample(3)
 def test_compile_in_one_graph(name, form):
     m = attnzoo.create(name, DIM, HEADS, grid=GRID, form=form).eval()
     x = torch.randn(2, N, DIM) if form == "tokens" else torch.randn(2, DIM, *GRID)
@@ -606,6 +607,7 @@ def test_compile_in_one_graph(name, form):
 
 
 @pytest.mark.parametrize("name", ["softmax", "agent", "linformer", "squeeze_excite"])
+@pytest.mark.sample(3)
 def test_export_with_any_batch(name):
     m = attnzoo.create(name, DIM, HEADS, grid=GRID).eval()
     b = torch.export.Dim("b")

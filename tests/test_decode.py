@@ -221,6 +221,7 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.sample(3)
 def test_checks_catch(name, monkeypatch):
     line, instead = MUTANTS[name]
     source = inspect.getsource(decode)

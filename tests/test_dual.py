@@ -526,6 +526,7 @@ class TestEveryStream:
             more = given(model, x)
             assert torch.allclose(program(x, **more), model(x, **more), atol=1e-5)
 
+    @pytest.mark.sample(3)
     def test_fx(self, kind):
         model, x = made(kind), images()
         graph = create_feature_extractor(model, return_nodes={"head": "out"})
@@ -543,6 +544,7 @@ class TestEveryStream:
         pytest.param("given map", False, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sample(3)
 def test_compile(kind, training):
     model, x = copy.deepcopy(made(kind)).train(training), images()
     torch._dynamo.reset()

@@ -83,6 +83,7 @@ class Cut(torch.nn.Module):
         return unwindows(cut - cut.sum(dim=-2, keepdim=True), (5, 7), (2, 3))
 
 
+@pytest.mark.sample(2)
 def test_windows_are_traced_compiled_and_exported():
     module, x, other = Cut(), torch.randn(2, 3, 35, 4), torch.randn(5, 3, 35, 4)
     traced = torch.fx.symbolic_trace(module)

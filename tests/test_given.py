@@ -187,6 +187,7 @@ def test_images_of_any_size(more):
 
 @IMAGE_HOSTS
 @pytest.mark.parametrize("again", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.sample(3)
 def test_many_threads(host, again):
     model = made(host)
     model.set_grad_checkpointing(again)
@@ -222,6 +223,7 @@ def test_checkpointing_finds_the_map_again(host):
 
 
 @IMAGE_HOSTS
+@pytest.mark.sample(3)
 def test_compile_export_and_fx(host):
     model, (x, regions) = made(host), inputs(host)
     torch._dynamo.reset()
@@ -242,6 +244,7 @@ def test_compile_export_and_fx(host):
             graph(more, regions=other, region=other)
 
 
+@pytest.mark.sample(2)
 def test_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     model, (x, regions) = made(VIT), inputs(VIT)
@@ -324,6 +327,7 @@ def test_a_plausible_map():
     assert stand_ins(torch.zeros(1, 3, 4, 4), {"m": "labels"})["m"].dtype == torch.long
 
 
+@pytest.mark.sample(2)
 def test_train_and_look_without_a_map(tmp_path):
     """No data set hands maps over: what the images themselves say stands for them, in words too."""
     loaded, settings = prepare("digits_region", ["train.epochs=1", "train.batch_size=512"])

@@ -748,6 +748,7 @@ LEGITIMATE: dict[str, Change] = {
 
 @pytest.mark.parametrize("name", SHEETS)
 @pytest.mark.parametrize("change", LEGITIMATE)
+@pytest.mark.sample(4)
 def test_another_machine_is_no_fault(change, name, monkeypatch):
     LEGITIMATE[change](monkeypatch)
     assert differences(structure(name), json.loads(REFERENCES.read_text(encoding="utf-8"))[name]) == []

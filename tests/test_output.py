@@ -110,6 +110,7 @@ def attnzoo(folder, *arguments, **options):
 @pytest.mark.parametrize(
     "arguments", [*VERBS, *(pytest.param(verb, marks=pytest.mark.slow) for verb in MORE)], ids=" ".join
 )
+@pytest.mark.sample(3)
 def test_json_is_json_whatever_a_plugin_prints(folder, arguments):
     done = attnzoo(folder, *arguments)
     assert json.loads(done.stdout), done.stderr
@@ -164,6 +165,7 @@ def test_closed_streams_do_no_harm(folder, closed):
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])
+@pytest.mark.sample(3)
 def test_nobody_reads_any_more(folder, form):
     reader, writer = os.pipe()
     os.close(reader)
@@ -176,6 +178,7 @@ def test_nobody_reads_any_more(folder, form):
 @pytest.mark.parametrize(
     "arguments", [("list",), ("list", "--json"), ("show", "nosuch", "--json")], ids=" ".join
 )
+@pytest.mark.sample(4)
 def test_a_full_disk_is_said(folder, arguments):
     with open("/dev/full", "w") as full:
         done = attnzoo(folder, *arguments, stdout=full, env={"SILENT": "1"})

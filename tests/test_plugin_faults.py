@@ -134,6 +134,7 @@ def zoo_with(folder, text: str) -> Zoo:
     "statement", ["1 / 0", "sys.exit(5)", "raise Own", "(lambda f: f(f))(lambda f: f(f))"]
 )
 @pytest.mark.parametrize("where", PLACES)
+@pytest.mark.sample(3)
 def test_what_a_component_raises_is_a_fault_of_its_plugin(folder, where, statement):
     condition = "if options.get('scale') == 2.0: " if where == "claims" else ""
     zoo = zoo_with(folder, source(**{where: condition + statement}))
@@ -186,6 +187,7 @@ def test_an_interrupt_stays_the_users(folder, where):
         ("claims", "if options.get('scale') == 2.0: return Outer.card", "`outer`"),
     ],
 )  # fmt: skip
+@pytest.mark.sample(3)
 def test_what_a_component_gives_back_is_looked_at(folder, where, statement, says):
     zoo = zoo_with(folder, source(**{where: statement}))
     text = recipe(where).replace("inner", "inner, with: {scale: 2.0}")

@@ -241,6 +241,7 @@ def test_devices_and_types():
 
 
 @IMAGE_HOSTS
+@pytest.mark.sample(3)
 def test_compile_export_and_fx(host):
     model, x = made(host), images(host)
     torch._dynamo.reset()
@@ -259,6 +260,7 @@ def test_compile_export_and_fx(host):
 
 
 @IMAGE_HOSTS
+@pytest.mark.sample(3)
 def test_onnx(host, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     model, x = made(host), images(host)

@@ -563,6 +563,7 @@ class TestEveryKind:
         assert torch.equal(again(x), expected)
 
     @FEW
+    @pytest.mark.sample(3)
     def test_export(self, kind):
         model, x = made(kind), images()
         with torch.no_grad():
@@ -571,12 +572,14 @@ class TestEveryKind:
             assert torch.allclose(program(images(5)), model(images(5)), atol=1e-5)
 
     @ALL
+    @pytest.mark.sample(3)
     def test_fx(self, kind):
         model, x = made(kind), images()
         graph = create_feature_extractor(model, return_nodes={"head": "out", "stages.1.merge": "map"})
         assert torch.allclose(graph(x)["out"], model(x), atol=1e-6)
 
     @pytest.mark.parametrize(("kind", "training"), COMPILED)
+    @pytest.mark.sample(3)
     def test_compile(self, kind, training):
         model, other, x = (
             copy.deepcopy(made(kind)).train(training),
@@ -719,6 +722,7 @@ FULL = {
 
 
 @pytest.mark.parametrize("name", [*RECIPES, *(pytest.param(name, marks=pytest.mark.slow) for name in FULL)])
+@pytest.mark.sample(4)
 def test_compose_shows_every_stage(name):
     result = CliRunner().invoke(app, ["compose", name])
     assert result.exit_code == 0, result.output

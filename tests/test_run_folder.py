@@ -155,6 +155,7 @@ def test_a_malformed_state_costs_only_its_steps(name, run, whole):
 
 
 @pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.sample(3)
 def test_a_malformed_state_alone_is_one_error(name, run):
     for folder in run.glob("step_*"):
         if folder.name != "step_00000012":

@@ -692,6 +692,7 @@ def test_another_type_of_number():
 @pytest.mark.parametrize(
     ("backend", "host"), [("eager", "norm: scalar"), ("aot_eager", "positions: rotary, norm_first: false")]
 )
+@pytest.mark.sample(2)
 def test_compiles_without_a_break(backend, host):
     torch._dynamo.reset()
     model = tiny(f"dropout: 0, layers: 1, {host}")

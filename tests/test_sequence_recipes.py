@@ -226,6 +226,7 @@ def test_compose_options_of_backbones_are_refused(option, tmp_path, monkeypatch)
     "recipe",
     [pair("dim: 16, mlp_dim: 8, max_length: 8"), line("dim: 16"), line("dim: 16, vocab: 0, width: 3")],
 )
+@pytest.mark.sample(3)
 def test_compose_shows_a_model_of_sequences(recipe, tmp_path):
     (tmp_path / "small.yaml").write_text(recipe)
     result = CliRunner().invoke(app, ["compose", str(tmp_path / "small.yaml")], env={"COLUMNS": "200"})

@@ -192,6 +192,7 @@ VERBS = [
 
 
 @pytest.mark.parametrize("command", VERBS, ids=lambda command: " ".join(command.split()[:3]))
+@pytest.mark.sample(3)
 def test_verbs_fit_the_terminal(command, request, monkeypatch):
     if "{" in command:
         runs = request.getfixturevalue("trained" if command.startswith("eval") else "tmp_path")

@@ -88,6 +88,7 @@ def by_side(maps: TextMaps) -> dict[str, Any]:
     ("at", "side", "queries", "keys"),
     [("encoder.*", "encoder", 9, 9), ("decoder.*.self", "decoder", 7, 7), ("decoder.*.cross", "cross", 7, 9)],
 )
+@pytest.mark.sample(3)
 def test_every_mechanism_has_a_map_or_a_reason(at, side, queries, keys):
     source, target = padded()
     seen = {"weights": 0, "pooled": 0, "implied": 0, "absent": 0}

@@ -311,12 +311,14 @@ class TestEveryModel:
         with pytest.raises(ZooError, match="no masks"):
             extractor(image(name), is_causal=True)
 
+    @pytest.mark.sample(2)
     def test_compile_in_one_graph(self, name):
         torch._dynamo.reset()
         compiled = torch.compile(made(name), backend="aot_eager", fullgraph=True)
         with torch.no_grad():
             assert torch.allclose(compiled(image(name)), made(name)(image(name)), atol=1e-5)
 
+    @pytest.mark.sample(2)
     def test_export(self, name):
         batch = torch.export.Dim("batch", min=1, max=64)
         with torch.no_grad():
