@@ -91,6 +91,54 @@ def test_who_cannot_is_named():
         matched(["ham_b_tiny", "digits_fourier"], "params", load)
 
 
+def edited(name, edits):
+    """A recipe whose edits follow its name."""
+    name, *more = name.split()
+    return load(name, [*more, *edits])
+
+
+@pytest.mark.parametrize(
+    "first,name,what",
+    [
+        ("digits_softmax", "digits_agent", "params"),
+        ("digits_softmax host.model.embed_dim=96", "digits_fourier host.model.mlp_ratio=1", "flops"),
+    ],
+)
+def test_tokens_may_be_made_wider_or_narrower(first, name, what):
+    """The first cannot be matched by its MLPs at all."""
+    found = matched([first, name], what, edited, by="width")[name]
+    width, mlp = (edit.partition("=") for edit in found.edits)
+    assert (width[0], mlp[0]) == ("host.model.embed_dim", "host.model.mlp_ratio") and int(width[2]) % 8 == 0
+    after = cost(edited(name, found.edits))
+    assert abs(after.of(what) / cost(edited(first, ())).of(what) - 1) <= 0.01 and after == found.after
+    ratio = edited(name, ()).recipe.host.model.mlp_ratio or 4
+    assert 0.5 < float(mlp[2]) / ratio < 2  # the nearest width leaves little to the MLPs
+
+
+def test_widths_of_sequences_and_stages():
+    def sequences(name, edits):
+        return load(SEQ % ("made", "softmax"), [*name.split()[1:], *edits])
+
+    found = matched(["a host.dim=32", "b"], "params", sequences, by="width")["b"]
+    assert found.edits[0].startswith("host.dim=") and found.after.params > 1.5 * found.before.params
+
+    def staged(dims, edits):
+        return load((PYRAMID % "softmax").replace("[16, 32]", dims), edits)
+
+    found = matched(["[16, 32]", "[32, 64]"], "params", staged, by="width")["[32, 64]"]
+    assert found.edits[0] == "host.model.dims=[16, 32]" and found.after.params < found.before.params / 2
+
+
+def test_who_cannot_by_width_either():
+    with pytest.raises(RecipeError, match="AZ325.*channels"):
+        matched(
+            ["digits_fourier host.model.embed_dim=8", "digits_fourier host.model.num_classes=1000"],
+            "params",
+            edited,
+            by="width",
+        )
+
+
 def test_no_mlps_nothing_to_change():
     text = PYRAMID.replace("mlp_ratios: [2.0, 2.0]", "mlp_ratios: [0, 0]")
     one = match(cost(load("digits_softmax")), "params", lambda edits: load(text % "softmax", edits))

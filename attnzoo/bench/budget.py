@@ -1,10 +1,11 @@
-"""Equal budgets: how wide MLPs must be for as many parameters or FLOPs, or as much time, as another recipe has."""
+"""Equal budgets: how wide MLPs or tokens must be for as many parameters or FLOPs, or as much time, as another has."""
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,8 @@ from attnzoo.recipe.origin import stages
 from attnzoo.recipe.schema import PyramidHost, Seq2SeqHost, SequenceHost
 
 Budget = Literal["params", "flops", "time"]
+Knob = Literal["mlp", "width"]
+"""What is made wider or narrower: MLPs alone, or tokens first and then MLPs."""
 NEAR = {"params": 0.01, "flops": 0.01, "time": 0.05}
 """How far from the budget a match may end, as a share; time is measured, and noisy."""
 WIDEST = 16
@@ -130,6 +133,67 @@ def match(target: Cost, budget: Budget, recipe: Callable[[Sequence[str]], Loaded
     return Match(edits, before, after) if after != before else Match((), before, before)
 
 
+def match_width(target: Cost, budget: Budget, recipe: Callable[[Sequence[str]], Loaded]) -> Match:
+    """Make tokens wider or narrower, heads kept, until a recipe nearly meets a budget; MLPs do the rest.
+
+    Args:
+        target: What is to be met.
+        budget: Which of its quantities.
+        recipe: The recipe with further edits.
+    """
+    timed, wanted = budget == "time", target.of(budget)
+    plain = recipe(())
+    before, widths = cost(plain, timed), _widths(plain)
+    dim, step = widths[0]
+
+    @cache
+    def at(k: int) -> float:
+        return cost(recipe(_width_edits(plain, widths, k)), timed).of(budget)
+
+    try:
+        low, high = 1, max(2, WIDEST * dim // step)
+        while low < high:  # the widest that costs no more
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if at(middle) <= wanted else (low, middle - 1)
+        for k in sorted((low, low + 1), key=lambda k: abs(at(k) / wanted - 1)):
+            edits = _width_edits(plain, widths, k)
+            met = match(target, budget, lambda more, edits=edits: recipe((*edits, *more)))
+            near = abs(at(k) / wanted - 1) <= NEAR[budget]
+            if met.after is not None or near:
+                more = met.edits if met.after is not None else ()
+                return Match((*edits, *more), before, met.after or met.before)
+    except RecipeError as error:
+        return Match((), before, None, error.diagnostics[0].message)
+    return Match(
+        (), before, None, f"{met.reason}, with tokens of {low * step} channels and of {low * step + step}"
+    )
+
+
+def _widths(loaded: Loaded) -> list[tuple[int, int]]:
+    """Channels of the tokens, by stage, and by what steps they change: heads and pairs of channels stay whole."""
+    steps: dict[int, int] = {}
+    for site in resolve(loaded).info.sites().values():
+        steps[site.dim] = math.lcm(steps.get(site.dim, 4), 2 * site.heads)
+    return [(dim, steps.get(dim, 4)) for dim in _channels(loaded)]
+
+
+def _channels(loaded: Loaded) -> list[int]:
+    info = resolve(loaded).info
+    return [stage.channels for stage in stages(info)] or [info.dim]
+
+
+def _width_edits(loaded: Loaded, widths: Sequence[tuple[int, int]], k: int) -> tuple[str, ...]:
+    """Edits that make the tokens k steps wide, and those of other stages in proportion."""
+    factor = k * widths[0][1] / widths[0][0]
+    dims = [max(1, round(factor * dim / step)) * step for dim, step in widths]
+    host = loaded.recipe.host
+    if isinstance(host, Seq2SeqHost | SequenceHost):
+        return (f"host.dim={dims[0]}", f"host.mlp_dim={max(1, round(factor * host.mlp_dim))}")
+    if isinstance(host, PyramidHost):
+        return (f"host.model.dims={dims}",)
+    return (f"host.model.embed_dim={dims[0]}",)
+
+
 def _words(budget: Budget) -> str:
     return {"params": "parameters", "flops": "FLOPs", "time": "seconds"}[budget]
 
@@ -158,7 +222,10 @@ def _edits(loaded: Loaded, dims: Sequence[int], factor: float) -> tuple[str, ...
 
 
 def matched(
-    recipes: Sequence[str], budget: Budget, load: Callable[[str, Sequence[str]], Loaded]
+    recipes: Sequence[str],
+    budget: Budget,
+    load: Callable[[str, Sequence[str]], Loaded],
+    by: Knob = "mlp",
 ) -> dict[str, Match]:
     """What must be changed for all recipes to meet the budget of the first.
 
@@ -166,6 +233,7 @@ def matched(
         recipes: Names or files; the first stays as it is.
         budget: The quantity.
         load: A recipe with further edits.
+        by: What is changed.
 
     Raises:
         RecipeError: AZ325, with all recipes that cannot be matched and why.
@@ -174,13 +242,16 @@ def matched(
     target = cost(load(first, ()), budget == "time")
     found = {first: Match((), target, target)}
     for name in others:
-        found[name] = match(target, budget, lambda edits, name=name: load(name, edits))
+        solve = match if by == "mlp" else match_width
+        found[name] = solve(target, budget, lambda edits, name=name: load(name, edits))
     faults = [
         RecipeError(
             "AZ325",
             f"`{name}` cannot have as many {_words(budget)} as `{first}`, "
             f"{_figure(target.of(budget), budget)}: {one.reason}",
-            help="compare it with a smaller or larger recipe, or change its width with --set host.model.embed_dim=...",
+            help="--by width changes its tokens too"
+            if by == "mlp"
+            else "compare it with a smaller or larger recipe",
         ).diagnostics[0]
         for name, one in found.items()
         if one.after is None

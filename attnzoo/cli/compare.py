@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from attnzoo.cli import completion
-from attnzoo.cli.cost import Matched
+from attnzoo.cli.cost import By, Matched
 from attnzoo.cli.list import AsJson
 
 
@@ -36,6 +36,7 @@ def compare(
         ),
     ] = None,
     match: Matched = None,
+    by: By = "mlp",
     edits: Annotated[list[str], typer.Option("--set", help="Change a value in every recipe.")] = [],  # noqa: B006
     workers: Annotated[int | None, typer.Option(min=1, help="Runs side by side; as many as cores.")] = None,
     ray: Annotated[
@@ -71,7 +72,7 @@ def compare(
         *([f"train.epochs={epochs}"] if epochs else []),
     ]
     found = (
-        matched(recipes, match, lambda name, more: prepare(name, [*changes, *more], minutes=minutes)[0])
+        matched(recipes, match, lambda name, more: prepare(name, [*changes, *more], minutes=minutes)[0], by)
         if match
         else {}
     )

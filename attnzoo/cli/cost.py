@@ -9,7 +9,13 @@ from attnzoo.cli.list import AsJson
 
 Matched = Annotated[
     Literal["params", "flops", "time"] | None,
-    typer.Option(help="Make the MLPs of the others so wide that they cost what the first does."),
+    typer.Option(help="Make the others so wide that they cost what the first does."),
+]
+By = Annotated[
+    Literal["mlp", "width"],
+    typer.Option(
+        help="What --match changes: MLPs alone, or the width of the tokens, heads kept, and then MLPs."
+    ),
 ]
 
 
@@ -21,6 +27,7 @@ def cost(
         ),
     ],
     match: Matched = None,
+    by: By = "mlp",
     edits: Annotated[list[str], typer.Option("--set", help="Change a value in every recipe.")] = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
@@ -31,7 +38,7 @@ def cost(
     from attnzoo.recipe import load
 
     found = (
-        matched(recipes, match, lambda name, more: load(name, [*edits, *more]))
+        matched(recipes, match, lambda name, more: load(name, [*edits, *more]), by)
         if match
         else {name: Match((), one := cost_of(load(name, edits)), one) for name in recipes}
     )
@@ -64,4 +71,8 @@ def cost(
         if each.edits:
             say(f"{name}: {' '.join(f'--set {edit}' for edit in each.edits)}")
     say("FLOPs of one forward on one sample, two for a multiplication and an addition", style="dim")
-    say_next(f"attnzoo compare {' '.join(recipes)}" + (f" --match {match}" if match else ""))
+    say_next(
+        f"attnzoo compare {' '.join(recipes)}"
+        + (f" --match {match}" if match else "")
+        + (" --by width" if by == "width" else "")
+    )
