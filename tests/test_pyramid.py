@@ -493,7 +493,9 @@ def test_initialisation_and_rates():
     assert near(block.attn.near_conv.weight, (2 / 25) ** 0.5)  # the mechanism's own
     assert block.drop_path.drop_prob == 0.2 and isinstance(model.stages[0].blocks[0].drop_path, nn.Identity)
     assert torch.all(block.ls1.gamma == 0.01)
-    lit = attnzoo.compose("pyramid_lit", edits=["host.model={dims: [64, 128, 256], pos_embed: learn}"])
+    lit = attnzoo.compose(
+        "pyramid_lit", edits=["host.model.dims=[64, 128, 256]", "host.model.pos_embed=learn"]
+    )
     assert near(lit.stages[0].pos_embed, 0.02) and not lit.stages[1].merge.offset.weight.any()
     rates = "host.model={attn_drop_rate: 0.1, proj_drop_rate: 0.2, drop_rate: 0.4, qkv_bias: false}"
     model = attnzoo.compose("pyramid_softmax", edits=[rates])
