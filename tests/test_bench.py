@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from attnzoo.bench import mechanisms
 from attnzoo.bench.mechanisms import Growth, Point, measure, ratio
 from attnzoo.cli.app import app
+from attnzoo.cli.bench import _named
 
 
 def growth(power: float, factor: float = 1.0, sizes=(256, 1024, 4096, 16384)) -> Growth:
@@ -76,6 +77,17 @@ def test_the_command(tmp_path):
     rows = list(csv.DictReader((tmp_path / "made" / "mechanisms.csv").open(encoding="utf-8")))
     assert [(row["mechanism"], row["tokens"]) for row in rows[:2]] == [("softmax", "12"), ("softmax", "30")]
     assert float(rows[0]["forward_ms"]) == data["mechanisms"]["softmax"]["points"][0]["forward"][0]
+    again = mechanisms.read_csv(tmp_path / "made" / "mechanisms.csv")
+    assert list(again) == ["softmax", "linformer", "neighborhood"]
+    for name, growth in again.items():
+        for p in data["mechanisms"][name]["points"]:
+            point = growth.points[p["tokens"]]
+            assert {key: list(v) if isinstance(v, tuple) else v for key, v in vars(point).items()} == p
+
+
+def test_families_are_added():
+    names = _named(["softmax_one"], ["additive", "recurrent"], "softmax")
+    assert names[:2] == ["softmax", "softmax_one"] and {"soft", "delta", "retention"} < set(names)
 
 
 def test_specs_and_another_baseline():

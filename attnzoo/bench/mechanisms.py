@@ -217,6 +217,21 @@ def write_csv(found: dict[str, Growth], file: Path) -> None:
                 rows.writerow([p.mechanism, n, *p.forward, *p.step, p.memory, p.step_memory])
 
 
+def read_csv(file: Path) -> dict[str, Growth]:
+    """What `write_csv` wrote; the first is the baseline.
+
+    Args:
+        file: Where.
+    """
+    found: dict[str, Growth] = {}
+    with file.open(newline="", encoding="utf-8") as lines:
+        for name, tokens, *figures in list(csv.reader(lines))[1:]:
+            f0, f1, f2, s0, s1, s2, memory, step_memory = map(float, figures)
+            point = Point(name, int(tokens), (f0, f1, f2), (s0, s1, s2), memory, step_memory)
+            found.setdefault(name, Growth()).points[point.tokens] = point
+    return found
+
+
 def draw(found: dict[str, Growth], file: Path) -> bool:
     """Time and memory over the number of tokens, with logarithmic axes.
 

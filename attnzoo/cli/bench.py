@@ -32,7 +32,9 @@ def bench(
     rounds: Annotated[
         int | None, typer.Option(min=2, help="Alternating runs that are counted: 20, or 7 of mechanisms.")
     ] = None,
-    family: Annotated[str | None, typer.Option(help="Of `bench mechanisms`: all of a family.")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help="Of `bench mechanisms`: all of a family; may be repeated.")
+    ] = None,
     tokens: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Of `bench mechanisms`: sizes; 196 1024 4096 16384 unless said."),
@@ -99,7 +101,7 @@ def bench(
         torch.set_num_threads(threads)
     if model == "mechanisms":
         _mechanisms(
-            _named(names or [], family, against or "softmax"),
+            _named(names or [], family or [], against or "softmax"),
             {"tokens": tokens or TOKENS, "dim": dim, "heads": heads, "rounds": rounds or 7},
             where,
             out,
@@ -201,18 +203,18 @@ def _model(name: str) -> Any:
     return compose(name)
 
 
-def _named(names: list[str], family: str | None, against: str) -> list[str]:
+def _named(names: list[str], families: list[str], against: str) -> list[str]:
     """The baseline, and what is held against it."""
     from attnzoo.catalogue.lists import list_mechanisms
     from attnzoo.errors import ZooError
 
-    if not names and family is None:
+    if not names and not families:
         raise ZooError(
             "AZ613",
             "`bench mechanisms` was not told which",
             help="attnzoo bench mechanisms linformer performer, or --family linear",
         )
-    wanted = [*names, *(list_mechanisms(family=family) if family else [])]
+    wanted = [*names, *(name for family in families for name in list_mechanisms(family=family))]
     return list(dict.fromkeys([against, *wanted]))
 
 
