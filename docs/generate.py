@@ -7,6 +7,7 @@ and fusion in docs/reference/. `tests/test_docs.py` holds them to the cards.
 import re
 from pathlib import Path
 
+from attnzoo.bench.mechanisms import ratio, read_csv
 from attnzoo.catalogue.pages import page_of
 from attnzoo.core import Family
 from attnzoo.recipe import load
@@ -16,6 +17,8 @@ from attnzoo.zoo import Entry, Zoo
 ROOT = Path(__file__).parent.parent
 README, MISSION, REFERENCE = ROOT / "README.md", ROOT / "docs" / "mission.md", ROOT / "docs" / "reference"
 ZOO = Zoo.of()
+FIGURES = read_csv(ROOT / "docs" / "benchmarks" / "mechanisms.csv")
+"""Of `attnzoo bench mechanisms`, which measures; docs/benchmarks.md has the command."""
 
 
 def of_family(family: Family) -> list[str]:
@@ -95,6 +98,8 @@ def page(entry: Entry, kind: str, recipes: list[str]) -> str:
     lines += [f"- **tap** `{name}`: ({axes})" for name, axes in getattr(card, "taps", {}).items()]
     lines += [f"- **given** `{name}`: {what}" for name, what in getattr(card, "given", {}).items()]
     lines += [f"- **law** `{law}`: {law.meaning}" for law in sorted(card.laws)]
+    if text := measured(entry.name):
+        lines.append(f"- **measured**: {text}")
     if card.notes:
         lines += ["", "## What to know", "", card.notes]
     if facts["options"]:
@@ -112,6 +117,26 @@ def page(entry: Entry, kind: str, recipes: list[str]) -> str:
     if others := [f"[`{name}`]({name}.md)" for name in near if name != entry.name]:
         lines += ["", "## Related", "", ", ".join(others)]
     return "\n".join(lines) + "\n"
+
+
+def measured(name: str) -> str:
+    """How long one layer takes beside softmax; empty for what is not in docs/benchmarks/mechanisms.csv."""
+    against, *_ = FIGURES
+    if name not in FIGURES or name == against:
+        return ""
+    baseline, growth = FIGURES[against], FIGURES[name]
+    n = max(growth.points.keys() & baseline.points.keys())
+    parts = []
+    for what, of in (("forward", lambda p: p.forward[0]), ("forward and backward", lambda p: p.step[0])):
+        share = ratio(growth.points[n], baseline, of)
+        start = growth.faster_from(baseline, of)
+        since = (
+            f"faster from {round(start, -1 if start < 1000 else -2):,.0f} tokens on"
+            if start
+            else "never faster"
+        )
+        parts.append(f"{what} {share:.2f} of `{against}` at {n:,} tokens, {since}")
+    return "; ".join(parts) + " ([how](../benchmarks.md#mechanisms-as-tokens-grow))"
 
 
 def mission(text: str) -> str:
