@@ -2,12 +2,14 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from attnzoo.bench import mechanisms
-from attnzoo.bench.mechanisms import Growth, Point, measure, ratio
+from attnzoo.bench import mechanisms, rivals
+from attnzoo.bench.mechanisms import Growth, Point, layer_of, measure, ratio
 from attnzoo.cli.app import app
 from attnzoo.cli.bench import _named
 
@@ -105,3 +107,44 @@ def test_specs_and_another_baseline():
 def test_refusals(arguments):
     result = CliRunner().invoke(app, arguments.split())
     assert result.exit_code == 2 and "AZ613" in result.output and "attnzoo bench mechanisms" in result.output
+
+
+def test_rivals_take_turns_and_missing_ones_are_named(monkeypatch):
+    """timm's are there; of a package that is not nothing is said but how to get it."""
+    some = [rival for rival in rivals.RIVALS if not rival.package]
+    absent = replace(
+        rivals.RIVALS[0], make=lambda n, c, h: rivals._from("no_such_package_of_anybody", "Layer")()
+    )
+    monkeypatch.setattr(rivals, "RIVALS", (*some, absent))
+    duels = rivals.measure((64,), dim=16, heads=2, rounds=2)
+    assert [duel.rival.name for duel in duels] == [*(rival.name for rival in some), absent.name]
+    for duel in duels[:-1]:
+        assert duel.ours.tokens == 64 and duel.over(forward) == duel.ours.forward[0] / duel.theirs.forward[0]
+    assert duels[-1].ours is None and duels[-1].over(forward) is None
+    result = CliRunner().invoke(
+        app, ["bench", "rivals", "--tokens", "64", "--rounds", "2"], env={"COLUMNS": "120"}
+    )
+    assert result.exit_code == 0 and f"pip install {absent.package}" in result.output, result.output
+    assert "timm's WindowAttention" in result.output
+
+
+@pytest.mark.parametrize("rival", [r for r in rivals.RIVALS if not r.package], ids=lambda r: r.name)
+def test_what_rivals_are_given_has_the_shape_of_ours(rival):
+    x = torch.randn(2, 256, 24)
+    ours = layer_of(rival.ours, 256, 24, 3, torch.device("cpu"))
+    assert ours(x).shape == rival.make(256, 24, 3)(x).shape == x.shape
+
+
+def test_a_window_of_timms_sees_its_window_alone():
+    layer = rivals.OnPlane(rivals.Windows(8, 2, 4), 8, channels_last=True)
+    x = torch.randn(1, 64, 8, requires_grad=True)
+    layer(x)[0, 0].sum().backward()
+    seen = x.grad[0].abs().sum(-1).view(8, 8) > 0
+    assert seen[:4, :4].all() and seen.sum() == 16
+    maps = rivals.OnPlane(torch.nn.AvgPool2d(3, 1, 1), 8)
+    assert torch.allclose(maps(x)[0, 0], x.view(8, 8, 8)[:2, :2].sum((0, 1)) / 9, atol=1e-6)
+
+
+def test_specs_of_a_plane_get_one():
+    layer = layer_of("{use: halo, with: {block: 2}}", 16, 8, 2, torch.device("cpu"))
+    assert layer(torch.zeros(1, 16, 8)).shape == (1, 16, 8)

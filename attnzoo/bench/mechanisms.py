@@ -13,7 +13,9 @@ from torch import nn
 from attnzoo.alone.build import create
 from attnzoo.bench.speed import alternate, peak, quartiles
 from attnzoo.errors import ZooError
-from attnzoo.zoo import load_zoo
+from attnzoo.recipe.reading import is_text
+from attnzoo.recipe.resolving import resolve_spec
+from attnzoo.recipe.source import parse
 
 TOKENS = (196, 1024, 4096, 16384)
 LARGE = 1024
@@ -124,7 +126,7 @@ def measure(
             reason = _too_much(growth, n)
             if not reason:
                 try:
-                    layers[name] = _layer(name, n, dim, heads, where)
+                    layers[name] = layer_of(name, n, dim, heads, where)
                     with torch.no_grad():
                         layers[name](torch.zeros(1, n, dim, device=where))
                 except ZooError as error:
@@ -133,15 +135,24 @@ def measure(
             if reason:
                 growth.left_out[n] = reason
         report(f"{n} tokens: {', '.join(layers)}")
-        for name, point in _points(layers, n, dim, batch, rounds, where).items():
+        for name, point in points_of(layers, n, dim, batch, rounds, where).items():
             found[name].points[n] = point
     return found
 
 
-def _layer(name: str, n: int, dim: int, heads: int, device: torch.device) -> nn.Module:
+def layer_of(name: str, n: int, dim: int, heads: int, device: torch.device) -> nn.Module:
+    """One layer of a mechanism with its projections.
+
+    Args:
+        name: Its name, or a spec as text.
+        n: Number of tokens; on a plane as near to a square as divides them.
+        dim: Channels.
+        heads: Number of heads.
+        device: Where.
+    """
     torch.manual_seed(0)
-    zoo = load_zoo().mechanisms
-    plane = name in zoo and zoo[name].value.card.grid == 2
+    spec = name if is_text(name) else f"{{use: {name}}}"
+    plane = resolve_spec(parse(spec, "<spec>")).card.grid == 2
     side = max(s for s in range(1, math.isqrt(n) + 1) if n % s == 0)
     return create(name, dim, heads, grid=(n // side, side) if plane else (n,), device=device)
 
@@ -159,9 +170,19 @@ def _too_much(growth: Growth, n: int) -> str:
     return f"would take {seconds:.0f} s" if seconds > PATIENCE else ""
 
 
-def _points(
+def points_of(
     layers: dict[str, nn.Module], n: int, dim: int, batch: int, rounds: int, device: torch.device
 ) -> dict[str, Point]:
+    """Let layers take turns on the same tokens.
+
+    Args:
+        layers: From (b n c) to (b n c), by name.
+        n: Number of tokens.
+        dim: Channels.
+        batch: Samples.
+        rounds: Turns that are counted.
+        device: Where the layers are.
+    """
     x = torch.randn(batch, n, dim, device=device, generator=torch.Generator(device).manual_seed(0))
 
     def forward(layer: nn.Module) -> Callable[[], Any]:

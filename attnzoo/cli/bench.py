@@ -16,7 +16,7 @@ def bench(
     model: Annotated[
         str,
         typer.Argument(
-            help="A timm model's name or a recipe; or `mechanisms`, `train`, `augment`, `decode`.",
+            help="A timm model's name or a recipe; or `mechanisms`, `rivals`, `train`, `augment`, `decode`.",
             autocompletion=completion.benchmarks,
         ),
     ],
@@ -62,6 +62,9 @@ def bench(
     `bench mechanisms NAME...` lets single layers take turns at several numbers of tokens: times, memory, how they grow,
     and from how many tokens on each is faster than the baseline.
 
+    `bench rivals` lets ours take turns with the same layers in timm and in
+    other packages.
+
     `bench train` holds our training loop against torchvision's per-image pipeline and a bare loop, `bench
     augment` the augmentation alone, `bench decode` our greedy decoding against `torch.nn.Transformer` and
     x-transformers.
@@ -74,7 +77,7 @@ def bench(
     from attnzoo.cli.render import Column, say, say_json, say_next, table
     from attnzoo.errors import ZooError
 
-    if model != "mechanisms" and (names or family or tokens or out):
+    if model != "mechanisms" and (names or family or out or (tokens and model != "rivals")):
         raise ZooError(
             "AZ613",
             f"names, --family, --tokens and --out belong to `bench mechanisms`, not to `bench {model}`",
@@ -82,6 +85,9 @@ def bench(
         )
     if model == "decode":
         _decoding(threads or os.cpu_count() or 1, as_json)
+        return
+    if model == "rivals":
+        _rivals(tuple(tokens or ()), rounds or 7, as_json)
         return
     if model in ("train", "augment"):
         _pipeline(model, threads or os.cpu_count() or 1, as_json)
@@ -346,6 +352,69 @@ def _pipeline(what: str, threads: int, as_json: bool) -> None:
             say(f"  {name:12s} {figures[name]:8.0f} ms")
         say(f"over torchvision, {figures['baseline']}: {figures['ratio']:.1f}")
     say_next("attnzoo train ham_b --data digits")
+
+
+def _rivals(tokens: tuple[int, ...], rounds: int, as_json: bool) -> None:
+    """`bench rivals`."""
+    import torch
+
+    from attnzoo.bench import rivals
+    from attnzoo.bench.speed import machine
+    from attnzoo.cli.render import Column, say, say_json, say_next, table, warn
+
+    here = machine(torch.device("cpu"))
+    wanted = tokens or rivals.TOKENS
+    duels = rivals.measure(wanted, rounds=rounds, report=warn)
+    figures: dict[str, Callable[[Any], float]] = {
+        "forward": lambda p: p.forward[0],
+        "step": lambda p: p.step[0],
+        "step_memory": lambda p: p.step_memory,
+    }
+    if as_json:
+        say_json(
+            {
+                "machine": vars(here),
+                "rounds": rounds,
+                "duels": [
+                    {
+                        "rival": duel.rival.name,
+                        "ours": duel.rival.ours,
+                        "tokens": duel.tokens,
+                        "over": {what: duel.over(of) for what, of in figures.items()},
+                        "points": [vars(point) for point in (duel.ours, duel.theirs) if point],
+                    }
+                    for duel in duels
+                ],
+            }
+        )
+        return
+    say(f"one layer of 384 channels and 6 heads, batch 1; {rounds} alternating runs")
+    say(_machine(vars(here)))
+    table(
+        [
+            Column("mechanism", wrap=12),
+            Column("beside", wrap=12),
+            Column("tokens", right=True),
+            Column("forward, ms", rank=1, right=True),
+            Column("forward over it", right=True),
+            Column("with backward over it", right=True),
+            Column("memory over it", rank=2, right=True),
+        ],
+        [
+            [
+                duel.rival.ours,
+                duel.rival.name,
+                str(duel.tokens),
+                "" if duel.ours is None else f"{duel.ours.forward[0]:.2f}",
+                *("" if (r := duel.over(of)) is None else f"{r:.2f}" for of in figures.values()),
+            ]
+            for duel in duels
+        ],
+    )
+    missing = dict.fromkeys(duel.rival.package for duel in duels if duel.ours is None)
+    if missing:
+        say(f"not installed: pip install {' '.join(missing)}")
+    say_next("attnzoo bench mechanisms --family linear")
 
 
 def _decoding(threads: int, as_json: bool) -> None:

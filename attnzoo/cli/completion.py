@@ -53,7 +53,7 @@ def recipes(incomplete: str) -> list[str]:
 
 def benchmarks(incomplete: str) -> list[str]:
     """The benchmarks that have a name, and recipes."""
-    return _starting(["augment", "decode", "mechanisms", "train"], incomplete) + recipes(incomplete)
+    return _starting(["augment", "decode", "mechanisms", "rivals", "train"], incomplete) + recipes(incomplete)
 
 
 def runs(incomplete: str) -> list[str]:
