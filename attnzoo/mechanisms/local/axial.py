@@ -39,6 +39,14 @@ class Axial(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="sum(2 * (c + qkv_bias) * (c + 2 * h * narrow) + (c + proj_bias) * c "
+        "+ (2 * (sum(sides) - 1) * (d + 2 * narrow) + (6 * h if scale == 'learned' else 0) if positions else 0) "
+        "for narrow in [max(1, d // 2)])",
+        # over one channel, where queries are so narrow, einsum multiplies element by element
+        flops="sum(4 * n * c * (c + 2 * h * narrow) + 2 * n * c * c "
+        "+ 2 * h * (d + narrow) * sum((n - p) * (p + s) + p * n for s in sides) "
+        "+ (2 * h * (d + (2 * narrow if narrow > 1 else 0)) * (n - p) * sum(sides) if positions else 0) "
+        "for narrow in [max(1, d // 2)])",
         masks={"keys", "causal"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

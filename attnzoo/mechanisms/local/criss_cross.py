@@ -40,6 +40,9 @@ class CrissCross(Mechanism):
         ),
         time="n m c + n c c",
         memory="n m + n c",
+        params="(c + qkv_bias) * (2 * max(1, c // reduction) + c) + 1",
+        flops="rounds * (2 * n * c * (2 * max(1, c // reduction) + c) "
+        "+ 2 * ((n - p) * (p + sum(sides)) + p * n) * (max(1, c // reduction) + c))",
         masks={"keys", "causal"},
         one_head=True,
         grid=2,

@@ -37,6 +37,10 @@ class Deformable(Mechanism):
         paper=Paper("Vision Transformer with Deformable Attention", "Xia et al.", 2022, "arXiv:2201.00520", "§3.2"),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="4 * c * c + (3 * qkv_bias + proj_bias) * c + (kernel**2 + 5) * c // groups "
+        "+ (h * prod(2 * s - 1 for s in sides) if bias else 0)",
+        flops="4 * n * c * c + 2 * prod(ceil(s / stride) for s in sides) * (kernel**2 + 2) * c "
+        "+ 4 * (p + prod(ceil(s / stride) for s in sides)) * (c + n) * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

@@ -40,6 +40,9 @@ class Halo(Mechanism):
         ),
         time="n w c + n c c",
         memory="h n w + n c",
+        params="3 * (c + qkv_bias) * c + 2 * (2 * (block + halo) - 1) * d",
+        flops="6 * n * c * c + 4 * p * n * c + 4 * prod(ceil(s / block) * block for s in sides) "
+        "* (p + (block + 2 * halo)**2 + block + 2 * halo) * c",
         masks={"keys", "causal", "pairs"},
         grid=2,
         honours={"qkv_bias"},

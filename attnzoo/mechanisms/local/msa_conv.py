@@ -42,6 +42,10 @@ class MsaConv(Mechanism):
         ),
         time="n w c + n c c",
         memory="n w c",
+        params="3 * (c + qkv_bias) * c "
+        "+ ((kernel**2 * (c if tail == 'conv' else 1) + proj_bias) * c if tail != 'none' else 0)",
+        flops="6 * (n - p) * c * c + 4 * prod(ceil(s / pool) * pool for s in sides) * kernel**2 * c "
+        "+ 2 * (n - p) * kernel**2 * c * {'conv': c, 'depthwise': 1, 'none': 0}[tail]",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},
