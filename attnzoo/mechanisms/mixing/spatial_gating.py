@@ -48,6 +48,12 @@ class SpatialGating(Mechanism):
         paper=Paper("Pay Attention to MLPs", "Liu et al.", 2021, "arXiv:2105.08050", where="§2, §3, §4.3"),
         time="n m c + n c c",
         memory="n m + n c",
+        params="sum(2 * (c + qkv_bias) * half + 2 * half + n * n + n + (half + proj_bias) * c "
+        "+ (3 * (c + qkv_bias) * width + (width + proj_bias) * half if attention else 0) "
+        "for half in [max(2, round(c * ratio / 2))] for width in [head_dim or 64])",
+        flops="sum(4 * n * c * half + 2 * n * n * half + 2 * n * half * c "
+        "+ (6 * n * c * width + 4 * n * n * width + 2 * n * width * half if attention else 0) "
+        "for half in [max(2, round(c * ratio / 2))] for width in [head_dim or 64])",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         fixed_length="most",

@@ -17,6 +17,12 @@ Scores = Literal[
     "random+dense", "random+dot", "dense+dot", "random+dense+dot",
 ]  # fmt: skip
 
+NETS = (  # channels that the small networks take and give, in formulas
+    "[(c if sees == 'full' else d, out) for a in [max(a for a in range(1, n + 1) if n % a == 0 and a * a <= n)] "
+    "for b in [n // a if 4 * a * a >= n else ceil(n**0.5)] "
+    "for out in ([ceil(n / b), b] if scores == 'factorised_dense' else [n] if 'dense' in scores else [])]"
+)
+
 
 class Synthesizer(Mechanism):
     """W softmax(B) v with scores B of n × N, for each head, of which n tokens use the first n columns.
@@ -46,6 +52,13 @@ class Synthesizer(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="2 * c * c + (qkv_bias + proj_bias) * c + (2 * (c + qkv_bias) * c if 'dot' in scores else 0) "
+        "+ (0 if frozen or 'random' not in scores else 2 * h * n * rank if 'factor' in scores else h * n * n) "
+        f"+ sum(h * ((width + 1) * d + (d + 1) * out) for width, out in {NETS}) "
+        "+ (scores.count('+') + 1 if '+' in scores else 0)",
+        flops="4 * n * c * c + 2 * n * n * c + (4 * n * c * c + 2 * n * n * c if 'dot' in scores else 0) "
+        "+ (2 * h * n * n * rank if scores == 'factorised_random' else 0) "
+        f"+ sum(2 * n * (width + out) * c for width, out in {NETS})",
         masks={"keys", "causal", "pairs"},
         fixed_length="most",
         honours={"qkv_bias", "proj_bias"},
