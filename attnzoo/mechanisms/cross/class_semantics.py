@@ -46,6 +46,13 @@ class ClassSemantics(Mechanism):
         ),
         time="n c + m c c",
         memory="n c + m c",
+        params="sum(((w * e + 1) * r + (r + 1) * r + (r + 1) * c if axes != 'places' else 0) "
+        "+ ((w * e + 1) * r + w * r + 1 if axes != 'channels' else 0) + (2 * c * c if fuse == 'concat' else 0) "
+        "for r in [max(8, c // reduction)] for w in [kernel ** len(context_sides)])",
+        flops="sum((2 * prod(context_sides) * w * e * r + 2 * r * r + 2 * r * c if axes != 'places' else 0) "
+        "+ (2 * prod(context_sides) * w * (e + 1) * r if axes != 'channels' else 0) "
+        "+ (4 * n * c * c if fuse == 'concat' else 0) "
+        "for r in [max(8, c // reduction)] for w in [kernel ** len(context_sides)])",
         masks={"keys"},
         context=True,
         grid="any",

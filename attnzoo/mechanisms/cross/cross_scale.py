@@ -40,8 +40,14 @@ class CrossScale(Mechanism):
         family=Family.CROSS,
         summary="Tokens of one patch size ask those of another; large tokens are overlapping 2 × 2 neighbourhoods.",
         paper=Paper(TITLE, "Yoo et al.", 2023, "arXiv:2203.07682", where="CSTA"),
-        time="n m c",
+        time="n m c + n c c + m c c",
         memory="h n m",
+        params="2 * c + 2 * e + (c + qkv_bias) * c + 2 * (e + qkv_bias) * c + (c + proj_bias) * c "
+        "+ {'given': 0, 'context': (5 * e + 10) * e, 'tokens': (10 * c + 17) * c}[large]",
+        flops="sum(4 * asking * c * c + 4 * asked * e * c + 4 * asking * asked * c "
+        "+ {'given': 0, 'context': 10 * asked * e * e, 'tokens': 20 * asking * c * c}[large] "
+        "for asking in [prod(s - 1 for s in sides) if large == 'tokens' else n] "
+        "for asked in [prod(s - 1 for s in context_sides) if large == 'context' else m])",
         masks={"keys", "causal", "pairs"},
         context=True,
         grid=2,

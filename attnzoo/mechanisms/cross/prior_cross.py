@@ -54,8 +54,9 @@ class PriorCross(Mechanism):
         family=Family.CROSS,
         summary="Degraded features ask a prior, such as a dictionary; both are group-normalised over all tokens.",
         paper=Paper(TITLE, "Wang et al.", 2023, "arXiv:2308.07228", where="MHCA"),
-        time="n m c",
+        time="n m c + n c c + m c c",
         memory="h n m",
+        flops="4 * n * c * c + 4 * m * e * c + 4 * n * m * c",
         masks={"keys"},
         context=True,
         grid="any",  # statistics are over all of it, so a place where tokens are to come is none for this
@@ -75,6 +76,8 @@ class PriorCross(Mechanism):
             return cls.card
         return replace(
             cls.card,
+            params="2 * e + 2 * c + (e + 2 * c + 3 * qkv_bias) * c + (c + proj_bias) * c",
+            flops="2 * (n - p) * e * c + 4 * n * c * c + 4 * (n - p) * n * c + 2 * (n - p) * c * c",
             masks=frozenset(),
             context_grid="any",
             laws={Law.STOCHASTIC},
