@@ -53,13 +53,9 @@ class Longformer(Head):
         return replace(cls.card, laws=cls.card.laws | {Law.BOUNDED}) if special == "shared" else cls.card
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        window: NonNegativeInt = 256,
-        dilation: PositiveInt = 1,
+        self, site: Site, *, window: NonNegativeInt = 256, dilation: PositiveInt = 1,
         special: Literal["own", "shared"] = "own",
-    ):
+    ):  # fmt: skip
         super().__init__(site)
         self.window, self.dilation = window, dilation
         own, d = special == "own" and site.layout.prefix > 0, site.head_dim

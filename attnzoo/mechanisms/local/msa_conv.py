@@ -67,17 +67,11 @@ class MsaConv(Mechanism):
         return replace(card, honours={"qkv_bias"}) if tail == "none" else card
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        kernel: PositiveInt = 3,
-        dilation: PositiveInt = 1,
-        padding: Literal["masked", "zeros", "circular"] = "masked",
-        single: bool = False,
-        shift: Literal["none", "half", "kernel"] = "none",
-        pool: PositiveInt = 1,
+        self, site: Site, *, kernel: PositiveInt = 3, dilation: PositiveInt = 1,
+        padding: Literal["masked", "zeros", "circular"] = "masked", single: bool = False,
+        shift: Literal["none", "half", "kernel"] = "none", pool: PositiveInt = 1,
         tail: Literal["conv", "depthwise", "none"] = "conv",
-    ):
+    ):  # fmt: skip
         super().__init__(site)
         if kernel % 2 == 0:
             raise OptionError(f"`msa_conv`: a kernel of {kernel} has no middle; choose an odd number of taps")

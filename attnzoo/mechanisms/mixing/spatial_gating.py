@@ -9,19 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnzoo.core import (
-    Card,
-    Family,
-    Law,
-    Mask,
-    Mechanism,
-    OptionError,
-    Paper,
-    PositiveFloat,
-    PositiveInt,
-    Site,
-    Tap,
-)
+from attnzoo.core import Card, Family, Law, Mechanism, Paper, PositiveFloat, PositiveInt, Site, Tap
+from attnzoo.errors import OptionError
 from attnzoo.functional import masked_softmax, rearrange
 
 
@@ -115,7 +104,7 @@ class SpatialGating(Mechanism):
         gated, weight = self.norm(gated), self.weight[:n, :n]
         if mask.keys is not None:  # rows that are added to nothing, without a W for each sample
             gated = gated.masked_fill(~mask.keys[..., None], 0.0)
-        allowed = Mask(pairs=mask.pairs, causal=mask.causal).dense(n, n, x.device)
+        allowed = replace(mask, keys=None).dense(n, n, x.device)
         if allowed is not None:
             weight = weight.masked_fill(~allowed[:, 0], 0.0)  # (1 n m) or (b n m)
         gate = weight @ gated + self.bias[:n, None]

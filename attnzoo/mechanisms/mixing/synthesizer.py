@@ -44,11 +44,8 @@ class Synthesizer(Mechanism):
         family=Family.MIXING,
         summary="Scores made from each token alone (dense) or learned (random), in the place of q kᵀ.",
         paper=Paper(
-            "Synthesizer: Rethinking Self-Attention for Transformer Models",
-            "Tay et al.",
-            2020,
-            "arXiv:2005.00743",
-            where="§3",
+            "Synthesizer: Rethinking Self-Attention for Transformer Models", "Tay et al.", 2020,
+            "arXiv:2005.00743", where="§3",
         ),
         time="n m c + n c c",
         memory="h n m + n c",
@@ -67,19 +64,14 @@ class Synthesizer(Mechanism):
         notes="Synthesised scores are not divided by √d. That a head sees its own channels is our reading; the other "
         "is `sees: full`. Where no α near √N divides N, such as a prime N, α β is a little more, and columns beyond N "
         "are not used. Random scores start from N(0, 1).",
-    )
+    )  # fmt: skip
 
     table: Any  # R, or R₁ and R₂
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        scores: Scores = "dense",
-        sees: Literal["head", "full"] = "head",
-        frozen: bool = False,
-        rank: PositiveInt = 8,
-    ):
+        self, site: Site, *, scores: Scores = "dense", sees: Literal["head", "full"] = "head",
+        frozen: bool = False, rank: PositiveInt = 8,
+    ):  # fmt: skip
         super().__init__(site)
         c, h, d, length = site.dim, site.heads, site.head_dim, self.length
         self.sources, self.full = scores.split("+"), sees == "full"
