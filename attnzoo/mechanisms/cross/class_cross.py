@@ -41,6 +41,8 @@ class ClassCross(Mechanism):
         ),
         time="n c + m c c",
         memory="h m + n c + m c",
+        params="2 * c + (c + 1) * e + 2 * e + (4 * e + 2 * qkv_bias + proj_bias) * e + 2 * e + (e + 1) * c",
+        flops="2 * c * e + 8 * e * e + 4 * m * e * e + 4 * (1 + m) * e + 2 * e * c",
         masks={"keys"},
         context=True,
         grid="any",

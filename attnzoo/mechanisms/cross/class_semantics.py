@@ -46,6 +46,13 @@ class ClassSemantics(Mechanism):
         ),
         time="n c + m c c",
         memory="n c + m c",
+        params="sum(((w * e + 1) * r + (r + 1) * r + (r + 1) * c if axes != 'places' else 0) "
+        "+ ((w * e + 1) * r + w * r + 1 if axes != 'channels' else 0) + (2 * c * c if fuse == 'concat' else 0) "
+        "for r in [max(8, c // reduction)] for w in [kernel ** len(context_sides)])",
+        flops="sum((2 * prod(context_sides) * w * e * r + 2 * r * r + 2 * r * c if axes != 'places' else 0) "
+        "+ (2 * prod(context_sides) * w * (e + 1) * r if axes != 'channels' else 0) "
+        "+ (4 * n * c * c if fuse == 'concat' else 0) "
+        "for r in [max(8, c // reduction)] for w in [kernel ** len(context_sides)])",
         masks={"keys"},
         context=True,
         grid="any",
@@ -69,15 +76,10 @@ class ClassSemantics(Mechanism):
         return replace(cls.card, time="n c c + m c c") if fuse == "concat" else cls.card
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        axes: Literal["both", "channels", "places"] = "both",
-        fuse: Literal["mean", "sum", "max", "concat"] = "mean",
-        pool: Literal["mean", "max"] = "mean",
-        kernel: PositiveInt = 3,
-        reduction: PositiveInt = 16,
-    ):
+        self, site: Site, *, axes: Literal["both", "channels", "places"] = "both",
+        fuse: Literal["mean", "sum", "max", "concat"] = "mean", pool: Literal["mean", "max"] = "mean",
+        kernel: PositiveInt = 3, reduction: PositiveInt = 16,
+    ):  # fmt: skip
         super().__init__(site)
         self.dims = len((site.context_layout or site.layout).grid)
         faults = {
@@ -91,17 +93,15 @@ class ClassSemantics(Mechanism):
             found = "; ".join(fault for fault, there in faults.items() if there)
             raise OptionError(f"`class_semantics` at `{site.name}` finds {found}")
         self.fuse, self.pool = fuse, pool
-        hidden, conv = max(8, site.dim // reduction), CONV[self.dims]
+        c, e, r, conv = site.dim, site.context_dim, max(8, site.dim // reduction), CONV[self.dims]
         self.channels, self.places = axes != "places", axes != "channels"
         if self.channels:
-            self.channel_conv = conv(site.context_dim, hidden, kernel, padding=kernel // 2)
-            self.channel_mlp = nn.Sequential(
-                nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, site.dim)
-            )
+            self.channel_conv = conv(e, r, kernel, padding=kernel // 2)
+            self.channel_mlp = nn.Sequential(nn.Linear(r, r), nn.ReLU(), nn.Linear(r, c))
         if self.places:
-            self.place_conv = conv(site.context_dim, hidden, kernel, padding=kernel // 2)
-            self.place_gate = conv(hidden, 1, kernel, padding=kernel // 2)
-        self.join = nn.Linear(2 * site.dim, site.dim, bias=False) if fuse == "concat" else None
+            self.place_conv = conv(e, r, kernel, padding=kernel // 2)
+            self.place_gate = conv(r, 1, kernel, padding=kernel // 2)
+        self.join = nn.Linear(2 * c, c, bias=False) if fuse == "concat" else None
 
     def mix(self, x, source, *, mask, layout, context_layout=None):
         if len(context_layout.grid) != self.dims or (self.places and len(layout.grid) != self.dims):
@@ -124,10 +124,9 @@ class ClassSemantics(Mechanism):
             return parts[0]
         if self.join is not None:
             return self.join(torch.cat(parts, dim=-1))
-        one, two = parts
-        return (
-            torch.maximum(one, two) if self.fuse == "max" else (one + two) / (2 if self.fuse == "mean" else 1)
-        )
+        if self.fuse == "max":
+            return torch.maximum(*parts)
+        return sum(parts) / (2 if self.fuse == "mean" else 1)
 
     def _pooled(self, r, there):
         """What the places hold, (b hidden); of nothing: zero."""

@@ -42,6 +42,9 @@ class ConvTransformer(Mechanism):
         ),
         time="n w c + n c c",
         memory="h n w + n c",
+        params="3 * (e + c + qkv_bias) * (e + c) + (e + c + proj_bias) * c + h * (2 * window - 1)**2",
+        flops="6 * (n - p) * (e + c)**2 + 4 * (n - p) * prod(min(window, s) for s in sides) * (e + c) "
+        "+ 2 * (n - p) * (e + c) * c",
         masks={"keys"},
         context=True,
         grid=2,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Layout, Mask, Mechanism, OptionError, Paper, Site
 from attnzoo.errors import LayoutMismatch
-from attnzoo.functional import dot_product_attention, rearrange
+from attnzoo.functional import dot_product_attention, merge_heads, split_heads
 
 TITLE = "Enriched CNN-Transformer Feature Aggregation Networks for Super-Resolution"
 
@@ -40,8 +40,14 @@ class CrossScale(Mechanism):
         family=Family.CROSS,
         summary="Tokens of one patch size ask those of another; large tokens are overlapping 2 × 2 neighbourhoods.",
         paper=Paper(TITLE, "Yoo et al.", 2023, "arXiv:2203.07682", where="CSTA"),
-        time="n m c",
+        time="n m c + n c c + m c c",
         memory="h n m",
+        params="2 * c + 2 * e + (c + qkv_bias) * c + 2 * (e + qkv_bias) * c + (c + proj_bias) * c "
+        "+ {'given': 0, 'context': (5 * e + 10) * e, 'tokens': (10 * c + 17) * c}[large]",
+        flops="sum(4 * asking * c * c + 4 * asked * e * c + 4 * asking * asked * c "
+        "+ {'given': 0, 'context': 10 * asked * e * e, 'tokens': 20 * asking * c * c}[large] "
+        "for asking in [prod(s - 1 for s in sides) if large == 'tokens' else n] "
+        "for asked in [prod(s - 1 for s in context_sides) if large == 'context' else m])",
         masks={"keys", "causal", "pairs"},
         context=True,
         grid=2,
@@ -87,10 +93,8 @@ class CrossScale(Mechanism):
             )
         self.large, c, e = large, site.dim, site.context_dim
 
-        def mlp(width: int, hidden: int, out: int) -> nn.Module:
-            return nn.Sequential(
-                site.norm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out)
-            )
+        def mlp(width: int, inner: int, out: int) -> nn.Module:
+            return nn.Sequential(site.norm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, out))
 
         width = c if large == "tokens" else e
         self.enlarge = None if large == "given" else mlp(4 * width, width, width)
@@ -101,8 +105,6 @@ class CrossScale(Mechanism):
         self.proj = nn.Linear(c, c, bias=site.proj_bias)
 
     def mix(self, x, source, *, mask, layout, context_layout=None):
-        if self.large == "given":
-            return self._ask(x, source, mask)
         if self.large == "context":
             if not _neighbourhoods(context_layout):
                 raise LayoutMismatch(
@@ -111,6 +113,7 @@ class CrossScale(Mechanism):
                     help="large tokens are made of a grid with sides of 2 or more",
                 )
             source, mask = self._joined(source, mask, context_layout)
+        if self.large != "tokens":
             return self._ask(x, source, mask)
         if not _neighbourhoods(layout):
             return torch.zeros_like(x)
@@ -130,9 +133,8 @@ class CrossScale(Mechanism):
 
     def _ask(self, x, source, mask):
         k, v = self.kv(self.kv_norm(source)).chunk(2, dim=-1)
-        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (self.q(self.q_norm(x)), k, v))
-        out = dot_product_attention(self, q, k, v, mask)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        q, k, v = (split_heads(t, self.heads) for t in (self.q(self.q_norm(x)), k, v))
+        return self.proj(merge_heads(dot_product_attention(self, q, k, v, mask)))
 
 
 def _neighbourhoods(layout: Layout) -> int:

@@ -40,6 +40,9 @@ class GlobalLocalCross(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="3 * (c + qkv_bias) * c + (c + proj_bias) * c + 4 * qk_norm * d",
+        flops="sum(4 * r * c * c + 4 * n * c * c + 4 * r * n * c "
+        "for r in [p + max(1, ceil(round(share * (n - p), 6)))])",
         masks={"keys", "causal", "pairs"},
         grid="any",
         given={"rollout": "scores"},

@@ -41,6 +41,11 @@ class GlobalQuery(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m",
+        params="max(1, levels) * (9 + 2 * max(8, (c // 4 + 4) // 8 * 8) + c) * c + 2 * (c + qkv_bias) * c "
+        "+ (c + proj_bias) * c + h * prod(2 * ceil(s / 2**levels) - 1 for s in context_sides)",
+        flops="sum(2 * prod(ceil(s / 2**i) for s in context_sides) * (9 + c) * c "
+        "+ 4 * max(8, (c // 4 + 4) // 8 * 8) * c for i in range(max(1, levels))) "
+        "+ 6 * (n - p) * c * c + 4 * (n - p) * prod(ceil(s / 2**levels) for s in context_sides) * c",
         context=True,
         grid=2,
         context_grid=2,

@@ -37,6 +37,10 @@ class Medusa(Mechanism):
         paper=Paper(TITLE, "Aboutalebi et al.", 2022, "arXiv:2110.06063"),
         time="n c + m c",
         memory="n c + m c",
+        params="(c * hidden if local else 0) + (9 * (e + (hidden if local else 0)) + 1) * hidden "
+        "+ (hidden + 1) * (c if gates == 'channel' else 1)",
+        flops="2 * (n - p) * hidden * ((c if local else 0) + 9 * (e + (hidden if local else 0)) "
+        "+ (c if gates == 'channel' else 1))",
         masks={"keys"},
         context=True,
         grid=2,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import NO_MASK, Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.errors import LayoutMismatch
-from attnzoo.functional import dot_product_attention, masked_group_norm, rearrange
+from attnzoo.functional import dot_product_attention, masked_group_norm, merge_heads, split_heads
 
 TITLE = "RestoreFormer++: Towards Real-World Blind Face Restoration from Undegraded Key-Value Pairs"
 
@@ -54,8 +54,9 @@ class PriorCross(Mechanism):
         family=Family.CROSS,
         summary="Degraded features ask a prior, such as a dictionary; both are group-normalised over all tokens.",
         paper=Paper(TITLE, "Wang et al.", 2023, "arXiv:2308.07228", where="MHCA"),
-        time="n m c",
+        time="n m c + n c c + m c c",
         memory="h n m",
+        flops="4 * n * c * c + 4 * m * e * c + 4 * n * m * c",
         masks={"keys"},
         context=True,
         grid="any",  # statistics are over all of it, so a place where tokens are to come is none for this
@@ -75,6 +76,8 @@ class PriorCross(Mechanism):
             return cls.card
         return replace(
             cls.card,
+            params="2 * e + 2 * c + (e + 2 * c + 3 * qkv_bias) * c + (c + proj_bias) * c",
+            flops="2 * (n - p) * e * c + 4 * n * c * c + 4 * (n - p) * n * c + 2 * (n - p) * c * c",
             masks=frozenset(),
             context_grid="any",
             laws={Law.STOCHASTIC},
@@ -84,12 +87,9 @@ class PriorCross(Mechanism):
         )
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        queries: Literal["tokens", "context"] = "tokens",
+        self, site: Site, *, queries: Literal["tokens", "context"] = "tokens",
         groups: PositiveInt | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__(site)
         asking, prior = site.dim, site.context_dim or site.dim
         if queries == "context":
@@ -121,15 +121,13 @@ class PriorCross(Mechanism):
         p = self.kv_norm(p, mask.keys)
         z = p if self.q_norm is None else self.q_norm(z)
         k, v = self.kv(p).chunk(2, dim=-1)
-        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (self.q(z), k, v))
-        out = dot_product_attention(self, q, k, v, mask)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        q, k, v = (split_heads(t, self.heads) for t in (self.q(z), k, v))
+        return self.proj(merge_heads(dot_product_attention(self, q, k, v, mask)))
 
 
 def _norm(width: int, groups: int | None) -> MapNorm:
     """The norm of a stream of this width."""
     if groups is not None and (width % groups or groups == width > 1):
-        raise OptionError(
-            f"`prior_cross`: {groups} groups do not divide {width} channels into two or more each"
-        )
+        fault = f"{groups} groups do not divide {width} channels into two or more each"
+        raise OptionError(f"`prior_cross`: {fault}")
     return MapNorm(groups or max(1, min(math.gcd(32, width), width // 2)), width, eps=1e-6)

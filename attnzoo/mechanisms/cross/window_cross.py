@@ -39,6 +39,8 @@ class WindowCross(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m",
+        params="2 * (c + qkv_bias) * c + (c + proj_bias) * c + h * prod(2 * s - 1 for s in context_sides)",
+        flops="6 * (n - p) * c * c + 4 * (n - p) * prod(context_sides) * c",
         context=True,
         grid=2,
         context_grid=2,

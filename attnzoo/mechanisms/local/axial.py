@@ -39,6 +39,14 @@ class Axial(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="sum(2 * (c + qkv_bias) * (c + 2 * h * narrow) + (c + proj_bias) * c "
+        "+ (2 * (sum(sides) - 1) * (d + 2 * narrow) + (6 * h if scale == 'learned' else 0) if positions else 0) "
+        "for narrow in [max(1, d // 2)])",
+        # over one channel, where queries are so narrow, einsum multiplies element by element
+        flops="sum(4 * n * c * (c + 2 * h * narrow) + 2 * n * c * c "
+        "+ 2 * h * (d + narrow) * sum((n - p) * (p + s) + p * n for s in sides) "
+        "+ (2 * h * (d + (2 * narrow if narrow > 1 else 0)) * (n - p) * sum(sides) if positions else 0) "
+        "for narrow in [max(1, d // 2)])",
         masks={"keys", "causal"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},
@@ -56,8 +64,7 @@ class Axial(Mechanism):
 
     @classmethod
     def claims(cls, *, merge: str, **options) -> Card:
-        masks = cls.card.masks | ({"pairs"} if merge == "sum" else set())
-        return replace(cls.card, masks=masks)
+        return replace(cls.card, masks=cls.card.masks | {"pairs"}) if merge == "sum" else cls.card
 
     def __init__(
         self, site: Site, *, positions: bool = True, merge: Literal["sequential", "sum"] = "sequential",
@@ -67,17 +74,14 @@ class Axial(Mechanism):
         self.positions, self.sequential, self.scale = positions, merge == "sequential", scale
         d = site.head_dim
         self.narrow = max(1, d // 2)
-        self.columns, self.rows = (
-            nn.Linear(site.dim, site.heads * (2 * self.narrow + d), bias=site.qkv_bias) for _ in range(2)
-        )
-        y, x = site.layout.grid
+        c, h, wide = site.dim, site.heads, 2 * self.narrow + d  # of q, k and v
+        self.columns, self.rows = (nn.Linear(c, h * wide, bias=site.qkv_bias) for _ in range(2))
         self.of_columns, self.of_rows = (
-            nn.Parameter(torch.empty(2 * side - 1, 2 * self.narrow + d)) if positions else None
-            for side in (y, x)
+            nn.Parameter(torch.empty(2 * side - 1, wide)) if positions else None for side in site.layout.grid
         )
         learned = positions and scale == "learned"
-        self.gains = nn.Parameter(torch.empty(2, 3, site.heads)) if learned else None
-        self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
+        self.gains = nn.Parameter(torch.empty(2, 3, h)) if learned else None
+        self.proj = nn.Linear(c, c, bias=site.proj_bias)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -93,21 +97,15 @@ class Axial(Mechanism):
         return {"gains"} if self.gains is not None else set()
 
     def mix(self, x, source, *, mask, layout):
-        rows, columns = layout.grid
-        out = self._along(
-            0, x, self.columns, self.of_columns, Groups((rows, columns), (rows, 1)), mask, layout
-        )
+        y, x_ = layout.grid
+        out = self._along(0, x, self.columns, self.of_columns, Groups((y, x_), (y, 1)), mask, layout)
         read = out if self.sequential else x
-        more = self._along(
-            1, read, self.rows, self.of_rows, Groups((rows, columns), (1, columns)), mask, layout
-        )
+        more = self._along(1, read, self.rows, self.of_rows, Groups((y, x_), (1, x_)), mask, layout)
         return self.proj(more if self.sequential else out + more)
 
     def _along(self, axis, x, layer, table, groups, mask, layout):
         """What each token receives along one axis, (b n c)."""
-        scores, weights = taps = ((self.scores_columns, self.weights_columns), (self.scores, self.weights))[
-            axis
-        ]
+        taps = (self.scores, self.weights) if axis else (self.scores_columns, self.weights_columns)
         e, p = self.narrow, layout.prefix
         qkv = rearrange(layer(x), "b n (h e) -> b h n e", h=self.heads)
         q, k, v = qkv[..., :e], qkv[..., e : 2 * e], qkv[..., 2 * e :]
@@ -119,16 +117,16 @@ class Axial(Mechanism):
         near_q, near_k = groups.cut(q[:, :, p:]), groups.cut(k[:, :, p:])  # (b h r w d)
         near = b * einsum(near_q, r_q, "b h r i d, i j d -> b h r i j")
         near = near + c * einsum(near_k, r_k, "b h r j d, i j d -> b h r i j")
-        shown = scores(groups.join(a * (near_q @ with_special(near_k, k, p).mT) + F.pad(near, (p, 0))))
+        shown = taps[0](groups.join(a * (near_q @ with_special(near_k, k, p).mT) + F.pad(near, (p, 0))))
         allowed = seen_in_groups(q, groups, mask, p)
         if allowed is not None:
             allowed = groups.join(allowed.expand(-1, -1, near.shape[2], near.shape[3], -1))
-        shares = groups.cut(weights(masked_softmax(shown, allowed)))  # (b h r w p+w)
+        shares = groups.cut(taps[1](masked_softmax(shown, allowed)))  # (b h r w p+w)
         out = shares @ with_special(groups.cut(v[:, :, p:]), v, p)
         out = groups.join(out + einsum(shares[..., p:], r_v, "b h r i j, i j d -> b h r i d"))
         if p:
             drop = self.attn_drop if self.training else 0.0
-            first = q[:, :, :p] * (a[..., 0] * e**0.5)
+            first = (q[:, :, :p, None] * (a * e**0.5))[:, :, :, 0]
             out = torch.cat([special_rows(first, k, v, mask, drop), out], dim=2)
         return merge_heads(out)
 
@@ -136,8 +134,7 @@ class Axial(Mechanism):
         """a, b and c, (h 1 1 1) or one number each."""
         if self.gains is not None:
             return self.gains[axis, :, :, None, None, None].unbind(0)
-        gain = self.narrow**-0.5 if self.scale == "dim" else 1.0
-        return self.columns.weight.new_full((3, 1, 1, 1, 1), gain).unbind(0)
+        return [self.narrow**-0.5 if self.scale == "dim" else 1.0] * 3
 
 
 def by_distance(table: Tensor, side: int) -> Tensor:

@@ -38,6 +38,11 @@ class BlockGrid(Mechanism):
         ),
         time="n w c + n c c",
         memory="h n w + n c",
+        params="8 * c * c + 2 * (3 * qkv_bias + proj_bias + 1) * c + (h * (prod(2 * min(block, s) - 1 for s in sides) "
+        "+ prod(2 * ceil(s / ceil(s / across)) - 1 for s in sides)) if bias else 0)",
+        flops="16 * n * c * c + 8 * p * n * c + sum(4 * prod(ceil(s / w) * w for s, w in group) "
+        "* (p + prod(w for s, w in group)) * c for group in ([(s, min(block, s)) for s in sides], "
+        "[(s, ceil(s / ceil(s / across))) for s in sides]))",
         masks={"keys", "causal"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

@@ -32,14 +32,14 @@ class CrissCross(Mechanism):
         family=Family.LOCAL,
         summary="CCNet: each token attends to its column and its row, twice, so that it has read all.",
         paper=Paper(
-            "CCNet: Criss-Cross Attention for Semantic Segmentation",
-            "Huang et al.",
-            2019,
-            "arXiv:1811.11721",
-            where="§3.2-3.3",
+            "CCNet: Criss-Cross Attention for Semantic Segmentation", "Huang et al.", 2019,
+            "arXiv:1811.11721", where="§3.2-3.3",
         ),
         time="n m c + n c c",
         memory="n m + n c",
+        params="(c + qkv_bias) * (2 * max(1, c // reduction) + c) + 1",
+        flops="rounds * (2 * n * c * (2 * max(1, c // reduction) + c) "
+        "+ 2 * ((n - p) * (p + sum(sides)) + p * n) * (max(1, c // reduction) + c))",
         masks={"keys", "causal"},
         one_head=True,
         grid=2,
@@ -50,7 +50,7 @@ class CrissCross(Mechanism):
         "Special tokens, which are ours, lie on all crosses and read all. Pairs are honoured by one round alone, for "
         "in two a token reads through others. Taps show the rows of the grid, over special tokens, the column (0 at "
         "the token itself) and the row; those of the last round have no number.",
-    )
+    )  # fmt: skip
 
     @classmethod
     def claims(cls, *, rounds: int, **options) -> Card:
@@ -59,14 +59,9 @@ class CrissCross(Mechanism):
         return replace(cls.card, taps=taps, masks=cls.card.masks | ({"pairs"} if rounds == 1 else set()))
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        rounds: PositiveInt = 2,
-        reduction: PositiveInt = 8,
-        scale: Literal["none", "dim"] = "none",
-        start: Literal["zero", "one"] = "zero",
-    ):
+        self, site: Site, *, rounds: PositiveInt = 2, reduction: PositiveInt = 8,
+        scale: Literal["none", "dim"] = "none", start: Literal["zero", "one"] = "zero",
+    ):  # fmt: skip
         super().__init__(site)
         d = max(1, site.dim // reduction)
         self.rounds, self.factor, self.zero = rounds, d**-0.5 if scale == "dim" else 1.0, start == "zero"

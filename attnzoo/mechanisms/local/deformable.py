@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveFloat, PositiveInt, Site
+from attnzoo.core import Card, Family, Law, Layout, Mechanism, Paper, PositiveFloat, PositiveInt, Site
+from attnzoo.errors import OptionError
 from attnzoo.functional import merge_heads, rearrange, split_heads
 from attnzoo.functional.groups import Groups, read_in_groups
 
@@ -37,6 +38,10 @@ class Deformable(Mechanism):
         paper=Paper("Vision Transformer with Deformable Attention", "Xia et al.", 2022, "arXiv:2201.00520", "§3.2"),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="4 * c * c + (3 * qkv_bias + proj_bias) * c + (kernel**2 + 5) * c // groups "
+        "+ (h * prod(2 * s - 1 for s in sides) if bias else 0)",
+        flops="4 * n * c * c + 2 * prod(ceil(s / stride) for s in sides) * (kernel**2 + 2) * c "
+        "+ 4 * (p + prod(ceil(s / stride) for s in sides)) * (c + n) * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},
@@ -84,9 +89,8 @@ class Deformable(Mechanism):
             read = sample(x[:, p:] * exists, at, grid)
             share = sample(exists.expand(-1, -1, self.groups), at, grid)  # (b m g)
             keys = torch.cat([mask.keys[:, :p], (share > 0).any(dim=-1)], dim=1)
-            read = read / torch.where(share > 0, share, 1.0).repeat_interleave(
-                x.shape[-1] // self.groups, dim=-1
-            )
+            share = torch.where(share > 0, share, 1.0)
+            read = read / share.repeat_interleave(x.shape[-1] // self.groups, dim=-1)
         k, v = self.kv(torch.cat([x[:, :p], read], dim=1)).chunk(2, dim=-1)
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         q, k, v = (t[:, :, None] for t in (q, k, v))  # all in one group
@@ -103,9 +107,8 @@ class Deformable(Mechanism):
         (y, x), (i, j) = grid, (-(-side // self.stride) for side in grid)
         below, beside = ((of - 1) * self.stride + self.kernel - before for of in (i, j))
         image = rearrange(q, "b (y x) (g c) -> b g c y x", y=y, g=self.groups).flatten(0, 1)
-        image = F.pad(image, (before, beside - x, before, below - y))[
-            ..., : before + below, : before + beside
-        ]
+        image = F.pad(image, (before, beside - x, before, below - y))
+        image = image[..., : before + below, : before + beside]
         around = rearrange(self.around(image), "(b g) c i j -> b g (i j) c", g=self.groups)
         shift = self.shift(F.gelu(self.norm(around)))
         return points(shift, grid, (i, j), self.factor)
@@ -115,10 +118,7 @@ def points(shift: Tensor, grid: tuple[int, int], coarse: tuple[int, int], factor
     """The middles of the squares of a coarse grid, shifted (b g m 2) and held on the grid."""
     dtype = torch.promote_types(shift.dtype, torch.float32)
     sides, least = (torch.tensor(t, device=shift.device, dtype=dtype) for t in (grid, coarse))
-    rows, columns = (torch.arange(side, device=shift.device, dtype=dtype) + 0.5 for side in coarse)
-    middles = (
-        torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1) * sides / least - 0.5
-    )
+    middles = (Layout(coarse).coords(shift.device) + 0.5) * sides / least - 0.5
     shift = shift.to(dtype)
     shift = shift * sides / 2 if factor is None else shift.tanh() * factor / 2 * sides / least
     return torch.minimum((middles + shift).clamp(min=0), sides - 1)
@@ -135,11 +135,9 @@ def sample(tokens: Tensor, at: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def between(table: Tensor, at: Tensor, grid: tuple[int, int]) -> Tensor:
     """What a table (h 2i-1 2j-1) holds for the way from each point (b g m 2) to each token, (b h n m)."""
-    (b, g), (y, x) = at.shape[:2], grid
-    rows, columns = (torch.arange(side, device=at.device, dtype=at.dtype) for side in grid)
-    tokens = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 1, 2)
-    most = torch.tensor([max(1, x - 1), max(1, y - 1)], device=at.device, dtype=at.dtype)
-    way = (tokens - at[:, :, None]).flip(-1) / most  # (b g n m 2)
+    (b, g), most = at.shape[:2], [max(1, side - 1) for side in grid[::-1]]
+    way = Layout(grid).coords(at.device)[:, None] - at[:, :, None]  # (b g n m 2)
+    way = way.flip(-1) / torch.tensor(most, device=at.device, dtype=at.dtype)
     tables = table.to(at.dtype).unflatten(0, (g, -1)).expand(b, -1, -1, -1, -1).flatten(0, 1)
     found = F.grid_sample(tables, way.flatten(0, 1), padding_mode="border", align_corners=True)
     return found.unflatten(0, (b, g)).flatten(1, 2)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Layout, Mask, Mechanism, NonNegativeInt, Paper, PositiveInt, Site
 from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange, unwindows, windows
+from attnzoo.functional.groups import special_rows
 
 
 class Halo(Mechanism):
@@ -32,14 +33,14 @@ class Halo(Mechanism):
         family=Family.LOCAL,
         summary="HaloNet: blocks of the grid attend to the window around them, with relative positions.",
         paper=Paper(
-            "Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
-            "Vaswani et al.",
-            2021,
-            "arXiv:2103.12731",
-            where="§2.2",
+            "Scaling Local Self-Attention for Parameter Efficient Visual Backbones", "Vaswani et al.", 2021,
+            "arXiv:2103.12731", where="§2.2",
         ),
         time="n w c + n c c",
         memory="h n w + n c",
+        params="3 * (c + qkv_bias) * c + 2 * (2 * (block + halo) - 1) * d",
+        flops="6 * n * c * c + 4 * p * n * c + 4 * prod(ceil(s / block) * block for s in sides) "
+        "* (p + (block + 2 * halo)**2 + block + 2 * halo) * c",
         masks={"keys", "causal", "pairs"},
         grid=2,
         honours={"qkv_bias"},
@@ -48,20 +49,14 @@ class Halo(Mechanism):
         notes="Nothing is projected after the heads, as in timm. A grid that blocks do not divide is filled up with "
         "tokens that do not exist. Tables have no rows for distances that no window holds; timm's have 2η. Special "
         "tokens, which are ours, are keys of all blocks and attend to all, with r = 0. Taps show the rows of the grid.",
-    )
+    )  # fmt: skip
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        halo: NonNegativeInt = 3,
-        block: PositiveInt = 4,
-        padding: Literal["hidden", "zeros"] = "hidden",
-        scale_bias: bool = False,
-    ):
+        self, site: Site, *, halo: NonNegativeInt = 3, block: PositiveInt = 4,
+        padding: Literal["hidden", "zeros"] = "hidden", scale_bias: bool = False,
+    ):  # fmt: skip
         super().__init__(site)
-        # here, so that a list of mechanisms does not wait for timm
-        from timm.layers.halo_attn import HaloAttn
+        from timm.layers.halo_attn import HaloAttn  # here, so that a list does not wait for timm
 
         self.block, self.halo, self.zeros = block, halo, padding == "zeros"
         self.layers = HaloAttn(
@@ -94,11 +89,8 @@ class Halo(Mechanism):
         allowed = visible(seen, p, mask) | (seen < 0) & self.zeros
         weights = self.weights(masked_softmax(scores, allowed))
         out = unwindows(windows(weights, *cut) @ near_v, *cut)
-        if p:  # special tokens
-            everything = visible(torch.arange(layout.length).expand(p, -1).to(x.device), 0, mask)
-            weights = masked_softmax((q[:, :, :p] * layers.scale) @ k.mT, everything)
-            out = torch.cat([F.dropout(weights, self.attn_drop, self.training) @ v, out], dim=2)
-        return merge_heads(out)
+        drop = self.attn_drop if self.training else 0.0
+        return merge_heads(torch.cat([special_rows(q[:, :, :p], k, v, mask, drop), out], dim=2) if p else out)
 
 
 def relative(q: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -44,6 +44,11 @@ class Hierarchical(Mechanism):
         ),
         time="n w c + n m c + n c c",
         memory="h n w + h n m + n c",
+        params="4 * c * c + (3 * qkv_bias + proj_bias + 2) * c "
+        "+ ((3 * c + 3 * qkv_bias + 4) * c if window > 1 else 0)",
+        flops="8 * (n - p) * c * c + (4 * (n - p)**2 * c if window == 1 else 2 * (n - p) * c * c "
+        "+ 4 * prod(ceil(s / min(window, s)) * min(window, s)**2 for s in sides) * c "
+        "+ 4 * prod(ceil(s / ratio) for s in sides) * (c + n - p) * c)",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

@@ -34,6 +34,10 @@ class Longformer(Head):
         ),
         time="n w c + n c d",
         memory="h n w + n c",
+        params="3 * h * d**2 if special == 'own' and p else 0",
+        flops="sum(4 * dilation * ceil(line / chunk) * chunk * (chunk + 2 * min(window, line)) * c "
+        "for line in [ceil((n - p) / dilation)] for chunk in [min(line, max(window, 16))]) "
+        "+ 4 * (n - p) * p * c + 4 * p * n * c + (2 * (p + 2 * n) * c * d if special == 'own' and p else 0)",
         masks={"keys", "causal", "pairs"},
         incremental=True,
         taps={"scores": "b h x w", "weights": "b h x w"},
@@ -49,13 +53,9 @@ class Longformer(Head):
         return replace(cls.card, laws=cls.card.laws | {Law.BOUNDED}) if special == "shared" else cls.card
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        window: NonNegativeInt = 256,
-        dilation: PositiveInt = 1,
+        self, site: Site, *, window: NonNegativeInt = 256, dilation: PositiveInt = 1,
         special: Literal["own", "shared"] = "own",
-    ):
+    ):  # fmt: skip
         super().__init__(site)
         self.window, self.dilation = window, dilation
         own, d = special == "own" and site.layout.prefix > 0, site.head_dim

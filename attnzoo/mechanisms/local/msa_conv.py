@@ -42,6 +42,10 @@ class MsaConv(Mechanism):
         ),
         time="n w c + n c c",
         memory="n w c",
+        params="3 * (c + qkv_bias) * c "
+        "+ ((kernel**2 * (c if tail == 'conv' else 1) + proj_bias) * c if tail != 'none' else 0)",
+        flops="6 * (n - p) * c * c + 4 * prod(ceil(s / pool) * pool for s in sides) * kernel**2 * c "
+        "+ 2 * (n - p) * kernel**2 * c * {'conv': c, 'depthwise': 1, 'none': 0}[tail]",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},
@@ -63,17 +67,11 @@ class MsaConv(Mechanism):
         return replace(card, honours={"qkv_bias"}) if tail == "none" else card
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        kernel: PositiveInt = 3,
-        dilation: PositiveInt = 1,
-        padding: Literal["masked", "zeros", "circular"] = "masked",
-        single: bool = False,
-        shift: Literal["none", "half", "kernel"] = "none",
-        pool: PositiveInt = 1,
+        self, site: Site, *, kernel: PositiveInt = 3, dilation: PositiveInt = 1,
+        padding: Literal["masked", "zeros", "circular"] = "masked", single: bool = False,
+        shift: Literal["none", "half", "kernel"] = "none", pool: PositiveInt = 1,
         tail: Literal["conv", "depthwise", "none"] = "conv",
-    ):
+    ):  # fmt: skip
         super().__init__(site)
         if kernel % 2 == 0:
             raise OptionError(f"`msa_conv`: a kernel of {kernel} has no middle; choose an odd number of taps")

@@ -42,6 +42,11 @@ class Neighborhood(Head):
         ),
         time="n m c",
         memory="h n m",
+        params="0",
+        flops="sum(4 * (n * n if 2 * asking * asked >= (n - p)**2 else asking * (p + asked) + p * n) * c "
+        "for tile in [round(64 ** (1 / len(sides)))] "
+        "for asking in [prod(dilation * ceil(ceil(s / dilation) / tile) * tile for s in sides)] "
+        "for asked in [prod(min(ceil(s / dilation), window + tile + stride - 2) for s in sides)])",
         masks={"keys", "causal", "pairs"},
         grid="any",
         taps={"scores": "b h n m", "weights": "b h n m"},
@@ -54,8 +59,8 @@ class Neighborhood(Head):
             Law.HEADS_APART,
         },
         notes="While nobody watches its taps, tiles of 64 neighbouring queries look at the keys that one of them sees, "
-        "at a cost linear in the tokens. What is claimed here is the dense form under a window mask, which taps, masks "
-        "of pairs and small grids ask for.",
+        "at a cost linear in the tokens. `time` and `memory` are those of the dense form under a window mask, which "
+        "taps, masks of pairs and small grids ask for.",
     )
 
     @classmethod

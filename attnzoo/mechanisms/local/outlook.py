@@ -38,6 +38,8 @@ class Outlook(Mechanism):
         paper=Paper("VOLO: Vision Outlooker for Visual Recognition", "Yuan et al.", 2021, "arXiv:2106.13112", "§3.1"),
         time="n c h w w + n w w c + n c c",
         memory="h n w w + n w c",
+        params="2 * c * c + (qkv_bias + proj_bias) * c + h * window**4 * (c + 1)",
+        flops="4 * n * c * c + 2 * prod(ceil(s / stride) for s in sides) * window**4 * (h + 1) * c",
         masks={"keys", "causal"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

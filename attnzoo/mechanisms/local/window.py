@@ -38,6 +38,9 @@ class Window(Head):
         ),
         time="n w c",
         memory="h n w + n c",
+        params="h * (2 * window - 1)**2 if bias else 0",
+        flops="4 * prod(ceil(s / min(window, s)) * min(window, s) for s in sides) "
+        "* (p + prod(min(window, s) for s in sides)) * c + 4 * p * n * c",
         masks={"keys", "causal", "pairs"},
         grid=2,
         taps={"scores": "b h x w", "weights": "b h x w"},

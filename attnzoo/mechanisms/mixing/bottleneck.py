@@ -33,6 +33,8 @@ class Bottleneck(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="3 * (c + qkv_bias) * c + 2 * (sum(sides) - 1) * d",
+        flops="6 * n * c * c + 4 * n * n * c + 2 * (n - p) * sum(sides) * c",
         masks={"keys", "causal", "pairs"},
         grid=2,
         honours={"qkv_bias"},

@@ -34,6 +34,9 @@ class FocalModulation(Mechanism):
         ),
         time="n c c",
         memory="n c",
+        params="(c + qkv_bias) * (3 * c + levels + 1) + (c + proj_bias) * c "
+        "+ sum((window + 2 * i)**2 for i in range(levels)) * c + (2 * c if post_norm else 0)",
+        flops="2 * n * c * (4 * c + levels + 1) + 2 * (n - p) * sum((window + 2 * i)**2 for i in range(levels)) * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

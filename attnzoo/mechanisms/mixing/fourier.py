@@ -32,6 +32,8 @@ class Fourier(Mechanism):
         ),
         time="n c log(n)",
         memory="n c",
+        params="0",
+        flops="0",
         notes="All tokens, special ones included, are one sequence. It cannot honour a mask: every token reaches all.",
     )
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
-from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange
+from attnzoo.functional import masked_softmax, merge_heads, rearrange
 
 
 class LambdaLayer(Mechanism):
@@ -39,6 +39,9 @@ class LambdaLayer(Mechanism):
         ),
         time="n c c",
         memory="n c",
+        params="(c + qkv_bias) * (h * depth + depth + d) + depth * (scope**2 + 1)",
+        flops="2 * n * c * (h * depth + depth + d) + 2 * n * depth * d + 2 * n * depth * c "
+        "+ 2 * (n - p) * scope**2 * depth * d + 2 * (n - p) * depth * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias"},
@@ -79,5 +82,5 @@ class LambdaLayer(Mechanism):
         out, p = q @ content[:, None], layout.prefix
         image = v[:, p:].unflatten(1, layout.grid)[:, None]  # (b 1 y x e)
         position = self.layers.conv_lambda(image).flatten(2, 3)  # (b d y*x e)
-        near = einsum(q[:, :, p:], position, "b h n d, b d n e -> b h n e")
+        near = (q[:, :, p:].transpose(1, 2) @ position.transpose(1, 2)).transpose(1, 2)
         return merge_heads(torch.cat([out[:, :, :p], out[:, :, p:] + near], dim=2))

@@ -35,6 +35,12 @@ class LargeKernel(Mechanism):
         paper=Paper("Visual Attention Network", "Guo et al.", 2022, "arXiv:2202.09741", where="§3, eq. 1-2"),
         time="n c c",
         memory="n c",
+        params="sum((near**2 + far**2 + c + 3) * c + ((2 * c + qkv_bias + proj_bias) * c if unit else 0) "
+        "for near in [2 * dilation - 1] for far in [ceil(kernel / dilation) if kernel else "
+        "min(ceil(21 / dilation) | 1, (max(sides) - 1) // dilation * 2 + 1)])",
+        flops="sum(2 * (n - p) * (near**2 + far**2 + (3 * c if unit else c)) * c "
+        "for near in [2 * dilation - 1] for far in [ceil(kernel / dilation) if kernel else "
+        "min(ceil(21 / dilation) | 1, (max(sides) - 1) // dilation * 2 + 1)])",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

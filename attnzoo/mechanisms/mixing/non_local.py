@@ -38,6 +38,8 @@ class NonLocal(Mechanism):
         ),
         time="n m c + n c c",
         memory="n m + n c",
+        params="(3 * c + 2 * qkv_bias) * max(1, round(c * ratio)) + (max(1, round(c * ratio)) + proj_bias) * c",
+        flops="4 * n * (2 * c + (p + prod(ceil(s / 2) for s in sides) if subsample else n)) * max(1, round(c * ratio))",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         grid=2,

@@ -28,6 +28,8 @@ class Nothing(Mechanism):
         ),
         time="n c",
         memory="n c",
+        params="0",
+        flops="0",
         masks={"keys", "causal", "pairs"},
         laws={Law.PERMUTATION_EQUIVARIANT, Law.SHIFT_EQUIVARIANT, Law.LOCAL, Law.SILENT},
         notes="Every mask is kept, for nobody has influence on anybody. What stands before the site, such as the norm "

@@ -33,6 +33,8 @@ class Pooling(Mechanism):
         ),
         time="n c",
         memory="n c",
+        params="0",
+        flops="0",
         masks={"keys"},
         grid=2,
         laws={Law.LOCAL},

@@ -9,19 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnzoo.core import (
-    Card,
-    Family,
-    Law,
-    Mask,
-    Mechanism,
-    OptionError,
-    Paper,
-    PositiveFloat,
-    PositiveInt,
-    Site,
-    Tap,
-)
+from attnzoo.core import Card, Family, Law, Mechanism, Paper, PositiveFloat, PositiveInt, Site, Tap
+from attnzoo.errors import OptionError
 from attnzoo.functional import masked_softmax, rearrange
 
 
@@ -48,6 +37,12 @@ class SpatialGating(Mechanism):
         paper=Paper("Pay Attention to MLPs", "Liu et al.", 2021, "arXiv:2105.08050", where="§2, §3, §4.3"),
         time="n m c + n c c",
         memory="n m + n c",
+        params="sum(2 * (c + qkv_bias) * half + 2 * half + n * n + n + (half + proj_bias) * c "
+        "+ (3 * (c + qkv_bias) * width + (width + proj_bias) * half if attention else 0) "
+        "for half in [max(2, round(c * ratio / 2))] for width in [head_dim or 64])",
+        flops="sum(4 * n * c * half + 2 * n * n * half + 2 * n * half * c "
+        "+ (6 * n * c * width + 4 * n * n * width + 2 * n * width * half if attention else 0) "
+        "for half in [max(2, round(c * ratio / 2))] for width in [head_dim or 64])",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         fixed_length="most",
@@ -109,7 +104,7 @@ class SpatialGating(Mechanism):
         gated, weight = self.norm(gated), self.weight[:n, :n]
         if mask.keys is not None:  # rows that are added to nothing, without a W for each sample
             gated = gated.masked_fill(~mask.keys[..., None], 0.0)
-        allowed = Mask(pairs=mask.pairs, causal=mask.causal).dense(n, n, x.device)
+        allowed = replace(mask, keys=None).dense(n, n, x.device)
         if allowed is not None:
             weight = weight.masked_fill(~allowed[:, 0], 0.0)  # (1 n m) or (b n m)
         gate = weight @ gated + self.bias[:n, None]

@@ -35,6 +35,8 @@ class Spectral(Mechanism):
         ),
         time="n c log(n)",
         memory="n c",
+        params="(2 * sides[0] * (sides[1] // 2 + 1) - prod(2 - s % 2 for s in sides)) * c",
+        flops="0",
         masks={"keys"},
         grid=2,
         notes="Special tokens have no place on the grid: they come out as they went in, so where nothing else mixes, "

@@ -17,6 +17,12 @@ Scores = Literal[
     "random+dense", "random+dot", "dense+dot", "random+dense+dot",
 ]  # fmt: skip
 
+NETS = (  # channels that the small networks take and give, in formulas
+    "[(c if sees == 'full' else d, out) for a in [max(a for a in range(1, n + 1) if n % a == 0 and a * a <= n)] "
+    "for b in [n // a if 4 * a * a >= n else ceil(n**0.5)] "
+    "for out in ([ceil(n / b), b] if scores == 'factorised_dense' else [n] if 'dense' in scores else [])]"
+)
+
 
 class Synthesizer(Mechanism):
     """W softmax(B) v with scores B of n × N, for each head, of which n tokens use the first n columns.
@@ -38,14 +44,18 @@ class Synthesizer(Mechanism):
         family=Family.MIXING,
         summary="Scores made from each token alone (dense) or learned (random), in the place of q kᵀ.",
         paper=Paper(
-            "Synthesizer: Rethinking Self-Attention for Transformer Models",
-            "Tay et al.",
-            2020,
-            "arXiv:2005.00743",
-            where="§3",
+            "Synthesizer: Rethinking Self-Attention for Transformer Models", "Tay et al.", 2020,
+            "arXiv:2005.00743", where="§3",
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="2 * c * c + (qkv_bias + proj_bias) * c + (2 * (c + qkv_bias) * c if 'dot' in scores else 0) "
+        "+ (0 if frozen or 'random' not in scores else 2 * h * n * rank if 'factor' in scores else h * n * n) "
+        f"+ sum(h * ((width + 1) * d + (d + 1) * out) for width, out in {NETS}) "
+        "+ (scores.count('+') + 1 if '+' in scores else 0)",
+        flops="4 * n * c * c + 2 * n * n * c + (4 * n * c * c + 2 * n * n * c if 'dot' in scores else 0) "
+        "+ (2 * h * n * n * rank if scores == 'factorised_random' else 0) "
+        f"+ sum(2 * n * (width + out) * c for width, out in {NETS})",
         masks={"keys", "causal", "pairs"},
         fixed_length="most",
         honours={"qkv_bias", "proj_bias"},
@@ -54,19 +64,14 @@ class Synthesizer(Mechanism):
         notes="Synthesised scores are not divided by √d. That a head sees its own channels is our reading; the other "
         "is `sees: full`. Where no α near √N divides N, such as a prime N, α β is a little more, and columns beyond N "
         "are not used. Random scores start from N(0, 1).",
-    )
+    )  # fmt: skip
 
     table: Any  # R, or R₁ and R₂
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        scores: Scores = "dense",
-        sees: Literal["head", "full"] = "head",
-        frozen: bool = False,
-        rank: PositiveInt = 8,
-    ):
+        self, site: Site, *, scores: Scores = "dense", sees: Literal["head", "full"] = "head",
+        frozen: bool = False, rank: PositiveInt = 8,
+    ):  # fmt: skip
         super().__init__(site)
         c, h, d, length = site.dim, site.heads, site.head_dim, self.length
         self.sources, self.full = scores.split("+"), sees == "full"
