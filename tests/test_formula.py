@@ -29,6 +29,7 @@ def test_values(text, wanted):
 
 def test_a_context_has_letters_of_its_own():
     assert evaluate("n + 100 * m + 10000 * e", ACROSS, {}) == 4 + 700 + 70000
+    assert evaluate("context", ACROSS, {}) == 1 and evaluate("context", SITE, {}) == 0
     assert evaluate("prod(context_sides) - prod(sides)", ACROSS, {}) == 6 - 4
 
 

@@ -38,8 +38,9 @@ def evaluate(text: str, site: Site, options: Mapping[str, Any]) -> int:
     """The number that a formula gives at a site.
 
     Known to it are `n` and `m`, tokens and tokens that are read from; `c`, `h`, `d`, `p` as in the docs; `e`, channels
-    of what is read from; `context`, 1 where that is another stream and 0 otherwise; `sides`, tokens along each dimension
-    of the grid, and `context_sides`; `layer`; the site's wishes `qkv_bias`, `proj_bias`, `qk_norm`, `scale_norm` and `rotary`, each 0 or 1; every option by its name.
+    of what is read from; `context`, 1 where that is another stream, else 0; `sides`, tokens along each dimension
+    of the grid, and `context_sides`; `layer`; the site's wishes `qkv_bias`, `proj_bias`, `qk_norm`, `scale_norm` and
+    `rotary`, each 0 or 1; every option by its name.
 
     Args:
         text: The formula, of `Card.params` or `Card.flops`.

@@ -38,6 +38,7 @@ class PairwiseCross(Mechanism):
         time="n n c + n m c + n c c + m c c",
         memory="h n n + h n m",
         params="3 * (c + qkv_bias) * c + (c + proj_bias) * c",
+        flops="8 * n * c * c + 4 * n * n * c + (4 * m * c * c + 4 * n * m * c if context else 0)",
         context="beside",
         honours={"qkv_bias", "proj_bias"},
         taps={"scores": "b h n w", "weights": "b h n w"},

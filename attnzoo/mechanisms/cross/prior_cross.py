@@ -56,6 +56,7 @@ class PriorCross(Mechanism):
         paper=Paper(TITLE, "Wang et al.", 2023, "arXiv:2308.07228", where="MHCA"),
         time="n m c + n c c + m c c",
         memory="h n m",
+        params="2 * e + (2 * c if context else 0) + (c + qkv_bias) * c + 2 * (e + qkv_bias) * c + (c + proj_bias) * c",
         flops="4 * n * c * c + 4 * m * e * c + 4 * n * m * c",
         masks={"keys"},
         context=True,
