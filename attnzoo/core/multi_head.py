@@ -34,6 +34,7 @@ class MultiHead(Mechanism):
         self.card = head.card
         super().__init__(site)
         self.head_dim, self.dim = site.head_dim, site.dim
+        self.qkv_fused, self.sharing = site.qkv_fused, 1  # heads of queries for each of keys and values
         self.register_parameter("q_bias", None)
         self.register_parameter("v_bias", None)
         if site.context_dim is not None:
@@ -44,9 +45,8 @@ class MultiHead(Mechanism):
             if site.qkv_bias and not site.k_bias:
                 self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(site.dim)) for _ in range(2))
         else:
-            heads = site.kv_heads or site.heads
-            site.check_keys(heads)
-            width = site.head_dim * heads
+            self.sharing = site.heads // site.key_heads(site.kv_heads or site.heads)
+            width = site.dim // self.sharing
             self.q_proj = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
             self.k_proj = nn.Linear(site.dim, width, bias=site.qkv_bias and site.k_bias)
             self.v_proj = nn.Linear(site.dim, width, bias=site.qkv_bias)
@@ -56,7 +56,6 @@ class MultiHead(Mechanism):
         self.norm = site.norm(site.dim) if site.scale_norm else nn.Identity()
         self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
         self.rotary, self.rotation = site.rotary, site.rotation
-        self.qkv_fused = site.qkv_fused
         self.skip: nn.Module = nn.Identity()  # hosts put here what joins the merged heads of two layers
 
     def queries(self, x: Tensor) -> Tensor:
@@ -84,8 +83,8 @@ class MultiHead(Mechanism):
         if self.rotary:
             turn = (layout or Layout((x.shape[1],))).turn
             q, k = turn(q, first).type_as(v), turn(k, first).type_as(v)
-        if k.shape[1] != q.shape[1]:
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        if self.sharing > 1:
+            k, v = (t.repeat_interleave(self.sharing, dim=1) for t in (k, v))
         return q, k, v
 
     def _fused(self, x: Tensor) -> tuple[Tensor, ...]:

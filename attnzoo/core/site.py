@@ -102,8 +102,8 @@ class Site:
             )
         return size
 
-    def check_keys(self, heads: int) -> None:
-        """Refuse fewer heads of keys than of queries, where the host turns every head in a way of its own.
+    def key_heads(self, heads: int) -> int:
+        """The number of heads of keys: fewer than of queries where the host does not turn each in a way of its own.
 
         Args:
             heads: Number of heads of keys.
@@ -118,3 +118,4 @@ class Site:
                 f"there are {heads} heads of keys at `{self.name}`",
                 help="give every head keys of its own, or choose a host whose heads are all turned alike",
             )
+        return heads

@@ -90,8 +90,7 @@ class DynamicMask(Mechanism):
             raise OptionError(f"`dynamic_mask`: groups of {group} heads do not divide {site.heads}")
         self.window, self.group, self.exponential = window, group, exponential
         self.rotary = site.rotary and site.context_dim is None
-        groups, width = site.heads // group, site.head_dim * site.heads // group
-        site.check_keys(groups)
+        groups, width = site.key_heads(site.heads // group), site.head_dim * site.heads // group
         self.q = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
         self.kv = nn.Linear(site.context_dim or site.dim, 2 * width, bias=site.qkv_bias)
         self.q_norm = site.norm(site.head_dim) if site.qk_norm else nn.Identity()

@@ -71,11 +71,10 @@ class NativeSparse(Mechanism):
             raise OptionError(f"`native_sparse`: {groups} groups do not divide {site.heads} heads")
         if block < length:
             raise OptionError(f"`native_sparse`: `block`, {block}, is less than `length`, {length}")
-        site.check_keys(groups)
         self.groups, self.chosen, self.window, self.rotary = groups, chosen, window, site.rotary
         self.cuts = length * stride, stride, block * stride  # l, s, l'
         d, mlp = site.head_dim, compress == "mlp"
-        self.kv = nn.Linear(site.dim, 2 * groups * d, bias=site.qkv_bias)
+        self.kv = nn.Linear(site.dim, 2 * site.key_heads(groups) * d, bias=site.qkv_bias)
         self.q_norm, self.k_norm = (site.norm(d) if site.qk_norm else nn.Identity() for _ in "qk")
         self.gates = nn.Linear(site.dim, 3 * site.heads, bias=site.qkv_bias)  # W_g
         self.phi = nn.Sequential(nn.Linear(d + 1, d), nn.GELU(), nn.Linear(d, d)) if mlp else None
