@@ -108,9 +108,8 @@ class ZooBlock(nn.Module):
         if not self.carries:
             return checkpoint(self.mix, x, *seen) if again else self.mix(x, *seen)
         step = partial(checkpoint, carried) if again else carried
-        x, handed = step(self.mix, context.handed.get(self.layer - 1), x, *seen)
-        # where timm computes a block again, the later ones have taken up what the first pass handed on
-        context.handed.setdefault(self.layer, handed)
+        # by the index, so that a block that is computed again finds what it found at first
+        x, context.handed[self.layer] = step(self.mix, context.handed.get(self.layer - 1), x, *seen)
         return x
 
     def mix(self, x: Tensor, layout: Layout, mask: Mask, given: Mapping[str, Tensor]) -> Tensor:

@@ -55,7 +55,11 @@ default_cfgs: dict[str, Any] = {}
 """timm looks here for the configurations of the models that are registered from this module."""
 
 
-_HINTS = {"needs the class token": "write `global_pool: avg`, or leave `class_token: false` out"}
+_HINTS = {
+    "needs the class token": "write `global_pool: avg`, or leave `class_token: false` out",
+    "num_kv_heads sequence": "leave `depth` as the base has it, or hand over `num_kv_heads`, one number for each block",
+}
+"""What to do about a complaint of timm's, by a part of its text."""
 
 
 def timm_arguments(base: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
             help="write a number, a list or a schedule",
         )
     heads = by_layer(recipe.heads, info.depth, ("heads",), source)
-    _check_heads(heads, info.dims, ("heads",), source)
+    rotation = info.attention[0].get("rotation") if info.attention else None
+    _check_heads(heads, info.dims, ("heads",), source, rotation=rotation)
     return replace(info, heads=heads)
 
 
@@ -245,11 +246,17 @@ def _scheduled(said: HeadSchedule, layers: int, place: Place | None) -> tuple[in
 
 
 def _check_heads(
-    counts: Sequence[int], dims: Sequence[int], loc: Loc, source: Source, rotary: bool = False
+    counts: Sequence[int],
+    dims: Sequence[int],
+    loc: Loc,
+    source: Source,
+    rotary: bool = False,
+    rotation: tuple[int, int] | None = None,
 ) -> None:
     for layer, (heads, dim) in enumerate(zip(counts, dims, strict=True)):
         try:
-            Site(f"layer {layer}", dim, heads, Layout((1,)), rotary=rotary).head_dim  # noqa: B018 - raises AZ308, AZ316
+            site = Site(f"layer {layer}", dim, heads, Layout((1,)), rotary=rotary, rotation=rotation)
+            site.head_dim  # noqa: B018 - raises AZ308, AZ316
         except RecipeError as error:
             raise RecipeError.of([replace(d, place=_place(loc, source)) for d in error.diagnostics]) from None
 
