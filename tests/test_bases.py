@@ -16,8 +16,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import attnzoo
-from attnzoo.core import Layout, MultiHead, Site
-from attnzoo.core.rotary import Rotation
+from attnzoo.core import Layout, MultiHead, Rotation, Site
 from attnzoo.errors import LayoutMismatch, RecipeError, UnknownArgument, ZooError
 from attnzoo.hosts.vision_transformer import host_info
 from attnzoo.recipe import compose_file
@@ -157,7 +156,7 @@ def test_turning_is_timms(half, shape):
 # ------------------------------------------------------------------------------------------------------- mechanisms
 
 
-@pytest.mark.parametrize("kind", ["eva02 separate", "dinov3", "rope mixed", "sapiens2", "hybrid", "res-post"])
+@pytest.mark.parametrize("kind", ["eva02 separate", "dinov3", "rope mixed", "sapiens2", "res-post"])
 def test_ham_learns(kind):
     model = mine(kind, HAM, drop_path_rate=0.0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -217,9 +216,10 @@ def test_pools_maps_and_the_rollout():
 # -------------------------------------------------------------------------------------------------------------- tools
 
 
-@pytest.mark.parametrize("kind", [*TURNED, "sapiens2"])
+@pytest.mark.parametrize("kind", ["dinov3", "rope mixed", "sapiens2"])
 def test_compile_export_and_fx(kind):
-    model, x, more = mine(kind, HAM), images(kind), images(kind, 3)
+    more = {"num_kv_heads": 2} if kind == "sapiens2" else {}
+    model, x, more = mine(kind, HAM, depth=1, **more), images(kind), images(kind, 3)
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -29,13 +29,13 @@ class Site:
         qk_norm: Whether queries and keys are normalised per head.
         scale_norm: Whether the merged heads are normalised before the output projection.
         rotary: Whether queries and keys are turned by their positions, where there is no context: `layout.turn`.
+        norm: Builds a normalisation layer for a width.
         rotation: Heads and channels per head of the rotation that a host brings with each layout; 1 head where it is
             the same for all. None where positions are those of a line.
         qkv_fused: Whether `MultiHead` has one projection of queries, keys and values, or one of each.
         k_bias: Whether keys have a bias where queries and values have one.
         kv_heads: Number of heads of keys and values, each for as many heads of queries, where the projections are not
             fused; None for as many as of queries.
-        norm: Builds a normalisation layer for a width.
     """
 
     name: str
@@ -53,11 +53,11 @@ class Site:
     qk_norm: bool = False
     scale_norm: bool = False
     rotary: bool = False
+    norm: Callable[[int], nn.Module] = nn.LayerNorm
     rotation: tuple[int, int] | None = None
     qkv_fused: bool = True
     k_bias: bool = True
     kv_heads: int | None = None
-    norm: Callable[[int], nn.Module] = nn.LayerNorm
 
     @property
     def wishes(self) -> frozenset[str]:

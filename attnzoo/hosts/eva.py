@@ -15,8 +15,7 @@ import torch
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from attnzoo.core import Layout, Mask, Mechanism
-from attnzoo.core.rotary import Rotation
+from attnzoo.core import Layout, Mask, Mechanism, Rotation
 from attnzoo.errors import LayoutMismatch
 from attnzoo.hosts.info import init_parts
 from attnzoo.hosts.timm_vit import ForwardContext, ZooBlock, ZooModel
