@@ -199,6 +199,16 @@ def test_a_line_s_table_turns_as_a_line(name):
     assert not torch.allclose(out, still, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["eva02 separate", "dinov3", "rope mixed"])
+def test_a_fusion_that_starts_as_softmax_starts_as_timm(kind):
+    _, theirs = both(kind)
+    start = mine(kind, {**HAM, "with": {"start": "identity"}})
+    missing, unexpected = start.load_state_dict(theirs.state_dict(), strict=False)
+    assert missing and not unexpected
+    same(start, theirs, images(kind))
+    assert compose_file(recipe(kind, {**HAM, "with": {"start": "identity"}})).starts_equal
+
+
 def test_pools_maps_and_the_rollout():
     x = images("dinov3")
     assert mine("dinov3", said={"pool": "lama"})(x).shape == (2, 5)
@@ -387,6 +397,12 @@ def timms_names() -> list[str]:
 
 OTHER_ATTENTION = {"vit_dlittle_patch16_reg1_gap_256", "vit_dwee_patch16_reg1_gap_256"}
 """Their own attention is differential, so with softmax they are other models."""
+
+
+def test_another_attention_is_not_said_to_be_the_base():
+    said = {"recipe": 1, "host": {"kind": "vit", "model": {"depth": 1}}, "attention": "softmax"}
+    for base, equal in [(name, False) for name in OTHER_ATTENTION] + [("vit_wee_patch16_reg1_gap_256", True)]:
+        assert compose_file({**said, "host": {**said["host"], "base": base}}).starts_equal == equal
 
 
 @pytest.mark.slow

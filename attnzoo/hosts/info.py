@@ -64,6 +64,7 @@ class HostInfo(ABC):
         params: Number of parameters of the plain model.
         model: The plain model, on the meta device.
         makes: Maps that the model makes itself, so that no caller hands them over, by name.
+        softmax: Whether the plain model's own attention is what `softmax` is.
     """
 
     family: str
@@ -73,6 +74,7 @@ class HostInfo(ABC):
     params: int = 0
     model: nn.Module = field(default_factory=nn.Module, repr=False)
     makes: Mapping[str, Given] = field(default_factory=dict)
+    softmax: bool = True
 
     @property
     def tokens(self) -> int:

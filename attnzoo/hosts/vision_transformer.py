@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import HybridEmbed, LayerNorm, PatchEmbed, get_norm_layer
+from timm.layers import Attention, AttentionRope, HybridEmbed, LayerNorm, PatchEmbed, get_norm_layer
 from timm.models import (
     Eva,
     PretrainedCfg,
@@ -20,6 +20,7 @@ from timm.models import (
     named_apply,
 )
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import (
     Block,
     DiffParallelScalingBlock,
@@ -134,6 +135,7 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
         pools=type(model) is not VisionTransformerDistilled,
         class_token=model.cls_token is not None,
         makes={ROLLOUT: "scores"},
+        softmax=all(type(block.attn) in _SOFTMAX and block.attn.gate is None for block in model.blocks),
         attention=eva.attention_of(model) if isinstance(model, Eva) else (),
     )
 
@@ -205,6 +207,8 @@ _NO_SITE: dict[type, str] = {
     ParallelThingsBlock: "which have several attentions side by side, and a site is one for each block",
 }
 """What stands against a mechanism in timm's other blocks."""
+_SOFTMAX = (Attention, AttentionRope, EvaAttention)
+"""timm's attention that `softmax` is; `DiffAttention` is not, which takes its place all the same."""
 _NO_PLACE = "which have no place for another mechanism"
 
 
