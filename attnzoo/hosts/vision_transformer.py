@@ -135,9 +135,14 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
         pools=type(model) is not VisionTransformerDistilled,
         class_token=model.cls_token is not None,
         makes={ROLLOUT: "scores"},
-        softmax=all(type(block.attn) in _SOFTMAX and block.attn.gate is None for block in model.blocks),
+        softmax=all(_is_softmax(block.attn) for block in model.blocks),
         attention=eva.attention_of(model) if isinstance(model, Eva) else (),
     )
+
+
+def _is_softmax(attn: nn.Module) -> bool:
+    """Whether timm's attention is what `softmax` is; timm's of old have no gate."""
+    return type(attn) in (Attention, AttentionRope, EvaAttention) and getattr(attn, "gate", None) is None
 
 
 def _check_host(base: str, model: Any) -> None:
@@ -207,8 +212,6 @@ _NO_SITE: dict[type, str] = {
     ParallelThingsBlock: "which have several attentions side by side, and a site is one for each block",
 }
 """What stands against a mechanism in timm's other blocks."""
-_SOFTMAX = (Attention, AttentionRope, EvaAttention)
-"""timm's attention that `softmax` is; `DiffAttention` is not, which takes its place all the same."""
 _NO_PLACE = "which have no place for another mechanism"
 
 
