@@ -57,11 +57,17 @@ def mine(kind: str, attention="softmax", said=None, **more):
     return attnzoo.compose(recipe(kind, attention, **(said or {})), **arguments(kind, **more)).eval()
 
 
-def both(kind: str, **more):
-    """Ours and timm's with timm's weights, none of which is left at zero or one."""
-    theirs = timm.create_model(KINDS[kind][0], **arguments(kind, **more)).eval()
-    for parameter in theirs.parameters():
+def lively(model: nn.Module) -> nn.Module:
+    """The model with weights none of which is left at zero or one, so that logits are not all but zero."""
+    torch.manual_seed(2)
+    for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def both(kind: str, **more):
+    """Ours and timm's with timm's weights."""
+    theirs = lively(timm.create_model(KINDS[kind][0], **arguments(kind, **more)).eval())
     ours = mine(kind, **more)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
@@ -173,8 +179,8 @@ def test_ham_learns(kind):
 
 def test_a_recipe_over_several_sites():
     overrides = [{"at": "blocks.1", "put": "linformer"}]
-    model = mine("eva02", HAM, {"overrides": overrides, "skip": "merged_post"}, depth=3)
-    plain = mine("eva02", HAM, {"overrides": overrides}, depth=3)
+    model = lively(mine("eva02", HAM, {"overrides": overrides, "skip": "merged_post"}, depth=3))
+    plain = lively(mine("eva02", HAM, {"overrides": overrides}, depth=3))
     assert [block.attn.card.name for block in model.blocks] == ["hadamard", "linformer", "hadamard"]
     assert not torch.allclose(model(images("eva02")), plain(images("eva02")))
 
@@ -211,9 +217,10 @@ def test_a_fusion_that_starts_as_softmax_starts_as_timm(kind):
 
 def test_pools_maps_and_the_rollout():
     x = images("dinov3")
-    assert mine("dinov3", said={"pool": "lama"})(x).shape == (2, 5)
+    pooled = lively(mine("dinov3", said={"pool": "lama"}))
+    assert pooled(x).shape == (2, 5) and pooled(x).std() > 0.1 and pooled.global_pool == "pool"
     for kind in "dinov3", "hybrid":
-        model = mine(kind, "region")
+        model = lively(mine(kind, "region"))
         side, x = KINDS[kind][1], images(kind)
         tokens = torch.randint(0, 3, (2, 4, 4))
         pixels = tokens.repeat_interleave(side, 1).repeat_interleave(side, 2)
@@ -229,22 +236,22 @@ def test_pools_maps_and_the_rollout():
 @pytest.mark.parametrize("kind", ["dinov3", "rope mixed", "sapiens2"])
 def test_compile_export_and_fx(kind):
     more = {"num_kv_heads": 2} if kind == "sapiens2" else {}
-    model, x, more = mine(kind, HAM, depth=1, **more), images(kind), images(kind, 3)
+    model, x, other = lively(mine(kind, HAM, depth=1, **more)), images(kind), images(kind, 3)
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        assert torch.allclose(compiled(x), model(x), atol=1e-5)
+        assert torch.allclose(compiled(x), model(x), atol=1e-5) and model(x).std() > 0.1
         batch = torch.export.Dim("batch", min=1, max=64)
         program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
-        assert torch.allclose(program(more), model(more), atol=1e-5)
+        assert torch.allclose(program(other), model(other), atol=1e-5)
         graph = create_feature_extractor(model, return_nodes={"head": "out"})
-        assert torch.allclose(graph(more)["out"], model(more), atol=1e-5)
+        assert torch.allclose(graph(other)["out"], model(other), atol=1e-5)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("kind", TURNED)
 def test_many_threads_with_images_of_several_sizes(kind, again):
-    model = mine(kind, HAM, dynamic_img_size=True)
+    model = lively(mine(kind, HAM, dynamic_img_size=True))
     model.set_grad_checkpointing(again)
     inputs = [images(kind, 1 + i % 2, *grid) for i, grid in enumerate([(2, 3), (3, 2), (1, 6), (4, 1)])]
     alone = [model(x) for x in inputs]
@@ -263,7 +270,7 @@ def test_checkpointing_computes_the_same_again(kind, skip):
     """Two forwards of different images before one backward."""
     grads = []
     for again in False, True:
-        model = mine(kind, said={"skip": skip} if skip else None, depth=3, drop_path_rate=0.2).train()
+        model = lively(mine(kind, said={"skip": skip} if skip else None, depth=3, drop_path_rate=0.2)).train()
         model.set_grad_checkpointing(again)
         torch.manual_seed(1)
         one, other = model(images(kind)), model(images(kind).flip(0) + 1)
@@ -290,6 +297,23 @@ def test_weights_and_copies(kind, tmp_path):
     loaded = mine(kind, pretrained=True, pretrained_cfg_overlay=overlay, img_size=5 * KINDS[kind][1])
     assert torch.equal(loaded.blocks[0].attn.proj.weight, theirs.blocks[0].attn.proj.weight)
     assert loaded(images(kind, 1, 5, 5)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("kind", ["eva02", "eva02 separate", "rope mixed"])
+def test_packed_weights_and_adapters(kind):
+    """Biases beside their projection are added to what somebody else puts in its place."""
+    from peft import LoraConfig, get_peft_model
+
+    model, x = lively(mine(kind)), images(kind)
+    out = model(x)
+    with torch.no_grad():
+        assert torch.allclose(attnzoo.accelerate(model)(x), out, atol=1e-4) and out.std() > 0.1
+    targets = ["q_proj"] if kind == "eva02 separate" else ["qkv"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+    assert torch.allclose(adapted(x), out, atol=1e-4)
+    adapted(x).square().sum().backward()
+    grads = [p.grad for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert len(grads) == 2 and all(grad.abs().sum() > 0 for grad in grads)
 
 
 def test_timms_arguments():
