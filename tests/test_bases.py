@@ -299,6 +299,27 @@ def test_weights_and_copies(kind, tmp_path):
     assert loaded(images(kind, 1, 5, 5)).shape == (1, 5)
 
 
+def test_weights_as_their_authors_wrote_them(tmp_path):
+    """Meta's names of DINOv3: timm's filter of the base's own module makes them timm's."""
+    kind = "dinov3 biases"
+    ours, theirs = both(kind)
+    words = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+    state = {}
+    for key, value in theirs.state_dict().items():
+        for timms, metas in words.items():
+            key = key.replace(timms, metas)
+        state[key] = value
+    for i in range(len(theirs.blocks)):
+        q, v = (state.pop(f"blocks.{i}.attn.{one}_bias") for one in "qv")
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+    file, x = tmp_path / "meta.safetensors", images(kind)
+    save_file(state, file)
+    blank = mine(kind)
+    assert init_model(blank, file)["new"] == [] and torch.equal(blank(x), theirs(x))
+    loaded = mine(kind, pretrained=True, pretrained_cfg_overlay={"file": str(file), "num_classes": 5})
+    assert torch.equal(loaded(x), theirs(x))
+
+
 @pytest.mark.parametrize("kind", ["eva02", "eva02 separate", "rope mixed"])
 def test_packed_weights_and_adapters(kind):
     """Biases beside their projection are added to what somebody else puts in its place."""
@@ -352,6 +373,8 @@ def test_initialisation_is_timms():
     before = {name: p.clone() for name, p in model.named_parameters()}
     model.init_weights()
     assert not torch.equal(model.blocks[0].attn.qkv.weight, before["blocks.0.attn.qkv.weight"])
+    own = attnzoo.compose(recipe("eva02", "selective_heads"), depth=1, img_size=28).blocks[0].attn
+    assert abs(own.qkv.weight.std() / (2 / (192 + 64)) ** 0.5 - 1) < 0.05  # Xavier's, as its authors have it
     normal = attnzoo.compose(
         {**recipe("eva02"), "host": {**recipe("eva02")["host"], "init": "normal"}}, depth=2
     )
