@@ -16,6 +16,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import attnzoo
+from attnzoo import parallel
 from attnzoo.core import Layout, MultiHead, Rotation, Site
 from attnzoo.errors import LayoutMismatch, RecipeError, UnknownArgument, ZooError
 from attnzoo.hosts.vision_transformer import host_info
@@ -335,6 +336,19 @@ def test_packed_weights_and_adapters(kind):
     adapted(x).square().sum().backward()
     grads = [p.grad for name, p in adapted.named_parameters() if "lora_B" in name]
     assert len(grads) == 2 and all(grad.abs().sum() > 0 for grad in grads)
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        ("eva02", "its biases stand beside the projection"),
+        ("eva02 separate", "its queries, keys and values have a projection each"),
+        ("rope mixed", "the host turns every head in its own way"),
+        ("pe", ""),
+    ],
+)
+def test_which_heads_are_divided_among_devices(kind, reason):
+    assert parallel._reason(mine(kind).blocks[0].attn, 3) == reason
 
 
 def test_timms_arguments():
