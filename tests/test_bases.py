@@ -416,6 +416,25 @@ def test_what_the_host_s_positions_cannot_turn(kind, attention, said, code, text
     assert error.value.code == code and all(d.help and d.place for d in error.value.diagnostics)
 
 
+@pytest.mark.parametrize(
+    "kind, said, code, help",
+    [
+        ("dinov3", {"num_heads": 8}, "AZ316", "a multiple of 4 channels"),
+        ("dinov3", {"num_heads": 7}, "AZ308", "choose one of 1, 2, 3"),
+        ("eva02", {"num_heads": 8}, "AZ309", "a multiple of 4 channels"),
+        ("rope mixed", {"num_heads": 8}, "AZ309", "a multiple of 4 channels"),
+        ("hybrid", {"img_size": 100}, "AZ309", "multiples of the pixels"),
+        ("dinov3", {"img_size": 70}, "AZ320", "a multiple of `patch_size`"),
+        ("dinov3", {"use_naflex": True}, "AZ309", "leave `use_naflex` out"),
+    ],
+)
+def test_arguments_that_do_not_go_together(kind, said, code, help):
+    with pytest.raises(RecipeError) as error:
+        mine(kind, **said)
+    (fault,) = error.value.diagnostics
+    assert fault.code == code and help in fault.help
+
+
 def test_a_block_alone_needs_positions():
     model = mine("eva02")
     tokens = torch.randn(1, 17, 48)

@@ -16,11 +16,19 @@ from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm, checkpoint_filter_f
 from torch import Tensor, nn
 
 from attnzoo.core import Layout, Mask, Mechanism, Rotation
-from attnzoo.errors import LayoutMismatch
+from attnzoo.errors import LayoutMismatch, RecipeError
 from attnzoo.hosts.info import init_parts
 from attnzoo.hosts.timm_vit import ForwardContext, ZooBlock, ZooModel
 
-__all__ = ["BLOCKS", "ZooEva", "attention_of", "checkpoint_filter_fn", "put_into", "translated"]
+__all__ = [
+    "BLOCKS",
+    "ZooEva",
+    "attention_of",
+    "check_heads",
+    "checkpoint_filter_fn",
+    "put_into",
+    "translated",
+]
 
 _WORDS = {
     "reg_tokens": "num_reg_tokens",
@@ -31,12 +39,38 @@ _WORDS = {
 """What `VisionTransformer` calls its arguments, and what `Eva` does."""
 
 
+FOUR = "choose `embed_dim` and `num_heads` so that heads have a multiple of 4 channels"
+"""What to do about heads of other sizes."""
+
+
 def translated(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `VisionTransformer`, as recipes say them, in the words of `Eva`."""
     out = {_WORDS.get(name, name): value for name, value in arguments.items()}
     if "pos_embed" in out:
         out["use_abs_pos_emb"] = out.pop("pos_embed") != "none"
     return out
+
+
+def check_heads(base: str, model: Eva) -> None:
+    """Refuse heads that timm's rotary positions cannot turn by rows and by columns.
+
+    Args:
+        base: Name of the model.
+        model: As timm built it.
+
+    Raises:
+        RecipeError: AZ316.
+    """
+    attn = cast(Any, model.blocks[0]).attn
+    size = attn.head_dim
+    if model.embed_dim % attn.num_heads:
+        return  # AZ308 says so
+    if model.rope is not None and size % (2 if hasattr(model.rope, "mrope_section") else 4):
+        raise RecipeError(
+            "AZ316",
+            f"the rotary positions of `{base}` turn pairs of channels by rows and by columns; its heads have {size}",
+            help=FOUR,
+        )
 
 
 def attention_of(model: Eva) -> tuple[dict[str, Any], ...]:

@@ -59,6 +59,9 @@ default_cfgs: dict[str, Any] = {}
 _HINTS = {
     "needs the class token": "write `global_pool: avg`, or leave `class_token: false` out",
     "num_kv_heads sequence": "leave `depth` as the base has it, or hand over `num_kv_heads`, one number for each block",
+    "must match the size of tensor": eva.FOUR,
+    "head_dim must be divisible by 4": eva.FOUR,
+    "AssertionError": "let both sides of `img_size` be multiples of the pixels that a token of the base stands for",
 }
 """What to do about a complaint of timm's, by a part of its text."""
 
@@ -102,7 +105,8 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
 
     Raises:
         RecipeError: AZ301 no such model, AZ309 timm refuses the arguments, AZ310 not a model that can be a host,
-            AZ311 too many parameters for this machine, AZ320 an image that cannot be cut into patches.
+            AZ311 too many parameters for this machine, AZ316 heads that rotary positions cannot turn, AZ320 an
+            image that cannot be cut into patches.
     """
     if not is_model(base):
         names = timm.list_models()
@@ -116,6 +120,8 @@ def host_info(base: str, arguments: Mapping[str, Any]) -> BackboneInfo:
         model = model_entrypoint(base)(pretrained=False, **timm_arguments(base, arguments))
     _check_host(base, model)
     _check_image(model)
+    if isinstance(model, Eva):
+        eva.check_heads(base, model)
     first = model.blocks[0]
     grid = tuple(model.patch_embed.grid_size)
     return BackboneInfo(

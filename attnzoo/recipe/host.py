@@ -270,6 +270,7 @@ def _place(loc: Loc, source: Source) -> Place:
 
 _ABOUT = {
     "AZ308": ("num_heads", "embed_dim"),
+    "AZ316": ("num_heads", "embed_dim"),
     "AZ322": ("b",),
     "AZ323": ("mlp_ratios",),
     "AZ320": ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad"),
@@ -287,7 +288,7 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ320, AZ322.
+        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ316, AZ320, AZ322.
     """
     look = HOSTS[kind].host_info
     try:
