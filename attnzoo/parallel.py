@@ -127,6 +127,12 @@ def _reason(part: Any, size: int) -> str:
         return f"{hidden} hidden channels are no multiple of {size}" if hidden % size else ""
     if not isinstance(part, MultiHead):
         return f"`{part.card.name}` has projections of its own, or none"
+    if not part.qkv_fused:
+        return "its queries, keys and values have a projection each"
+    if part.q_bias is not None:
+        return "its biases stand beside the projection"
+    if part.rotation and part.rotation[0] > 1:
+        return "the host turns every head in its own way"
     card, linears = part.card, [getattr(part, name) for name, _ in (*_projections(part), ("proj", 1))]
     inside = [inner for inner in part.inner.modules() if isinstance(inner, Component | Fusion)]
     reasons = {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from attnzoo.core import NO_MASK, Mask
 from attnzoo.errors import UnsupportedMask
-from attnzoo.hosts.vision_transformer import from_timm
+from attnzoo.hosts.timm_vit import from_timm
 
 KINDS = ("keys", "pairs", "causal")
 

@@ -22,7 +22,7 @@ from attnzoo.core.options import (
     options_of,
 )
 from attnzoo.core.pool import Pool
-from attnzoo.core.rotary import rotate
+from attnzoo.core.rotary import Rotation, rotate
 from attnzoo.core.site import Site
 from attnzoo.core.tap import Tap, find_taps, watch
 from attnzoo.errors import OptionError
@@ -30,6 +30,6 @@ from attnzoo.errors import OptionError
 __all__ = [
     "NO_MASK", "AuxiliaryLosses", "Card", "Component", "Family", "Fraction", "Fused", "FusedHeads", "Fusion",
     "FusionCard", "Head", "KVCache", "Law", "Layout", "Mask", "Mechanism", "MultiGroup", "MultiHead",
-    "NonNegativeInt", "OptionError", "Paper", "Pool", "PositiveFloat", "PositiveInt", "Site", "Start", "Tap",
-    "auxiliary_losses", "evaluate", "find_taps", "option_texts", "options_of", "rotate", "watch",
+    "NonNegativeInt", "OptionError", "Paper", "Pool", "PositiveFloat", "PositiveInt", "Rotation", "Site", "Start",
+    "Tap", "auxiliary_losses", "evaluate", "find_taps", "option_texts", "options_of", "rotate", "watch",
 ]  # fmt: skip

@@ -1,11 +1,12 @@
 """How tokens are arranged: special tokens first, then a grid."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
+from attnzoo.core.rotary import Rotation, rotate
 from attnzoo.errors import LayoutMismatch
 
 
@@ -18,10 +19,13 @@ class Layout:
     Args:
         grid: Number of tokens along each dimension, slowest first.
         prefix: Number of special tokens (class token, registers) before the grid.
+        rotation: How the host turns queries and keys by their places in the grid; None where it does not, or where
+            the tokens are a line. Layouts that differ in it alone are equal.
     """
 
     grid: tuple[int, ...]
     prefix: int = 0
+    rotation: Rotation | None = field(default=None, compare=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -75,6 +79,15 @@ class Layout:
             grid: (b c *grid).
         """
         return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def turn(self, x: Tensor, first: int = 0) -> Tensor:
+        """Turn queries or keys by their positions: as the host says, or else as those of a line.
+
+        Args:
+            x: (b h n d).
+            first: Position in the line of the first token.
+        """
+        return rotate(x, first) if self.rotation is None else self.rotation.turn(x, self.prefix)
 
     def coords(self, device: torch.device | None = None) -> Tensor:
         """Integer positions of the grid tokens, (prod(grid) len(grid)), in grid steps."""

@@ -3,6 +3,8 @@
 Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, arXiv:2104.09864, §3.2.2, eq. 15.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,3 +27,33 @@ def rotate(x: Tensor, first: int = 0) -> Tensor:
     cos, sin = angles.cos(), angles.sin()
     a, b = x[..., 0::2].to(exact), x[..., 1::2].to(exact)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How a host turns queries and keys in one forward, where their positions are not those of a line.
+
+    Args:
+        table: Sines and, behind them, cosines for each token of the grid; broadcasts against (b h n 2d).
+        half: Whether channels i and i + d/2 are a pair; 2i and 2i + 1 are otherwise.
+    """
+
+    table: Tensor
+    half: bool = False
+
+    def turn(self, x: Tensor, prefix: int) -> Tensor:
+        """Turn the tokens of the grid.
+
+        Args:
+            x: Queries or keys (b h n d).
+            prefix: Number of special tokens before the grid, which have no position.
+        """
+        special, grid = x[:, :, :prefix], x[:, :, prefix:]
+        sin, cos = self.table.chunk(2, dim=-1)
+        if self.half:
+            a, b = grid.chunk(2, dim=-1)
+            across = torch.cat([-b, a], dim=-1)
+        else:
+            across = torch.stack([-grid[..., 1::2], grid[..., 0::2]], dim=-1).flatten(-2)
+        # angles lose digits in half precision, so the product is cast, not its factors
+        return torch.cat([special, (grid * cos + across * sin).to(x.dtype)], dim=2)

@@ -28,8 +28,14 @@ class Site:
         proj_bias: Whether the output projection has a bias.
         qk_norm: Whether queries and keys are normalised per head.
         scale_norm: Whether the merged heads are normalised before the output projection.
-        rotary: Whether queries and keys are turned by their positions, where there is no context.
+        rotary: Whether queries and keys are turned by their positions, where there is no context: `layout.turn`.
         norm: Builds a normalisation layer for a width.
+        rotation: Heads and channels per head of the rotation that a host brings with each layout; 1 head where it is
+            the same for all. None where positions are those of a line.
+        qkv_fused: Whether `MultiHead` has one projection of queries, keys and values, or one of each.
+        k_bias: Whether keys have a bias where queries and values have one.
+        kv_heads: Number of heads of keys and values, each for as many heads of queries, where the projections are not
+            fused; None for as many as of queries.
     """
 
     name: str
@@ -48,6 +54,10 @@ class Site:
     scale_norm: bool = False
     rotary: bool = False
     norm: Callable[[int], nn.Module] = nn.LayerNorm
+    rotation: tuple[int, int] | None = None
+    qkv_fused: bool = True
+    k_bias: bool = True
+    kv_heads: int | None = None
 
     @property
     def wishes(self) -> frozenset[str]:
@@ -59,7 +69,8 @@ class Site:
         """Channels per head.
 
         Raises:
-            RecipeError: AZ308, when the heads do not divide the width; AZ316, when rotary positions find an odd number.
+            RecipeError: AZ308, when the heads do not divide the width, or those of keys not those of queries; AZ316,
+                when rotary positions find an odd number, or another than the host's.
         """
         if self.heads < 1 or self.dim % self.heads:
             raise RecipeError(
@@ -75,4 +86,36 @@ class Site:
                 f"have {size} each",
                 help="choose heads with an even number of channels, or other `positions`",
             )
+        if self.rotation and self.rotation not in ((1, size), (self.heads, size)):
+            heads, channels = self.rotation
+            own = f"{heads} heads of {channels} channels" if heads > 1 else f"heads of {channels} channels"
+            raise RecipeError(
+                "AZ316",
+                f"the host's rotary positions turn {own}; {self.heads} heads of a width of {self.dim} have {size} each",
+                help=f"leave `heads` as the host has them at `{self.name}`, with {channels} channels each",
+            )
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise RecipeError(
+                "AZ308",
+                f"{self.heads} heads of queries cannot share {self.kv_heads} heads of keys at `{self.name}`",
+                help=f"choose a multiple of {self.kv_heads}",
+            )
         return size
+
+    def key_heads(self, heads: int) -> int:
+        """The number of heads of keys: fewer than of queries where the host does not turn each in a way of its own.
+
+        Args:
+            heads: Number of heads of keys.
+
+        Raises:
+            RecipeError: AZ316.
+        """
+        if self.rotation and self.rotation[0] > 1 and heads != self.rotation[0]:
+            raise RecipeError(
+                "AZ316",
+                f"the host's rotary positions turn each of {self.rotation[0]} heads in its own way; "
+                f"there are {heads} heads of keys at `{self.name}`",
+                help="give every head keys of its own, or choose a host whose heads are all turned alike",
+            )
+        return heads

@@ -64,6 +64,7 @@ class HostInfo(ABC):
         params: Number of parameters of the plain model.
         model: The plain model, on the meta device.
         makes: Maps that the model makes itself, so that no caller hands them over, by name.
+        softmax: Whether the plain model's own attention is what `softmax` is.
     """
 
     family: str
@@ -73,6 +74,7 @@ class HostInfo(ABC):
     params: int = 0
     model: nn.Module = field(default_factory=nn.Module, repr=False)
     makes: Mapping[str, Given] = field(default_factory=dict)
+    softmax: bool = True
 
     @property
     def tokens(self) -> int:
@@ -234,6 +236,8 @@ class BackboneInfo(HostInfo):
         patch_drop: Share of patches dropped in training.
         pools: Whether its head reads one token, so that a component can make it.
         class_token: Whether the first token is the class token.
+        attention: What the attention of each block is asked for, as arguments of `Site`; empty where the host tells
+            when it builds.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -247,6 +251,7 @@ class BackboneInfo(HostInfo):
     patch_drop: float = 0.0
     pools: bool = True
     class_token: bool = False
+    attention: Sequence[Mapping[str, Any]] = ()
 
     @property
     def dims(self) -> Sequence[int]:
@@ -259,6 +264,7 @@ class BackboneInfo(HostInfo):
 
     def site(self, layer: int, **options) -> Site:
         """The place in block `layer`, as its mechanism will know it."""
+        asked = self.attention[layer] if self.attention else {}
         return Site(
             name=f"blocks.{layer}",
             dim=self.dim,
@@ -266,11 +272,13 @@ class BackboneInfo(HostInfo):
             layout=self.layout,
             layer=layer,
             depth=self.depth,
-            **options,
+            **{**asked, **options},
         )
 
     def pool_site(self, **options) -> Site | None:
-        return replace(self.site(self.depth - 1, **options), name=POOL) if self.pools else None
+        if not self.pools:
+            return None
+        return replace(self.site(self.depth - 1, **options), name=POOL, rotary=False, rotation=None)
 
     def requirements(self, site: str) -> Requirements:
         return Requirements(
@@ -279,6 +287,7 @@ class BackboneInfo(HostInfo):
             drops_tokens="`patch_drop_rate` drops some in training and shuffles the others"
             if self.patch_drop
             else "",
+            rotary=site != POOL and bool(self.attention) and self.attention[0].get("rotary", False),
         )
 
     def module_path(self, site: str) -> str:

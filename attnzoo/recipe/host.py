@@ -55,7 +55,8 @@ def host_info(recipe: Recipe, arguments: Mapping[str, Any], source: Source) -> H
             help="write a number, a list or a schedule",
         )
     heads = by_layer(recipe.heads, info.depth, ("heads",), source)
-    _check_heads(heads, info.dims, ("heads",), source)
+    rotation = info.attention[0].get("rotation") if info.attention else None
+    _check_heads(heads, info.dims, ("heads",), source, rotation=rotation)
     return replace(info, heads=heads)
 
 
@@ -245,11 +246,17 @@ def _scheduled(said: HeadSchedule, layers: int, place: Place | None) -> tuple[in
 
 
 def _check_heads(
-    counts: Sequence[int], dims: Sequence[int], loc: Loc, source: Source, rotary: bool = False
+    counts: Sequence[int],
+    dims: Sequence[int],
+    loc: Loc,
+    source: Source,
+    rotary: bool = False,
+    rotation: tuple[int, int] | None = None,
 ) -> None:
     for layer, (heads, dim) in enumerate(zip(counts, dims, strict=True)):
         try:
-            Site(f"layer {layer}", dim, heads, Layout((1,)), rotary=rotary).head_dim  # noqa: B018 - raises AZ308, AZ316
+            site = Site(f"layer {layer}", dim, heads, Layout((1,)), rotary=rotary, rotation=rotation)
+            site.head_dim  # noqa: B018 - raises AZ308, AZ316
         except RecipeError as error:
             raise RecipeError.of([replace(d, place=_place(loc, source)) for d in error.diagnostics]) from None
 
@@ -263,6 +270,7 @@ def _place(loc: Loc, source: Source) -> Place:
 
 _ABOUT = {
     "AZ308": ("num_heads", "embed_dim"),
+    "AZ316": ("num_heads", "embed_dim"),
     "AZ322": ("b",),
     "AZ323": ("mlp_ratios",),
     "AZ320": ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad"),
@@ -280,7 +288,7 @@ def backbone_info(kind: str, base: str, arguments: Mapping[str, Any], source: So
         source: For places.
 
     Raises:
-        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ320, AZ322.
+        RecipeError: AZ301, AZ308, AZ309, AZ310, AZ311, AZ316, AZ320, AZ322.
     """
     look = HOSTS[kind].host_info
     try:

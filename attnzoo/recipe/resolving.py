@@ -152,6 +152,7 @@ class Composition:
         return (
             not self.skip
             and self.pool is None
+            and self.info.softmax
             and all(plan.starts_as_softmax() for plan in self.plans.values())
         )
 

@@ -82,7 +82,10 @@ Side = Annotated[int, Field(ge=1, le=4096)]
 
 
 class VitModel(_Strict):
-    """Arguments of timm's `VisionTransformer` that a recipe may set; the base's own hold otherwise."""
+    """Arguments of timm's `VisionTransformer` that a recipe may set; the base's own hold otherwise.
+
+    For a base that timm builds as an `Eva` they are said in its words.
+    """
 
     img_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     patch_size: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -293,11 +296,11 @@ class _Host(_Strict):
 
 
 class VitHost(_Host):
-    """A timm backbone built on `VisionTransformer`."""
+    """A timm backbone built on `VisionTransformer` or `Eva`."""
 
     base: Base = Field(
         "vit_base_patch16_224",
-        description="Any timm model built on VisionTransformer; its arguments are the defaults.",
+        description="A timm model built on VisionTransformer or Eva; its arguments are the defaults.",
     )
     model: VitModel = Field(default_factory=VitModel, description="Arguments that differ from the base's.")
 

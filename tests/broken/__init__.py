@@ -102,6 +102,7 @@ BROKEN = [
     ("check_wishes", sites.IgnoresQkNorm, sites.HealthyProjected),
     ("check_wishes", sites.BuildsQkNormUnused, sites.HealthyProjected),
     ("check_wishes", sites.TakesEveryWish, sites.HealthyProjected),
+    ("check_wishes", sites.TurnsAsALine, sites.HealthyTurned),
     ("check_biases", sites.IgnoresQkvBias, sites.HealthyProjected),
     ("check_biases", sites.SwapsBiases, sites.HealthyProjected),
     ("check_biases", sites.HearsUnclaimedBias, tokens.HealthyTokens),

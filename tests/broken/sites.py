@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnzoo.core import Card, Family, Law, Mechanism, Site
+from attnzoo.core import Card, Family, Law, Mechanism, Site, rotate
 from attnzoo.functional import masked_softmax
 from broken.heads import Healthy, claims
 from broken.tokens import HealthyTokens
@@ -159,3 +159,28 @@ class BuildsQkNormUnused(HealthyProjected):
 
 class TakesEveryWish(HealthyProjected):
     card = claims(HealthyProjected, honours={"qkv_bias", "proj_bias", "qk_norm", "rotary", "scale_norm"})
+
+
+class HealthyTurned(HealthyProjected):
+    card = claims(HealthyProjected, honours={*HealthyProjected.card.honours, "rotary"})
+
+    def __init__(self, site):
+        super().__init__(site)
+        self.rotary, self.head_dim = site.rotary, site.head_dim
+
+    def turn(self, heads, layout):
+        return layout.turn(heads)
+
+    def turned(self, x, layout):
+        heads = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self.turn(heads, layout).transpose(1, 2).flatten(2) if self.rotary else x
+
+    def mix(self, x, source, *, mask, layout):
+        q, k = (self.turned(t, layout) for t in (self.q_norm(self.q(x)), self.k(x)))
+        weights = masked_softmax(q @ k.mT, None if mask.keys is None else mask.keys[:, None])
+        return self.proj(self.drop(weights) @ self.v(x))
+
+
+class TurnsAsALine(HealthyTurned):
+    def turn(self, heads, layout):
+        return rotate(heads)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, Site, rotate
+from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, Site
 from attnzoo.functional import dot_product_attention, merge_heads, split_heads
 
 
@@ -92,7 +92,7 @@ class GatedAttention(Mechanism):
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v * gate if self.at == "values" else v))
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            q, k = rotate(q), rotate(k)
+            q, k = layout.turn(q), layout.turn(k)
         merged = merge_heads(dot_product_attention(self, q, k, v, mask))
         out = self.proj(merged * gate if self.at == "merged" else merged)
         return out * gate if self.at == "projected" else out

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnzoo.core import Card, Family, Fraction, Law, Mechanism, Paper, Site, Tap, rotate
+from attnzoo.core import Card, Family, Fraction, Law, Mechanism, Paper, Site, Tap
 from attnzoo.functional import dot_product_attention, masked_softmax, merge_heads, rearrange, split_heads
 
 
@@ -114,7 +114,7 @@ class SelectiveHeads(Mechanism):
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            q, k = rotate(q), rotate(k)
+            q, k = layout.turn(q), layout.turn(k)
         chosen, gate = (rearrange(t, "b n h -> b h n") for t in self.gates(x))
         pairs = chosen[..., None] & chosen[..., None, :]
         mask = replace(mask, pairs=pairs if mask.pairs is None else pairs & mask.pairs)

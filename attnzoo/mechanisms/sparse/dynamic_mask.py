@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site, rotate
+from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.functional import attention_from_scores, merge_heads, split_heads
 
 
@@ -90,7 +90,7 @@ class DynamicMask(Mechanism):
             raise OptionError(f"`dynamic_mask`: groups of {group} heads do not divide {site.heads}")
         self.window, self.group, self.exponential = window, group, exponential
         self.rotary = site.rotary and site.context_dim is None
-        groups, width = site.heads // group, site.head_dim * site.heads // group
+        groups, width = site.key_heads(site.heads // group), site.head_dim * site.heads // group
         self.q = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
         self.kv = nn.Linear(site.context_dim or site.dim, 2 * width, bias=site.qkv_bias)
         self.q_norm = site.norm(site.head_dim) if site.qk_norm else nn.Identity()
@@ -111,7 +111,7 @@ class DynamicMask(Mechanism):
         q, k, v = split_heads(self.q(x), self.heads), split_heads(k, groups), split_heads(v, groups)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            q, k = rotate(q), rotate(k)
+            q, k = layout.turn(q), layout.turn(k)
         k, v, rank = (t.repeat_interleave(self.group, dim=1) for t in (k, v, rank))  # rank: (b h 1 m)
         bias = rank.clamp(max=80).exp() if self.exponential else rank  # e⁸⁰ is finite in float32
         allowed = mask.dense(x.shape[1], source.shape[1], x.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site, Tap, rotate
+from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site, Tap
 from attnzoo.functional import existing, masked_mean, masked_softmax, merge_heads, rearrange, split_heads
 
 
@@ -74,7 +74,7 @@ class NativeSparse(Mechanism):
         self.groups, self.chosen, self.window, self.rotary = groups, chosen, window, site.rotary
         self.cuts = length * stride, stride, block * stride  # l, s, l'
         d, mlp = site.head_dim, compress == "mlp"
-        self.kv = nn.Linear(site.dim, 2 * groups * d, bias=site.qkv_bias)
+        self.kv = nn.Linear(site.dim, 2 * site.key_heads(groups) * d, bias=site.qkv_bias)
         self.q_norm, self.k_norm = (site.norm(d) if site.qk_norm else nn.Identity() for _ in "qk")
         self.gates = nn.Linear(site.dim, 3 * site.heads, bias=site.qkv_bias)  # W_g
         self.phi = nn.Sequential(nn.Linear(d + 1, d), nn.GELU(), nn.Linear(d, d)) if mlp else None
@@ -85,7 +85,7 @@ class NativeSparse(Mechanism):
         q, k, v = split_heads(self.q(x), self.heads), split_heads(k, self.groups), split_heads(v, self.groups)
         q, k = self.q_norm(q) * q.shape[-1] ** -0.5, self.k_norm(k)
         if self.rotary:
-            q, k = rotate(q), rotate(k)
+            q, k = layout.turn(q), layout.turn(k)
         there = existing(x, mask)[:, None, :, None]
         held, blocks = cut(there, *self.cuts[:2]), (cut(t, *self.cuts[:2]) for t in (k, v))
         few = (masked_mean(t if self.phi is None else self.phi(placed(t)), held, dim=3) for t in blocks)

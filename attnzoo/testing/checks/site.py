@@ -1,5 +1,6 @@
 """Claims about what a site wishes for: honoured, refused, or without any effect, and never half of it."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.core import Head, Law, watch
+from attnzoo.core import Head, Law, Rotation, watch
 from attnzoo.core.card import WISHES
 from attnzoo.core.tap import find_taps
 from attnzoo.testing.claim import DRAWS, claim, refused, requires, same
@@ -41,7 +42,10 @@ def _honoured(scene: Scene) -> frozenset[str]:
 
 @requires("tokens", wide=True, share=0.4)
 def check_wishes(cls: Checkable, scene: Scene) -> None:
-    """`qk_norm`, `scale_norm` and `rotary` are honoured, where the card says so, or refused with AZ317."""
+    """`qk_norm`, `scale_norm` and `rotary` are honoured, where the card says so, or refused with AZ317.
+
+    `rotary` means the host's rotation where it brings one: by no angle it changes nothing, by others it does.
+    """
     scene = scene.alone().roomy()
     site = scene.site
     if site.head_dim % 2:  # rotary positions turn pairs of channels
@@ -55,6 +59,21 @@ def check_wishes(cls: Checkable, scene: Scene) -> None:
             continue
         out = wished.run(wished.build(jitter=0), wished.inputs())
         claim(not torch.allclose(out, expected), f"honours: {wish}", "the output is the same without it")
+    if "rotary" in _honoured(scene):
+        claimed = "honours: rotary, by the layout's rotation (`layout.turn`)"
+        same(_turned(plain, 0.0), expected, f"{claimed}; by no angle")
+        claim(not torch.allclose(_turned(plain, 1.0), expected), claimed, "the output is the same without it")
+
+
+def _turned(scene: Scene, angle: float) -> Tensor:
+    """What the scene gives where a host turns the token at place i of the grid by i times an angle."""
+    site = scene.site
+    places = torch.arange(math.prod(site.layout.grid), dtype=torch.float64)
+    angles = (angle * places)[:, None].expand(-1, site.head_dim)
+    rotation = Rotation(torch.cat([angles.sin(), angles.cos()], dim=-1))
+    layout = replace(site.layout, rotation=rotation)
+    turned = _with(scene, rotary=True, rotation=(1, site.head_dim), layout=layout)
+    return turned.run(turned.build(jitter=0), turned.inputs())
 
 
 @requires("mechanism", "pool", share=0.4)
