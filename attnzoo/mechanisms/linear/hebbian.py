@@ -39,8 +39,11 @@ class Hebbian(Head):
             2025,
             "arXiv:2508.08289",
         ),
-        time="n c d",
+        time="n c d + m c d",
         memory="h n d + h d²",
+        params="h if learn_rate else 0",
+        flops="2 * (n + m) * c * (d + (features == 'elu')) if rule == 'hebb' else"
+        " 64 * ceil(m / 32) * (32 * c + 2 * c * d) + 2 * n * c * d",
         masks={"keys", "causal"},
         context=True,
         incremental=True,

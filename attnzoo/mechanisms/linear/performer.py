@@ -4,6 +4,7 @@ Choromanski et al., "Rethinking Attention with Performers", 2020, arXiv:2009.147
 """
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -34,8 +35,10 @@ class Performer(Head):
         paper=Paper(
             "Rethinking Attention with Performers", "Choromanski et al.", 2020, "arXiv:2009.14794", where="§2"
         ),
-        time="n c d²",
+        time="n c d² + m c d²",
         memory="h n d²",
+        params="0",
+        flops="2 * (n + m) * features * (2 * c + h)",
         masks={"keys", "causal"},
         context=True,
         incremental=True,
@@ -47,6 +50,10 @@ class Performer(Head):
     )
 
     projection: Tensor  # W
+
+    @classmethod
+    def claims(cls, *, features: int | None, **options) -> Card:
+        return cls.card if features else replace(cls.card, flops="")  # no formula knows ln d
 
     def __init__(
         self,
