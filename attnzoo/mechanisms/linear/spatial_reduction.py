@@ -63,7 +63,7 @@ class SpatialReduction(Mechanism):
                 time="n r c + n c c",
                 memory="h n r + n c",
                 params="(4 * c + 3 * qkv_bias + 1) * c + (c + 3) * c",
-                flops="4 * n * c * c + 2 * 49 * c * c + 4 * (c + n) * (p + 49) * c",
+                flops="4 * n * c * c + 2 * 7**2 * c * c + 4 * (c + n) * (p + 7**2) * c",
             )
         if ratio != 1:
             return cls.card
