@@ -50,8 +50,8 @@ class Hebbian(Head):
         laws={Law.LINEAR_IN_VALUES, Law.PERMUTATION_EQUIVARIANT, Law.HEADS_APART},
         fidelity="inspired",
         notes="Our reading: the abstract has the correspondence with conditioning, the rules are the textbook's. "
-        "Tokens that do not exist leave the memory as it is. Only `features: elu` scales the products. What depends on "
-        "an order reads no context; it goes by chunks of 32 tokens. ONNX cannot solve the systems of `delta` and `oja`.",
+        "Tokens that do not exist leave the memory as it is. Only `features: elu` scales products. What depends on an "
+        "order reads no context and goes by chunks of 32 tokens. ONNX cannot solve the systems of `delta` and `oja`.",
     )
 
     @classmethod

@@ -38,7 +38,6 @@ class Performer(Head):
         time="n c d² + m c d²",
         memory="h n d²",
         params="0",
-        flops="2 * (n + m) * features * (2 * c + h)",
         masks={"keys", "causal"},
         context=True,
         incremental=True,
@@ -53,7 +52,8 @@ class Performer(Head):
 
     @classmethod
     def claims(cls, *, features: int | None, **options) -> Card:
-        return cls.card if features else replace(cls.card, flops="")  # no formula knows ln d
+        # of ⌊d ln d⌋ features there is no formula
+        return replace(cls.card, flops="2 * (n + m) * features * (2 * c + h)" if features else "")
 
     def __init__(
         self,
@@ -118,10 +118,7 @@ def causal_sums(q: Tensor, k: Tensor, log: Tensor, v: Tensor, eps: float, chunk:
     """Σ_{j ≤ i} q_iᵀ (k_j exp(log_j - c_i) + ε) v_j for each query i, c_i the greatest log of the keys up to i.
 
     Args:
-        q: (b h n r).
-        k: (b h m r).
-        log: (b h m 1).
-        v: (b h m e).
+        q, k, log, v: (b h n r), (b h m r), (b h m 1) and (b h m e).
         eps: ε.
         chunk: w, how many tokens form pairs; between chunks, t of them, states (r e) are handed on.
     """
