@@ -38,6 +38,7 @@ class Performer(Head):
         time="n c d² + m c d²",
         memory="h n d²",
         params="0",
+        flops="2 * (n + m) * features * (2 * c + h)",
         masks={"keys", "causal"},
         context=True,
         incremental=True,
@@ -52,8 +53,7 @@ class Performer(Head):
 
     @classmethod
     def claims(cls, *, features: int | None, **options) -> Card:
-        # of ⌊d ln d⌋ features there is no formula
-        return replace(cls.card, flops="2 * (n + m) * features * (2 * c + h)" if features else "")
+        return cls.card if features else replace(cls.card, flops="")  # of ⌊d ln d⌋ there is no formula
 
     def __init__(
         self,
