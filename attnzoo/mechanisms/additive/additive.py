@@ -33,8 +33,11 @@ class Additive(Mechanism):
             "arXiv:1409.0473",
             where="§3.1, appendix A.1.2",
         ),
-        time="n m c",
+        time="n m c + n c c + m c c",
         memory="n m + m c",
+        params="(c + e + 1) * (hidden or c) + (0 if e == c else (e + 1) * c)",
+        flops="2 * (n * c + m * e) * (hidden or c) + (0 if hidden == 1 else 2 * n * m * (hidden or c))"
+        " + 2 * n * m * e + (0 if e == c else 2 * n * e * c)",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         context=True,

@@ -28,6 +28,8 @@ class EfficientAdditive(Mechanism):
         ),
         time="n c c",
         memory="n c",
+        params="4 * (c + 1) * c + c",
+        flops="8 * n * c * c + 4 * n * c",
         masks={"keys"},
         one_head=True,
         taps={"scores": "b m", "weights": "b m"},

@@ -42,8 +42,13 @@ class LuongGlobal(Mechanism):
             "arXiv:1508.04025",
             where="§3 and §3.1, eq. 5-8",
         ),
-        time="n m c",
+        time="n m c + n c c + m c c",
         memory="n m",
+        params="{'dot': 0, 'general': e * c, 'concat': (c + e + 1) * (hidden or c), 'location': c * m}[score]"
+        " + (e + c) * c",
+        flops="{'dot': 2 * n * m * c, 'general': 2 * m * e * c + 2 * n * m * c, 'location': 2 * n * c * m,"
+        " 'concat': 2 * (n * c + m * e) * (hidden or c) + (0 if hidden == 1 else 2 * n * m * (hidden or c))}"
+        "[score] + 2 * n * m * e + 2 * n * (e + c) * c",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         context=True,

@@ -44,8 +44,13 @@ class LuongLocal(Mechanism):
             "arXiv:1508.04025",
             where="§3.2, eq. 9-10",
         ),
-        time="n m c",
+        time="n m c + n c c + m c c",
         memory="n m",
+        params="((c + 1) * c if alignment == 'predictive' else 0) + (e * c if score == 'general' else 0)"
+        " + (e + c) * c",
+        flops="(2 * n * c * c if alignment == 'predictive' else 0)"
+        " + (2 * m * e * c if score == 'general' else 0) + 2 * n * m * c"
+        " + 2 * n * m * e + 2 * n * (e + c) * c",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         context=True,

@@ -13,8 +13,6 @@ from torch import nn
 from attnzoo.core import Card, Family, Head, Law, Paper, PositiveInt, Site
 from attnzoo.functional import additive_scores, attention_from_scores, masked_softmax
 
-Variant = Literal["pooled", "gated", "bahdanau", "cls_query"]
-
 
 class Soft(Head):
     """Bahdanau's soft attention over a head's own values.
@@ -42,6 +40,8 @@ class Soft(Head):
         ),
         time="n c d",
         memory="h n d",
+        params="(c + 2 * h) * (hidden or d)",
+        flops="2 * m * (c + h) * (hidden or d) + 2 * m * c",
         masks={"keys"},
         context=True,
         taps={"scores": "b h m", "weights": "b h m"},
@@ -53,32 +53,36 @@ class Soft(Head):
     renamed = {"reading": "variant"}
 
     @classmethod
-    def claims(cls, *, variant: Variant, **options) -> Card:
+    def claims(cls, *, variant: str, **options) -> Card:
+        card, laws = cls.card, cls.card.laws
+        if variant == "pooled":
+            return card
+        if variant == "gated":
+            flops = "2 * m * (c + h) * (hidden or d)"
+            return replace(card, flops=flops, context=False, laws=laws - {Law.BOUNDED})
+        card = replace(card, params="(2 * c + h) * (hidden or d)", laws=laws | {Law.LINEAR_IN_VALUES})
         if variant == "bahdanau":
             return replace(
-                cls.card,
-                time="n m c",
+                card,
+                time="n m c + n c d + m c d",
                 memory="h n m + h m d",
+                flops="2 * (n + m) * c * (hidden or d) + 2 * n * m * c"
+                " + (0 if hidden == 1 else 2 * n * m * h * (hidden or d))",
                 masks={"keys", "causal", "pairs"},
                 incremental=True,
                 taps={"scores": "b h n m", "weights": "b h n m"},
-                laws=cls.card.laws | {Law.LINEAR_IN_VALUES},
             )
-        if variant == "cls_query":  # the first token is special, and no key mask says whether it exists
-            return replace(
-                cls.card,
-                masks=frozenset(),
-                laws=cls.card.laws - {Law.PERMUTATION_EQUIVARIANT} | {Law.LINEAR_IN_VALUES},
-            )
-        if variant == "gated":
-            return replace(cls.card, context=False, laws=cls.card.laws - {Law.BOUNDED})
-        return cls.card
+        flops = (
+            "2 * (1 + m) * c * (hidden or d) + (0 if hidden == 1 else 2 * m * h * (hidden or d)) + 2 * m * c"
+        )
+        # the first token is special, and no key mask says whether it exists
+        return replace(card, flops=flops, masks=frozenset(), laws=card.laws - {Law.PERMUTATION_EQUIVARIANT})
 
     def __init__(
         self,
         site: Site,
         *,
-        variant: Variant = "pooled",
+        variant: Literal["pooled", "gated", "bahdanau", "cls_query"] = "pooled",
         hidden: PositiveInt | None = None,
         gate_scale: Literal["tokens", "one"] = "tokens",
     ):

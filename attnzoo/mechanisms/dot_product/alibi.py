@@ -59,6 +59,8 @@ class Alibi(Head):
         ),
         time="n m c",
         memory="h n m",
+        params="0",
+        flops="4 * n * m * c",
         masks={"keys", "causal", "pairs"},
         incremental=True,
         taps={"scores": "b h n m", "weights": "b h n m"},

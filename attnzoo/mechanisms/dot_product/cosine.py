@@ -38,6 +38,8 @@ class Cosine(Head):
         ),
         time="n m c",
         memory="h n m",
+        params="h",
+        flops="4 * n * m * c",
         masks={"keys", "causal", "pairs"},
         context=True,
         incremental=True,

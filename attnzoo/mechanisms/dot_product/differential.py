@@ -40,6 +40,10 @@ class Differential(Mechanism):
         paper=Paper("Differential Transformer", "Ye et al.", 2024, "arXiv:2410.05258", where="§2.1, eq. 1-3"),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="2 * ceil(d / 2) * h * (c + e + 2 * qkv_bias) + (e + qkv_bias + c + proj_bias) * c"
+        " + 4 * ceil(d / 2) * (1 + qk_norm) + d + 2 * scale_norm * c",
+        flops="4 * ceil(d / 2) * h * (n * c + m * e) + 2 * m * e * c"
+        " + 4 * n * m * h * (2 * ceil(d / 2) + d) + 2 * n * c * c",
         masks={"keys", "causal", "pairs"},
         context=True,
         honours={"qkv_bias", "proj_bias", "qk_norm", "scale_norm"},

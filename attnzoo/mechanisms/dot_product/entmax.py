@@ -75,6 +75,8 @@ class Entmax(Head):
         ),
         time="n m c + n m log(m)",
         memory="h n m",
+        params="0",
+        flops="4 * n * m * c",
         hard_routing=True,
         masks={"keys", "causal", "pairs"},
         context=True,

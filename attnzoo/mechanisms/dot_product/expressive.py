@@ -38,6 +38,8 @@ class Expressive(Head):
         ),
         time="n m c",
         memory="h n m",
+        params="0",
+        flops="4 * n * m * c",
         masks={"keys", "causal", "pairs"},
         context=True,
         incremental=True,

@@ -39,6 +39,10 @@ class GatedAttention(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="2 * (c + e) * c + (3 * qkv_bias + proj_bias) * c + 4 * qk_norm * d"
+        " + (e if at == 'values' else c) * (c if by == 'channel' else h)",
+        flops="4 * n * c * c + 4 * m * e * c + 4 * n * m * c"
+        " + 2 * (m * e if at == 'values' else n * c) * (c if by == 'channel' else h)",
         masks={"keys", "causal", "pairs"},
         context=True,
         honours={"qkv_bias", "proj_bias", "qk_norm", "rotary"},

@@ -70,6 +70,10 @@ class RelativeConv(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="(4 * c + qkv_bias + proj_bias + 1) * c + (9 + 2) * (d if taps == 'shared' else c)"
+        " + (c * c + c if relative == 'sinusoids' else (2 * (distance or n) - 1) * (c + h))",
+        flops="8 * n * c * c + 18 * n * c + 4 * n * n * c + 2 * n * (2 * n - 1) * c"
+        " + (2 * (2 * n - 1) * (c + 1) * c if relative == 'sinusoids' else 0)",
         masks={"keys", "causal"},
         honours={"qkv_bias", "proj_bias"},
         taps={"scores": "b h n m", "weights": "b h n m"},

@@ -33,6 +33,8 @@ class Sigmoid(Head):
         ),
         time="n m c",
         memory="h n m",
+        params="0",
+        flops="4 * n * m * c",
         masks={"keys", "causal", "pairs"},
         context=True,
         incremental=True,

@@ -29,6 +29,8 @@ class SoftmaxOne(Head):
         paper=Paper("Attention Is Off By One", "Miller", 2023, "evanmiller.org/attention-is-off-by-one.html"),
         time="n m c",
         memory="h n m",
+        params="h if learned else 0",
+        flops="4 * n * (m + 1) * h * (d + learned)",
         masks={"keys", "causal", "pairs"},
         context=True,
         incremental=True,

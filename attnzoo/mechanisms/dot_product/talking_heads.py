@@ -24,6 +24,8 @@ class TalkingHeads(Head):
         paper=Paper("Talking-Heads Attention", "Shazeer et al.", 2020, "arXiv:2003.02436", where="§3"),
         time="n m c + n m h h",
         memory="h n m",
+        params="2 * h**2",
+        flops="4 * n * m * c + 4 * n * m * h**2",
         masks={"keys", "causal", "pairs"},
         context=True,
         incremental=True,

@@ -35,6 +35,8 @@ class Twicing(Head):
         ),
         time="n m c",
         memory="h n m",
+        params="0",
+        flops="8 * n * m * c",
         masks={"keys", "causal"},
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.HEADS_APART},

@@ -43,6 +43,8 @@ class ClassAttention(Pool):
         ),
         time="n c c",
         memory="h n + n c",
+        params="3 * c + depth * ((4 * c + 2 * qkv_bias + 8) * c + (2 * c + 1) * (mlp_ratio * c // 1))",
+        flops="depth * (4 * (n + 2) * c * c + 4 * (n + 1) * c + 4 * c * (mlp_ratio * c // 1))",
         masks={"keys"},
         honours={"qkv_bias"},
         taps={f"{name}_{i}": axes for i in (1, 2) for name, axes in TAPS.items()},

@@ -37,6 +37,8 @@ class External(Mechanism):
         ),
         time="n r c + n c c",
         memory="h n r + n c",
+        params="expand * (c + qkv_bias) * c + (1 if tie else 2) * slots * d + (expand * c + proj_bias) * c",
+        flops="4 * n * expand * c * c + 4 * n * slots * expand * c",
         masks={"keys", "causal"},
         honours={"qkv_bias", "proj_bias"},
         taps={"scores": "b h n r", "weights": "b h n r"},

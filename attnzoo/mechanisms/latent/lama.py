@@ -42,8 +42,12 @@ class Lama(Pool):
             "arXiv:1912.00835",
             where="§3",
         ),
-        time="n c c + c c",
+        time="n c c + n r c + r c c",
         memory="n c",
+        params="((c + 1) * c if mlp else 0) + 2 * c * maps * rank + (c if context == 'learned' else 0)"
+        " + (maps * c + proj_bias) * c",
+        flops="(2 * n * c * c if mlp else 0) + 2 * (1 + n) * c * maps * rank"
+        " + 2 * maps * n * c + 2 * maps * c * c",
         masks={"keys"},
         honours={"proj_bias"},
         taps={"scores": "b r m", "weights": "b r m"},

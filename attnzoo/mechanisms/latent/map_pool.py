@@ -22,6 +22,8 @@ class MapPool(Pool):
         paper=Paper("Scaling Vision Transformers", "Zhai et al.", 2021, "arXiv:2106.04560", where="§3.2"),
         time="n c c",
         memory="n c",
+        params="(4 * c + 3 * qkv_bias + 5) * c + 4 * qk_norm * d + (2 * c + 1) * (mlp_ratio * c // 1)",
+        flops="4 * (n + 1) * c * c + 4 * n * c + 4 * c * (mlp_ratio * c // 1)",
         masks={"keys"},
         honours={"qkv_bias", "qk_norm"},
         taps={"scores": "b h r m", "weights": "b h r m"},

@@ -37,6 +37,8 @@ class Memory(Head):
         ),
         time="n m c + n r c",
         memory="h n m + h n r",
+        params="2 * slots * c + (h if start == 'identity' and slots else 0)",
+        flops="4 * n * m * c + 4 * n * slots * c",
         masks={"keys", "causal", "pairs"},
         context=True,
         incremental=True,

@@ -40,8 +40,13 @@ class Perceiver(Pool):
             "arXiv:2103.03206",
             where="§3",
         ),
-        time="n r c + n c c + r r c",
+        time="n r c + n c c + r r c + r c c",
         memory="h n r + n c",
+        params="latents * c"
+        " + (min(repeats, 2) if share else repeats) * (6 * c + 3 * qkv_bias + proj_bias + 8) * c"
+        " + (min(repeats, 2) if share else repeats) * depth * (6 * c + 3 * qkv_bias + 3 * proj_bias + 4) * c",
+        flops="(min(repeats, 2) if share else repeats) * 4 * n * c * c + repeats * latents"
+        " * (8 * c * c + 4 * n * c + depth * (12 * c * c + 4 * latents * c))",
         masks={"keys"},
         honours={"qkv_bias", "proj_bias"},
         taps={f"{name}_1": axes for name, axes in TAPS.items()},
@@ -69,10 +74,8 @@ class Perceiver(Pool):
         cross_heads: PositiveInt = 1,
     ):
         super().__init__(site)
-        self.cross_heads = cross_heads
-        self.scale = (
-            replace(site, heads=self.cross_heads).head_dim ** -0.5
-        )  # refuses heads that do not divide c
+        # heads that do not divide c are refused
+        self.cross_heads, self.scale = cross_heads, replace(site, heads=cross_heads).head_dim ** -0.5
         self.latents = nn.Parameter(torch.empty(latents, site.dim))
         made = min(repeats, 2) if share else repeats
         self.stages: Any = nn.ModuleList(Stage(site, depth) for _ in range(made))
@@ -88,9 +91,10 @@ class Perceiver(Pool):
         z = repeat(self.latents, "r c -> b r c", b=x.shape[0])
         for i, turn in enumerate(self.turns, start=1):
             stage = self.stages[turn]
-            q, kv = stage.q(stage.norm_latents(z)), stage.kv(stage.norm_tokens(x))
-            q = rearrange(q, "b r (h d) -> b h r d", h=self.cross_heads)
-            k, v = rearrange(kv, "b m (two h d) -> two b h m d", two=2, h=self.cross_heads)
+            if i <= len(self.stages):  # the last one's keys and values serve all readings that follow
+                kv = stage.kv(stage.norm_tokens(x))
+                k, v = rearrange(kv, "b m (two h d) -> two b h m d", two=2, h=self.cross_heads)
+            q = rearrange(stage.q(stage.norm_latents(z)), "b r (h d) -> b h r d", h=self.cross_heads)
             scores = getattr(self, f"scores_{i}")((q * self.scale) @ k.mT)
             read = getattr(self, f"weights_{i}")(masked_softmax(scores, keys)) @ v
             z = z + stage.proj(merge_heads(read))
@@ -118,12 +122,8 @@ class Stage(nn.Module):
         self.kv = nn.Linear(c, 2 * c, bias=site.qkv_bias)
         self.proj = nn.Linear(c, c, bias=site.proj_bias)
         self.mlp = Mlp(c, c)
-        self.tower = nn.Sequential(
-            *(
-                Block(
-                    c, site.heads, mlp_ratio=1.0, qkv_bias=site.qkv_bias, proj_bias=site.proj_bias,
-                    attn_drop=site.attn_drop, norm_layer=site.norm,  # type: ignore[arg-type]
-                )
-                for _ in range(depth)
-            )
-        )  # fmt: skip
+        wishes: Any = {"qkv_bias": site.qkv_bias, "proj_bias": site.proj_bias, "norm_layer": site.norm}
+        layers = (
+            Block(c, site.heads, mlp_ratio=1.0, attn_drop=site.attn_drop, **wishes) for _ in range(depth)
+        )
+        self.tower = nn.Sequential(*layers)

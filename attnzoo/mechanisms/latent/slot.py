@@ -43,6 +43,8 @@ class Slot(Pool):
         ),
         time="n r c + n c c + r c c",
         memory="n r + n c + r c",
+        params="(9 * c + 13) * c + (2 * c + 1) * hidden + (2 if start == 'noise' else slots) * c",
+        flops="4 * n * c * c + rounds * slots * (4 * n * c + 14 * c * c + 4 * c * hidden)",
         masks={"keys"},
         taps={f"{name}_{i}": axes for i in (1, 2, 3) for name, axes in TAPS.items()},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},

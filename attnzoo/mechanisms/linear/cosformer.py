@@ -60,6 +60,8 @@ class Cosformer(Head):
         ),
         time="n c d + m c d",
         memory="n c + m c + h d²",
+        params="0",
+        flops="4 * (n + m) * c * (d + 1)",
         masks={"keys"},
         laws={Law.LINEAR_IN_VALUES, Law.HEADS_APART},
         notes="Scores are not scaled. Tokens lie in a line, special ones first. `length: site` takes no more tokens "

@@ -27,6 +27,8 @@ class Efficient(Head):
         ),
         time="n c d + m c d",
         memory="n c + m c + c d",
+        params="0",
+        flops="2 * (n + m) * c * d",
         masks={"keys"},
         context=True,
         taps={"scores": "b h d m", "weights": "b h d m"},

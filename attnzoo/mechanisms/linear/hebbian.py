@@ -39,16 +39,19 @@ class Hebbian(Head):
             2025,
             "arXiv:2508.08289",
         ),
-        time="n c d",
+        time="n c d + m c d",
         memory="h n d + h d²",
+        params="h if learn_rate else 0",
+        flops="2 * (n + m) * c * (d + (features == 'elu')) if rule == 'hebb' else"
+        " 2 * n * c * d + ceil(m / 32) * 32 * (2 * 32 * c + 4 * c * d)",
         masks={"keys", "causal"},
         context=True,
         incremental=True,
         laws={Law.LINEAR_IN_VALUES, Law.PERMUTATION_EQUIVARIANT, Law.HEADS_APART},
         fidelity="inspired",
         notes="Our reading: the abstract has the correspondence with conditioning, the rules are the textbook's. "
-        "Tokens that do not exist leave the memory as it is. Nothing but `features: elu` scales the products. What "
-        "depends on an order reads no context. ONNX cannot solve the systems of `delta` and `oja`.",
+        "Tokens that do not exist leave the memory as it is. Only `features: elu` scales products. What depends on an "
+        "order reads no context and goes by chunks of 32 tokens. ONNX cannot solve the systems of `delta` and `oja`.",
     )
 
     @classmethod

@@ -65,8 +65,12 @@ class Nystrom(Head):
             "arXiv:2102.03902",
             where="§3.2, eq. 13-15",
         ),
-        time="n r c + n c",
+        time="n r c + h n r² + h r³ + n c",
         memory="h n r + n c",
+        params="h * (min(33, 2 * n - 1) if kernel is None else kernel)",
+        flops="12 * n * min(landmarks, n) * c + 2 * min(landmarks, n)**2 * c"
+        " + 2 * n * h * min(landmarks, n)**2 + 8 * iterations * h * min(landmarks, n)**3"
+        " + 2 * n * c * (min(33, 2 * n - 1) if kernel is None else kernel)",
         masks={"keys"},
         taps={
             "scores": "b h n r",

@@ -4,6 +4,7 @@ Choromanski et al., "Rethinking Attention with Performers", 2020, arXiv:2009.147
 """
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -34,8 +35,10 @@ class Performer(Head):
         paper=Paper(
             "Rethinking Attention with Performers", "Choromanski et al.", 2020, "arXiv:2009.14794", where="§2"
         ),
-        time="n c d²",
+        time="n c d² + m c d²",
         memory="h n d²",
+        params="0",
+        flops="2 * (n + m) * features * (2 * c + h)",
         masks={"keys", "causal"},
         context=True,
         incremental=True,
@@ -47,6 +50,10 @@ class Performer(Head):
     )
 
     projection: Tensor  # W
+
+    @classmethod
+    def claims(cls, *, features: int | None, **options) -> Card:
+        return cls.card if features else replace(cls.card, flops="")  # of ⌊d ln d⌋ there is no formula
 
     def __init__(
         self,
@@ -111,10 +118,7 @@ def causal_sums(q: Tensor, k: Tensor, log: Tensor, v: Tensor, eps: float, chunk:
     """Σ_{j ≤ i} q_iᵀ (k_j exp(log_j - c_i) + ε) v_j for each query i, c_i the greatest log of the keys up to i.
 
     Args:
-        q: (b h n r).
-        k: (b h m r).
-        log: (b h m 1).
-        v: (b h m e).
+        q, k, log, v: (b h n r), (b h m r), (b h m 1) and (b h m e).
         eps: ε.
         chunk: w, how many tokens form pairs; between chunks, t of them, states (r e) are handed on.
     """

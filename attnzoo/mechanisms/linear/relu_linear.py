@@ -51,6 +51,10 @@ class ReluLinear(Mechanism):
         ),
         time="n c c",
         memory="n c + c d",
+        params="3 * c * c + (3 * (scale**2 + d) * c if scale else 0)"
+        " + ((2 if scale else 1) * c + proj_bias) * c",
+        flops="6 * n * c * c + (6 * n * (scale**2 + d) * c if scale else 0)"
+        " + (2 if scale else 1) * (4 * n * c * (d + 1) + 2 * n * c * c)",
         masks={"keys"},
         grid=2,
         honours={"proj_bias"},

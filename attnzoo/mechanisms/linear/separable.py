@@ -29,6 +29,8 @@ class Separable(Mechanism):
         ),
         time="n c c + m c c",
         memory="n c + m c",
+        params="(e + qkv_bias) * (1 + c) + (c + qkv_bias) * c + (c + proj_bias) * c",
+        flops="2 * m * e * (1 + c) + 2 * m * c + 4 * n * c * c",
         masks={"keys"},
         one_head=True,
         context=True,

@@ -41,6 +41,9 @@ class SpatialReduction(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="(4 * c + 3 * qkv_bias + 1) * c + ((ratio or 2)**2 * c + 3) * c",
+        flops="4 * n * c * c + 2 * prod(ceil(s / (ratio or 2)) for s in sides) * (ratio or 2)**2 * c * c"
+        " + 4 * (c + n) * (p + prod(ceil(s / (ratio or 2)) for s in sides)) * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias"},
@@ -55,11 +58,19 @@ class SpatialReduction(Mechanism):
     @classmethod
     def claims(cls, *, ratio: int | None, linear: bool, **options) -> Card:
         if linear:
-            return replace(cls.card, time="n r c + n c c", memory="h n r + n c")
+            return replace(
+                cls.card,
+                time="n r c + n c c",
+                memory="h n r + n c",
+                params="(4 * c + 3 * qkv_bias + 1) * c + (c + 3) * c",
+                flops="4 * n * c * c + 2 * 7**2 * c * c + 4 * (c + n) * (p + 7**2) * c",
+            )
         if ratio != 1:
             return cls.card
         return replace(
             cls.card,
+            params="(4 * c + 3 * qkv_bias + 1) * c",
+            flops="8 * n * c * c + 4 * n * n * c",
             masks={"keys", "causal", "pairs"},
             grid=None,
             taps={"scores": "b h n m", "weights": "b h n m"},
