@@ -9,6 +9,7 @@ from attnzoo.core.site import Site
 FUNCTIONS = {
     "ceil": math.ceil,
     "len": len,
+    "log": math.log,
     "max": max,
     "min": min,
     "prod": math.prod,

@@ -4,7 +4,6 @@ Choromanski et al., "Rethinking Attention with Performers", 2020, arXiv:2009.147
 """
 
 import math
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -38,7 +37,7 @@ class Performer(Head):
         time="n c d² + m c d²",
         memory="h n d²",
         params="0",
-        flops="2 * (n + m) * features * (2 * c + h)",
+        flops="2 * (n + m) * (features or max(1, d * log(d) // 1)) * (2 * c + h)",
         masks={"keys", "causal"},
         context=True,
         incremental=True,
@@ -50,10 +49,6 @@ class Performer(Head):
     )
 
     projection: Tensor  # W
-
-    @classmethod
-    def claims(cls, *, features: int | None, **options) -> Card:
-        return cls.card if features else replace(cls.card, flops="")  # of ⌊d ln d⌋ there is no formula
 
     def __init__(
         self,

@@ -183,7 +183,9 @@ def check_flops(cls: Checkable, scene: Scene) -> None:
     A product over one token, channel or head is none to it, so there are more of each.
     """
     one = replace(scene.crowded().roomy(), batch=1)
-    component, counter = one.construct().eval().to("meta"), FlopCounterMode(display=False)
+    # a parameter that a module is handed, as where a batch of one is repeated, is none that the counter can follow
+    component = one.construct().eval().requires_grad_(False).to("meta")
+    counter = FlopCounterMode(display=False)
     maps = {name: given.to("meta") for name, given in one.given.items()}
     with torch.no_grad(), counter:
         if isinstance(component, Head):
