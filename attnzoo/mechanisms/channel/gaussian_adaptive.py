@@ -47,6 +47,8 @@ class GaussianAdaptive(Mechanism):
         ),
         time="n c",
         memory="n c",
+        params="chunks * gaussians * (3 if combine == 'sum' and gaussians > 1 else 2)",
+        flops="0",
         masks={"keys"},
         taps={"weights": "b n c"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
