@@ -45,6 +45,10 @@ class SpatiallyFocused(Mechanism):
         ),
         time="n c c + x x c",
         memory="n c + h n m",
+        params="layers * (kernel_time * kernel_joints * c + 3) * c + (1 if orientation == 'both' else 3) * (c "
+        "+ qkv_bias) * c + (c + proj_bias) * c",
+        flops="2 * layers * kernel_time * kernel_joints * (n - p) * c**2 + 8 * sides[1] * c**2 "
+        "+ 4 * sides[1] ** 2 * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},
@@ -62,9 +66,11 @@ class SpatiallyFocused(Mechanism):
     @classmethod
     def claims(cls, *, orientation: str, **options) -> Card:
         if orientation == "both":
-            return replace(cls.card, time="n c c", memory="n c", taps={}, laws=frozenset())
+            flops = "2 * layers * kernel_time * kernel_joints * (n - p) * c**2 + 4 * c**2"
+            return replace(cls.card, time="n c c", memory="n c", flops=flops, taps={}, laws=frozenset())
         if orientation == "space":
-            return replace(cls.card, time="n c c + y y c")
+            flops = cls.card.flops.replace("sides[1]", "sides[0]")
+            return replace(cls.card, time="n c c + y y c", flops=flops)
         return cls.card
 
     def __init__(
