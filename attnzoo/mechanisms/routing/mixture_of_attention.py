@@ -39,6 +39,9 @@ class MixtureOfAttention(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m",
+        params="(experts != 1) * c * (experts or 2 * h) + 2 * (c * (experts or 2 * h) + e) * d",
+        flops="2 * n * c * (experts or 2 * h) * ((experts != 1) + 2 * d) + 4 * m * e * d "
+        "+ 4 * n * m * (experts or 2 * h) * d",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         context=True,

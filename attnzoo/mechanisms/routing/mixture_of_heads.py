@@ -52,6 +52,12 @@ class MixtureOfHeads(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m",
+        params="(c + qkv_bias) * c + 2 * (e + qkv_bias) * c + 4 * qk_norm * d + (c + proj_bias) * c "
+        "+ (2 * c if (s := ((h if active == 0 else h // 4) if shared is None else shared) % h) else 0) "
+        "+ (s > 1) * s * c + (h - s > 1) * (h - s) * c",
+        flops="4 * n * c**2 + 4 * m * e * c + 4 * n * m * c "
+        "+ (4 * n * c if (s := ((h if active == 0 else h // 4) if shared is None else shared) % h) else 0) "
+        "+ (s > 1) * 2 * n * s * c + (h - s > 1) * 2 * n * (h - s) * c",
         masks={"keys", "causal", "pairs"},
         context=True,
         honours={"qkv_bias", "proj_bias", "qk_norm"},

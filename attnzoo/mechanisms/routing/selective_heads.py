@@ -41,6 +41,9 @@ class SelectiveHeads(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m",
+        params="3 * (c + qkv_bias) * c + 4 * qk_norm * d + (c + proj_bias * h) * c "
+        "+ (h > 1 and gate != 'none') * (c + 1) * h",
+        flops="(h > 1) * 2 * n * c * h + 8 * n * c**2 + 4 * n * m * c + 2 * proj_bias * n * h * c",
         masks={"keys", "causal", "pairs"},
         honours={"qkv_bias", "proj_bias", "qk_norm", "rotary"},
         taps={"shares": "b n k", "gate": "b h n", "scores": "b h n m", "weights": "b h n m"},
