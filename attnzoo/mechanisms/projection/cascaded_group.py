@@ -44,9 +44,10 @@ class CascadedGroup(Mechanism):
         ),
         time="n m c + n c c",
         memory="n m + n c",
-        params="h * ((2 * qk + d) * (d + 1 + qkv_bias) + qk * (kernel**2 + qkv_bias) + prod(sides)) + c * (c "
-        "+ 1 + proj_bias)",
-        flops="2 * n * (2 * qk + d) * c + 2 * n * h * qk * kernel**2 + 2 * n * m * (h * qk + c) + 2 * n * c**2",
+        params="h * ((2 * qk + d) * (d + 1 + qkv_bias) + qk * (kernel**2 + qkv_bias) + prod(sides)) "
+        "+ (c + 1 + proj_bias) * c",
+        flops="2 * n * (2 * qk + d) * c + 2 * n * h * qk * kernel**2 + 2 * n * m * (h * qk + c) "
+        "+ 2 * n * c**2",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

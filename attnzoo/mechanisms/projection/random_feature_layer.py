@@ -50,8 +50,10 @@ class RandomFeatureLayer(Mechanism):
         ),
         time="h n m c + h n c c",
         memory="h n m + h n c",
-        params=f"(features or {FEATURES}) * (e + 1) * c",
-        flops=f"2 * (features or {FEATURES}) * (e + 1) * (n * (c + 1) + 2 * n * m + n * c)",
+        params="(e + qkv_bias + c + proj_bias) * c if qk == 'frozen' "
+        f"else (features or {FEATURES}) * (e + 1) * c",
+        flops="4 * n * c**2 + 4 * m * e * c + 4 * n * m * c if qk == 'frozen' "
+        f"else 2 * (features or {FEATURES}) * (e + 1) * (n * (c + 1) + 2 * n * m + n * c)",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         context=True,
@@ -73,14 +75,7 @@ class RandomFeatureLayer(Mechanism):
     def claims(cls, *, qk: str, features: int | None, weights: str | None, **options) -> Card:
         card, heads = cls.card, qk == "frozen"
         if heads:
-            card = replace(
-                card,
-                time="n m c + n c c",
-                params="(e + qkv_bias + c + proj_bias) * c",
-                flops="4 * n * c**2 + 4 * m * e * c + 4 * n * m * c",
-                one_head=False,
-                honours={"qkv_bias", "proj_bias"},
-            )
+            card = replace(card, time="n m c + n c c", one_head=False, honours={"qkv_bias", "proj_bias"})
         if (weights or ("softmax" if heads else "relu")) == "softmax":
             return replace(card, laws=card.laws | {Law.STOCHASTIC})
         if heads or (features or FEATURES) < FEATURES:

@@ -45,10 +45,10 @@ class SpatiallyFocused(Mechanism):
         ),
         time="n c c + x x c",
         memory="n c + h n m",
-        params="layers * (kernel_time * kernel_joints * c + 3) * c + (1 if orientation == 'both' else 3) * (c "
-        "+ qkv_bias) * c + (c + proj_bias) * c",
-        flops="2 * layers * kernel_time * kernel_joints * (n - p) * c**2 + 8 * sides[1] * c**2 "
-        "+ 4 * sides[1] ** 2 * c",
+        params="layers * (kernel_time * kernel_joints * c + 3) * c "
+        "+ (1 if orientation == 'both' else 3) * (c + qkv_bias) * c + (c + proj_bias) * c",
+        flops="2 * layers * kernel_time * kernel_joints * (n - p) * c**2 "
+        "+ 8 * sides[1] * c**2 + 4 * sides[1] ** 2 * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

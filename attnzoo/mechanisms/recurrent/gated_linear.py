@@ -43,7 +43,7 @@ class GatedLinear(Recurrent):
         time="n c d + n c c",
         memory="h n d + h d²",
         params="(k := max(1, round(keys * d))) * h * (2 * c + rank + 1) + c * rank + 3 * c**2 + c + 2 * d",
-        flops=f"2 * n * (k := max(1, round(keys * d))) * h * (2 * c + rank) + 2 * n * c * rank + 6 * n * c**2 "
+        flops="2 * n * (k := max(1, round(keys * d))) * h * (2 * c + rank) + 2 * n * c * rank + 6 * n * c**2 "
         f"+ {CARRIED} * ((w - 1 if k > 1 else 2 * w) * k * h + 2 * w * c + 4 * k * c)",
         masks={"keys", "causal"},
         incremental=True,

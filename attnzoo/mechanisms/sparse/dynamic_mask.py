@@ -61,8 +61,8 @@ class DynamicMask(Mechanism):
         paper=Paper("Trainable Dynamic Mask Sparse Attention", "Shi et al.", 2025, "arXiv:2508.02124"),
         time="n m c + n c c",
         memory="h n m",
-        params="(c + qkv_bias) * c + 2 * (e + qkv_bias) * c // group + (c // group + qkv_bias + 1) * h // group "
-        "+ 4 * qk_norm * d + (c + proj_bias) * c",
+        params="(c + qkv_bias) * c + 2 * (e + qkv_bias) * c // group "
+        "+ (c // group + qkv_bias + 1) * h // group + 4 * qk_norm * d + (c + proj_bias) * c",
         flops="4 * n * c**2 + 4 * m * e * c // group + 2 * m * c // group * h // group "
         "+ 4 * n * min(window, m) * c",
         masks={"keys", "causal", "pairs"},
