@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Fraction, Law, Mechanism, Paper, Site, Tap, rotate
-from attnzoo.functional import dot_product_attention, masked_softmax, merge_heads, rearrange, split_heads
+from attnzoo.functional import gated_attention, merge_heads, rearrange, split_heads
 
 
 class SelectiveHeads(Mechanism):
@@ -122,11 +122,5 @@ class SelectiveHeads(Mechanism):
         pairs = chosen[..., None] & chosen[..., None, :]
         mask = replace(mask, pairs=pairs if mask.pairs is None else pairs & mask.pairs)
         gate = gate if self.by == "none" else self.gate(gate)
-        if self.scores.watched or self.weights.watched:
-            scores = self.scores((q * q.shape[-1] ** -0.5) @ k.mT)
-            weights = masked_softmax(scores, mask.dense(q.shape[2], k.shape[2], q.device))
-            out = self.weights(weights * gate[..., None]) @ v
-        else:
-            out = dot_product_attention(self, q, k, v, mask) * gate[..., None]
-        out = self.proj(merge_heads(out))
+        out = self.proj(merge_heads(gated_attention(self, q, k, v, gate, mask)))
         return out if self.bias is None else out + gate.mT @ self.bias
