@@ -15,11 +15,12 @@ from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, Posit
 from attnzoo.functional import dot_product_attention, merge_heads, rearrange, reduce
 
 USUAL = {"same": 3, "unshared": 7}
-SIDES = (
-    "for y in [max(i for i in range(1, c + 1) if c % i == 0 and i**2 <= c)] for x in [c // y] "
-    "for f in [min((i for i in range(2, y + 1) if y % i == x % i == 0), default=x)]"
-)
-"""The map's rows y and columns x, and their least common factor f, in formulas."""
+MAPS = "for y in [max(i for i in range(1, c + 1) if c % i == 0 and i**2 <= c)] for x in [c // y]"
+KERNELS = {
+    "compact": "[(y - y // f + 1, x - x // f + 1) for f in range(2, y + 1) if y % f == x % f == 0][:1]",
+    **{form: f"[(min({side}, 2 * y - 1), min({side}, 2 * x - 1))]" for form, side in USUAL.items()},
+}
+"""In formulas: rows and columns of a token's map, and of the kernels of each form."""
 
 
 def sides_of(width: int) -> tuple[int, int]:
@@ -100,19 +101,14 @@ class ConvShare(Mechanism):
     def claims(cls, *, form: str, kernel: int | None, **options) -> Card:
         if form == "valid":
             return cls.card
-        most, number = USUAL.get(form), "c // ((y - i + 1) * (x - j + 1))" if form == "compact" else "1"
-        usual = (
-            f"min({most}, 2 * y - 1), min({most}, 2 * x - 1)" if most else "y - y // f + 1, x - x // f + 1"
-        )
-        sides = f"{SIDES} for i, j in [({usual if kernel is None else 'kernel, kernel'})]"
+        number = "(c // ((y - i + 1) * (x - j + 1)))" if form == "compact" else "1"
+        taps = f"{MAPS} for i, j in {KERNELS[form] if kernel is None else '[(kernel, kernel)]'}"
         if form != "unshared":
-            params = f"sum((4 * i * j + 2 * qkv_bias + proj_bias) * ({number}) {sides})"
-            flops = f"4 * n * m * c + 4 * (n + m) * c * sum(i * j {sides})"
+            params = f"sum((4 * i * j + 2 * qkv_bias + proj_bias) * {number} {taps})"
+            flops = f"4 * n * m * c + 4 * (n + m) * c * sum(i * j {taps})"
             return replace(cls.card, params=params, flops=flops)
-        params, flops = (
-            f"3 * n * h * sum(i * j {sides})",
-            f"4 * n * m * h * c + 6 * n * h * c * sum(i * j {sides})",
-        )
+        params = f"3 * n * h * sum(i * j {taps})"
+        flops = f"4 * n * m * h * c + 6 * n * h * c * sum(i * j {taps})"
         card = replace(cls.card, time="h n m c", memory="h n m + h n c", params=params, flops=flops)
         return replace(card, context=False, fixed_length=True, honours=frozenset(), laws={Law.STOCHASTIC})
 
