@@ -66,11 +66,7 @@ class SelectiveHeads(Mechanism):
         return replace(cls.card, laws=cls.card.laws - {Law.SUBSTOCHASTIC}) if gate == "normed" else cls.card
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        active: Fraction = 0.5,
-        gate: Literal["softmax", "normed", "none"] = "softmax",
+        self, site: Site, *, active: Fraction = 0.5, gate: Literal["softmax", "normed", "none"] = "softmax"
     ):
         super().__init__(site)
         c, heads, d = site.dim, site.heads, site.head_dim

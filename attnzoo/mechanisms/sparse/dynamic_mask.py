@@ -82,12 +82,7 @@ class DynamicMask(Mechanism):
         return replace(cls.card, fidelity="exact") if exponential else cls.card
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        window: PositiveInt = 2048,
-        group: PositiveInt = 1,
-        exponential: bool = False,
+        self, site: Site, *, window: PositiveInt = 2048, group: PositiveInt = 1, exponential: bool = False
     ):
         super().__init__(site)
         if site.heads % group:
