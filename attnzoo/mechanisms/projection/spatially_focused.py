@@ -116,6 +116,7 @@ class SpatiallyFocused(Mechanism):
         """ReLU(norm(W ⋆ x)), some times: (b c y x)."""
         for conv, norm in zip(self.filters, self.norms, strict=True):
             image = conv(self._wrapped(image.masked_fill(~there, 0.0)))
+            assert isinstance(norm, nn.GroupNorm)
             normed = masked_group_norm(norm, image.flatten(2).mT, there.flatten(1))
             image = normed.relu().mT.reshape(image.shape)
         return image
