@@ -7,12 +7,17 @@ from attnzoo.functional.einops import einsum, rearrange, reduce, repeat
 from attnzoo.functional.existing import existing, masked_group_norm, masked_mean, mean_token
 from attnzoo.functional.heads import merge_heads, split_heads
 from attnzoo.functional.neighbours import Windows, neighbours, tiled_attention, tiles_save
-from attnzoo.functional.softmax import attention_from_scores, dot_product_attention, masked_softmax
+from attnzoo.functional.softmax import (
+    attention_from_scores,
+    dot_product_attention,
+    gated_attention,
+    masked_softmax,
+)
 from attnzoo.functional.windows import relative_bias, unwindows, windows
 
 __all__ = [
     "Windows", "additive_scores", "attention_from_scores", "balance_loss", "causal_sums",
-    "dot_product_attention", "einsum", "existing", "masked_group_norm", "masked_mean", "masked_softmax",
-    "mean_token", "merge_heads", "neighbours", "rearrange", "reduce", "relative_bias", "repeat",
-    "split_heads", "tiled_attention", "tiles_save", "unwindows", "windows",
+    "dot_product_attention", "einsum", "existing", "gated_attention", "masked_group_norm", "masked_mean",
+    "masked_softmax", "mean_token", "merge_heads", "neighbours", "rearrange", "reduce", "relative_bias",
+    "repeat", "split_heads", "tiled_attention", "tiles_save", "unwindows", "windows",
 ]  # fmt: skip

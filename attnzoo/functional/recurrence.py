@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from attnzoo.core import Card, KVCache, Layout, Mask, Mechanism
 
 CHUNK = 64
+CARRIED = f"(1 + (direction == 'both')) * ceil(n / (w := min({CHUNK}, 2 ** (n - 1).bit_length()))) * w"
+"""In formulas: the tokens of all directions, with those that fill up chunks of w."""
 
 
 class Recurrent(Mechanism):
@@ -120,21 +122,16 @@ def recurrence(
     scores = _products(q, k, decay)
     if rate is None:
         wrote, recall = v, None
-        inside = scores @ v
     else:  # the errors of a chunk solve (I + β tril(k kᵀ)) u = β (v - what the state before it recalls)
         rate = _chunks(rate, w)
         solve = _inverse((rate * _products(k, k, decay)).tril(-1))
         wrote, recall = solve @ (rate * v), solve @ (rate * k * since)
-        inside = scores @ wrote
     if state is None:
         state = v.new_zeros(b, h, q.shape[-1], e)
     state, out = state.to(exact), []
     for i in range(v.shape[2]):
-        now, new = inside[:, :, i] + asks[:, :, i] @ state, wrote[:, :, i]
-        if recall is not None:
-            off = recall[:, :, i] @ state
-            now, new = now - scores[:, :, i] @ off, new - off
-        out.append(now)
+        new = wrote[:, :, i] if recall is None else wrote[:, :, i] - recall[:, :, i] @ state
+        out.append(scores[:, :, i] @ new + asks[:, :, i] @ state)
         state = last[:, :, i] * state + keys[:, :, i].mT @ new
     return torch.cat(out, dim=2)[:, :, :n].to(dtype), state
 

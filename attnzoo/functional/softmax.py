@@ -34,6 +34,24 @@ def attention_from_scores(component: Component, scores: Tensor, v: Tensor, allow
     return component.weights(masked_softmax(component.scores(scores), allowed)) @ v
 
 
+def gated_attention(
+    component: Component, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: Mask
+) -> Tensor:
+    """g ⊙ softmax(q kᵀ / √d) v; the tap `weights` shows the softmax times the gate.
+
+    Args:
+        component: Whose taps `scores` and `weights` look on, and whose dropout of weights holds.
+        q, k, v: Queries (b h n d), keys and values (b h m d).
+        gate: g, of each head for each query, (b h n).
+        mask: Who may attend to whom; all kinds.
+    """
+    if not (component.scores.watched or component.weights.watched):
+        return dot_product_attention(component, q, k, v, mask) * gate[..., None]
+    scores = component.scores((q * q.shape[-1] ** -0.5) @ k.mT)
+    weights = masked_softmax(scores, mask.dense(q.shape[2], k.shape[2], q.device))
+    return component.weights(weights * gate[..., None]) @ v
+
+
 def dot_product_attention(component: Component, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q kᵀ / √d) v: PyTorch's fused kernel while nobody watches the component's taps, explicit otherwise.
 

@@ -39,6 +39,8 @@ class Cbam(Mechanism):
         ),
         time="n c + c c",
         memory="n c",
+        params="(2 * c + mlp_bias) * max(1, (c * ratio + 0.5) // 1) + mlp_bias * c + 2 * kernel**2",
+        flops="8 * c * max(1, (c * ratio + 0.5) // 1) + 4 * kernel**2 * (n - p)",
         masks={"keys"},
         grid=2,
         taps={"gate_channels": "b c", "gate_places": "b y x"},

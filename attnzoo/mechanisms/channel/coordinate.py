@@ -33,6 +33,8 @@ class Coordinate(Mechanism):
         ),
         time="n c + y c c + x c c",
         memory="n c",
+        params="(3 * c + bias + 2) * max(8, c // reduction) + 2 * bias * c",
+        flops="4 * sum(sides) * c * max(8, c // reduction)",
         masks={"keys"},
         grid=2,
         taps={"gate_rows": "b c y", "gate_columns": "b c x"},

@@ -29,6 +29,8 @@ class CrossCovariance(Mechanism):
         ),
         time="n c d + n c c",
         memory="n c + c d",
+        params="4 * c**2 + (3 * qkv_bias + 1) * c + h",
+        flops="8 * n * c**2 + 4 * n * c * d",
         masks={"keys"},
         honours={"qkv_bias"},
         taps={"scores": "b h d r", "weights": "b h d r"},

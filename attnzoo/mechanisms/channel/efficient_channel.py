@@ -38,6 +38,8 @@ class EfficientChannel(Mechanism):
         ),
         time="n c",
         memory="n c",
+        params="max(3, sum(c * 2 ** (beta - gamma * i) >= 1 for i in range(1, 2 * c)) // 2 * 2 + 1)",
+        flops="2 * c * max(3, sum(c * 2 ** (beta - gamma * i) >= 1 for i in range(1, 2 * c)) // 2 * 2 + 1)",
         masks={"keys"},
         taps={"gate": "b c"},
         laws={Law.PERMUTATION_EQUIVARIANT},

@@ -31,6 +31,8 @@ class FeatureChat(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m",
+        params="6 * c**2 + (3 * qkv_bias + proj_bias + 2) * c",
+        flops="12 * n * c**2 + 4 * n * m * c",
         masks={"keys", "causal", "pairs"},
         honours={"qkv_bias", "proj_bias"},
         taps={"scores": "b h n m", "weights": "b h n m"},

@@ -47,6 +47,8 @@ class GaussianAdaptive(Mechanism):
         ),
         time="n c",
         memory="n c",
+        params="chunks * gaussians * (3 if combine == 'sum' and gaussians > 1 else 2)",
+        flops="0",
         masks={"keys"},
         taps={"weights": "b n c"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
@@ -67,15 +69,9 @@ class GaussianAdaptive(Mechanism):
         return replace(cls.card, laws={Law.SUBSTOCHASTIC, Law.PERMUTATION_EQUIVARIANT}) if clamp else cls.card
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        axis: Literal["tokens", "channels"] = "tokens",
-        chunks: PositiveInt = 1,
-        gaussians: PositiveInt = 5,
-        combine: Literal["prod", "sum"] = "prod",
-        clamp: bool = False,
-    ):
+        self, site: Site, *, axis: Literal["tokens", "channels"] = "tokens", chunks: PositiveInt = 1,
+        gaussians: PositiveInt = 5, combine: Literal["prod", "sum"] = "prod", clamp: bool = False,
+    ):  # fmt: skip
         super().__init__(site)
         length = site.layout.length if axis == "tokens" else site.dim
         if chunks > 1 and length < 2 * chunks:
@@ -91,10 +87,9 @@ class GaussianAdaptive(Mechanism):
     def init_weights(self) -> None:
         """δ = 0; log c from N(0, 1), or c = 2; equal shares."""
         nn.init.zeros_(self.offset)
+        nn.init.constant_(self.log_scale, math.log(2))
         if self.combine == "prod":
             nn.init.normal_(self.log_scale)
-        else:
-            nn.init.constant_(self.log_scale, math.log(2))
         if self.share is not None:
             nn.init.zeros_(self.share)
 
@@ -104,8 +99,7 @@ class GaussianAdaptive(Mechanism):
     def mix(self, x, source, *, mask, layout):
         along = self.axis == "tokens"
         # float32 at least; a line is the last axis, (b c n) or (b n c)
-        lines = x.to(torch.promote_types(self.offset.dtype, torch.float32))
-        lines = lines.mT if along else lines
+        lines = (x.mT if along else x).to(torch.promote_types(self.offset.dtype, torch.float32))
         exists = mask.keys[:, None] if along and mask.keys is not None else torch.ones_like(lines[:1, :1]) > 0
         chunks, size = len(self.offset), lines.shape[-1] // len(self.offset)
         parts = [slice(h * size, (h + 1) * size if h < chunks - 1 else None) for h in range(chunks)]

@@ -36,6 +36,8 @@ class GlobalContext(Mechanism):
         ),
         time="n c + c c",
         memory="n c",
+        params="c + (1 + (fuse == 'both')) * ((2 * c + 3) * max(8, c * ratio // 1) + c)",
+        flops="4 * n * c + (1 + (fuse == 'both')) * 4 * c * max(8, c * ratio // 1)",
         masks={"keys"},
         taps={"scores": "b m", "weights": "b m"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},

@@ -22,8 +22,10 @@ class SqueezeExcite(Mechanism):
         paper=Paper(
             "Squeeze-and-Excitation Networks", "Hu et al.", 2018, "arXiv:1709.01507", where="§3, eq. 2-4"
         ),
-        time="n c",
+        time="n c + c c",
         memory="n c",
+        params="(2 * c + 1) * max(8, (c * ratio + 4) // 8 * 8) + c",
+        flops="4 * c * max(8, (c * ratio + 4) // 8 * 8)",
         masks={"keys"},
         taps={"gate": "b c"},
         laws={Law.PERMUTATION_EQUIVARIANT},

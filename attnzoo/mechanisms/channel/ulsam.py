@@ -67,6 +67,8 @@ class Ulsam(Mechanism):
         ),
         time="n c",
         memory="n c",
+        params="2 * c + (norm == 'places') * 2 * (c + (groups or max(k for k in (1, 2, 4) if c % k == 0)))",
+        flops="4 * (n - p) * c",
         masks={"keys"},
         grid=2,
         taps={"weights": "b k m"},

@@ -44,6 +44,10 @@ class CascadedGroup(Mechanism):
         ),
         time="n m c + n c c",
         memory="n m + n c",
+        params="h * ((2 * qk + d) * (d + 1 + qkv_bias) + qk * (kernel**2 + qkv_bias) + prod(sides)) "
+        "+ (c + 1 + proj_bias) * c",
+        flops="2 * n * (2 * qk + d) * c + 2 * n * h * qk * kernel**2 + 2 * n * m * (h * qk + c) "
+        "+ 2 * n * c**2",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},
@@ -99,9 +103,8 @@ class CascadedGroup(Mechanism):
         found: list[torch.Tensor] = []
         tables, (down, right) = self._tables(layout), self._ways(layout, x.device)
         for i, own in enumerate(x.chunk(self.heads, dim=-1)):
-            q, k, v = self.qkv[i](own + found[-1] if found else own).split(
-                [self.qk, self.qk, own.shape[-1]], dim=-1
-            )
+            fed = own + found[-1] if found else own
+            q, k, v = self.qkv[i](fed).split([self.qk, self.qk, own.shape[-1]], dim=-1)
             q = self._near(self.convs[i], q if keys is None else q.masked_fill(~keys.mT, 0.0), layout)
             bias = F.pad(tables[i][down, right], (layout.prefix, 0, layout.prefix, 0))  # (n n)
             found.append(masked_softmax(q * self.qk**-0.5 @ k.mT + bias, keys) @ v)

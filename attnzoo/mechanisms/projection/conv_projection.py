@@ -39,6 +39,9 @@ class ConvProjection(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="3 * kernel**2 * c + 4 * c**2 + (4 * qkv_bias + proj_bias) * c",
+        flops="2 * kernel**2 * c * (n - p + 2 * (r := prod(ceil(s / stride) for s in sides))) "
+        "+ 4 * (n + p + r) * c**2 + 4 * n * (p + r) * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

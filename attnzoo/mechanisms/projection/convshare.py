@@ -14,6 +14,14 @@ from torch.nn import functional as F
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.functional import dot_product_attention, merge_heads, rearrange, reduce
 
+USUAL = {"same": 3, "unshared": 7}
+MAPS = "for y in [max(i for i in range(1, c + 1) if c % i == 0 and i**2 <= c)] for x in [c // y]"
+KERNELS = {
+    "compact": "[(y - y // f + 1, x - x // f + 1) for f in range(2, y + 1) if y % f == x % f == 0][:1]",
+    **{form: f"[(min({side}, 2 * y - 1), min({side}, 2 * x - 1))]" for form, side in USUAL.items()},
+}
+"""In formulas: rows and columns of a token's map, and of the kernels of each form."""
+
 
 def sides_of(width: int) -> tuple[int, int]:
     """Rows and columns of a token's map, as square as its width allows: 8 × 8 of 64, 12 × 16 of 192."""
@@ -26,21 +34,18 @@ def kernels_of(form: str, kernel: int | None, width: int) -> tuple[int, tuple[in
     rows, columns = sides_of(width)
     if form == "valid" and kernel is None:
         return width, (rows, columns)
-    if form in ("same", "unshared"):
-        usual = 3 if form == "same" else 7
-        if kernel is None:
-            return 1, (min(usual, 2 * rows - 1), min(usual, 2 * columns - 1))
-        if kernel // 2 < rows:
-            return 1, (kernel, kernel)
+    if form in USUAL:
+        sides = (min(USUAL[form], 2 * rows - 1), min(USUAL[form], 2 * columns - 1))
+        sides = sides if kernel is None else (kernel, kernel)
+        if sides[0] // 2 < rows:
+            return 1, sides
     if form == "compact":
         factor = next((f for f in range(2, rows + 1) if rows % f == columns % f == 0), columns)
-        left = (
-            (rows // factor, columns // factor)
-            if kernel is None
-            else (rows - kernel + 1, columns - kernel + 1)
-        )
-        if min(left) > 0 and math.prod(left) > 1 and width % math.prod(left) == 0:
-            return width // math.prod(left), (rows - left[0] + 1, columns - left[1] + 1)
+        sides = (rows - rows // factor + 1, columns - columns // factor + 1)
+        sides = sides if kernel is None else (kernel, kernel)
+        left = max(0, rows - sides[0] + 1) * max(0, columns - sides[1] + 1)
+        if left > 1 and width % left == 0:
+            return width // left, sides
     raise OptionError(
         f"`convshare`: there are no kernels for `form: {form}` with `kernel: {kernel}` on maps of {rows} × {columns}",
         why="as many channels must come out as go in, and every tap must meet the map",
@@ -76,9 +81,11 @@ class ConvShare(Mechanism):
             "Ibadulla et al.",
             2025,
             "arXiv:2504.11517",
-        ),
+        ),  # fmt: skip
         time="n m c + n c c",
         memory="h n m + n c",
+        params="(c + qkv_bias) * c + (2 * e + qkv_bias) * c + (c + proj_bias) * c",
+        flops="4 * n * c**2 + 4 * m * e * c + 4 * n * m * c",
         masks={"keys", "causal", "pairs"},
         context=True,
         honours={"qkv_bias", "proj_bias"},
@@ -91,11 +98,19 @@ class ConvShare(Mechanism):
     )
 
     @classmethod
-    def claims(cls, *, form: str, **options) -> Card:
-        if form != "unshared":
+    def claims(cls, *, form: str, kernel: int | None, **options) -> Card:
+        if form == "valid":
             return cls.card
-        card = replace(cls.card, time="h n m c", memory="h n m + h n c", context=False, fixed_length=True)
-        return replace(card, honours=frozenset(), laws={Law.STOCHASTIC})
+        number = "(c // ((y - i + 1) * (x - j + 1)))" if form == "compact" else "1"
+        taps = f"{MAPS} for i, j in {KERNELS[form] if kernel is None else '[(kernel, kernel)]'}"
+        if form != "unshared":
+            params = f"sum((4 * i * j + 2 * qkv_bias + proj_bias) * {number} {taps})"
+            flops = f"4 * n * m * c + 4 * (n + m) * c * sum(i * j {taps})"
+            return replace(cls.card, params=params, flops=flops)
+        params = f"3 * n * h * sum(i * j {taps})"
+        flops = f"4 * n * m * h * c + 6 * n * h * c * sum(i * j {taps})"
+        card = replace(cls.card, time="h n m c", memory="h n m + h n c", params=params, flops=flops)
+        return replace(card, context=False, fixed_length=True, honours=frozenset(), laws={Law.STOCHASTIC})
 
     def __init__(
         self,
@@ -130,10 +145,8 @@ class ConvShare(Mechanism):
     def mix(self, x, source, *, mask, layout):
         if self.form == "unshared":
             maps = self.pad(rearrange(x, "b n (y x) -> b n y x", y=self.rows))
-            q, k, v = (
-                rearrange(c(maps), "b (n h) y x -> b h n (y x)", h=self.heads)
-                for c in (self.q, self.k, self.v)
-            )
+            banks = self.q, self.k, self.v
+            q, k, v = (rearrange(c(maps), "b (n h) y x -> b h n (y x)", h=self.heads) for c in banks)
             return reduce(dot_product_attention(self, q, k, v, mask), "b h n c -> b n c", "sum")
         q, k, v = self._project(self.q, x), self._project(self.k, source), self._project(self.v, source)
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", d=self.head_dim) for t in (q, k, v))

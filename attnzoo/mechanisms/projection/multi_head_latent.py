@@ -38,6 +38,10 @@ class MultiHeadLatent(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="(c + 1) * (query_rank or 0) + c * (query_rank or c) + (3 * c + 1) * (rank or 4 * d) + c**2 "
+        "+ 2 * (max(1, d // 4) if pairs is None else pairs) * (h * (query_rank or c) + c)",
+        flops="2 * n * c * ((query_rank or 0) + (query_rank or c) + 3 * (rank or 4 * d) + c) + 4 * n * m * c "
+        "+ 4 * (max(1, d // 4) if pairs is None else pairs) * n * (h * (query_rank or c) + c + h * m)",
         masks={"keys", "causal", "pairs"},
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC},

@@ -50,6 +50,10 @@ class RandomFeatureLayer(Mechanism):
         ),
         time="h n m c + h n c c",
         memory="h n m + h n c",
+        params="(e + qkv_bias + c + proj_bias) * c if qk == 'frozen' "
+        f"else (features or {FEATURES}) * (e + 1) * c",
+        flops="4 * n * c**2 + 4 * m * e * c + 4 * n * m * c if qk == 'frozen' "
+        f"else 2 * (features or {FEATURES}) * (e + 1) * (n * (c + 1) + 2 * n * m + n * c)",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         context=True,

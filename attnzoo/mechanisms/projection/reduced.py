@@ -65,8 +65,14 @@ class Reduced(Mechanism):
             2024,
             "arXiv:2410.13732",
         ),
-        time="n m c",
+        time="n m c + n c c",
         memory="n m",
+        params="{'full': (c + qkv_bias + e) * c, 'shared': (c + qkv_bias) * c, "
+        "'collapsed': (c + qkv_bias) * e}.get(qk, (c + 1) * c // 2) "
+        "+ {'full': (e + qkv_bias + c + proj_bias) * c, 'collapsed': (e + proj_bias) * c, 'identity': 0}[vo]",
+        flops="2 * n * c * (w := e if qk == 'collapsed' else c) + (2 * m * e * c if qk == 'full' else 0) "
+        "+ 2 * n * m * (w + (c if vo == 'full' else e)) "
+        "+ {'full': 2 * m * e * c + 2 * n * c**2, 'collapsed': 2 * n * e * c, 'identity': 0}[vo]",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         honours={"qkv_bias"},

@@ -40,6 +40,12 @@ class Rlmhsa(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="2 * (c + (s := c // reduction)) "
+        "* ((2 * (g := groups or max(i for i in (1, 2, 4) if c // reduction % i == 0)) - 1) * c // g "
+        "+ g.bit_length()) + 2 * identity * (2 * c if s == c else c) + qkv_bias * (s + c) + proj_bias * c "
+        "+ (ratio > 1) * 2 * c",
+        flops="2 * (c + (s := c // reduction)) * n * c + 2 * (s + c) * (n + c) * (p + "
+        "(ceil((n - p) / ratio**2) if pool == 'raster' else prod(ceil(side / ratio) for side in sides)))",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

@@ -38,6 +38,9 @@ class SingleHead(Mechanism):
         ),
         time="n m c + n c c",
         memory="n m + n c",
+        params="(s := max(1, round(c * share))) * (2 * qk + s + 3 + qkv_bias) + (2 + qkv_bias) * qk "
+        "+ (c + 1 + proj_bias) * c",
+        flops="2 * n * (s := max(1, round(c * share))) * (2 * qk + s) + 2 * n * m * (qk + s) + 2 * n * c**2",
         masks={"keys"},
         one_head=True,
         honours={"qkv_bias", "proj_bias"},

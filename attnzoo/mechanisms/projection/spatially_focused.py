@@ -4,7 +4,6 @@ Ortigoso-Narro et al., "L-SFAN: Lightweight Spatially-focused Attention Network 
 arXiv:2406.16913.
 """
 
-import math
 from dataclasses import replace
 from typing import Literal
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, OptionError, Paper, PositiveInt, Site
-from attnzoo.functional import dot_product_attention, existing, masked_mean, merge_heads, rearrange
+from attnzoo.functional import dot_product_attention, existing, masked_group_norm, masked_mean, rearrange
 
 
 class SpatiallyFocused(Mechanism):
@@ -45,6 +44,10 @@ class SpatiallyFocused(Mechanism):
         ),
         time="n c c + x x c",
         memory="n c + h n m",
+        params="layers * (kernel_time * kernel_joints * c + 3) * c "
+        "+ (1 if orientation == 'both' else 3) * (c + qkv_bias) * c + (c + proj_bias) * c",
+        flops="2 * layers * kernel_time * kernel_joints * (n - p) * c**2 "
+        "+ 8 * sides[1] * c**2 + 4 * sides[1] ** 2 * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},
@@ -62,9 +65,11 @@ class SpatiallyFocused(Mechanism):
     @classmethod
     def claims(cls, *, orientation: str, **options) -> Card:
         if orientation == "both":
-            return replace(cls.card, time="n c c", memory="n c", taps={}, laws=frozenset())
+            flops = "2 * layers * kernel_time * kernel_joints * (n - p) * c**2 + 4 * c**2"
+            return replace(cls.card, time="n c c", memory="n c", flops=flops, taps={}, laws=frozenset())
         if orientation == "space":
-            return replace(cls.card, time="n c c + y y c")
+            flops = cls.card.flops.replace("sides[1]", "sides[0]")
+            return replace(cls.card, time="n c c + y y c", flops=flops)
         return cls.card
 
     def __init__(
@@ -84,10 +89,8 @@ class SpatiallyFocused(Mechanism):
                 help="choose odd numbers",
             )
         self.orientation, self.circular, self.around, c = orientation, circular, kernel_time // 2, site.dim
-        padding = (0 if circular else self.around, kernel_joints // 2)
-        self.filters = nn.ModuleList(
-            nn.Conv2d(c, c, (kernel_time, kernel_joints), padding=padding) for _ in range(layers)
-        )
+        kernel, padding = (kernel_time, kernel_joints), (0 if circular else self.around, kernel_joints // 2)
+        self.filters = nn.ModuleList(nn.Conv2d(c, c, kernel, padding=padding) for _ in range(layers))
         self.norms = nn.ModuleList(nn.GroupNorm(1, c) for _ in range(layers))
         self.parts = 1 if orientation == "both" else 3  # one token needs no queries and keys
         self.qkv = nn.Linear(c, self.parts * c, bias=site.qkv_bias)
@@ -104,7 +107,8 @@ class SpatiallyFocused(Mechanism):
         out = self.qkv(u)
         if self.parts == 3:
             q, k, v = rearrange(out, "b r (three h d) -> three b h r d", three=3, h=self.heads)
-            out = merge_heads(dot_product_attention(self, q, k, v, Mask(keys=(number > 0).flatten(1))))
+            out = dot_product_attention(self, q, k, v, Mask(keys=(number > 0).flatten(1)))
+            out = rearrange(out, "b h r d -> b r (h d)")
         out = (u + self.proj(out)).mT.reshape(mean.shape)
         return layout.from_grid(x[:, :p], out.expand(image.shape))
 
@@ -112,12 +116,9 @@ class SpatiallyFocused(Mechanism):
         """ReLU(norm(W ⋆ x)), some times: (b c y x)."""
         for conv, norm in zip(self.filters, self.norms, strict=True):
             image = conv(self._wrapped(image.masked_fill(~there, 0.0)))
-            wide = image.to(torch.promote_types(image.dtype, torch.float32))
-            number = (there.sum((1, 2, 3), keepdim=True) * image.shape[1]).clamp(min=1)
-            wide = wide - wide.masked_fill(~there, 0.0).sum((1, 2, 3), keepdim=True) / number
-            variance = wide.masked_fill(~there, 0.0).square().sum((1, 2, 3), keepdim=True) / number
-            scale, shift = (parameter[:, None, None] for parameter in norm.parameters())
-            image = ((wide * (variance + norm.eps).rsqrt()).to(image.dtype) * scale + shift).relu()
+            assert isinstance(norm, nn.GroupNorm)
+            normed = masked_group_norm(norm, image.flatten(2).mT, there.flatten(1))
+            image = normed.relu().mT.reshape(image.shape)
         return image
 
     def _wrapped(self, image):
@@ -125,7 +126,4 @@ class SpatiallyFocused(Mechanism):
         if not (self.circular and self.around):
             return image
         times = image.shape[2]
-        turns = math.ceil(self.around / times)
-        return torch.cat([image] * (2 * turns + 1), 2).narrow(
-            2, turns * times - self.around, times + 2 * self.around
-        )
+        return image[:, :, torch.arange(-self.around, times + self.around, device=image.device) % times]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, NonNegativeInt, Paper, Site
 from attnzoo.functional import merge_heads
-from attnzoo.functional.recurrence import Recurrent, recurrence, short_conv, unit
+from attnzoo.functional.recurrence import CARRIED, Recurrent, recurrence, short_conv, unit
 
 
 class Delta(Recurrent):
@@ -43,6 +43,9 @@ class Delta(Recurrent):
         ),
         time="n c d + n c c",
         memory="h n d + h d²",
+        params="4 * c**2 + 3 * c * conv + c * h + d",
+        flops=f"8 * n * c**2 + 2 * n * c * h + (1 + (direction == 'both')) * 6 * conv * n * c "
+        f"+ {CARRIED} * (10 * w * c + 6 * d * c + 2 * (w**2 - 1) // 3 * h)",
         masks={"keys", "causal"},
         incremental=True,
         taps={"gate": "b n h"},

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, NonNegativeInt, Paper, PositiveInt, Site, Tap
 from attnzoo.functional import merge_heads
-from attnzoo.functional.recurrence import Recurrent, init_fading, recurrence, short_conv, unit
+from attnzoo.functional.recurrence import CARRIED, Recurrent, init_fading, recurrence, short_conv, unit
 
 
 class GatedDelta(Recurrent):
@@ -44,6 +44,10 @@ class GatedDelta(Recurrent):
         ),
         time="n c d + n c c",
         memory="h n d + h d²",
+        params="(2 + expand) * (c + conv) * c + 2 * c * h + 2 * h + expand * (d + 2 * c**2)",
+        flops="(4 + 6 * expand) * n * c**2 + 4 * n * c * h "
+        "+ (1 + (direction == 'both')) * 2 * (2 + expand) * conv * n * c "
+        f"+ {CARRIED} * ((6 + 4 * expand) * w * c + 6 * d * expand * c + 2 * (w**2 - 1) // 3 * h)",
         masks={"keys", "causal"},
         incremental=True,
         taps={"gate_fade": "b n h", "gate_write": "b n h"},

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Fraction, Paper, PositiveFloat, PositiveInt, Site
 from attnzoo.functional import merge_heads
-from attnzoo.functional.recurrence import Recurrent, recurrence
+from attnzoo.functional.recurrence import CARRIED, Recurrent, recurrence
 
 
 class GatedLinear(Recurrent):
@@ -42,6 +42,9 @@ class GatedLinear(Recurrent):
         ),
         time="n c d + n c c",
         memory="h n d + h d²",
+        params="(k := max(1, round(keys * d))) * h * (2 * c + rank + 1) + c * rank + 3 * c**2 + c + 2 * d",
+        flops="2 * n * (k := max(1, round(keys * d))) * h * (2 * c + rank) + 2 * n * c * rank + 6 * n * c**2 "
+        f"+ {CARRIED} * ((w - 1 if k > 1 else 2 * w) * k * h + 2 * w * c + 4 * k * c)",
         masks={"keys", "causal"},
         incremental=True,
         taps={"gate": "b n h d"},

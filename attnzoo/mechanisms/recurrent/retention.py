@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Paper, PositiveInt, Site
 from attnzoo.functional import merge_heads, split_heads
-from attnzoo.functional.recurrence import Recurrent, recurrence
+from attnzoo.functional.recurrence import CARRIED, Recurrent, recurrence
 
 BASE, EPS = 10_000.0, 1e-5
 
@@ -45,6 +45,8 @@ class Retention(Recurrent):
         ),
         time="n c d + n c c",
         memory="h n d + h d²",
+        params="(2 + 3 * expand) * c**2",
+        flops=f"(4 + 6 * expand) * n * c**2 + {CARRIED} * (2 * w * (1 + expand) * c + 4 * d * expand * c)",
         masks={"keys", "causal"},
         incremental=True,
         notes="No projection has a bias. What the paper divides scores by for precision cancels in the norm and is "

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, NonNegativeInt, Paper, PositiveInt, Site, Tap
 from attnzoo.functional import merge_heads
-from attnzoo.functional.recurrence import Recurrent, init_fading, recurrence, short_conv
+from attnzoo.functional.recurrence import CARRIED, Recurrent, init_fading, recurrence, short_conv
 
 
 class StateSpace(Recurrent):
@@ -45,6 +45,10 @@ class StateSpace(Recurrent):
         ),
         time="n c r + n c c",
         memory="h n r + n c + c r",
+        params="(expand * c + 2 * state) * (c + conv + (conv > 0)) + (c + 3) * h + (2 * c + 1) * expand * c",
+        flops=f"2 * n * c * (3 * expand * c + 2 * state + h) "
+        f"+ (1 + (direction == 'both')) * 2 * conv * n * (expand * c + 2 * state) "
+        f"+ {CARRIED} * (2 * w * state + 2 * w * expand * c + 4 * state * expand * c)",
         masks={"keys", "causal"},
         incremental=True,
         taps={"gate_fade": "b n h", "gate_write": "b n h"},

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site, Tap
-from attnzoo.functional import balance_loss, dot_product_attention, masked_softmax, merge_heads, split_heads
+from attnzoo.functional import balance_loss, gated_attention, merge_heads, split_heads
 
 
 class MixtureOfAttention(Mechanism):
@@ -39,6 +39,9 @@ class MixtureOfAttention(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m",
+        params="(experts != 1) * c * (experts or 2 * h) + 2 * (c * (experts or 2 * h) + e) * d",
+        flops="2 * n * c * (experts or 2 * h) * ((experts != 1) + 2 * d) + 4 * m * e * d "
+        "+ 4 * n * m * (experts or 2 * h) * d",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         context=True,
@@ -108,9 +111,4 @@ class MixtureOfAttention(Mechanism):
     def mix(self, x, source, *, mask, layout):
         q = split_heads(self.q(x), self.experts)
         k, v = (t[:, None].expand(-1, self.experts, -1, -1) for t in (self.k(source), self.v(source)))
-        gate = self.gates(x).mT[..., None]
-        if self.scores.watched or self.weights.watched:
-            scores = self.scores((q * q.shape[-1] ** -0.5) @ k.mT)
-            weights = masked_softmax(scores, mask.dense(q.shape[2], k.shape[2], q.device))
-            return self.proj(merge_heads(self.weights(weights * gate) @ v))
-        return self.proj(merge_heads(dot_product_attention(self, q, k, v, mask) * gate))
+        return self.proj(merge_heads(gated_attention(self, q, k, v, self.gates(x).mT, mask)))

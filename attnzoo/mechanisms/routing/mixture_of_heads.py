@@ -9,14 +9,7 @@ import torch
 from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mechanism, NonNegativeInt, OptionError, Paper, Site, Tap
-from attnzoo.functional import (
-    balance_loss,
-    dot_product_attention,
-    masked_softmax,
-    merge_heads,
-    rearrange,
-    split_heads,
-)
+from attnzoo.functional import balance_loss, gated_attention, merge_heads, rearrange, split_heads
 
 
 class MixtureOfHeads(Mechanism):
@@ -52,6 +45,12 @@ class MixtureOfHeads(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m",
+        params="(c + qkv_bias) * c + 2 * (e + qkv_bias) * c + 4 * qk_norm * d + (c + proj_bias) * c "
+        "+ (2 * c if (s := ((h if active == 0 else h // 4) if shared is None else shared) % h) else 0) "
+        "+ (s > 1) * s * c + (h - s > 1) * (h - s) * c",
+        flops="4 * n * c**2 + 4 * m * e * c + 4 * n * m * c "
+        "+ (4 * n * c if (s := ((h if active == 0 else h // 4) if shared is None else shared) % h) else 0) "
+        "+ (s > 1) * 2 * n * s * c + (h - s > 1) * 2 * n * (h - s) * c",
         masks={"keys", "causal", "pairs"},
         context=True,
         honours={"qkv_bias", "proj_bias", "qk_norm"},
@@ -79,12 +78,11 @@ class MixtureOfHeads(Mechanism):
             shared = heads if active == 0 else heads // 4
         if active is None:
             active = min(heads - shared, max(2, 3 * heads // 4 - shared)) if shared < heads else 0
-        if shared + active > heads or (active == 0 and shared < heads):
+        many = shared + active > heads
+        if many or (active == 0 and shared < heads):
             raise OptionError(
                 f"`mixture_of_heads`: {shared} shared and {active} active of {heads} heads",
-                why="there are not so many"
-                if shared + active > heads
-                else "the others could never be active",
+                why="there are not so many" if many else "the others could never be active",
                 help=f"choose at most {heads} together, with at least one active, or {heads} shared",
             )
         if active == 0:  # one soft weighting of all heads: all are routed, and all active
@@ -129,9 +127,5 @@ class MixtureOfHeads(Mechanism):
             q, (k, v) = self.q(x), self.kv(source).chunk(2, dim=-1)
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
-        gate = self.gate(rearrange(self.gates(x), "b n h -> b h n"))[..., None]
-        if self.scores.watched or self.weights.watched:
-            scores = self.scores((q * q.shape[-1] ** -0.5) @ k.mT)
-            weights = masked_softmax(scores, mask.dense(q.shape[2], k.shape[2], q.device))
-            return self.proj(merge_heads(self.weights(weights * gate) @ v))
-        return self.proj(merge_heads(dot_product_attention(self, q, k, v, mask) * gate))
+        gate = self.gate(rearrange(self.gates(x), "b n h -> b h n"))
+        return self.proj(merge_heads(gated_attention(self, q, k, v, gate, mask)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Fraction, Law, Mechanism, Paper, Site, Tap
-from attnzoo.functional import dot_product_attention, masked_softmax, merge_heads, rearrange, split_heads
+from attnzoo.functional import gated_attention, merge_heads, rearrange, split_heads
 
 
 class SelectiveHeads(Mechanism):
@@ -41,6 +41,9 @@ class SelectiveHeads(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m",
+        params="3 * (c + qkv_bias) * c + 4 * qk_norm * d + (c + proj_bias * h) * c "
+        "+ (h > 1 and gate != 'none') * (c + 1) * h",
+        flops="(h > 1) * 2 * n * c * h + 8 * n * c**2 + 4 * n * m * c + 2 * proj_bias * n * h * c",
         masks={"keys", "causal", "pairs"},
         honours={"qkv_bias", "proj_bias", "qk_norm", "rotary"},
         taps={"shares": "b n k", "gate": "b h n", "scores": "b h n m", "weights": "b h n m"},
@@ -63,11 +66,7 @@ class SelectiveHeads(Mechanism):
         return replace(cls.card, laws=cls.card.laws - {Law.SUBSTOCHASTIC}) if gate == "normed" else cls.card
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        active: Fraction = 0.5,
-        gate: Literal["softmax", "normed", "none"] = "softmax",
+        self, site: Site, *, active: Fraction = 0.5, gate: Literal["softmax", "normed", "none"] = "softmax"
     ):
         super().__init__(site)
         c, heads, d = site.dim, site.heads, site.head_dim
@@ -119,11 +118,5 @@ class SelectiveHeads(Mechanism):
         pairs = chosen[..., None] & chosen[..., None, :]
         mask = replace(mask, pairs=pairs if mask.pairs is None else pairs & mask.pairs)
         gate = gate if self.by == "none" else self.gate(gate)
-        if self.scores.watched or self.weights.watched:
-            scores = self.scores((q * q.shape[-1] ** -0.5) @ k.mT)
-            weights = masked_softmax(scores, mask.dense(q.shape[2], k.shape[2], q.device))
-            out = self.weights(weights * gate[..., None]) @ v
-        else:
-            out = dot_product_attention(self, q, k, v, mask) * gate[..., None]
-        out = self.proj(merge_heads(out))
+        out = self.proj(merge_heads(gated_attention(self, q, k, v, gate, mask)))
         return out if self.bias is None else out + gate.mT @ self.bias

@@ -40,6 +40,9 @@ class SwitchHead(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="c**2 + e * c + experts * (e * c + (experts > 1) * e * h + c * h + c**2)",
+        flops="2 * n * c**2 + 2 * m * e * c + 2 * m * experts * e * c "
+        "+ (experts > 1) * 2 * m * experts * (e * h + c) + 4 * n * m * c + 2 * n * experts * (c * h + c**2)",
         masks={"keys", "causal", "pairs"},
         context=True,
         taps={

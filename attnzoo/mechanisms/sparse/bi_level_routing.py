@@ -37,6 +37,10 @@ class BiLevelRouting(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="4 * c**2 + (3 * qkv_bias + proj_bias) * c + (local > 1) * (local**2 + 1) * c",
+        flops="8 * n * c**2 + 2 * (r := prod(ceil(s / ceil(s / min(regions, s))) for s in sides)) ** 2 * c "
+        "+ 4 * r * (w := prod(ceil(s / min(regions, s)) for s in sides)) * (p + min(chosen, r) * w) * c "
+        "+ 4 * p * n * c + (local > 1) * 2 * local**2 * (n - p) * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

@@ -59,8 +59,12 @@ class DynamicMask(Mechanism):
         family=Family.SPARSE,
         summary="Grouped-query attention to the few keys that a learned score of their values puts first.",
         paper=Paper("Trainable Dynamic Mask Sparse Attention", "Shi et al.", 2025, "arXiv:2508.02124"),
-        time="n m c",
+        time="n m c + n c c",
         memory="h n m",
+        params="(c + qkv_bias) * c + 2 * (e + qkv_bias) * c // group "
+        "+ (c // group + qkv_bias + 1) * h // group + 4 * qk_norm * d + (c + proj_bias) * c",
+        flops="4 * n * c**2 + 4 * m * e * c // group + 2 * m * c // group * h // group "
+        "+ 4 * n * min(window, m) * c",
         masks={"keys", "causal", "pairs"},
         context=True,
         honours={"qkv_bias", "proj_bias", "qk_norm", "rotary"},
@@ -78,12 +82,7 @@ class DynamicMask(Mechanism):
         return replace(cls.card, fidelity="exact") if exponential else cls.card
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        window: PositiveInt = 2048,
-        group: PositiveInt = 1,
-        exponential: bool = False,
+        self, site: Site, *, window: PositiveInt = 2048, group: PositiveInt = 1, exponential: bool = False
     ):
         super().__init__(site)
         if site.heads % group:

@@ -36,6 +36,9 @@ class Lsh(Mechanism):
         ),
         time="n w c + n c c",
         memory="h n w + n w c",
+        params="3 * c**2 + (2 * qkv_bias + proj_bias) * c",
+        flops="6 * n * c**2 + 2 * n * rounds * directions * c "
+        "+ 4 * rounds * (r := ceil(n / chunk)) * min(2, r) * chunk**2 * c",
         masks={"keys"},
         honours={"qkv_bias", "proj_bias"},
         taps={"scores": "b h n w", "weights": "b h n w"},

@@ -44,6 +44,11 @@ class NativeSparse(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m + n c",
+        params="(c + qkv_bias) * (c + 2 * groups * d + 3 * h) + 4 * qk_norm * d + (c + proj_bias) * c "
+        "+ (compress == 'mlp') * (2 * d + 3) * d",
+        flops="4 * n * c**2 + 4 * n * c * groups * d + 6 * n * c * h + 4 * n * (r := ceil(n / stride)) * c "
+        "+ 2 * n * r * groups * ceil(n / (block * stride)) + 6 * n * m * c "
+        "+ (compress == 'mlp') * 4 * groups * r * length * stride * (2 * d + 1) * d",
         masks={"keys", "causal", "pairs"},
         honours={"qkv_bias", "proj_bias", "qk_norm", "rotary"},
         taps={"scores": "b h n m", "weights_compressed": "b h n r", "weights_selected": "b h n m",

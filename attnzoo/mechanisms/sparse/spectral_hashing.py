@@ -61,6 +61,11 @@ class SpectralHashing(Mechanism):
         ),
         time="n w c + n c c",
         memory="h n w + n c",
+        params="12 * c**2 + 9 * qkv_bias * c",
+        flops="24 * n * c**2 + 12 * p * n * c + rounds * sum("
+        "ceil(sides[0] / i) * ceil(sides[1] / j) * ceil(i * j / g) * g * (2 * (c + h) + 12 * g * c) "
+        "for i, j in [[ceil(s / 2) if screening and patch >= max(sides) else min(patch, s) for s in sides]] "
+        "for g in [min(chunk, i * j)])",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias"},

@@ -50,6 +50,8 @@ class TopK(Head):
         ),
         time="n m c",
         memory="h n m",
+        params="0",
+        flops="4 * n * m * c",
         masks={"keys", "causal", "pairs"},
         context=True,
         incremental=True,
