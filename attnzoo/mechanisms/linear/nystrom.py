@@ -35,7 +35,19 @@ def pseudo_inverse(a: Tensor, steps: int) -> Tensor:
     return z
 
 
-fx.wrap("segments")  # symbolic tracing knows no lengths
+def means(t: Tensor, most: int, share: Tensor | None) -> Tensor:
+    """The mean of each stretch of (b h n d), (b h r d); by shares (b 1 r n) where some tokens do not exist."""
+    n, r = t.shape[2], min(most, t.shape[2])
+    if share is None and n % r == 0:
+        return t.unflatten(2, (r, n // r)).mean(dim=3)
+    if share is None:
+        belongs = segments(t, most).to(t.dtype)
+        share = belongs / belongs.sum(dim=-1, keepdim=True)
+    return share @ t
+
+
+for _name in ("segments", "means"):
+    fx.wrap(_name)  # symbolic tracing knows no lengths
 
 
 class Nystrom(Head):
@@ -68,7 +80,7 @@ class Nystrom(Head):
         time="n r c + h n r² + h r³ + n c",
         memory="h n r + n c",
         params="h * (min(33, 2 * n - 1) if kernel is None else kernel)",
-        flops="12 * n * min(landmarks, n) * c + 2 * min(landmarks, n)**2 * c"
+        flops="(8 + 4 * (n % min(landmarks, n) > 0)) * n * min(landmarks, n) * c + 2 * min(landmarks, n)**2 * c"
         " + 2 * n * h * min(landmarks, n)**2 + 8 * iterations * h * min(landmarks, n)**3"
         " + 2 * n * c * (min(33, 2 * n - 1) if kernel is None else kernel)",
         masks={"keys"},
@@ -116,13 +128,13 @@ class Nystrom(Head):
         scale, dtype, keys, there = q.shape[-1] ** -0.25, v.dtype, None, None
         if dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()  # what the inverse makes large cancels in the end
-        q, k, belongs = q * scale, k * scale, segments(k, self.landmarks)  # (r n)
+        q, k, share = q * scale, k * scale, None
         if mask.keys is not None:
             keys = mask.keys[:, None, None]  # (b 1 1 m)
-            belongs, v = belongs & keys, v.masked_fill(~keys.mT, 0.0)
+            belongs, v = segments(k, self.landmarks) & keys, v.masked_fill(~keys.mT, 0.0)
             there = belongs.any(dim=-1)[..., None, :]  # (b 1 1 r)
-        share = belongs.to(q.dtype) / belongs.sum(dim=-1, keepdim=True).clamp(min=1)
-        q_mean, k_mean = share @ q, share @ k  # (b h r d)
+            share = belongs.to(q.dtype) / belongs.sum(dim=-1, keepdim=True).clamp(min=1)
+        q_mean, k_mean = means(q, self.landmarks, share), means(k, self.landmarks, share)  # (b h r d)
         middle = masked_softmax(q_mean @ k_mean.mT, there)  # (b h r r)
         if there is not None:
             middle = middle.masked_fill(~there.mT, 0.0)
