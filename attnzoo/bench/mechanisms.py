@@ -20,6 +20,8 @@ from attnzoo.recipe.source import parse
 TOKENS = (196, 1024, 4096, 16384)
 LARGE = 1024
 """From here on the products with weights no longer decide how a layer grows."""
+LINES, STYLES = 24, ("-", "--", ":", "-.")
+"""Of the legend of a figure: names below each other; and lines of which ten differ in colour."""
 PATIENCE, ROOM = 30.0, 4096.0
 """Seconds of a forward and backward, and MiB, beyond which a size is left out."""
 
@@ -267,20 +269,25 @@ def draw(found: dict[str, Growth], file: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    columns = -(-len(found) // LINES)
+    figure = Figure(figsize=(11 + 1.5 * columns, 4), layout="constrained")
     panels = {
         "forward, ms": lambda p: p.forward[0],
         "forward and backward, ms": lambda p: p.step[0],
         "peak memory in training, MiB": lambda p: p.step_memory,
     }
+    sizes = sorted({n for growth in found.values() for n in growth.points})
     for axes, (what, of) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for i, (name, growth) in enumerate(found.items()):
             points = sorted(growth.points.items())
-            style = {"color": "black", "linewidth": 2} if i == 0 else {}
+            style: dict[str, Any] = {"color": f"C{(i - 1) % 10}", "linestyle": STYLES[(i - 1) // 10 % len(STYLES)]}
+            style = style if i else {"color": "black", "linewidth": 3}
             axes.plot([n for n, _ in points], [of(p) for _, p in points], marker=".", label=name, **style)
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=what)
-        axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
+        axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7, ncols=columns)
     figure.savefig(file, dpi=120)
     return True
 
