@@ -280,7 +280,10 @@ def draw(found: dict[str, Growth], file: Path) -> bool:
     for axes, (what, of) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for i, (name, growth) in enumerate(found.items()):
             points = sorted(growth.points.items())
-            style: dict[str, Any] = {"color": f"C{(i - 1) % 10}", "linestyle": STYLES[(i - 1) // 10 % len(STYLES)]}
+            style: dict[str, Any] = {
+                "color": f"C{(i - 1) % 10}",
+                "linestyle": STYLES[(i - 1) // 10 % len(STYLES)],
+            }
             style = style if i else {"color": "black", "linewidth": 3}
             axes.plot([n for n, _ in points], [of(p) for _, p in points], marker=".", label=name, **style)
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=what)

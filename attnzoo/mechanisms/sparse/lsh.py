@@ -75,30 +75,47 @@ class Lsh(Mechanism):
         order = hashed_order(q.detach(), self.directions, mask, more)  # (b h k n+more)
         rank = order.argsort(dim=-1)[..., :n]
 
-        def sort(t):  # (b h k n e), of which k may be 1, to chunks (b h k r c e)
-            t = F.pad(t, (0, 0, 0, more)).expand(-1, -1, rounds, -1, -1)
-            return t.gather(3, order[..., None].expand(*[-1] * 4, t.shape[-1])).unflatten(3, (-1, c))
+        def sort(t):  # (b h n e) to chunks (b h k r c e)
+            return picked(F.pad(t, (0, 0, 0, more)), order.flatten(2)).unflatten(2, (rounds, -1, c))
 
         def rows(t):  # chunks to the tokens in their order, (b h k n e)
-            return t.flatten(3, 4).gather(3, rank[..., None].expand(*[-1] * 4, t.shape[-1]))
+            return picked(t.flatten(3, 4), rank)
 
         def reach(t):  # a chunk and the one before it, (b h k r w e)
             return t if n + more == c else torch.cat([t.roll(1, dims=3), t], dim=4)
 
-        near_q, near_k, near_v = (
-            sort(q[:, :, None]),
-            sort(F.normalize(q, dim=-1)[:, :, None]),
-            sort(v[:, :, None]),
-        )
+        near_q, near_v = sort(torch.cat([q, v], dim=-1)).chunk(2, dim=-1)
+        near_k = F.normalize(near_q, dim=-1)
         near_k, near_v, at = reach(near_k), reach(near_v), order.unflatten(3, (-1, c))[..., None]
         other = reach(at).mT
-        scores = (near_q * q.shape[-1] ** -0.5) @ near_k.mT
-        scores = rearrange(rows(scores.masked_fill(at == other, ITSELF)), "b h k n w -> b h n (k w)")
-        allowed = rows(existing_places(other, mask, n).expand(*[-1] * 4, c, -1))
-        allowed = rearrange(allowed, "b h k n w -> b h n (k w)")
+        scores = ((near_q * q.shape[-1] ** -0.5) @ near_k.mT).masked_fill(at == other, ITSELF)
+        there = existing_places(other, mask, n)  # (b h k r 1 w)
+        if not (self.scores.watched or self.weights.watched):  # each round on its own, then their sums
+            out, sums = softmax_and_sums(scores, there, near_v, self.attn_drop if self.training else 0.0)
+            out, sums = rows(torch.cat([out, sums], dim=-1)).split([v.shape[-1], 1], dim=-1)
+            return self.proj(merge_heads((sums.softmax(dim=2) * out).sum(dim=2)))
+        scores = rearrange(rows(scores), "b h k n w -> b h n (k w)")
+        allowed = rearrange(rows(there.expand(*[-1] * 4, c, -1)), "b h k n w -> b h n (k w)")
         weights = self.weights(masked_softmax(self.scores(scores), allowed))
-        weights = sort(rearrange(weights, "b h n (k w) -> b h k n w", k=rounds))
+        weights = F.pad(rearrange(weights, "b h n (k w) -> b h k n w", k=rounds), (0, 0, 0, more))
+        weights = picked(weights, order).unflatten(3, (-1, c))
         return self.proj(merge_heads(rows(weights @ near_v).sum(dim=2)))
+
+
+def picked(t: Tensor, index: Tensor) -> Tensor:
+    """Rows of (... n e) by their index (... m), as (... m e)."""
+    line = t.flatten(0, -2)
+    first = torch.arange(0, line.shape[0], t.shape[-2], device=t.device)  # of each, in one line of all rows
+    at = index.flatten(0, -2) + first[:, None]
+    return line.index_select(0, at.flatten()).view(*index.shape, t.shape[-1])
+
+
+def softmax_and_sums(scores: Tensor, allowed: Tensor, v: Tensor, drop: float) -> tuple[Tensor, Tensor]:
+    """What rows of scores (... c w) read of v (... w e), zero where nothing is allowed; and their logsumexp."""
+    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    sums = scores.logsumexp(dim=-1, keepdim=True)
+    weights = (scores - sums).exp() * allowed
+    return F.dropout(weights, drop) @ v, sums
 
 
 def hashed_order(q: Tensor, directions: Tensor, mask: Mask, more: int) -> Tensor:
@@ -121,5 +138,5 @@ def existing_places(at: Tensor, mask: Mask, n: int) -> Tensor:
     return keys.gather(1, at.clamp(max=n).flatten(1)).reshape(at.shape)
 
 
-for _name in ("hashed_order", "existing_places"):
+for _name in ("picked", "hashed_order", "existing_places"):
     fx.wrap(_name)  # symbolic tracing cannot ask for a device
