@@ -220,7 +220,9 @@ def test_narrow_numbers_stay_near():
     narrow(ConvProjection, [(2, 12, 12)], site=Site("hand", 12, 3, Layout((3, 4))))
 
 
-@pytest.mark.parametrize("stride,grid", [(2, (3, 1)), (3, (3, 1)), (3, (3, 2)), (2, (3, 2))])
+@pytest.mark.parametrize(
+    "stride,grid", [(2, (3, 1)), (3, (3, 1)), (3, (3, 2)), (2, (3, 2)), (2, (1, 1)), (3, (1, 1)), (4, (2, 1))]
+)
 def test_gradients_in_autocast_read_no_unwritten_memory(stride, grid):
     """oneDNN's of a kernel did, in bfloat16 and channels last, where a grid has fewer columns than the stride."""
     layout = Layout(grid, prefix=0)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.functional import dot_product_attention, merge_heads, split_heads
@@ -100,12 +101,13 @@ class ConvProjection(Mechanism):
                 there = layout.to_grid(there)[:, 0, :: self.stride, :: self.stride].flatten(1)
                 mask = Mask(keys=torch.cat([mask.keys[:, : layout.prefix], there], dim=1))
         grid = layout.to_grid(tokens)
-        if (
-            layout.grid[1] < self.stride
-        ):  # channels last, oneDNN's gradient of a kernel in bfloat16 would read
-            grid = grid.contiguous()  # memory that nobody wrote
+        # Zeros to the right of a grid narrower than the stride, which change nothing: without them oneDNN's gradient of
+        # a kernel in bfloat16 reads memory that nobody wrote.
+        wide = F.pad(grid, (0, max(0, self.stride - layout.grid[1])))
         q, k, v = (
-            split_heads(project(layout.from_grid(prefix, conv(grid))), self.heads)
-            for project, conv in ((self.q, self.q_conv), (self.k, self.k_conv), (self.v, self.v_conv))
-        )
+            split_heads(project(layout.from_grid(prefix, conv(t))), self.heads)
+            for project, conv, t in (
+                (self.q, self.q_conv, grid), (self.k, self.k_conv, wide), (self.v, self.v_conv, wide),
+            )
+        )  # fmt: skip
         return self.proj(merge_heads(dot_product_attention(self, q * self.factor, k, v, mask)))
