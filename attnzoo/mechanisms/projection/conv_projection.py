@@ -103,7 +103,8 @@ class ConvProjection(Mechanism):
         grid = layout.to_grid(tokens)
         # Zeros to the right of a grid narrower than the stride, which change nothing: without them oneDNN's gradient of
         # a kernel in bfloat16 reads memory that nobody wrote.
-        wide = F.pad(grid, (0, max(0, self.stride - layout.grid[1])))
+        short = self.stride - layout.grid[1]
+        wide = F.pad(grid, (0, short)) if short > 0 else grid
         q, k, v = (
             split_heads(project(layout.from_grid(prefix, conv(t))), self.heads)
             for project, conv, t in (
