@@ -120,3 +120,5 @@ def test_the_verb_and_that_it_goes_on(tmp_path):
 def test_a_name_that_is_none_is_refused_before_anything_is_drawn():
     result = CliRunner().invoke(app, ["sweep", "--mechanism", "sofmax"])
     assert result.exit_code == 2 and "did you mean `softmax`" in result.output
+    result = CliRunner().invoke(app, ["sweep", "--mechanism", "mean"])
+    assert result.exit_code == 2 and "`mean` is a fusion" in result.output

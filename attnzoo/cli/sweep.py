@@ -43,10 +43,15 @@ def sweep(
     from attnzoo.catalogue.pages import look_up
     from attnzoo.cli.render import Column, say, say_json, say_next, spaced, table
     from attnzoo.cli.render import count as big
+    from attnzoo.errors import RecipeError
     from attnzoo.train.settings import prepare
 
     for name in mechanisms or ():
-        look_up(name)
+        kind, _ = look_up(name)
+        if kind != "mechanism":
+            raise RecipeError(
+                "AZ201", f"`{name}` is a {kind}, not a mechanism", help="`attnzoo list mechanisms` shows all"
+            )
     changes = [*([f"train.data={data}"] if data else []), *edits, f"train.epochs={epochs}"]
     base, settings = prepare(recipe, changes)
     folder = out or Path("runs") / f"sweep-{base.name}-{seed}"
