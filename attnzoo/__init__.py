@@ -12,6 +12,8 @@ What most people want:
     show("softmax")                           one of them: equations, options, masks, paper
     describe(model)                           what is in a model, in a few lines
     accelerate(model)                         a finished model, faster on a CPU
+    probe(model, "entropy", inputs=images)    measure something of a model: a table, a CSV, a figure
+    intervene(model, 'temperature(value=2.0)')  change what happens inside it for as long as a block runs
     auxiliary_losses(model)                   what its mechanisms add to the loss of your own training loop
 
 Those who write mechanisms want the rest: `docs/writing-a-plugin.md`.
@@ -34,10 +36,15 @@ _LAZY = {
     "show": "attnzoo.catalogue.pages",
     "describe": "attnzoo.catalogue.models",
     "accelerate": "attnzoo.inference",
+    "probe": "attnzoo.lab.probing",
+    "intervene": "attnzoo.lab.intervening",
+    "Finding": "attnzoo.lab.finding",
+    "Subject": "attnzoo.lab.subject",
     **dict.fromkeys(
-        ["NO_MASK", "AuxiliaryLosses", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard",
-         "Head", "Law", "Layout", "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "PositiveFloat",
-         "PositiveInt", "Site", "Start", "Tap", "auxiliary_losses", "find_taps", "watch"],
+        ["NO_MASK", "AuxiliaryLosses", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion",
+         "FusionCard", "Head", "Here", "InstrumentCard", "Intervention", "Law", "Layout", "Mask",
+         "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "PositiveFloat", "PositiveInt", "Probe",
+         "Site", "Start", "Tap", "auxiliary_losses", "find_taps", "watch"],
         "attnzoo.core",
     ),
     "load_zoo": "attnzoo.zoo",

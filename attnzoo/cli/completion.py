@@ -158,7 +158,7 @@ def write_names(target: str) -> None:
     from attnzoo.zoo import load_zoo
 
     zoo = load_zoo()
-    names = {registry.kind: list(registry) for registry in (zoo.mechanisms, zoo.fusions, zoo.recipes)}
+    names = {registry.kind: list(registry) for registry in zoo.registries}
     names["plugin"] = sorted(
         {name for provider in zoo.providers for name in (provider.name, provider.dist)} - {""}
     )

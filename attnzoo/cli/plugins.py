@@ -19,7 +19,7 @@ def plugins(as_json: AsJson = False) -> None:
     for provider in zoo.providers:
         offers = {
             registry.kind + "s": [entry.name for entry in registry.values() if entry.plugin == provider.name]
-            for registry in (zoo.mechanisms, zoo.fusions, zoo.recipes)
+            for registry in zoo.registries
         }
         problems = [f"{p.code}: {p.reason}" for p in zoo.problems if p.plugin == provider.name]
         rows.append(vars(provider) | offers | {"problems": problems})

@@ -8,7 +8,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 PositiveInt = Annotated[int, Field(ge=1, le=65536)]
 """A whole number from 1 to 65536."""
@@ -34,8 +34,25 @@ def options_of(cls: type) -> type[BaseModel]:
             continue
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         fields[name] = (parameter.annotation, Field(default, description=texts.get(name, "")))
-    config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, protected_namespaces=(), arbitrary_types_allowed=True
+    )
     return create_model(f"{cls.__name__}Options", __config__=config, **fields)
+
+
+def misfit(cls: type, options: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first option that cannot be, and why; None when all can.
+
+    Args:
+        cls: What they are options of.
+        options: By name.
+    """
+    try:
+        options_of(cls).model_validate(dict(options))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        return ".".join(map(str, first["loc"])), first["msg"]
+    return None
 
 
 @cache

@@ -54,6 +54,7 @@ class Map:
             weight. `implied`, (b h n m), of a head without weights that is linear in its values.
         weights: (b h n m) or (b h m).
         stochastic: Whether the card claims that rows are non-negative and sum to 1.
+        allowed: Who may attend to whom, broadcasts to (b h n m); None when all may.
     """
 
     site: str
@@ -63,6 +64,7 @@ class Map:
     kind: Kind
     weights: Tensor
     stochastic: bool
+    allowed: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -81,6 +83,12 @@ class Map:
         if self.kind == "gate":
             return torch.diag_embed(self.weights * m)
         return self.weights
+
+    def visible(self) -> Tensor:
+        """How many keys each query may see, broadcasts to (b h n)."""
+        if self.allowed is None:
+            return torch.full((1, 1, 1), self.weights.shape[-1], dtype=torch.float64)
+        return self.allowed.double().sum(dim=-1)
 
     def statistics(self) -> dict[str, float]:
         """Least, most, smallest and largest sum of a row, and mean entropy as a share of log m, without unit."""
@@ -263,17 +271,31 @@ def _read(
         if weights.ndim == 3:
             gates = isinstance(component, Head) and not _same(weights[:, :, None] @ args[2], out)
             kind = "gate" if gates else "pooled"
-        return Map(**leaf.where(), kind=kind, weights=weights, stochastic=Law.STOCHASTIC in card.laws)
+        stochastic = Law.STOCHASTIC in card.laws
+        return Map(
+            **leaf.where(),
+            kind=kind,
+            weights=weights,
+            stochastic=stochastic,
+            allowed=_allowed(weights, context),
+        )
     if isinstance(component, Head) and Law.LINEAR_IN_VALUES in card.laws:
         weights = implied_map(component, *args, **context)
         if _same(weights @ args[2], out):
-            return Map(**leaf.where(), kind="implied", weights=weights, stochastic=False)
+            allowed = _allowed(weights, context)
+            return Map(**leaf.where(), kind="implied", weights=weights, stochastic=False, allowed=allowed)
         return Absent(**leaf.where(), reason="it mixes channels as well as tokens: no one map describes it")
     if taps:
         axes = " and ".join(sorted(tap.axes for tap in taps.values()))
         return Absent(**leaf.where(), reason=f"its weights have the axes {axes}: no map of tokens")
     why = "it forms no weights, and is not linear in the values of its heads"
     return Absent(**leaf.where(), reason=_WITHOUT.get(card.family, why))
+
+
+def _allowed(weights: Tensor, context: Mapping[str, Any]) -> Tensor | None:
+    """Who may attend to whom in this call, broadcasts to (b h n m)."""
+    mask = context.get("mask", NO_MASK)
+    return mask.dense(weights.shape[-2] if weights.ndim == 4 else 1, weights.shape[-1], weights.device)
 
 
 def map_of_tokens(tapped: Mapping[str, tuple[str, Tensor]]) -> Tensor | None:

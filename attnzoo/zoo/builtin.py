@@ -1,11 +1,11 @@
-"""The built-in plugin: every mechanism and fusion in this package, every recipe that is shipped with it."""
+"""The built-in plugin: every component, probe and intervention in this package, every recipe shipped with it."""
 
 import importlib
 import os
 from pathlib import Path
 
 from attnzoo.zoo.blame import OURS, place_in
-from attnzoo.zoo.contract import FUSION, MECHANISM, Kind, Unimportable, concrete
+from attnzoo.zoo.contract import FUSION, INTERVENTION, MECHANISM, PROBE, Kind, Unimportable, concrete
 from attnzoo.zoo.hookspecs import hookimpl
 from attnzoo.zoo.shipped import PACKAGE, recipes_folder
 
@@ -46,6 +46,18 @@ def attnzoo_mechanisms():
 def attnzoo_fusions():
     """All fusions of `attnzoo.fusions`."""
     return _offered("fusions", FUSION)
+
+
+@hookimpl
+def attnzoo_probes():
+    """All probes of `attnzoo.probes`."""
+    return _offered("probes", PROBE)
+
+
+@hookimpl
+def attnzoo_interventions():
+    """All interventions of `attnzoo.interventions`."""
+    return _offered("interventions", INTERVENTION)
 
 
 @hookimpl

@@ -13,7 +13,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnzoo.core import Card, Family, Fusion, FusionCard, Head, Mechanism, Pool, Site, options_of
+from attnzoo.core import (
+    Card,
+    Family,
+    Fusion,
+    FusionCard,
+    Head,
+    InstrumentCard,
+    Intervention,
+    Mechanism,
+    Pool,
+    Probe,
+    Site,
+    options_of,
+)
 from attnzoo.errors import Place, PluginError
 from attnzoo.zoo.blame import OURS, short
 from attnzoo.zoo.registry import Entry
@@ -36,6 +49,8 @@ class Kind:
 
 MECHANISM = Kind("attnzoo_mechanisms", (Mechanism, Head, Pool), Card)
 FUSION = Kind("attnzoo_fusions", (Fusion,), FusionCard)
+PROBE = Kind("attnzoo_probes", (Probe,), InstrumentCard)
+INTERVENTION = Kind("attnzoo_interventions", (Intervention,), InstrumentCard)
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ def concrete(value: Any, bases: tuple[type, ...]) -> bool:
 
 def kind_of(cls: type) -> Kind:
     """What a class of a component is offered as."""
-    return FUSION if issubclass(cls, FUSION.bases) else MECHANISM
+    return next(kind for kind in (FUSION, PROBE, INTERVENTION, MECHANISM) if issubclass(cls, kind.bases))
 
 
 def held(cls: type) -> Any:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from attnzoo.core import Fusion, Head, Mechanism
+    from attnzoo.core import Fusion, Head, Intervention, Mechanism, Probe
 
 PROJECT = "attnzoo"
 API = 2
@@ -48,4 +48,16 @@ def attnzoo_fusions() -> "Iterable[type[Fusion]]":
 @hookspec
 def attnzoo_recipes() -> Iterable[Path]:
     """Recipes: absolute paths of YAML files, or of folders of them; a file's stem is its recipe's name."""
+    raise NotImplementedError
+
+
+@hookspec
+def attnzoo_probes() -> "Iterable[type[Probe]]":
+    """Probes: classes with a `card` that measure something of a model."""
+    raise NotImplementedError
+
+
+@hookspec
+def attnzoo_interventions() -> "Iterable[type[Intervention]]":
+    """Interventions: classes with a `card` that change something inside a model while it runs."""
     raise NotImplementedError

@@ -10,13 +10,13 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from attnzoo.core import Fusion, Head, Mechanism
+from attnzoo.core import Fusion, Head, Intervention, Mechanism, Probe
 from attnzoo.errors import PluginError
 from attnzoo.version import VERSION
 from attnzoo.zoo import builtin
 from attnzoo.zoo.admission import Offer, Refusal, components, recipes, register
 from attnzoo.zoo.blame import OURS, details, short
-from attnzoo.zoo.contract import FUSION, MECHANISM
+from attnzoo.zoo.contract import FUSION, INTERVENTION, MECHANISM, PROBE
 from attnzoo.zoo.registry import Entry, Registry
 
 GROUP = "attnzoo"
@@ -77,6 +77,8 @@ class Zoo:
     Args:
         mechanisms: Mechanisms and heads by name.
         fusions: Fusions by name.
+        probes: Probes by name.
+        interventions: Interventions by name.
         recipes: Recipe files by name.
         providers: The plugins, built-in first.
         problems: What went wrong, plugin by plugin.
@@ -85,6 +87,8 @@ class Zoo:
 
     mechanisms: Registry[type[Mechanism] | type[Head]] = field(default_factory=lambda: Registry("mechanism"))
     fusions: Registry[type[Fusion]] = field(default_factory=lambda: Registry("fusion"))
+    probes: Registry[type[Probe]] = field(default_factory=lambda: Registry("probe"))
+    interventions: Registry[type[Intervention]] = field(default_factory=lambda: Registry("intervention"))
     recipes: Registry[Path] = field(default_factory=lambda: Registry("recipe"))
     providers: list[Provider] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -119,6 +123,11 @@ class Zoo:
         return any(not _being_imported(module) for module in self.unfinished)
 
     @property
+    def registries(self) -> "tuple[Registry[Any], ...]":
+        """All that there is, by kind."""
+        return self.mechanisms, self.fusions, self.probes, self.interventions, self.recipes
+
+    @property
     def components(self) -> list[Entry]:
         """All mechanisms and fusions."""
         return [*self.mechanisms.values(), *self.fusions.values()]
@@ -138,6 +147,8 @@ class Zoo:
                 offers = [
                     (self.mechanisms, components(plugin, MECHANISM, name, number)),
                     (self.fusions, components(plugin, FUSION, name, number)),
+                    (self.probes, components(plugin, PROBE, name, number)),
+                    (self.interventions, components(plugin, INTERVENTION, name, number)),
                     (self.recipes, recipes(plugin, name, number)),
                 ]
         except KeyboardInterrupt:
@@ -159,7 +170,7 @@ class Zoo:
         for registry, offer in offers:
             for entry in offer.entries:
                 self._file(registry, entry)
-        for registry in (self.mechanisms, self.fusions, self.recipes) if status == "failed" else ():
+        for registry in self.registries if status == "failed" else ():
             registry.silent.append(name)
         self._restore_cards(name)
         if seconds > SLOW and status != "failed" and name != OURS:
@@ -174,7 +185,7 @@ class Zoo:
 
     def _restore_cards(self, name: str) -> None:
         """Put back the cards that the plugin just loaded has changed."""
-        for entry in self.components:
+        for entry in [*self.components, *self.probes.values(), *self.interventions.values()]:
             if getattr(entry.value, "card", None) != entry.card:
                 entry.value.card = replace(entry.card)
                 text = f"it changed the card of `{entry.full_name}`, which was put back"

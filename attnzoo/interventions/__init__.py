@@ -1,0 +1,15 @@
+"""The interventions: one file each. Dropping a file in is all it takes.
+
+A class can be had from here by its name: `from attnzoo.interventions import AblateHeads`.
+"""
+
+import re
+from importlib import import_module
+
+
+def __getattr__(name: str):
+    module = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    try:
+        return getattr(import_module(f"attnzoo.interventions.{module}"), name)
+    except ImportError:
+        raise AttributeError(f"there is no intervention class called {name!r}") from None

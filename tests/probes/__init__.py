@@ -1,0 +1,1 @@
+"""One file for each probe: hand cases, planted structure, and what it must not find."""
