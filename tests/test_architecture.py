@@ -53,7 +53,9 @@ MAY_IMPORT = {
     "data": {*NOUNS, "files", "data"},
     "train": {*NOUNS, "files", "workers", "inference", "hosts", "recipe", "data", "train"},
     "eval": {*NOUNS, "hosts", "data", "train", "eval"},
-    "lab": {*NOUNS, "hosts", "data", "lab"},
+    "lab": {*NOUNS, "zoo", "hosts", "data", "plot", "lab"},
+    "probes": {*NOUNS, "functional", "hosts", "lab", "plot"},
+    "interventions": {*NOUNS, "functional"},
     "scaffold": {"errors", "attnzoo"},
     "cli": {
         *NOUNS,
@@ -103,6 +105,8 @@ MAY_NEED = {
     "train": {"timm", "pydantic", "accelerate"},
     "eval": set(),
     "lab": set(),
+    "probes": set(),
+    "interventions": set(),
     "scaffold": set(),
     "cli": {"typer"},
 }

@@ -1,10 +1,10 @@
-"""What there is: names of mechanisms, fusions and recipes, by pattern and by claim."""
+"""What there is: names of mechanisms, fusions, probes, interventions and recipes, by pattern and by claim."""
 
 import fnmatch
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from attnzoo.core import Family, Fusion, Head, Law, Pool
+from attnzoo.core import Family, Fusion, Head, Intervention, Law, Pool, Probe
 from attnzoo.core.card import FUSION_LAWS, MECHANISM_LAWS
 from attnzoo.core.mask import KINDS
 from attnzoo.errors import ZooError, did_you_mean
@@ -64,6 +64,34 @@ def list_fusions(pattern: str = "*", *, law: str | None = None, plugin: str | No
     return [row["name"] for row in rows(load_zoo(), "fusions", pattern, plugin=plugin, law=law)]
 
 
+def list_probes(pattern: str = "*", *, plugin: str | None = None, search: str = "") -> list[str]:
+    """Names of probes, sorted, as `attnzoo list probes` shows them.
+
+    Args:
+        pattern: With `*` and `?`.
+        plugin: Who provides them.
+        search: Words that must all stand in its name, summary, notes or paper.
+
+    Raises:
+        ZooError: AZ605, for a value that there is not.
+    """
+    return [row["name"] for row in rows(load_zoo(), "probes", pattern, plugin=plugin, search=search)]
+
+
+def list_interventions(pattern: str = "*", *, plugin: str | None = None, search: str = "") -> list[str]:
+    """Names of interventions, sorted, as `attnzoo list interventions` shows them.
+
+    Args:
+        pattern: With `*` and `?`.
+        plugin: Who provides them.
+        search: Words that must all stand in its name, summary, notes or paper.
+
+    Raises:
+        ZooError: AZ605, for a value that there is not.
+    """
+    return [row["name"] for row in rows(load_zoo(), "interventions", pattern, plugin=plugin, search=search)]
+
+
 def list_recipes(pattern: str = "*", *, plugin: str | None = None) -> list[str]:
     """Names of recipes, sorted, as `attnzoo list recipes` shows them.
 
@@ -84,7 +112,7 @@ def rows(
 
     Args:
         zoo: Where to look.
-        kind: `mechanisms`, `fusions`, `recipes` or `models`.
+        kind: `mechanisms`, `fusions`, `probes`, `interventions`, `recipes` or `models`.
         pattern: Of names, with `*` and `?`.
         plugin: Who provides them; None for all.
         search: Words that must all stand in its texts, in whatever case.
@@ -159,6 +187,31 @@ def _fusions(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str, A
         }
 
 
+def _probes(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str, Any]]:
+    yield from _instruments(zoo, zoo.probes.items(), pattern, plugin)
+
+
+def _interventions(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str, Any]]:
+    for row in _instruments(zoo, zoo.interventions.items(), pattern, plugin):
+        yield row | {"edits": list(zoo.interventions[row["name"]].value.points())}
+
+
+def _instruments(
+    zoo: Zoo, entries: Iterable[tuple[str, Entry]], pattern: str, plugin: str | None
+) -> Iterator[dict[str, Any]]:
+    for name, entry in _chosen(zoo, entries, pattern, plugin):
+        card = entry.value.card
+        yield {
+            "name": name,
+            "needs": sorted(card.needs),
+            "summary": card.summary,
+            "notes": card.notes,
+            "paper": str(card.paper or ""),
+            "equation": card.equation,
+            **_provided(zoo, entry),
+        }
+
+
 def _recipes(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str, Any]]:
     for name, entry in _chosen(zoo, zoo.recipes.items(), pattern, plugin):
         row: dict[str, Any] = {"name": name, "base": "", "registers": None}
@@ -189,13 +242,21 @@ def _models(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str, An
             }
 
 
-_MAKERS = {"mechanisms": _mechanisms, "fusions": _fusions, "recipes": _recipes, "models": _models}
+_MAKERS = {
+    "mechanisms": _mechanisms,
+    "fusions": _fusions,
+    "probes": _probes,
+    "interventions": _interventions,
+    "recipes": _recipes,
+    "models": _models,
+}
 
 
 def form_of(cls: type) -> str:
-    """`head`, `mechanism`, `pool` or `fusion`."""
-    if issubclass(cls, Fusion):
-        return "fusion"
+    """`head`, `mechanism`, `pool`, `fusion`, `probe` or `intervention`."""
+    for base, form in ((Fusion, "fusion"), (Probe, "probe"), (Intervention, "intervention")):
+        if issubclass(cls, base):
+            return form
     return "head" if issubclass(cls, Head) else "pool" if issubclass(cls, Pool) else "mechanism"
 
 

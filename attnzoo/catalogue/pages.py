@@ -1,8 +1,9 @@
-"""One mechanism, fusion or recipe on a page: what it is, what it claims, its options, where it comes from."""
+"""One mechanism, fusion, probe, intervention or recipe on a page: what it is, claims and takes, where it comes from."""
 
 import inspect
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from attnzoo.catalogue.lists import form_of
 from attnzoo.catalogue.text import Sheet, Table, Verbatim
 from attnzoo.core import Head, Layout, Site, evaluate, options_of
 from attnzoo.core.card import ROLLOUT
+from attnzoo.core.instrument import NEEDS
 from attnzoo.core.options import defaults_of
 from attnzoo.errors import RecipeError, did_you_mean
 from attnzoo.recipe.source import read_text
@@ -24,7 +26,7 @@ _FORMS = {
 
 
 def show(name: str) -> Sheet:
-    """A mechanism, fusion or recipe on a page, as `attnzoo show` prints it.
+    """A mechanism, fusion, probe, intervention or recipe on a page, as `attnzoo show` prints it.
 
         attnzoo.show("softmax")
 
@@ -38,39 +40,89 @@ def show(name: str) -> Sheet:
     if kind == "recipe":
         return Sheet(f"# {entry.file}", (Verbatim(read_text(entry.value, str(entry.file)).rstrip()),))
     page = page_of(entry, kind)
+    where = "in a recipe:" if kind in ("mechanism", "fusion") else "so:"
     facts = Table([[key, value] for key, value in page["claims"].items() if value])
     rows = [[one["name"], one["type"], one["default"], one["text"]] for one in page["options"]]
     options = (Table(rows, ["option", "type", "default", "meaning"]),) if rows else ()
     doc = (page["doc"],) if page["doc"] else ()
-    return Sheet(
-        page["name"], (page["summary"], *doc, facts, *options, "in a recipe:", Verbatim(page["example"]))
-    )
+    return Sheet(page["name"], (page["summary"], *doc, facts, *options, where, Verbatim(page["example"])))
 
 
 def look_up(name: str) -> tuple[str, Entry]:
-    """Kind and entry of a mechanism, fusion or recipe.
+    """Kind and entry of a mechanism, fusion, probe, intervention or recipe.
 
     Raises:
         RecipeError: AZ201, AZ202.
     """
     zoo = load_zoo()
-    for registry in (zoo.mechanisms, zoo.fusions, zoo.recipes):
+    for registry in zoo.registries:
         if registry.knows(name):
             return registry.kind, registry.find(name)
-    everything = [*zoo.mechanisms, *zoo.fusions, *zoo.recipes]
+    everything = [name for registry in zoo.registries for name in registry]
     hint = f"{did_you_mean(str(name), everything)} `attnzoo list` shows all".strip()
     raise RecipeError("AZ201", f"there is nothing called `{name}`", help=hint)
 
 
 def page_of(entry: Entry, kind: str) -> dict[str, Any]:
-    """A mechanism or fusion as data.
+    """A mechanism, fusion, probe or intervention as data.
 
     Args:
         entry: Of the zoo.
-        kind: `mechanism` or `fusion`.
+        kind: `mechanism`, `fusion`, `probe` or `intervention`.
     """
+    instrument = kind in ("probe", "intervention")
+    doc = inspect.cleandoc(entry.value.__doc__ or "")
+    doc = doc.partition("\nArgs:")[0].partition("\nRaises:")[0].strip()
+    return {
+        "name": entry.name,
+        "kind": kind,
+        "summary": entry.value.card.summary,
+        "doc": doc,
+        "claims": _of_instrument(entry, kind) if instrument else _claims(entry, kind),
+        "options": [
+            {
+                "name": name,
+                "type": _type(info.annotation),
+                "default": "required" if info.is_required() else _yaml(info.default),
+                "text": info.description or "",
+            }
+            for name, info in options_of(entry.value).model_fields.items()
+        ],
+        "example": _call(entry, kind) if instrument else _example(entry, kind),
+    }
+
+
+def _of_instrument(entry: Entry, kind: str) -> dict[str, str]:
+    """What a probe or an intervention says about itself."""
     card = entry.value.card
-    claims = {
+    edits = ", ".join(entry.value.points()) if kind == "intervention" else ""
+    return {
+        "form": kind,
+        "equation": card.equation,
+        "needs": "; ".join(NEEDS[need] for need in sorted(card.needs)),
+        "edits": edits,
+        "paper": str(card.paper) if card.paper else "",
+        "fidelity": card.fidelity,
+        "notes": card.notes,
+        "from": f"{entry.plugin} {entry.version}".strip(),
+        "file": entry.file,
+    }
+
+
+def _call(entry: Entry, kind: str) -> str:
+    """How it is used, in the shell and in Python."""
+    if kind == "probe":
+        return f'attnzoo probe RUN {entry.name}\nattnzoo.probe(model, "{entry.name}", inputs=images)'
+    return (
+        f"attnzoo eval RUN --with '{entry.name}(at=\"blocks.0\")'\n"
+        f"with attnzoo.intervene(model, '{entry.name}(at=\"blocks.0\")'): ..."
+    )
+
+
+def _claims(entry: Entry, kind: str) -> dict[str, str]:
+    """What a mechanism or fusion claims."""
+    card = entry.value.card
+    return {
         "form": _FORMS[form_of(entry.value)],
         "family": f"{card.family}: {card.family.question}" if kind == "mechanism" else "",
         "paper": str(card.paper) if card.paper else "",
@@ -90,31 +142,17 @@ def page_of(entry: Entry, kind: str) -> dict[str, Any]:
         "from": f"{entry.plugin} {entry.version}".strip(),
         "file": entry.file,
     }
-    options = [
-        {
-            "name": name,
-            "type": _type(info.annotation),
-            "default": "required" if info.is_required() else _yaml(info.default),
-            "text": info.description or "",
-        }
-        for name, info in options_of(entry.value).model_fields.items()
-    ]
-    doc = inspect.cleandoc(entry.value.__doc__ or "")
-    doc = doc.partition("\nArgs:")[0].partition("\nRaises:")[0].strip()
+
+
+def _example(entry: Entry, kind: str) -> str:
+    """A line of a recipe with it."""
+    card = entry.value.card
     example = f"{'pool' if form_of(entry.value) == 'pool' else 'attention'}: {entry.name}"
     if kind == "fusion":
         example = f"attention: {{fuse: {entry.name}, of: [softmax, soft]}}"
     elif ROLLOUT in card.given and "attention" in example:
         example = f"attention: softmax\noverrides: [{{at: blocks.11, put: {entry.name}}}]"
-    return {
-        "name": entry.name,
-        "kind": kind,
-        "summary": card.summary,
-        "doc": doc,
-        "claims": claims,
-        "options": options,
-        "example": example,
-    }
+    return example
 
 
 def _counted(component: Any, what: str) -> str:
@@ -148,8 +186,14 @@ def _type(annotation: Any) -> str:
         return _type(inner[0])
     if origin is typing.Literal:
         return " | ".join(_yaml(value) for value in inner)
+    if origin in (Sequence, list, tuple):
+        return f"list of {_plural(_type(inner[0]))}"
     if origin in (types.UnionType, typing.Union):
         return " | ".join(_type(arg) for arg in inner)
     return {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "null"}.get(
         annotation, str(annotation)
     )
+
+
+def _plural(words: str) -> str:
+    return words if words == "text" or " | " in words else f"{words}s"

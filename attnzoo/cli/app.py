@@ -21,6 +21,7 @@ from attnzoo.cli import (
     new,
     output,
     plugins,
+    probe,
     resume,
     run,
     schema,
@@ -114,6 +115,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "resume": resume.resume,
     "eval": eval.eval_,
     "translate": translate.translate,
+    "probe": probe.probe,
 }
 for name, verb in VERBS.items():
     app.command(name, cls=Verb)(verb)

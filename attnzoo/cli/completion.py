@@ -33,7 +33,18 @@ def components(incomplete: str) -> list[str]:
 
 def everything(incomplete: str) -> list[str]:
     """Mechanisms, fusions and recipes."""
-    return components(incomplete) + _starting(_names("recipe"), incomplete)
+    names = [*_names("probe"), *_names("intervention"), *_names("recipe")]
+    return components(incomplete) + _starting(names, incomplete)
+
+
+def probes(incomplete: str) -> list[str]:
+    """Names of probes."""
+    return _starting(_names("probe"), incomplete)
+
+
+def interventions(incomplete: str) -> list[str]:
+    """Names of interventions."""
+    return _starting(_names("intervention"), incomplete)
 
 
 def plugins(incomplete: str) -> list[str]:

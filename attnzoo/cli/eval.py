@@ -1,5 +1,6 @@
 """`attnzoo eval RUN`: how good a trained model is."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +12,16 @@ from attnzoo.cli.list import AsJson
 
 Accelerate = Annotated[
     bool, typer.Option("--accelerate", help="Pack the weights for a faster CPU; the same to rounding.")
+]
+
+
+With = Annotated[
+    list[str],
+    typer.Option(
+        "--with",
+        help="Change something inside: NAME(option=value, ...); again for more. `attnzoo list interventions`.",
+        autocompletion=completion.interventions,
+    ),
 ]
 
 
@@ -36,13 +47,13 @@ def eval_(
         int, typer.Option(min=1, max=256, help="Of pairs: hypotheses at once; 1 is greedy search.")
     ] = 4,
     accelerate: Accelerate = False,
+    with_: With = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
     """Test a trained model: accuracy and loss; images by class, translations by BLEU, chrF and error rates."""
-    from attnzoo.cli.render import Column, percent, say, say_json, say_next, table
     from attnzoo.errors import RunError
-    from attnzoo.train import open_run
 
+    check_alone(with_, accelerate, committee)
     if committee:
         _committee(runs, which, vote, standardise, accelerate, as_json)
         return
@@ -50,11 +61,55 @@ def eval_(
         raise RunError(
             "AZ813", f"{len(runs)} runs were named", help="say --committee, or evaluate one at a time"
         )
-    run = runs[0]
+    with ExitStack() as stack:
+        _one(runs[0], which, data, beams, accelerate, with_, stack, as_json)
+
+
+def check_alone(with_: list[str], accelerate: bool, committee: bool = False) -> None:
+    """Refuse interventions where no model can be changed inside.
+
+    Raises:
+        ZooError: AZ928.
+    """
+    from attnzoo.errors import ZooError
+
+    other = "--accelerate" if accelerate else "--committee" if committee else ""
+    if with_ and other:
+        raise ZooError(
+            "AZ928",
+            f"`--with` and `{other}` do not go together",
+            why="packed weights show nothing of what happens inside"
+            if accelerate
+            else "an intervention names the sites of one model",
+            help="leave one of the two out",
+        )
+
+
+def _one(
+    run: Path,
+    which: Any,
+    data: str | None,
+    beams: int,
+    accelerate: bool,
+    with_: list[str],
+    stack: ExitStack,
+    as_json: bool,
+) -> None:
+    """One run, whose models are changed inside for as long as the stack is open."""
+    from attnzoo.cli.render import Column, percent, say, say_json, say_next, table
+    from attnzoo.train import open_run
+
     found = replace(open_run(run), accelerated=True) if accelerate else open_run(run)
-    notes, what = found.notes(), {"run": str(run), "which": which, "data": data or found.settings.data}
+    notes = found.notes()
+    what: dict[str, Any] = {"run": str(run), "which": which, "data": data or found.settings.data}
+    if with_:
+        from attnzoo.lab.intervening import intervene, intervention
+
+        changes = list(map(intervention, with_))
+        found = replace(found, changed=lambda model: stack.enter_context(intervene(model, *changes)))
+        what["with"] = list(map(str, changes))
     if not as_json:
-        for note in notes:
+        for note in [*notes, *(f"with {change}" for change in what.get("with", []))]:
             say(note, style="dim")
     if found.kind != "images":
         _figures(found, which, data, beams, what, as_json)

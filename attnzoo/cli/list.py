@@ -16,6 +16,8 @@ class Kind(StrEnum):
 
     mechanisms = "mechanisms"
     fusions = "fusions"
+    probes = "probes"
+    interventions = "interventions"
     recipes = "recipes"
     models = "models"
 
@@ -50,14 +52,14 @@ def list_(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show mechanisms, fusions, recipes and models, with who provides them."""
+    """Show mechanisms, fusions, probes, interventions, recipes and models, with who provides them."""
     from attnzoo.catalogue.lists import rows as rows_of
     from attnzoo.cli.render import Column, piped, say, say_json, say_next, table
     from attnzoo.zoo import load_zoo
 
     zoo = load_zoo()
     claims = {"family": family, "mask": mask and mask.value, "form": form, "context": context}
-    everything = [Kind.mechanisms, Kind.fusions, Kind.recipes]
+    everything = [Kind.mechanisms, Kind.fusions, Kind.probes, Kind.interventions, Kind.recipes]
     if any(claim is not None for claim in claims.values()):
         everything = [Kind.mechanisms]
     listing = {
@@ -75,6 +77,8 @@ def list_(
         Column("masks", rank=3),
         Column("grows", rank=2),
         Column("base", rank=1),
+        Column("needs", rank=2),
+        Column("edits", rank=2),
         Column("registers", rank=2),
         Column("summary", wrap=40),
         Column("provider", rank=4),
@@ -83,7 +87,7 @@ def list_(
         if not rows:
             say(f"no {title} match")
             continue
-        shown = [column for column in columns if column.name in rows[0]]
+        shown = [column for column in columns if column.name in rows[0] and _told(column.name, title)]
         above: dict[int, str] = {}
         if "family" in rows[0] and not piped():  # of what is piped each line speaks for itself
             rows, above = _by_family(rows)
@@ -106,6 +110,11 @@ def _by_family(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], di
     families = [row["family"] for row in ordered]
     above = {families.index(one): f"{one}: {Family(one).question}" for one in dict.fromkeys(families)}
     return ordered, above
+
+
+def _told(column: str, kind: str) -> bool:
+    """Whether a column says something of this kind: what an intervention needs is where it edits."""
+    return column != "needs" or kind == "probes"
 
 
 def _cell(value: Any) -> str:

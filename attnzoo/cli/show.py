@@ -1,4 +1,4 @@
-"""`attnzoo show NAME`: one mechanism, fusion or recipe."""
+"""`attnzoo show NAME`: one mechanism, fusion, probe, intervention or recipe."""
 
 from typing import Annotated
 
@@ -12,7 +12,8 @@ def show(
     name: Annotated[
         str,
         typer.Argument(
-            help="A mechanism, fusion or recipe; or plugin/name.", autocompletion=completion.everything
+            help="A mechanism, fusion, probe, intervention or recipe; or plugin/name.",
+            autocompletion=completion.everything,
         ),
     ],
     as_json: AsJson = False,
@@ -48,6 +49,9 @@ def show(
         table(
             [Column("option"), Column("type", wrap=12), Column("default"), Column("meaning", wrap=24)], rows
         )
-    say("in a recipe:", style="dim")
+    say("in a recipe:" if kind in ("mechanism", "fusion") else "so:", style="dim")
     say_text(data["example"])
-    say_next(f"attnzoo check {name}", "attnzoo compose RECIPE")
+    if kind in ("mechanism", "fusion"):
+        say_next(f"attnzoo check {name}", "attnzoo compose RECIPE")
+    else:
+        say_next(f"attnzoo list {kind}s")

@@ -77,12 +77,9 @@ class Instrument(ABC):
             raise ZooError("AZ921", f"`{self.card.name}`: `{option}` cannot be {said!r}", why=why)
 
     def __str__(self) -> str:
-        said = (
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in fields(self)
-            if field.init and getattr(self, field.name) != field.default
-        )
-        return f"{self.card.name}({', '.join(said)})"
+        own = [field for field in fields(self) if field.init]
+        said = [f"{o.name}={getattr(self, o.name)!r}" for o in own if getattr(self, o.name) != o.default]
+        return f"{self.card.name}({', '.join(said)})" if said else self.card.name
 
 
 def read_call(text: str) -> tuple[str, dict[str, Any]]:

@@ -74,12 +74,12 @@ class Intervention(Instrument):
             getattr(self, name) == value for name, value in self.neutral.items()
         )
 
-    def edits(self) -> tuple[str, ...]:
+    @classmethod
+    def points(cls) -> tuple[str, ...]:
         """Where it edits: those of `EDITS` whose methods it overrides."""
+        methods = {kind: f"edit_{kind}" for kind in EDITS}
         return tuple(
-            kind
-            for kind in EDITS
-            if getattr(type(self), f"edit_{kind}") is not getattr(Intervention, f"edit_{kind}")
+            kind for kind, name in methods.items() if getattr(cls, name) is not getattr(Intervention, name)
         )
 
     def edit_input(self, x: Tensor, here: Here) -> Tensor:

@@ -112,8 +112,31 @@ class Finding:
         from matplotlib.figure import Figure
 
         figure = Figure(layout="constrained")
-        (self.probe.draw if self.probe else draw)(*((self, figure)))
+        if self.probe:
+            self.probe.draw(self, figure)
+        else:
+            self.draw(figure)
         return figure
+
+    def draw(self, figure: Any) -> None:
+        """Layers × heads in colours, for what is said of heads; otherwise a bar for each row.
+
+        Args:
+            figure: An empty matplotlib `Figure`.
+        """
+        from attnzoo import plot
+
+        axes, label = figure.subplots(), self.shows.replace("_", " ")
+        if {"site", "head"} <= self.columns.keys():
+            values, heads = self.matrix(), self.heads()
+            cell = max(0.42, 0.09 * max(map(len, heads)))  # inches; names of branches stand side by side
+            figure.set_size_inches(2.4 + cell * max(values.shape[1], 4), 1.6 + 0.36 * max(values.shape[0], 2))
+            plot.head_matrix(values, ax=axes, rows=self.layers(), columns=heads, label=label)
+        else:
+            axes.barh([shown(value) for value in self[next(iter(self.columns))]], self[self.shows])
+            axes.invert_yaxis()
+            axes.set_xlabel(label)
+        axes.set_title(self.name.replace("_", " "))
 
     def to_csv(self, file: str | Path | None = None) -> str:
         """The table as CSV text, written to a file if one is named.
@@ -180,34 +203,6 @@ class Finding:
         title = escape(str(self.probe or "finding"))
         listed = f"<ul>{facts}{notes}</ul>" if facts or notes else ""
         return f"<h4>{title}</h4><table><tr>{head}</tr>{body}</table>{more}{listed}"
-
-
-def draw(finding: Finding, figure: Any) -> None:
-    """Layers × heads in colours, for what is said of heads; otherwise a bar for each row.
-
-    Args:
-        finding: What was found.
-        figure: An empty matplotlib `Figure`.
-    """
-    from attnzoo import plot
-
-    axes = figure.subplots()
-    if {"site", "head"} <= finding.columns.keys():
-        values = finding.matrix()
-        figure.set_size_inches(2.4 + 0.42 * max(values.shape[1], 4), 1.6 + 0.36 * max(values.shape[0], 2))
-        plot.head_matrix(
-            values,
-            ax=axes,
-            layers=finding.layers(),
-            heads=finding.heads(),
-            label=finding.shows.replace("_", " "),
-        )
-    else:
-        first = next(iter(finding.columns))
-        axes.barh([shown(value) for value in finding[first]], finding[finding.shows])
-        axes.invert_yaxis()
-        axes.set_xlabel(finding.shows.replace("_", " "))
-    axes.set_title(finding.name.replace("_", " "))
 
 
 def shown(value: Any) -> str:

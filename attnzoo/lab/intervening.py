@@ -76,7 +76,7 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
                 f"`{few.site}` has no head {strange[0]}",
                 help=f"it has {few.heads}, which count from 0; name sites with more in `at`",
             )
-    reasons = {leaf: [text for kind in one.edits() if (text := leaf.lacks(kind))] for leaf in there}
+    reasons = {leaf: [text for kind in one.points() if (text := leaf.lacks(kind))] for leaf in there}
     if all(reasons.values()):
         raise ZooError(
             "AZ924",
@@ -88,7 +88,7 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
     found: dict[Leaf, dict[str, Edit]] = {}
     for leaf in (leaf for leaf, why in reasons.items() if not why):
         found[leaf] = {}
-        for kind in one.edits():
+        for kind in one.points():
             around = {"input": leaf.outer, "output": leaf.outer, "mlp": leaf.mlp, "block": leaf.block}.get(
                 kind
             )

@@ -11,8 +11,11 @@ from torch.nn import functional as F
 
 from attnzoo.core import Intervention, Layout
 from attnzoo.core.intervention import Here
+from attnzoo.data import evaluation
+from attnzoo.data.vocabulary import PAD
 from attnzoo.errors import ZooError
-from attnzoo.hosts.given import stand_ins
+from attnzoo.hosts.given import stand_ins, taken
+from attnzoo.lab.heatmap import drawn
 from attnzoo.lab.intervening import intervene
 from attnzoo.lab.maps import Looked, Map, _sites, look
 from attnzoo.lab.points import Leaf, attach, leaves
@@ -20,6 +23,8 @@ from attnzoo.lab.points import Leaf, attach, leaves
 Kind = Literal["images", "pairs", "sequences"]
 IGNORE = -100
 """A target that is not asked."""
+AT_ONCE = 64
+"""Examples of a batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +97,25 @@ class Subject:
         pieces = zip(zip(*cut, strict=True), wanted, strict=True)
         return cls(model, [Batch(tuple(part), true) for part, true in pieces], kind, **more)
 
+    @classmethod
+    def of_run(
+        cls, run: Any, which: str = "best", count: int = 256, seed: int = 0, data: str | None = None
+    ) -> "Subject":
+        """The model of a run and examples of its test side, drawn at random; as many of its training side.
+
+        Args:
+            run: An `attnzoo.train.Run`.
+            which: Weights of the `best` or the `last` epoch.
+            count: Most examples of each side.
+            seed: Of the draw.
+            data: Other data of the same kind.
+        """
+        there = run.data(data)
+        cut = {"images": _images, "pairs": _pairs, "sequences": _sequences}[run.kind]
+        sides = [cut(there, side, drawn(len(side), count, seed)) for side in (there.test, there.train)]
+        names = getattr(there, "classes", None)
+        return cls(run.model(which), sides[0], run.kind, names, run.folder.resolve().name, sides[1])
+
     def about(self, leaf: Leaf, head: int | None = None) -> dict[str, Any]:
         """The first columns of a row about a leaf: layer, site, branch (empty where there is one only), head.
 
@@ -146,8 +170,8 @@ class Subject:
             self.model.train(was)
 
     def given(self, batch: Batch) -> Mapping[str, Tensor]:
-        """The maps that the model's components ask for, made of the images."""
-        return stand_ins(batch.inputs[0], getattr(self.model, "given", {})) if self.kind == "images" else {}
+        """What the model takes beside images, by name, made of the images."""
+        return stand_ins(batch.inputs[0], taken(self.model)) if self.kind == "images" else {}
 
     @torch.no_grad()
     def outputs(self, *interventions: Intervention | str) -> list[Tensor]:
@@ -227,7 +251,7 @@ class Subject:
             found.clear()
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of each sample, in nats, (b,); of sequences the mean over what is asked.
+        """Cross-entropy of each sample, in nats, (b,), or squared error of numbers; the mean over what is asked.
 
         Args:
             output: Logits (b classes) or (b n words).
@@ -237,6 +261,10 @@ class Subject:
             ZooError: AZ926, when the batch has no targets.
         """
         targets = self.targets(batch)
+        if targets.is_floating_point():
+            there = ~targets.isnan()
+            errors = torch.where(there, output - targets.nan_to_num(), 0.0).square().flatten(1)
+            return errors.sum(dim=1) / there.flatten(1).sum(dim=1).clamp(min=1)
         logits = output.float().flatten(0, -2)
         each = F.cross_entropy(logits, targets.flatten(), reduction="none", ignore_index=IGNORE)
         asked = (targets != IGNORE).reshape(len(batch), -1)
@@ -271,3 +299,25 @@ class Subject:
     def layout(self) -> Layout:
         """How the tokens of images are arranged."""
         return next(iter(self.seen()))[1].layouts[0]
+
+
+def _images(data: Any, side: Any, chosen: Sequence[int]) -> list[Batch]:
+    transform = evaluation(data.image, data.mean, data.std)
+    parts = (side.batch(indices) for indices in torch.tensor(chosen).split(AT_ONCE))
+    return [Batch((transform(images),), labels) for images, labels in parts]
+
+
+def _pairs(data: Any, side: Any, chosen: Sequence[int]) -> list[Batch]:
+    """One pair each, so that nothing is padding."""
+    parts = (side.batch(torch.tensor([index])) for index in chosen)
+    return [Batch((source, target[:, :-1]), asked(target[:, 1:])) for source, target in parts]
+
+
+def asked(targets: Tensor) -> Tensor:
+    """Targets of pairs, with -100 where nothing is asked."""
+    return targets.masked_fill(targets == PAD, IGNORE)
+
+
+def _sequences(data: Any, side: Any, chosen: Sequence[int]) -> list[Batch]:
+    parts = (side.batch(indices) for indices in torch.tensor(chosen).split(AT_ONCE))
+    return [Batch((inputs,), targets) for inputs, targets in parts]

@@ -1,6 +1,6 @@
 """A run that was started: its model, data, log and figures, read from its newest sound checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,12 +38,14 @@ class Run:
         loaded: The recipe, with what its data decide.
         settings: How it is trained.
         accelerated: Whether its models are made faster for a CPU, `attnzoo.accelerate`, and stay there.
+        changed: What is done to each of its models before it is used.
     """
 
     folder: Path
     loaded: Loaded
     settings: Settings
     accelerated: bool = False
+    changed: Callable[[nn.Module], nn.Module] = nn.Module.eval
 
     @property
     def device(self) -> str:
@@ -65,7 +67,7 @@ class Run:
         names = {"best": ("best", "ema", "model"), "last": ("ema", "model")}[which]
         with reading(saved):
             model.load_state_dict(saved.tensors(next((name for name in names if saved.has(name)), "model")))
-        return accelerate(model) if self.accelerated else model.eval()
+        return accelerate(model) if self.accelerated else self.changed(model.eval())
 
     @property
     def kind(self) -> Kind:
