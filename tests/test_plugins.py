@@ -144,7 +144,7 @@ BUILTIN = Zoo.of()
 
 
 def assert_builtins(zoo):
-    for kind in ("mechanisms", "fusions", "recipes"):
+    for kind in ("mechanisms", "fusions", "probes", "interventions", "recipes"):
         ours, theirs = getattr(BUILTIN, kind), getattr(zoo, kind)
         assert all(theirs[name] == entry for name, entry in ours.items())
 
@@ -424,7 +424,7 @@ def installed(python):
 def test_installed_sample_is_listed_with_its_provider(python):
     listing = json.loads(run("-m", "attnzoo", "list", "--json", python=python).stdout)
     providers = {row["name"]: row for rows in listing.values() for row in rows}
-    for name in ("haar", "subband", "wavelet_vit"):
+    for name in ("haar", "subband", "band_energy", "without_details", "wavelet_vit"):
         assert "wavelets" in providers[name].values()
 
 
@@ -459,6 +459,32 @@ for recipe in ("wavelet_vit", "third_party"):
 timm.create_model("template_vit_tiny", device="meta")
 """
     run("-c", code, path=installed)
+
+
+def test_an_installed_probe_works_in_python_and_in_a_notebook(installed):
+    code = """
+import attnzoo
+import torch
+
+model = attnzoo.compose("wavelet_vit", num_classes=2, depth=2)
+found = attnzoo.probe(model, "band_energy(levels=1)", inputs=torch.randn(2, 3, 224, 224))
+assert list(found.columns) == ["site", "coarse", "level_1"] and len(found) == 2, found
+assert "<table>" in found._repr_html_() and "band_energy(levels=1)" in found._repr_html_()
+plain = model(torch.zeros(1, 3, 224, 224))
+with attnzoo.intervene(model, "wavelets/without_details(strength=0.0)"):
+    assert torch.equal(model(torch.zeros(1, 3, 224, 224)), plain)
+"""
+    run("-c", code, path=installed)
+
+
+@pytest.mark.slow  # a run is trained
+def test_an_installed_probe_works_on_the_command_line(installed, tmp_path):
+    folder, out = str(tmp_path / "run"), tmp_path / "out"
+    train = ["train", "digits_softmax", "--data", "synthetic", "--epochs", "1", "--out", folder]
+    run("-m", "attnzoo", *train, path=installed)
+    run("-m", "attnzoo", "probe", folder, "band_energy", "--count", "8", "--out", str(out), path=installed)
+    assert (out / "band_energy.csv").read_text().startswith("site,coarse,level_1,level_2\n")
+    assert "band_energy" in (out / "index.html").read_text()
 
 
 def test_installed_sample_can_be_switched_off(installed):

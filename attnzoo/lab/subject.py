@@ -16,7 +16,7 @@ from attnzoo.data.vocabulary import PAD
 from attnzoo.errors import ZooError
 from attnzoo.hosts.given import stand_ins, taken
 from attnzoo.lab.heatmap import drawn
-from attnzoo.lab.intervening import intervene
+from attnzoo.lab.intervening import OF_HEADS, intervene
 from attnzoo.lab.maps import Looked, Map, _sites, look
 from attnzoo.lab.points import Leaf, attach, leaves
 
@@ -221,10 +221,15 @@ class Subject:
             edit: Called with the leaf, the tensor and what is known there.
             among: These leaves only; all that can be edited there when None.
         """
-        chosen = list(among) if among is not None else self.able(kind)
+        chosen = list(among) if among is not None else [x for x in self.able(kind) if self._passes(x, kind)]
         edits = {leaf: {kind: lambda t, here, leaf=leaf: edit(leaf, t, here)} for leaf in chosen}
         with attach(self.model, edits):
             yield
+
+    def _passes(self, leaf: Leaf, kind: str) -> bool:
+        """Whether it is looked at there: of what is around all branches of a site, at the first alone."""
+        first = next(one for one in self.leaves if one.site == leaf.site)
+        return not leaf.lacks(kind) and (leaf is first or kind in OF_HEADS)
 
     @torch.no_grad()
     def recorded(self, *kinds: str) -> Iterator[tuple[Batch, dict[tuple[str, Leaf], Tensor], Tensor]]:
@@ -241,9 +246,7 @@ class Subject:
 
             return note
 
-        edits = {
-            leaf: {kind: keep(kind, leaf) for kind in kinds if not leaf.lacks(kind)} for leaf in self.leaves
-        }
+        edits = {leaf: {k: keep(k, leaf) for k in kinds if self._passes(leaf, k)} for leaf in self.leaves}
         for batch in self.batches:
             with attach(self.model, edits):
                 output = self.call(batch)

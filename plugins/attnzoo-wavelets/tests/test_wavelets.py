@@ -7,7 +7,7 @@ import pytest
 import torch
 from attnzoo.core import Layout, Site
 
-from attnzoo_wavelets import Haar, Subband
+from attnzoo_wavelets import BandEnergy, Haar, Subband, WithoutDetails
 from attnzoo_wavelets.transform import analyse, join, split, synthesise
 
 ROOT2 = 2**0.5
@@ -128,3 +128,29 @@ def test_the_recipe_trains():
     gains = [p for name, p in model.named_parameters() if name.endswith("fusion.gain")]
     assert len(gains) == 12
     assert all(p.grad.any() for p in gains)
+
+
+def test_band_energy_of_constant_tokens_is_coarse():
+    model = attnzoo.compose("wavelet_vit", num_classes=3, depth=1).eval()
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    found = attnzoo.probe(model, BandEnergy(levels=3), inputs=x)
+    shares = [found[name][0] for name in ("coarse", "level_1", "level_2", "level_3")]
+    assert sum(shares) == pytest.approx(1.0) and min(shares) > 0.001
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    flat = attnzoo.probe(model, BandEnergy(), inputs=torch.zeros_like(x))
+    assert flat["coarse"][0] == pytest.approx(1.0)
+
+
+def test_without_details_two_by_two_keys_share():
+    model = attnzoo.compose("wavelet_vit", num_classes=3, depth=1).eval()
+    x, seen = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)), []
+    with (
+        torch.no_grad(),
+        attnzoo.intervene(model, WithoutDetails()),
+        attnzoo.watch(model, "weights", lambda name, weights: seen.append(weights)),
+    ):
+        model(x)
+    rows = seen[0][..., 1:].unflatten(-1, (7, 2, 7, 2))
+    torch.testing.assert_close(rows, rows.mean(dim=(-3, -1), keepdim=True).expand_as(rows))
+    torch.testing.assert_close(seen[0].sum(dim=-1), torch.ones_like(seen[0][..., 0]))

@@ -1,13 +1,16 @@
-"""Haar wavelets for attnzoo: the mechanism `haar`, the fusion `subband`, the recipe `wavelet_vit`."""
+"""Haar wavelets for attnzoo: the mechanism `haar`, the fusion `subband`, the probe `band_energy`, the intervention
+`without_details`, the recipe `wavelet_vit`."""
 
 from pathlib import Path
 
 from attnzoo import hookimpl
 
+from attnzoo_wavelets.band_energy import BandEnergy
 from attnzoo_wavelets.haar import Haar
 from attnzoo_wavelets.subband import Subband
+from attnzoo_wavelets.without_details import WithoutDetails
 
-__all__ = ["Haar", "Subband"]
+__all__ = ["BandEnergy", "Haar", "Subband", "WithoutDetails"]
 ATTNZOO_API = 2
 
 
@@ -21,6 +24,18 @@ def attnzoo_mechanisms():
 def attnzoo_fusions():
     """The fusions of this plugin."""
     return [Subband]
+
+
+@hookimpl
+def attnzoo_probes():
+    """The probes of this plugin."""
+    return [BandEnergy]
+
+
+@hookimpl
+def attnzoo_interventions():
+    """The interventions of this plugin."""
+    return [WithoutDetails]
 
 
 @hookimpl
