@@ -1,6 +1,7 @@
 """What probes and interventions have in common: a card, options that are checked, a way to write them in one line."""
 
 import ast
+import re
 from abc import ABC
 from collections.abc import Set
 from dataclasses import dataclass, fields
@@ -85,7 +86,7 @@ class Instrument(ABC):
 def read_call(text: str) -> tuple[str, dict[str, Any]]:
     """A name with options, as it is written in Python: `soft_identity(at="blocks.3", heads=[0, 2])`, or the name alone.
 
-    Values are literals; nothing is run.
+    Values are literals; nothing is run. `plugin/name` is a name too.
 
     Args:
         text: What was written.
@@ -93,14 +94,16 @@ def read_call(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ZooError: AZ922, when it is no such thing.
     """
+    plugin = (re.match(r"[\w.-]+/", text.strip()) or [""])[0]
+    call = text.strip().removeprefix(plugin)
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = ast.parse(call, mode="eval").body
         if isinstance(tree, ast.Name):
-            return tree.id, {}
+            return plugin + tree.id, {}
         if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
             named = {str(word.arg): ast.literal_eval(word.value) for word in tree.keywords if word.arg}
             if len(named) == len(tree.keywords):
-                return tree.func.id, named
+                return plugin + tree.func.id, named
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         pass
     raise ZooError(
