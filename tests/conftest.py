@@ -30,32 +30,42 @@ WRONG_VERSIONS = {"test_mutants", "test_the_form_without_a_fault_is_not_caught"}
 """Of the test files of mechanisms and fusions: what tests the oracle. Every day the first of a file and one in four."""
 
 
+COMMON = ("attnzoo/core/", "attnzoo/functional/", "attnzoo/testing/")
+"""What every mechanism stands on."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of a test marked `sample(n)` the first case and one in n of the others, chosen by name, are for every day.
 
-    Wrong versions of a mechanism are all tried where its file, or the file of its tests, has changed since the revision
-    that `ATTNZOO_SINCE` names.
+    Of mechanisms and fusions that have not changed since the revision that `ATTNZOO_SINCE` names, one in four of the
+    wrong versions is tried every day, and every second check; where what they stand on has changed, all checks are.
     """
-    seen, changed = set(), _changed(os.environ.get("ATTNZOO_SINCE"))
+    seen, lines = set(), _changed(os.environ.get("ATTNZOO_SINCE"))
+    changed = {Path(line).stem.removeprefix("test_") for line in lines}
+    everything = any(line.startswith(COMMON) for line in lines)
     for item in items:
         sample, test = item.get_closest_marker("sample"), item.nodeid.partition("[")[0]
         one_in = sample.args[0] if sample else 1
-        if item.path.parent.name in ("mechanisms", "fusions") and item.path.stem not in changed:
+        own = item.path.stem.removeprefix("test_")
+        if item.path.parent.name in ("mechanisms", "fusions") and own not in changed:
             one_in = 4 if item.originalname in WRONG_VERSIONS else one_in
+        if item.originalname == "test_conformance" and not everything:
+            component = item.name.partition("[")[2].partition("-")[0]
+            one_in = 1 if component in changed else 2
         first = test not in seen and (item.name != item.originalname or one_in == 1)
         if one_in > 1 and not first and crc32(item.nodeid.encode()) % one_in:
             item.add_marker(pytest.mark.slow)
         seen.add(test)
 
 
-def _changed(since: str | None) -> set[str]:
-    """Stems of the test files of what has changed since a revision, committed or not; none without one that git knows."""
+def _changed(since: str | None) -> list[str]:
+    """The files that have changed since a revision, committed or not; none without one that git knows."""
     if since is None:
-        return set()
+        return []
     command = ["git", "diff", "--name-only", since]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {f"test_{Path(line).stem.removeprefix('test_')}" for line in done.stdout.splitlines()}
+    return done.stdout.splitlines()
 
 
 def pytest_collection_finish():

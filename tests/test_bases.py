@@ -235,6 +235,7 @@ def test_pools_maps_and_the_rollout():
 
 
 @pytest.mark.parametrize("kind", ["dinov3", "rope mixed", "sapiens2"])
+@pytest.mark.sample(9)
 def test_compile_export_and_fx(kind):
     more = {"num_kv_heads": 2} if kind == "sapiens2" else {}
     model, x, other = lively(mine(kind, HAM, depth=1, **more)), images(kind), images(kind, 3)

@@ -157,10 +157,17 @@ def test_list_and_show_everything():
     assert {row["family"] for row in linear} == {"linear"}
     models = json.loads(run("list", "models", "--json").stdout)["models"]
     assert "ham_vit_b" in {row["name"] for row in models}
-    for kind in ("mechanisms", "fusions", "recipes"):
-        for row in data[kind]:
+    for kind in ("mechanisms", "fusions", "probes", "interventions", "recipes"):
+        for row in data[kind][::5]:
             assert row["name"] in run("show", row["name"]).output
             assert json.loads(run("show", row["name"], "--json").stdout)["name"] == row["name"]
+
+
+@pytest.mark.slow  # some three hundred
+def test_show_everything():
+    for rows in json.loads(run("list", "--json").stdout).values():
+        for row in rows:
+            assert row["name"] in run("show", row["name"]).output
 
 
 def test_check_passes_and_fails(tmp_path):

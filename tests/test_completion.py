@@ -155,7 +155,7 @@ def plugin(folder: Path, before: str = "", name: str = "my_own") -> str:
     return str(folder)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.slow  # five shells, each of which imports the zoo
 def test_plugins_and_their_changes(tmp_path):
     path = plugin(tmp_path / "site")
     assert spawned("attnzoo show my", tmp_path, path) == ["my_own"]

@@ -1,6 +1,7 @@
 """Every built-in mechanism, pool and fusion is held to its card: 25 scenes for each check, 200 in the slow run.
 
-Where `ATTNZOO_SINCE` names a revision of git, those whose files have changed since get the 200 at once, as in CI.
+Every day each check is asked of every second of them, and of all that have changed (conftest.py). Where `ATTNZOO_SINCE`
+names a revision of git, those whose files have changed since get the 200 at once, as in CI.
 """
 
 import inspect

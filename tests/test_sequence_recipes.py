@@ -344,7 +344,7 @@ def test_who_can_go_there(kind):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("kind", SITES)
-@pytest.mark.sample(5)
+@pytest.mark.sample(9)
 def test_every_mechanism_is_right_or_refused_everywhere(kind, name):
     model = composed(kind, name)
     if model is not None:
