@@ -11,6 +11,7 @@ What most people want:
     list_mechanisms("*lin*", mask="causal")   names; also list_fusions and list_recipes
     show("softmax")                           one of them: equations, options, masks, paper
     describe(model)                           what is in a model, in a few lines
+    diff("ham_a", "ham_b")                    what two recipes differ in
     accelerate(model)                         a finished model, faster on a CPU
     probe(model, "entropy", inputs=images)    measure something of a model: a table, a CSV, a figure
     intervene(model, 'temperature(value=2.0)')  change what happens inside it for as long as a block runs
@@ -35,6 +36,7 @@ _LAZY = {
     **dict.fromkeys(["list_mechanisms", "list_fusions", "list_recipes"], "attnzoo.catalogue.lists"),
     "show": "attnzoo.catalogue.pages",
     "describe": "attnzoo.catalogue.models",
+    "diff": "attnzoo.bench.diff",
     "accelerate": "attnzoo.inference",
     "probe": "attnzoo.lab.probing",
     "intervene": "attnzoo.lab.intervening",
