@@ -1,7 +1,8 @@
 """Writes what follows from the cards: `python docs/generate.py`, or `make docs`.
 
-The tables of README.md between its markers, the last columns of docs/mission.md, and a page for each mechanism, pool
-and fusion in docs/reference/. `tests/test_docs.py` holds them to the cards.
+The tables of README.md between its markers, the last columns of docs/mission.md, and a page for each mechanism, pool,
+fusion, probe and intervention in docs/reference/. `tests/test_docs.py` holds them to the cards. Pictures of probes are
+made by docs/pictures.py.
 """
 
 import re
@@ -39,6 +40,11 @@ def tables() -> str:
     lines += ["| fusion | what it does |", "|---|---|"]
     for name, entry in ZOO.fusions.items():
         lines.append(f"| [`{name}`](docs/reference/{name}.md) | {entry.value.card.summary} |")
+    for what, registry in (("probe", ZOO.probes), ("intervention", ZOO.interventions)):
+        does = {"probe": "what it measures", "intervention": "what it changes while a model runs"}[what]
+        lines += ["", f"| {what} | {does} |", "|---|---|"]
+        for name, entry in registry.items():
+            lines.append(f"| [`{name}`](docs/reference/{what}s/{name}.md) | {entry.value.card.summary} |")
     return "\n".join(lines)
 
 
@@ -119,6 +125,53 @@ def page(entry: Entry, kind: str, recipes: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def instrument_page(entry: Entry, kind: str) -> str:
+    """A probe or an intervention as Markdown.
+
+    Args:
+        entry: Of the zoo.
+        kind: `probe` or `intervention`.
+    """
+    card, facts = entry.value.card, page_of(entry, kind)
+    claims = facts["claims"]
+    lines = [
+        f"# {entry.name}",
+        "",
+        facts["summary"],
+        "",
+        "```text",
+        card.equation,
+        "",
+        facts["doc"],
+        "```",
+        "",
+    ]
+    lines += [
+        f"- **{what}**: {claims[what]}"
+        for what in ("paper", "needs", "edits", "fidelity")
+        if claims.get(what)
+    ]
+    if card.notes:
+        lines += ["", "## What to know", "", card.notes]
+    if facts["options"]:
+        lines += ["", "## Options", "", "| option | type | default | meaning |", "|---|---|---|---|"]
+        for option in facts["options"]:
+            cells = (f"`{option['name']}`", option["type"], option["default"], option["text"])
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    shell, python = facts["example"].splitlines()
+    lines += ["", "## How it is used", "", "```bash", shell, "```", "", "```python", python, "```"]
+    picture = ROOT / "docs" / "pictures" / f"{entry.name}.png"
+    if picture.exists():
+        text = f"{entry.name.replace('_', ' ')} of HAM B, trained on digits"
+        lines += ["", f"![{text}](../../pictures/{picture.name})", "", f"{text[0].upper()}{text[1:]}."]
+    tests = f"tests/{kind}s/test_{entry.name}.py"
+    lines += ["", "## How it is checked", "", f"[{tests}](../../../{tests})"]
+    registry = ZOO.probes if kind == "probe" else ZOO.interventions
+    if others := [f"[`{name}`]({name}.md)" for name in registry if name != entry.name]:
+        lines += ["", "## Related", "", ", ".join(others)]
+    return "\n".join(lines) + "\n"
+
+
 def measured(name: str) -> str:
     """How long one layer takes beside softmax; empty for what is not in docs/benchmarks/mechanisms.csv."""
     against, *_ = FIGURES
@@ -152,7 +205,12 @@ def mission(text: str) -> str:
         shown, fidelity, recipes = [], [], []
         for name in names:
             entry = ZOO.mechanisms.get(name) or ZOO.fusions.get(name)
-            if entry:
+            kind = next((r.kind for r in (ZOO.probes, ZOO.interventions) if name in r), "")
+            if kind:
+                registry = ZOO.probes if kind == "probe" else ZOO.interventions
+                shown.append(f"[`{name}`](reference/{kind}s/{name}.md)")
+                fidelity.append(registry[name].value.card.fidelity)
+            elif entry:
                 shown.append(f"[`{name}`](reference/{name}.md)")
                 fidelity.append(entry.value.card.fidelity)
                 recipes += used.get(name, [])
@@ -172,16 +230,20 @@ def pages() -> dict[Path, str]:
     entries = [
         (entry, registry.kind) for registry in (ZOO.mechanisms, ZOO.fusions) for entry in registry.values()
     ]
-    return {
+    made = {
         REFERENCE / f"{entry.name}.md": page(entry, kind, used.get(entry.name, [])) for entry, kind in entries
     }
+    for registry in (ZOO.probes, ZOO.interventions):
+        folder = REFERENCE / f"{registry.kind}s"
+        made |= {folder / f"{e.name}.md": instrument_page(e, registry.kind) for e in registry.values()}
+    return made
 
 
 if __name__ == "__main__":
     README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
     MISSION.write_text(mission(MISSION.read_text(encoding="utf-8")), encoding="utf-8")
-    REFERENCE.mkdir(exist_ok=True)
-    for stale in set(REFERENCE.glob("*.md")) - set(pages()):
+    for stale in set(REFERENCE.rglob("*.md")) - set(pages()):
         stale.unlink()
     for file, text in pages().items():
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
