@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "data": {*NOUNS, "files", "data"},
     "train": {*NOUNS, "files", "workers", "inference", "hosts", "recipe", "data", "train"},
     "eval": {*NOUNS, "hosts", "data", "train", "eval"},
-    "lab": {*NOUNS, "hosts", "data", "lab"},
+    "lab": {*NOUNS, "functional", "zoo", "hosts", "data", "lab"},
     "scaffold": {"errors", "attnzoo"},
     "cli": {
         *NOUNS,
@@ -102,7 +102,7 @@ MAY_NEED = {
     "data": {"timm", "torchvision", "pydantic", "pydantic_core"},
     "train": {"timm", "pydantic", "accelerate"},
     "eval": set(),
-    "lab": set(),
+    "lab": {"timm"},
     "scaffold": set(),
     "cli": {"typer"},
 }
