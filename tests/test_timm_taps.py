@@ -2,16 +2,22 @@
 
 import copy
 import io
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from timm.layers import Attention, AttentionPoolLatent
 from torch import nn
+from typer.testing import CliRunner
 
 import attnzoo
+from attnzoo.bench.composition import default_image
+from attnzoo.cli.app import app
 from attnzoo.core import Mechanism, MultiHead, watch
 from attnzoo.errors import UnsupportedMask, ZooError
 from attnzoo.lab.maps import collect, look
@@ -495,7 +501,7 @@ def test_maps_of_whole_images_are_refused_where_there_are_none(name, arguments, 
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        ("resnet10t", {}, "no attention"),
+        ("resnet10t", {}, "is called an attention"),
         ("xcit_nano_12_p16_224", {"depth": 1}, "XCA, where channels look at channels"),
         ("vit_dlittle_patch16_reg1_gap_256", TINY, "difference of two softmaxes"),
         ("vit_dpwee_patch16_reg1_gap_256", TINY, "attention and MLP at once"),
@@ -543,3 +549,81 @@ def test_a_mechanism_in_a_network_by_hand_is_where_it_is():
     block = nn.Sequential()
     block.add_module("mix", attnzoo.create("softmax", dim=8, heads=2).attn)
     assert list(sites_of(nn.ModuleDict({"head": block}))) == ["head"]
+
+
+# --- attnzoo heatmap
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    """What `attnzoo heatmap` says."""
+    result = CliRunner().invoke(app, ["heatmap", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder as timm writes it: 32 x 32 images of cats and dogs, of mean 0.5."""
+    arguments = {"depth": 2, "img_size": 32, "embed_dim": 32, "num_heads": 2}
+    model = made("vit_tiny_patch16_224", **arguments, num_classes=2)
+    with torch.no_grad():
+        model.head.bias[1] += 100  # it always says dog
+    config = {"num_classes": 2, "label_names": ["cat", "dog"]}
+    timm.models.save_for_hf(
+        model, tmp_path / "pets", model_config=config, model_args=arguments, safe_serialization=True
+    )
+    return tmp_path / "pets"
+
+
+def test_a_folder_of_timms_is_shown(folder, tmp_path):
+    image, out = default_image(), tmp_path / "sheet.png"
+    said = run(f"local-dir:{folder}", image, image, "--images", image, "--out", out, "--npy")
+    assert "written" in said and "images: 3 · layers: 2" in said and "weights of" in said
+    assert np.load(tmp_path / "sheet.npy").shape == (3, 1, 2, 2, 2)
+    data = json.loads(run(f"local-dir:{folder}", image, "--out", out, "--json"))
+    assert data["images"] == [image.name] and [one["site"] for one in data["maps"]] == [
+        "blocks.0",
+        "blocks.1",
+    ]
+
+
+def test_a_timm_model_and_its_weights(folder, tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224")
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    one, other = tmp_path / "one.png", tmp_path / "other.png"
+    said = run("vit_tiny_patch16_224", "--init-from", tmp_path / "w.pth", "--out", one, "--npy")
+    assert "weights of w.pth" in said and "layers: 12" in said
+    assert "untrained, seed 5" in run("vit_tiny_patch16_224", "--seed", 5, "--out", other, "--npy")
+    assert not np.allclose(np.load(tmp_path / "one.npy"), np.load(tmp_path / "other.npy"), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["resnet10t"], "AZ903", "is called an attention"),
+        (["vit_tny_patch16_224"], "AZ204", "did you mean `vit_tiny_patch16_224`?"),
+        (["ham_c"], "AZ204", "did you mean `ham_"),
+        (["vit_tiny_patch16_224.no_such_tag"], "AZ935", "no_such_tag"),
+        (["local-dir:nowhere"], "AZ935", "config.json"),
+        (["local-dir:text"], "AZ935", "text"),
+        (["local-dir:empty"], "AZ935", "checkpoints"),
+        (["local-dir:pets", "--init-from", "w.pth"], "AZ907", "weights of its own"),
+        (["local-dir:pets", "--text", "a"], "AZ908", "looks at images"),
+        (["local-dir:pets", "none.png"], "AZ902", "no such file"),
+        (["recall", "none.png"], "AZ908", "`IMAGE` is for images"),
+    ],
+)
+def test_what_cannot_be_shown_is_told(arguments, code, said, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    for name, text in (("text", "no JSON"), ("empty", (folder / "config.json").read_text())):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(text)
+    output = run(*arguments, code=2)
+    assert f"error[{code}]" in output and said in output and "Traceback" not in output
+
+
+def test_a_recipe_comes_before_a_timm_model(monkeypatch):
+    from attnzoo.cli.heatmap import _opened
+
+    monkeypatch.setattr(timm, "is_model", lambda name: True)
+    assert _opened("ham_a", None)[1].name == "ham_a" and _opened("vit_tiny_patch16_224", None) == (None, None)

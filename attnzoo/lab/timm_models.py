@@ -333,13 +333,18 @@ def untapped(model: nn.Module, reason: str) -> ZooError:
         reason: From `why_not`; empty where it only has none yet.
     """
     name = type(model).__name__
+    if not reason:
+        return ZooError(
+            "AZ903",
+            f"there is no mechanism in this {name}",
+            why="maps are seen through the taps of mechanisms",
+            help="look inside a block `with attnzoo.lab.timm_models.tapped(model)`",
+        )
     return ZooError(
         "AZ903",
-        f"there is no mechanism in this {name}" + (", and no taps can be put in" if reason else ""),
-        why=reason or "maps are seen through the taps of mechanisms",
-        help="compose the model from a recipe; `ham_classic` is a plain ViT"
-        if reason
-        else "look inside a block `with attnzoo.lab.timm_models.tapped(model)`",
+        f"no attention of this {name} can be looked into",
+        why=reason,
+        help="choose a ViT, such as vit_base_patch16_224, or compose the model from a recipe, such as `ham_classic`",
     )
 
 
@@ -361,7 +366,7 @@ def why_not(model: nn.Module) -> str:
             faults[kind.__name__] = _REASONS.get(kind.__name__, _OTHERS)
     if faults:
         return "it has " + "; and ".join(f"{name}, {reason}" for name, reason in faults.items())
-    return "" if found else "it has no attention that could be found by the name of its class"
+    return "" if found else "no class of its modules is called an attention"
 
 
 def _is_attention(name: str) -> bool:
