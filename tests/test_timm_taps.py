@@ -381,12 +381,14 @@ def test_threads_share_a_model_and_not_its_grid():
             return model(images(model, *shapes[i]))
 
     def note(_part, _args, said, _out) -> None:
-        step.wait(10)  # both have cut their images before one goes on
         seen.setdefault(threading.get_ident(), []).append(said["layout"].grid)
 
+    # both have cut their images before one goes on
+    wait = model.norm_pre.register_forward_hook(lambda *_: step.wait(10) and None)
     with tapped(model), ThreadPoolExecutor(2) as pool:
         model.blocks[0].attn.inner.register_forward_hook(note, with_kwargs=True)
         out = list(pool.map(forward, range(2)))
+    wait.remove()
     assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True))
     assert sorted(map(tuple, seen.values())) == [((2, 4),), ((4, 2),)]
 
@@ -525,6 +527,26 @@ def test_a_gate_is_refused():
     assert everything(model) == before
 
 
+def test_classes_derived_from_timms_are_not_taken_for_them():
+    class Louder(Attention):
+        def forward(self, *args, **said):
+            return 2 * super().forward(*args, **said)
+
+    model = vit()
+    model.blocks[1].attn.__class__ = Louder
+    with pytest.raises(ZooError, match="Louder"), tapped(model):
+        pass
+    assert type(model.blocks[0].attn) is Attention
+
+
+def test_what_timms_attention_is_asked_for_is_there():
+    model = made("eva02_tiny_patch14_224")
+    asked = ("num_heads", "head_dim", "scale", "fused_attn", "num_prefix_tokens", "rotate_half")
+    plain = [getattr(model.blocks[0].attn, name) for name in asked]
+    with tapped(model):
+        assert [getattr(model.blocks[0].attn, name) for name in asked] == plain
+
+
 def test_a_model_that_could_have_taps_says_how():
     with pytest.raises(ZooError, match="tapped"):
         sites_of(vit())
@@ -588,12 +610,11 @@ def test_a_folder_of_timms_is_shown(folder, tmp_path):
 
 
 def test_a_timm_model_and_its_weights(folder, tmp_path):
-    model = timm.create_model("vit_tiny_patch16_224")
-    torch.save(model.state_dict(), tmp_path / "w.pth")
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "w.pth")
     one, other = tmp_path / "one.png", tmp_path / "other.png"
-    said = run("vit_tiny_patch16_224", "--init-from", tmp_path / "w.pth", "--out", one, "--npy")
-    assert "weights of w.pth" in said and "layers: 12" in said
-    assert "untrained, seed 5" in run("vit_tiny_patch16_224", "--seed", 5, "--out", other, "--npy")
+    said = run("test_vit", "--init-from", tmp_path / "w.pth", "--out", one, "--npy")
+    assert "weights of w.pth" in said and "layers: 6" in said
+    assert "untrained, seed 5" in run("test_vit", "--seed", 5, "--out", other, "--npy")
     assert not np.allclose(np.load(tmp_path / "one.npy"), np.load(tmp_path / "other.npy"), atol=1e-6)
 
 

@@ -112,7 +112,7 @@ class _Grid(threading.local):
 
 
 class _Arrangement:
-    """How the tokens of a model lie: special tokens, then the grid of the patches that were cut in this forward.
+    """How the tokens of a model lie: special tokens, then the grid of the patches that this thread cut last.
 
     Args:
         model: Any. Where it does not cut an image into one grid of patches, tokens are a line.
@@ -120,21 +120,15 @@ class _Arrangement:
 
     def __init__(self, model: nn.Module):
         owners = (part for part in model.modules() if hasattr(part, "patch_embed"))
-        self.owner: Any = next(
-            (part for part in owners if hasattr(part.patch_embed, "dynamic_feat_size")), None
-        )
+        owner: Any = next((part for part in owners if hasattr(part.patch_embed, "dynamic_feat_size")), None)
+        self.embed = None if owner is None else owner.patch_embed
+        self.prefix = getattr(owner, "num_prefix_tokens", 0)
         self.grid = _Grid()
 
     def follow(self, stack: ExitStack) -> None:
         """Note the grid of every forward until the stack is left."""
-        if self.owner is not None:
-            hook = self.owner.patch_embed.register_forward_pre_hook(_Cut(self.grid))
-            stack.callback(hook.remove)
-
-    def expected(self) -> Layout:
-        """How the tokens lie of images of the size for which the model was built."""
-        grid = getattr(getattr(self.owner, "patch_embed", None), "grid_size", None)
-        return Layout(tuple(grid), getattr(self.owner, "num_prefix_tokens", 0)) if grid else Layout((1,))
+        if self.embed is not None:
+            stack.callback(self.embed.register_forward_pre_hook(_Cut(self.grid)).remove)
 
     def layout(self, tokens: int, prefix: int | None = None) -> Layout:
         """How so many tokens lie; in a line when they are no whole grid, because patches were dropped or merged.
@@ -143,11 +137,10 @@ class _Arrangement:
             tokens: n.
             prefix: Number of special tokens, where the attention knows.
         """
-        built = self.expected()
-        special = built.prefix if prefix is None else prefix
-        grid = self.grid.last or built.grid
-        if special + math.prod(grid) == tokens:
-            return Layout(grid, special)
+        special = self.prefix if prefix is None else prefix
+        grid = self.grid.last or getattr(self.embed, "grid_size", None)
+        if grid and special + math.prod(grid) == tokens:
+            return Layout(tuple(grid), special)
         special = special if special < tokens else 0
         return Layout((tokens - special,), special)
 
@@ -202,10 +195,8 @@ def _swin(mech: Any, lie: _Arrangement, x: Tensor, mask: Tensor | None = None) -
 def _swin_v2(mech: Any, lie: _Arrangement, x: Tensor, mask: Tensor | None = None) -> Call:
     table = mech.cpb_mlp(mech.relative_coords_table).view(-1, mech.heads)  # continuous positions, eq. 3
     bias = 16 * torch.sigmoid(table[mech.relative_position_index].permute(2, 0, 1).contiguous())[None]
-    temperature = mech.logit_scale.clamp(max=math.log(1.0 / 0.01)).exp()
-    return AddedScores(added=_beside(bias, mask, x.shape[0]), temperature=temperature), Layout(
-        tuple(mech.window_size)
-    )
+    added, temperature = _beside(bias, mask, x.shape[0]), mech.logit_scale.clamp(max=math.log(100.0)).exp()
+    return AddedScores(added=added, temperature=temperature), Layout(tuple(mech.window_size))
 
 
 def _beit(mech: Any, lie: _Arrangement, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Call:
@@ -242,23 +233,21 @@ class _Kind:
 
     Args:
         read: Reads a call of its forward.
-        keeps: Own attributes, beside submodules, parameters and buffers, that `read` asks for.
         biased: Whether something is added to the scores.
     """
 
     read: Reading
-    keeps: tuple[str, ...] = ()
     biased: bool = False
 
 
 KINDS: Mapping[type, _Kind] = {
     Attention: _Kind(_plain),
-    AttentionRope: _Kind(_rotary, ("rotate_half", "num_prefix_tokens")),
-    EvaAttention: _Kind(_rotary, ("rotate_half", "num_prefix_tokens")),
-    beit.Attention: _Kind(_beit, ("relative_position_bias_table",), biased=True),
-    vision_transformer_relpos.RelPosAttention: _Kind(_relpos, ("rel_pos",), biased=True),
-    swin_transformer.WindowAttention: _Kind(_swin, ("window_size",), biased=True),
-    swin_transformer_v2.WindowAttention: _Kind(_swin_v2, ("window_size",), biased=True),
+    AttentionRope: _Kind(_rotary),
+    EvaAttention: _Kind(_rotary),
+    beit.Attention: _Kind(_beit, biased=True),
+    vision_transformer_relpos.RelPosAttention: _Kind(_relpos, biased=True),
+    swin_transformer.WindowAttention: _Kind(_swin, biased=True),
+    swin_transformer_v2.WindowAttention: _Kind(_swin_v2, biased=True),
 }
 """timm's classes of attention that can have taps."""
 
@@ -362,15 +351,15 @@ def why_not(model: nn.Module) -> str:
             found = True
             if getattr(part, "gate", None) is not None:
                 faults[kind.__name__] = _GATED
-        elif kind is not AttentionPoolLatent and _is_attention(kind.__name__):
+        elif kind is not AttentionPoolLatent and (isinstance(part, tuple(KINDS)) or _named_so(kind.__name__)):
             faults[kind.__name__] = _REASONS.get(kind.__name__, _OTHERS)
     if faults:
         return "it has " + "; and ".join(f"{name}, {reason}" for name, reason in faults.items())
     return "" if found else "no class of its modules is called an attention"
 
 
-def _is_attention(name: str) -> bool:
-    """Whether a class is called so."""
+def _named_so(name: str) -> bool:
+    """Whether a class is called an attention."""
     return name in _REASONS or "Attention" in name or name.endswith("Attn")
 
 
@@ -408,22 +397,19 @@ def _around(
 ) -> MultiHead:
     """A mechanism as timm's attention is, with projections that are still to be lent."""
     kind = KINDS[type(donor)]
-    fused = getattr(donor, "qkv", None) is not None
-    first, last = (donor.qkv, donor.qkv) if fused else (donor.q_proj, donor.k_proj)
+    heads, each = donor.num_heads, getattr(donor, "head_dim", None)
     site = Site(
         name=name,
-        dim=first.out_features // 3
-        if fused
-        else first.out_features,  # that of all heads, which need not be c
-        heads=donor.num_heads,
-        layout=lie.expected(),
+        dim=heads * each
+        if each
+        else donor.proj.in_features,  # of all heads, which need not be that of the tokens
+        heads=heads,
+        layout=Layout((1,)),
         layer=layer,
         depth=depth,
         attn_drop=donor.attn_drop.p,
-        qkv_bias=first.bias is not None or getattr(donor, "q_bias", None) is not None,
-        k_bias=last.bias is not None,
-        qkv_fused=fused,
-        kv_heads=None if fused else last.out_features * donor.num_heads // first.out_features,
+        qkv_fused=getattr(donor, "qkv", None) is not None,
+        kv_heads=getattr(donor, "num_kv_heads", None),
         rotary=kind.read is _rotary,
     )
     if kind.biased:
@@ -436,8 +422,8 @@ def _around(
     mech._forward_pre_hooks.update(donor._forward_pre_hooks)  # they see what timm hands over
     mech._forward_pre_hooks_with_kwargs.update(donor._forward_pre_hooks_with_kwargs)
     mech.register_forward_pre_hook(_AsTimmCalls(kind.read, lie), with_kwargs=True)
-    for name in kind.keeps:
-        if not isinstance(value := getattr(donor, name), nn.Module | Tensor):
+    for name, value in vars(donor).items():
+        if not hasattr(mech, name):  # what others may ask timm's attention for: `num_heads`, `scale`, ...
             setattr(mech, name, value)
     return mech
 
