@@ -383,12 +383,14 @@ def test_threads_share_a_model_and_not_its_grid():
     def note(_part, _args, said, _out) -> None:
         seen.setdefault(threading.get_ident(), []).append(said["layout"].grid)
 
-    # both have cut their images before one goes on
-    wait = model.norm_pre.register_forward_hook(lambda *_: step.wait(10) and None)
+    def wait(*_) -> None:
+        step.wait(10)  # both have cut their images before one goes on
+
+    hook = model.norm_pre.register_forward_hook(wait)
     with tapped(model), ThreadPoolExecutor(2) as pool:
         model.blocks[0].attn.inner.register_forward_hook(note, with_kwargs=True)
         out = list(pool.map(forward, range(2)))
-    wait.remove()
+    hook.remove()
     assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True))
     assert sorted(map(tuple, seen.values())) == [((2, 4),), ((4, 2),)]
 
