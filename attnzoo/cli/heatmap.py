@@ -1,4 +1,4 @@
-"""`attnzoo heatmap RUN_OR_RECIPE`: what a model looks at, as a sheet of images."""
+"""`attnzoo heatmap MODEL IMAGE...`: what a model looks at, as a sheet of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,15 @@ def heatmap(
     model: Annotated[
         str,
         typer.Argument(
-            help="A run's folder, or a recipe's name or file.",
-            metavar="RUN_OR_RECIPE",
+            help="A run's folder, a recipe's name or file, a timm model's name, or local-dir:DIR.",
+            metavar="MODEL",
             autocompletion=completion.runs_and_recipes,
         ),
     ],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Images, or folders of images, as with --images.", metavar="[IMAGE]..."),
+    ] = [],  # noqa: B006
     images: Annotated[
         list[Path], typer.Option("--images", help="An image or a folder of images; again for more.")
     ] = [],  # noqa: B006
@@ -55,7 +59,7 @@ def heatmap(
         Literal["best", "last"], typer.Option(help="Weights of a run: best or last epoch.")
     ] = "best",
     init_from: Annotated[
-        Path | None, typer.Option(help="Load weights into a recipe's model (.safetensors, .pth).")
+        Path | None, typer.Option(help="Load weights into a recipe's or timm's model (.safetensors, .pth).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The PNG; NAME-WHAT.png when left out.")] = None,
     npy: Annotated[
@@ -71,12 +75,14 @@ def heatmap(
     """Draw what a model looks at: mean maps, rollout, mechanisms by layer, heads."""
     from attnzoo.cli.render import say_next
 
+    pictures = [*files, *images]
     run, loaded = _opened(model, init_from)
-    name = Path(model).resolve().name if run else loaded.name
-    if loaded.recipe.host.kind in ("seq2seq", "sequence"):
+    name = Path(model).resolve().name if run else loaded.name if loaded else model
+    if loaded and loaded.recipe.host.kind in ("seq2seq", "sequence"):
         _only_for(
             "images",
             f"`{name}` is a model of sequences",
+            ("IMAGE", files, "`--text TEXT` says what is shown of a run"),
             ("--images", images, "`--text TEXT` says what is shown of a run"),
             (f"--what {what}", what in ("model", "rollout"), "choose --what heads or --what mechanism"),
             ("--fusion", fusion != "mean", "leave it out: it belongs to a rollout"),
@@ -96,29 +102,54 @@ def heatmap(
             ("--site", site, "leave it out, or choose a layer with --layer"),
         )
         what = what or "model"
-        seen = _from_run(run, name, which) if run else _from_recipe(loaded, init_from, seed)
-        chosen = seen.images(images, count or (1 if what == "heads" else 8), seed)
+        if run:
+            seen = _from_run(run, name, which)
+        else:
+            seen = _from_recipe(loaded, init_from, seed) if loaded else _from_timm(model, init_from, seed)
+        chosen = seen.images(pictures, count or (1 if what == "heads" else 8), seed)
         _draw_images(seen, chosen, what, layer, fusion, discard, out, npy, as_json)
     if not as_json:
         say_next(f"attnzoo heatmap {model} --what {'mechanism' if what == 'heads' else 'heads'}")
 
 
+LOCAL = "local-dir:"
+"""What timm writes before a folder with weights and `config.json`."""
+
+
 def _opened(name: str, init_from: Path | None) -> tuple[Any, Any]:
-    """The run that is meant, or None, and its recipe."""
-    from attnzoo.errors import ZooError
+    """The run that is meant, or None, and its recipe, or None for a model of timm's: a recipe comes first."""
+    from attnzoo.errors import RecipeError, ZooError, did_you_mean
     from attnzoo.recipe.loading import load
     from attnzoo.train import open_run
 
-    if not _is_run(name):
-        return None, load(name)
-    if init_from is not None:
+    is_run = _is_run(name)
+    if init_from is not None and (is_run or name.startswith(LOCAL)):
+        kind = "a folder of timm's" if name.startswith(LOCAL) else "a run"
         raise ZooError(
             "AZ907",
-            f"`{name}` is a run, which has weights of its own",
+            f"`{name}` is {kind}, which has weights of its own",
             help="leave --init-from out, or name the recipe",
         )
-    run = open_run(name)
-    return run, run.loaded
+    if is_run:
+        run = open_run(name)
+        return run, run.loaded
+    if name.startswith(LOCAL):
+        return None, None
+    try:
+        return None, load(name)
+    except RecipeError as error:
+        unknown = error.diagnostics[0]
+        if unknown.code != "AZ204" or unknown.place is not None:  # a place in a recipe that there is
+            raise
+    import timm
+
+    if timm.is_model(name):
+        return None, None
+    raise ZooError(
+        "AZ204",
+        f"there is no recipe and no timm model called `{name[:200]}`",
+        help=f"{unknown.help}; of timm's models, {did_you_mean(name[:200], timm.list_models()) or 'none is near'}",
+    )
 
 
 def _only_for(kind: str, but: str, *options: tuple[str, Any, str]) -> None:
@@ -302,6 +333,72 @@ def _from_recipe(loaded: Any, init_from: Path | None, seed: int) -> _Subject:
     cfg: Any = model.pretrained_cfg
     size = tuple(cfg["input_size"])
     return _Subject(loaded.name, state, model, size, cfg["mean"][: size[0]], cfg["std"][: size[0]])
+
+
+def _from_timm(name: str, init_from: Path | None, seed: int) -> _Subject:
+    import timm
+    import torch
+
+    from attnzoo.recipe.weights import init_model
+
+    folder = name.removeprefix(LOCAL) if name.startswith(LOCAL) else None
+    torch.manual_seed(seed)
+    model = _built(name, folder).eval()
+    state = f"untrained, seed {seed}" if folder is None else f"weights of {folder}"
+    if init_from is not None:
+        ledger = init_model(model, init_from)
+        new = f", {len(ledger['new'])} tensors untrained" if ledger["new"] else ""
+        state = f"weights of {init_from.name}{new}"
+    cfg: Any = timm.data.resolve_model_data_config(model)
+    labels = model.pretrained_cfg.get("label_names")
+    classes = labels if folder is not None and labels and len(labels) == model.num_classes else None
+    size = tuple(cfg["input_size"])
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return _Subject(
+        Path(folder).resolve().name if folder is not None else name,
+        state,
+        model,
+        (size[0], *(built or size[1:])),
+        cfg["mean"][: size[0]],
+        cfg["std"][: size[0]],
+        classes,
+    )
+
+
+def _built(name: str, folder: str | None) -> Any:
+    """A model of timm's: first looked at without allocating it, so that nobody waits for what is refused.
+
+    Args:
+        name: As `timm.create_model` takes it.
+        folder: The folder that it names, whose weights are loaded; None where it names none.
+
+    Raises:
+        ZooError: AZ903, when it has no maps; AZ935, when timm cannot build it.
+        RecipeError: AZ311, when it is too large for this machine.
+    """
+    import timm
+
+    from attnzoo.errors import ZooError
+    from attnzoo.hosts.info import unallocated
+    from attnzoo.lab.timm_models import tapped
+
+    try:
+        with unallocated():
+            shell = timm.create_model(name, pretrained=False)
+        with tapped(shell):
+            pass
+        return timm.create_model(name, pretrained=folder is not None)
+    except ZooError:
+        raise
+    except Exception as error:  # whatever timm makes of a folder: its files may hold anything
+        raise ZooError(
+            "AZ935",
+            f"timm cannot build `{name}`",
+            why=f"{type(error).__name__}: {error}".splitlines()[0],
+            help="a folder needs `config.json` and `model.safetensors`, as `timm.models.save_for_hf` writes them"
+            if folder is not None
+            else "`timm.create_model` says the same",
+        ) from None
 
 
 @dataclass(frozen=True)

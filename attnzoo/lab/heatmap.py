@@ -108,7 +108,6 @@ def _by_head(maps: Maps, layers: Sequence[int]) -> View:
 def notes(maps: Maps, what: What = "model", layer: int | None = None) -> list[str]:
     """What must be said about the maps: what was averaged, what is implied, what is missing."""
     tokens = maps.layout.length
-    reads = "the class token" if maps.class_token else "the mean of the grid tokens"
     heads = {found.branch: found.heads for found in maps.maps}
     count = ", ".join(f"{branch} {n}" for branch, n in heads.items())
     over = {
@@ -120,7 +119,7 @@ def notes(maps: Maps, what: What = "model", layer: int | None = None) -> list[st
     if layer is not None:
         over += f"; {'up to' if what == 'rollout' else 'only'} {maps.sites[layer]}"
     lines = [
-        f"What {reads} looks at: {over}. {len(maps.sites)} layers; heads: {count}.",
+        f"What {maps.reads} looks at: {over}. {len(maps.sites)} layers; heads: {count}.",
         f"Numbers: least and most of a map, in even shares (1/{tokens} of the attention).",
         "Below an image: what it is, then what the model says.",
     ]

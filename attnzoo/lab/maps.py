@@ -3,12 +3,14 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from timm.layers import AttentionPoolLatent
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +23,6 @@ from attnzoo.core import (
     Law,
     Layout,
     Mask,
-    Mechanism,
     MultiHead,
     find_taps,
     watch,
@@ -31,6 +32,8 @@ from attnzoo.errors import ZooError
 from attnzoo.hosts.dual import DualTransformer
 from attnzoo.hosts.given import stand_ins
 from attnzoo.hosts.pyramid import PyramidTransformer
+from attnzoo.lab.sites import sites_of
+from attnzoo.lab.timm_models import is_timms, pool_weights, side_by_side, tapped
 
 Kind = Literal["weights", "pooled", "gate", "implied"]
 
@@ -124,6 +127,19 @@ class Absent:
 
 
 @dataclass(frozen=True)
+class Readout:
+    """How the answer is read off the tokens, where it is neither from the class token nor from the mean of the grid.
+
+    Args:
+        name: What reads: `the attention pool`.
+        shares: How it weighs the tokens, (b n); they sum to 1.
+    """
+
+    name: str
+    shares: Tensor
+
+
+@dataclass(frozen=True)
 class Maps:
     """All maps of a model on some images.
 
@@ -134,6 +150,7 @@ class Maps:
         layout: How the tokens were arranged.
         class_token: Whether the class is read from token 0; otherwise from the mean of the grid tokens.
         logits: What the model answered, (b classes).
+        readout: What else the answer is read from; None for the two usual ways.
     """
 
     maps: tuple[Map, ...]
@@ -142,6 +159,14 @@ class Maps:
     layout: Layout
     class_token: bool
     logits: Tensor
+    readout: Readout | None = None
+
+    @property
+    def reads(self) -> str:
+        """From what the answer is read, in words."""
+        if self.readout is not None:
+            return self.readout.name
+        return "the class token" if self.class_token else "the mean of the grid tokens"
 
     def branches(self) -> list[str]:
         """Names of the branches that have maps, in order of appearance."""
@@ -152,10 +177,14 @@ class Maps:
 
         Args:
             rows: What token i receives of token j (... n m); the row of the class token is taken, or the mean row of
-                the grid tokens where the class is not read from a class token.
+                the grid tokens where the class is not read from a class token. With a `readout`, (b ... n m), the mean
+                by its shares.
         """
         prefix = self.layout.prefix
-        row = rows[..., 0, :] if self.class_token else rows[..., prefix:, :].mean(dim=-2)
+        if self.readout is not None:
+            row = torch.einsum("bn,b...nm->b...m", self.readout.shares.type_as(rows), rows)
+        else:
+            row = rows[..., 0, :] if self.class_token else rows[..., prefix:, :].mean(dim=-2)
         return row[..., prefix:].unflatten(-1, self.layout.grid)
 
     def on_grid(self, found: Map) -> Float[Tensor, "b h y x"]:
@@ -187,28 +216,6 @@ def _branches(component: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
             yield from _branches(branch, f"{path}.{name}" if path else name)
     else:
         yield path or inner.card.name, inner
-
-
-def _sites(model: nn.Module) -> dict[str, nn.Module]:
-    """What is put at each site of a model, in their order.
-
-    Raises:
-        ZooError: AZ903, when there is none.
-    """
-    inside: set[nn.Module] = set()
-    sites: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, Mechanism) and module not in inside:
-            sites[path.rpartition(".")[0] or path] = module
-            inside |= set(module.modules())
-    if not sites:
-        raise ZooError(
-            "AZ903",
-            f"there is no mechanism in this {type(model).__name__}",
-            why="maps are seen through the taps of mechanisms",
-            help="compose the model from a recipe; `ham_classic` is a plain ViT",
-        )
-    return sites
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:
@@ -372,19 +379,20 @@ def look(
 
     def reading(leaf: _Leaf) -> Callable:
         def hook(_part: nn.Module, args: tuple, context: dict, out: Tensor) -> None:
-            found[leaf] = _read(leaf, tapped[leaf], args, context, out), context["layout"]
+            found[leaf] = _read(leaf, weights[leaf], args, context, out), context["layout"]
 
         return hook
 
     def note(leaf: _Leaf) -> Callable[[str, Tensor], None]:
-        return lambda name, weights: tapped[leaf][name].append(weights)
+        return lambda name, seen: weights[leaf][name].append(seen)
 
-    tapped: dict[_Leaf, dict[str, list[Tensor]]] = {leaf: defaultdict(list) for leaf in leaves}
+    weights: dict[_Leaf, dict[str, list[Tensor]]] = {leaf: defaultdict(list) for leaf in leaves}
     with ExitStack() as stack:
         for leaf in leaves:
             stack.enter_context(watch(leaf.component, "weights", note(leaf)))
             stack.callback(leaf.component.register_forward_hook(reading(leaf), with_kwargs=True).remove)
-        stack.callback(model.train, model.training)
+        for part in model.modules():
+            stack.callback(setattr, part, "training", part.training)
         output = model.eval()(*inputs, **given)
     read, layouts = zip(*(found[leaf] for leaf in leaves), strict=True)
     return Looked(read, layouts, output)
@@ -396,12 +404,13 @@ def collect(
     """The maps of every layer, branch and head for some images, from one forward in eval mode.
 
     Args:
-        model: A composed model; it is left as it was.
+        model: A composed model, or one of timm's; it is left as it was.
         images: As the model wants them, (b c y x).
         given: The maps that its components ask for, by name; made of the images (`stand_ins`) when None.
 
     Raises:
-        ZooError: AZ903, when there is no mechanism in the model, when it has two streams or is one in stages.
+        ZooError: AZ903, when there is no mechanism in the model and no taps can be put in, when it has two streams,
+            is one in stages or looks at windows.
     """
     if isinstance(model, PyramidTransformer):
         raise ZooError(
@@ -417,15 +426,78 @@ def collect(
             why="what a token of one stream receives comes through both",
             help="`attnzoo.core.watch` shows the weights of every site",
         )
-    sites = _sites(model)
-    if given is None:
-        given = stand_ins(images, getattr(model, "given", {}))
-    looked = look(model, sites, (images,), given)
+    with tapped(model):
+        sites = sites_of(model)
+        if given is None:
+            given = stand_ins(images, getattr(model, "given", {}))
+        with _pooled(model) as pooled:
+            looked = look(model, sites, (images,), given)
+        if any(is_timms(mechanism) for mechanism in sites.values()):
+            _check_one_grid(model, looked, len(images))
+    layout, output = looked.layouts[0], looked.output
     return Maps(
         maps=looked.maps,
         absent=looked.absent,
         sites=tuple(sites),
-        layout=looked.layouts[0],
+        layout=layout,
         class_token=getattr(model, "global_pool", "") == "token",
-        logits=looked.output,
+        # a model without a classifier answers with features, which are no classes
+        logits=output if getattr(model, "num_classes", None) != 0 else output.new_zeros(len(images), 0),
+        readout=_readout(model, layout, len(images), pooled),
     )
+
+
+@contextmanager
+def _pooled(model: nn.Module) -> Iterator[list[Tensor]]:
+    """How the attention pool at the end of a model of timm's weighs the tokens it is given, (b n), mean over heads."""
+    seen: list[Tensor] = []
+
+    def hook(pool: Any, args: tuple) -> None:
+        seen.append(pool_weights(pool, args[0]).mean(dim=(1, 2)))
+
+    pool = getattr(model, "attn_pool", None)
+    handle = pool.register_forward_pre_hook(hook) if isinstance(pool, AttentionPoolLatent) else None
+    try:
+        yield seen
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _readout(model: Any, layout: Layout, batch: int, pooled: list[Tensor]) -> Readout | None:
+    """What the answer of one of timm's models is read from, where it is no class token and no mean of the grid."""
+    if pooled:
+        left = layout.length - pooled[0].shape[1]  # special tokens that the pool is not given
+        return Readout("the attention pool", F.pad(pooled[0], (left, 0)))
+    shares = torch.zeros(batch, layout.length)
+    if isinstance(model, VisionTransformerDistilled):
+        shares[:, :2] = 1 / 2
+        return Readout("the mean of class and distillation token", shares)
+    if getattr(model, "pool_include_prefix", False) and model.global_pool == "avg":
+        return Readout("the mean of all tokens", shares + 1 / layout.length)
+    return None
+
+
+def _check_one_grid(model: nn.Module, looked: Looked, batch: int) -> None:
+    """Refuse a model of timm's whose layers do not all look at the same tokens of whole images.
+
+    Raises:
+        ZooError: AZ903.
+    """
+    layouts = dict.fromkeys(str(layout) for layout in looked.layouts)
+    reason = ""
+    if any(len(one.weights) != batch for one in looked.maps):
+        reason = "its layers look at parts of an image, such as windows, each by itself"
+    elif len(layouts) > 1:
+        reason = f"between layers tokens are merged: {', '.join(layouts)}"
+    elif len(looked.layouts[0].grid) != 2:
+        reason = "how its tokens lie on the image is not known"
+    elif side_by_side(model):
+        reason = "its blocks have several attentions side by side, so that a map is not that of a layer"
+    if reason:
+        raise ZooError(
+            "AZ903",
+            f"heat maps show layers that look at the tokens of one grid; those of this {type(model).__name__} do not",
+            why=reason,
+            help="inside `attnzoo.lab.timm_models.tapped(model)`, `attnzoo.core.watch` shows the weights of every site",
+        )
