@@ -12,6 +12,7 @@ What most people want:
     show("softmax")                           one of them: equations, options, masks, paper
     describe(model)                           what is in a model, in a few lines
     accelerate(model)                         a finished model, faster on a CPU
+    register_with_transformers()              mechanisms as attention implementations of Hugging Face models
     auxiliary_losses(model)                   what its mechanisms add to the loss of your own training loop
 
 Those who write mechanisms want the rest: `docs/writing-a-plugin.md`.
@@ -32,6 +33,7 @@ _LAZY = {
     **dict.fromkeys(["compose", "compose_file"], "attnzoo.recipe"),
     **dict.fromkeys(["list_mechanisms", "list_fusions", "list_recipes"], "attnzoo.catalogue.lists"),
     "show": "attnzoo.catalogue.pages",
+    "register_with_transformers": "attnzoo.hf",
     "describe": "attnzoo.catalogue.models",
     "accelerate": "attnzoo.inference",
     **dict.fromkeys(

@@ -192,7 +192,7 @@ def component_for(
         ZooError: As for `create`.
     """
     place = _place(said)
-    plan = _planned(mechanism, options, said)
+    plan = planned(mechanism, options, said)
     if place.form == "map" and place.prefix:
         raise OptionError(
             "a map has no special tokens: `form='map'` and `prefix` contradict each other",
@@ -276,8 +276,17 @@ def _sides(grid: Any) -> Any:
     return tuple(grid) if isinstance(grid, list) else grid
 
 
-def _planned(mechanism: Any, options: Mapping[str, Any], said: Mapping[str, Any]) -> Plan:
-    """The plan of a spec with options for its outermost component."""
+def planned(mechanism: Any, options: Mapping[str, Any], said: Mapping[str, Any]) -> Plan:
+    """The plan of a spec with options for its outermost component.
+
+    Args:
+        mechanism: Name, mapping or text.
+        options: Of the outermost component.
+        said: What was told of the place, by keyword, which no option may be called; empty where there is none.
+
+    Raises:
+        RecipeError: AZ112, AZ201 to AZ205, AZ210 to AZ214, and what else specs are refused for.
+    """
     zoo = load_zoo()
     named = _is_name(mechanism)
     source = _source(mechanism, named)
