@@ -37,21 +37,26 @@ CAUSAL = [name for name in NAMES if SUPPORTED[name].causal]
 CACHED = [name for name in CAUSAL if SUPPORTED[name].cache]
 CROSS = [name for name in CAUSAL if SUPPORTED[name].cross]
 
-SMALL = dict(
-    vocab_size=31,
+SMALL = {
+    "vocab_size": 31,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA = LlamaConfig(**SMALL, num_key_value_heads=2)
+BERT = BertConfig(**SMALL)
+VIT = ViTConfig(
     hidden_size=32,
     intermediate_size=32,
     num_hidden_layers=2,
     num_attention_heads=4,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=None,
-    eos_token_id=None,
-)
-LLAMA = LlamaConfig(**SMALL, num_key_value_heads=2)
-BERT = BertConfig(**SMALL)
-VIT = ViTConfig(
-    hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+    image_size=16,
+    patch_size=4,
 )
 BART = BartConfig(
     vocab_size=31,
@@ -75,7 +80,9 @@ def model_of(config, name, kind=AutoModelForCausalLM, dtype=torch.float64):
     """A model of random weights, the same for every attention implementation."""
     torch.manual_seed(0)
     config = copy.deepcopy(config)
-    model = kind.from_config(config, attn_implementation=name if name in ("eager", "sdpa") else f"attnzoo:{name}")
+    model = kind.from_config(
+        config, attn_implementation=name if name in ("eager", "sdpa") else f"attnzoo:{name}"
+    )
     for parameter in (p for p in model.parameters() if p.ndim > 1):
         torch.nn.init.normal_(parameter, std=0.3)
     return model.to(dtype).eval()
@@ -113,15 +120,22 @@ def test_softmax_is_their_attention(theirs, dtype, within):
     ours, ids = "softmax", tokens()
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
     rows = mask.bool()
-    one, other = (model_of(LLAMA, name, dtype=dtype)(ids, attention_mask=mask).logits for name in (ours, theirs))
+    one, other = (
+        model_of(LLAMA, name, dtype=dtype)(ids, attention_mask=mask).logits for name in (ours, theirs)
+    )
     same(one[rows], other[rows], within)
-    one, other = (model_of(BERT, name, AutoModel, dtype)(ids, attention_mask=mask).last_hidden_state for name in (ours, theirs))
+    one, other = (
+        model_of(BERT, name, AutoModel, dtype)(ids, attention_mask=mask).last_hidden_state
+        for name in (ours, theirs)
+    )
     same(one[rows], other[rows], within)
     image = torch.randn(2, 3, 16, 16, dtype=dtype, generator=torch.Generator().manual_seed(0))
     one, other = (model_of(VIT, name, AutoModel, dtype)(image).last_hidden_state for name in (ours, theirs))
     same(one, other, within)
     one, other = (
-        model_of(BART, name, AutoModelForSeq2SeqLM, dtype)(ids, attention_mask=mask, decoder_input_ids=tokens(n=5)).logits
+        model_of(BART, name, AutoModelForSeq2SeqLM, dtype)(
+            ids, attention_mask=mask, decoder_input_ids=tokens(n=5)
+        ).logits
         for name in (ours, theirs)
     )
     same(one, other, within)
@@ -154,7 +168,12 @@ def test_later_tokens_are_not_seen(name):
 
 def written(model, ids, **options):
     """Tokens and logits of a greedy generation."""
-    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True} | options
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    } | options
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = model.generate(ids, **options)
@@ -207,7 +226,10 @@ def test_padding_changes_nothing(name, side):
         mask = torch.ones_like(padded)
         mask[:, slice(0, 3) if side == "left" else slice(6, None)] = 0
         # beside it a sample without padding
-        padded, mask = torch.cat([padded, tokens(1, 9, 2)]), torch.cat([mask, torch.ones(1, 9, dtype=torch.long)])
+        padded, mask = (
+            torch.cat([padded, tokens(1, 9, 2)]),
+            torch.cat([mask, torch.ones(1, 9, dtype=torch.long)]),
+        )
         rows = mask[0].bool()
         places = (mask.cumsum(dim=1) - 1).clamp(min=0)
         if name in CAUSAL:
@@ -252,7 +274,11 @@ def test_masks_say_what_those_of_transformers_say(create, config, offset, n, pad
         torch.manual_seed(0)
         own = copy.deepcopy(config)
         own._attn_implementation = implementation
-        cache = AutoModelForCausalLM.from_config(config).eval()(tokens(2, offset)).past_key_values if offset else None
+        cache = (
+            AutoModelForCausalLM.from_config(config).eval()(tokens(2, offset)).past_key_values
+            if offset
+            else None
+        )
         return create(own, torch.zeros(2, n, 32), given, past_key_values=cache)
 
     if create is create_bidirectional_mask and offset:
@@ -311,11 +337,17 @@ def test_a_mask_that_is_handed_over(name):
     expected = model(ids, attention_mask=keys, position_ids=torch.arange(6)[None]).logits
     allowed = (keys.bool()[:, None, None] & torch.ones(6, 6, dtype=torch.bool).tril()).expand(2, 1, 6, 6)
     for low in (None, float("-inf"), torch.finfo(torch.float64).min, -1e4):
-        mask = allowed if low is None else torch.zeros(2, 1, 6, 6, dtype=torch.float64).masked_fill(~allowed, low)
+        mask = (
+            allowed
+            if low is None
+            else torch.zeros(2, 1, 6, 6, dtype=torch.float64).masked_fill(~allowed, low)
+        )
         same(model(ids, attention_mask=mask).logits, expected, 1e-9)
     free = torch.ones(2, 1, 6, 6, dtype=torch.bool)
     out = model(ids, attention_mask=free).logits  # the mask is all there is: no order beside it
     assert (out - expected).abs().amax(dim=-1).min() > 1e-4
+    refused("AZ405", lambda: model(ids, attention_mask=allowed[..., :5]), "6 queries and 6 keys")
+    refused("AZ405", lambda: model(ids, attention_mask=allowed[:, :, :3]), "6 queries and 6 keys")
     refused("AZ953", lambda: model(ids, attention_mask=allowed.long()), "boolean")
     refused("AZ953", lambda: model(ids, attention_mask=torch.full((2, 1, 6, 6), 0.5)), "a bias")
     if not SUPPORTED[name].pairs:
@@ -348,7 +380,11 @@ def test_a_decoder_that_sees_both_sides():
     ids, mask = tokens(n=5), torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
     for attention_mask in (None, mask):
         one = model_of(config, "softmax")(ids, attention_mask=attention_mask).logits
-        same(one, model_of(config, "eager", dtype=torch.float64)(ids, attention_mask=attention_mask).logits, 1e-5)
+        same(
+            one,
+            model_of(config, "eager", dtype=torch.float64)(ids, attention_mask=attention_mask).logits,
+            1e-5,
+        )
     refused("AZ953", lambda: model_of(LLAMA, "softmax")(ids, attention_mask=mask[..., None]), "shape")
 
 
@@ -365,9 +401,13 @@ def test_scaling_and_grouped_queries_of_other_models():
 
 
 def test_sinks_and_biases_are_refused():
-    config = GptOssConfig(**SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    config = GptOssConfig(
+        **SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1
+    )
     refused("AZ953", lambda: model_of(config, "softmax")(tokens()), "`s_aux` adds a sink")
-    config = T5Config(vocab_size=31, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=31, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
     model = model_of(config, "softmax", AutoModelForSeq2SeqLM)
     refused("AZ953", lambda: model(tokens(), decoder_input_ids=tokens()), "`position_bias` adds a bias")
 
@@ -377,7 +417,9 @@ def test_dropout_of_weights():
     config.attention_dropout = 0.5
     ids = tokens()
     for name in ("softmax", "alibi", "sigmoid", "efficient"):
-        kind, own = (AutoModelForCausalLM, config) if name != "efficient" else (AutoModel, copy.deepcopy(BERT))
+        kind, own = (
+            (AutoModelForCausalLM, config) if name != "efficient" else (AutoModel, copy.deepcopy(BERT))
+        )
         own.attention_probs_dropout_prob, own.hidden_dropout_prob = 0.5, 0.0
         model = model_of(own, name, kind)
         quiet = model(ids)[0]
@@ -394,7 +436,10 @@ def test_dropout_of_weights():
 def test_half_of_the_weights_are_dropped():
     """In the mean over many forwards the result is what it is without."""
     attention = torch.nn.Module().train()
-    q, k, v = (torch.randn(4000, 1, 3, 4, generator=torch.Generator().manual_seed(i))[:1].expand(4000, 1, 3, 4) for i in range(3))
+    q, k, v = (
+        torch.randn(4000, 1, 3, 4, generator=torch.Generator().manual_seed(i))[:1].expand(4000, 1, 3, 4)
+        for i in range(3)
+    )
     from transformers import AttentionInterface
 
     call = AttentionInterface()["attnzoo:softmax"]
@@ -414,7 +459,9 @@ def test_weights_that_are_asked_for():
     for one, other in zip(shown.attentions, theirs.attentions, strict=True):
         same(one, other, 1e-5)
     assert not any(type(part).__name__ == "Tap" for part in model.modules())
-    refused("AZ953", lambda: model_of(LLAMA, "elu_linear")(ids, output_attentions=True), "forms none of queries")
+    refused(
+        "AZ953", lambda: model_of(LLAMA, "elu_linear")(ids, output_attentions=True), "forms none of queries"
+    )
 
 
 def test_what_cannot_is_refused_with_the_reason():
@@ -447,7 +494,9 @@ def test_values_of_another_width_are_refused():
 def test_names():
     assert hf.register("attnzoo:test_few", "performer", features=8) == "attnzoo:test_few"
     assert hf.register("attnzoo:test_few", "performer", features=8)
-    refused("AZ954", lambda: hf.register("attnzoo:test_few", "performer", features=9), "stands for", "features=8")
+    refused(
+        "AZ954", lambda: hf.register("attnzoo:test_few", "performer", features=9), "stands for", "features=8"
+    )
     refused("AZ954", lambda: hf.register("attnzoo:test_few", "performer", features=8, seed=1))
     for name in ("softmax", "attnzoo:", "attnzoo:Mine", "attnzoo:my_flash", "attnzoo:sdpa", 3):
         refused("AZ954", lambda name=name: hf.register(name, "softmax"))
@@ -464,10 +513,14 @@ def test_options_seeds_and_fusions():
     hf.register("attnzoo:test_other", "performer", features=4096, seed=1)
     hf.register("attnzoo:test_both", {"fuse": "mean", "of": ["softmax", "elu_linear"]})
     config = LlamaConfig(**{**SMALL, "num_hidden_layers": 1}, num_key_value_heads=2)
-    exact, many, other, few = (model_of(config, n)(ids).logits for n in ("softmax", "test_many", "test_other", "performer"))
+    exact, many, other, few = (
+        model_of(config, n)(ids).logits for n in ("softmax", "test_many", "test_other", "performer")
+    )
     assert (many - exact).abs().mean() < (few - exact).abs().mean() / 2  # more features are nearer to softmax
     assert not torch.equal(many, other)
-    linear, both = (model_of(config, n).model(ids, output_hidden_states=True) for n in ("elu_linear", "test_both"))
+    linear, both = (
+        model_of(config, n).model(ids, output_hidden_states=True) for n in ("elu_linear", "test_both")
+    )
     assert torch.isfinite(both[0]).all() and not torch.equal(both[0], linear[0])
 
 
@@ -539,7 +592,11 @@ def test_vision_transformers_take_all():
         found[name] = model_of(VIT, name, AutoModel)(image).last_hidden_state
         assert torch.isfinite(found[name]).all()
     same(found["top_k"], found["softmax"])  # 64 keys of 17 are all
-    assert all((out - found["softmax"]).abs().max() > 1e-3 for name, out in found.items() if name not in ("top_k", "softmax", "longformer"))
+    assert all(
+        (out - found["softmax"]).abs().max() > 1e-3
+        for name, out in found.items()
+        if name not in ("top_k", "softmax", "longformer")
+    )
 
 
 def test_supported_says_the_reason():
@@ -547,5 +604,7 @@ def test_supported_says_the_reason():
     assert str(SUPPORTED["softmax"]) == "causal, cache, cross, pairs, dropout, weights"
     assert str(SUPPORTED["cosine"]).startswith("no: it learns `log_scale`") and not SUPPORTED["cosine"]
     assert "grid" in SUPPORTED["window"].refused and "`regions`" in SUPPORTED["region"].refused
-    assert "one token" in SUPPORTED["perceiver"].refused and "number of tokens" in SUPPORTED["linformer"].refused
+    assert (
+        "one token" in SUPPORTED["perceiver"].refused and "number of tokens" in SUPPORTED["linformer"].refused
+    )
     assert {"softmax", "performer", "elu_linear", "alibi", "top_k", "cosformer"} <= set(NAMES)

@@ -32,9 +32,9 @@ OTHER_ATTENTION = {
 class Attention:
     """A head as a function of queries, keys, values and a mask, as transformers calls it.
 
-    The head lies on no module of the model, so nothing of it is saved, loaded or trained. What it draws (the features of
-    `performer`) is a function of `seed`, the number of the layer and the shape of the heads: it is the same tomorrow,
-    in a copy, and on another device.
+    The head lies on no module of the model, so nothing of it is saved, loaded or trained. What it draws (the features
+    of `performer`) is a function of `seed`, the number of the layer and the shape of the heads: it is the same
+    tomorrow, in a copy, and on another device.
 
     Args:
         name: As which it is registered.
@@ -83,10 +83,10 @@ class Attention:
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))  # as transformers' own functions read it
         mask = read_mask(attention_mask, is_causal, b, n, key.shape[2])
+        mask.fit(b, h, n, key.shape[2])
         self._refuse_model(module, mask, is_causal, n, key.shape[2])
         if mask.pairs is not None:
-            mask = self._honoured(mask.pairs, is_causal)
-            m = mask.pairs.shape[-1] if mask.pairs is not None else mask.keys.shape[-1]
+            mask, m = self._honoured(mask.pairs, is_causal)
             key, value = key[:, :, :m], value[:, :, :m]
         if scaling is not None and scaling != d**-0.5:
             query = query * (scaling * d**0.5)
@@ -104,15 +104,15 @@ class Attention:
         with drawn_from((self.seed << 16) + site.layer):
             return self.plan.head(site).train(training).to(device)
 
-    def _honoured(self, pairs: Tensor, is_causal: bool) -> Mask:
-        """A mask of pairs in the parts that the head claims; keys that nobody sees may be missing at the end."""
+    def _honoured(self, pairs: Tensor, is_causal: bool) -> tuple[Mask, int]:
+        """A mask of pairs in the parts that the head claims, and of how many keys: nobody sees those that follow."""
         card = self.plan.card
         if "pairs" in card.masks and Law.PERMUTATION_EQUIVARIANT in card.laws:
-            return Mask(pairs=pairs)
+            return Mask(pairs=pairs), pairs.shape[3]
         if pairs.shape[3] > pairs.shape[2]:  # the last key must be the newest
             pairs = up_to_newest(pairs)
         if "pairs" in card.masks:
-            return Mask(pairs=pairs)
+            return Mask(pairs=pairs), pairs.shape[3]
         parts = in_parts(pairs, is_causal)
         if parts is None:
             raise self._cannot(
@@ -120,7 +120,7 @@ class Attention:
                 f"it honours only {', '.join(sorted(card.masks))}",
                 those_that(lambda support: support.pairs),
             )
-        return parts
+        return parts, pairs.shape[3]
 
     def _refuse_model(self, module: nn.Module, mask: Mask, is_causal: bool, n: int, m: int) -> None:
         """Refuse to work where the card says that it cannot."""

@@ -1,14 +1,14 @@
 """Masks of transformers as ours.
 
-What we tell transformers to hand to the attention functions says what it means by its axes, so that no head needs a tensor
-of all pairs where keys and the order of tokens say it all. An axis of one entry is the same for all.
+What we tell transformers to hand to the attention functions says what it means by its axes, so that no head needs a
+tensor of all pairs where keys and the order of tokens say it all. An axis of one entry is the same for all.
 
     (b m)        which keys exist, whoever asks
     (b 1 m)      which keys exist, under a causal mask
     (b h n m)    pairs: windows, packed sequences, caches of a fixed size, and what a user hands over
 
-Where there is none, the model asked for none: then, as for transformers' own functions, the order of tokens counts if the
-attention module says `is_causal`.
+Where there is none, the model asked for none: then, as for transformers' own functions, the order of tokens counts if
+the attention module says `is_causal`.
 """
 
 from typing import Any
@@ -70,7 +70,7 @@ def make_mask(
         return _existing(attention_mask, kv_length, kv_offset, device)[:, None]
     if mask_function is bidirectional_mask_function:
         return _existing(attention_mask, kv_length, kv_offset, device)
-    return sdpa_mask(
+    pairs = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -83,6 +83,8 @@ def make_mask(
         use_vmap=use_vmap,
         device=device,
     )
+    assert pairs is not None  # nothing was left to a flag
+    return pairs
 
 
 def _existing(attention_mask: Tensor | None, m: int, first: int, device: Any) -> Tensor:
@@ -116,12 +118,17 @@ def read_mask(given: Tensor | None, is_causal: bool, b: int, n: int, m: int) -> 
             )
         return Mask(causal=is_causal)
     if given.ndim in (2, 3):
-        keys = None if given.shape[-1] == 1 != m else given.reshape(-1, given.shape[-1]).expand(b, m)
-        return Mask(keys=keys, causal=given.ndim == 3)
+        keys = None if given.shape[-1] == 1 != m else given.flatten(0, -2)
+        return Mask(keys=_for_all(keys, b), causal=given.ndim == 3)
     allowed = _allowed(given)
     if allowed.shape[1] == allowed.shape[2] == 1 < n:
-        return Mask(keys=allowed[:, 0, 0].expand(b, -1))
-    return Mask(pairs=allowed.expand(-1, -1, n, -1))
+        return Mask(keys=_for_all(allowed[:, 0, 0], b))
+    return Mask(pairs=allowed)
+
+
+def _for_all(keys: Tensor | None, b: int) -> Tensor | None:
+    """Keys of one sample as those of b."""
+    return keys.expand(b, -1) if keys is not None and keys.shape[0] == 1 else keys
 
 
 def _allowed(given: Tensor) -> Tensor:
@@ -167,10 +174,10 @@ def in_parts(pairs: Tensor, is_causal: bool) -> Mask | None:
         pairs: (b h n m), the last query belonging to the last key.
         is_causal: What is meant where one query leaves it open.
     """
-    keys = pairs[:, 0].any(dim=1)
+    (n, m), keys = pairs.shape[2:], pairs[:, 0].any(dim=1)
     for causal in (is_causal, not is_causal):
         mask = Mask(keys=keys, causal=causal)
-        whole = mask.dense(*pairs.shape[2:], pairs.device)
+        whole = mask.dense(n, m, pairs.device)
         if whole is not None and torch.equal(whole.expand_as(pairs), pairs):
             return mask
     return None

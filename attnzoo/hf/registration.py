@@ -1,5 +1,6 @@
 """Making mechanisms known to transformers, with the masks that go with them."""
 
+import inspect
 import re
 import threading
 from collections.abc import Mapping
@@ -57,8 +58,8 @@ def register(name: str, mechanism: str | Mapping[str, Any], *, seed: int = 0, **
         The name.
 
     Raises:
-        ZooError: AZ950 transformers is missing; AZ951 a mechanism that cannot work there; AZ954 a name that cannot be, or
-            is taken; AZ201 to AZ214 a mechanism or options that cannot be.
+        ZooError: AZ950 transformers is missing; AZ951 a mechanism that cannot work there; AZ954 a name that cannot be,
+            or is taken; AZ201 to AZ214 a mechanism or options that cannot be.
     """
     _interfaces()
     if not isinstance(name, str) or not NAME.fullmatch(name) or any(word in name for word in THEIRS):
@@ -109,12 +110,15 @@ def _interfaces() -> tuple[Any, Any]:
     """
     try:
         from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     except ImportError as error:
-        raise ZooError(
-            "AZ950",
-            "transformers is missing, or too old",
-            why=str(error),
-            help='pip install "attnzoo[hf]"',
-        ) from error
+        raise _missing(str(error)) from error
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        raise _missing("its masks are made in another way than since 5.4")
     return AttentionInterface, AttentionMaskInterface
+
+
+def _missing(why: str) -> ZooError:
+    return ZooError(
+        "AZ950", "transformers is missing, or too old", why=why, help='pip install --upgrade "attnzoo[hf]"'
+    )

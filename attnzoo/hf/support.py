@@ -62,15 +62,19 @@ class Support:
     def __str__(self) -> str:
         if self.refused:
             return f"no: {self.refused}"
-        found = (what for what in ("causal", "cache", "cross", "pairs", "dropout", "weights") if getattr(self, what))
+        found = (
+            what
+            for what in ("causal", "cache", "cross", "pairs", "dropout", "weights")
+            if getattr(self, what)
+        )
         return ", ".join(found) or "self-attention in an encoder"
 
 
 def supported() -> dict[str, Support]:
     """What each mechanism of the zoo can do inside a model of transformers, by name; those that can do nothing, too.
 
-        for name, support in attnzoo.hf.supported().items():
-            print(name, support)            # softmax causal, cache, cross, pairs, dropout, weights
+    for name, support in attnzoo.hf.supported().items():
+        print(name, support)            # softmax causal, cache, cross, pairs, dropout, weights
     """
     return {name: support_of(planned(name, {}, {})) for name in load_zoo().mechanisms}
 
