@@ -1,8 +1,10 @@
 """Mechanisms as attention implementations of transformers: models of random weights, in double precision."""
 
 import copy
+import re
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -608,3 +610,28 @@ def test_supported_says_the_reason():
         "one token" in SUPPORTED["perceiver"].refused and "number of tokens" in SUPPORTED["linformer"].refused
     )
     assert {"softmax", "performer", "elu_linear", "alibi", "top_k", "cosformer"} <= set(NAMES)
+
+
+def test_the_page_shows_what_is_printed(capsys):
+    """docs/transformers.md, block by block."""
+    text = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", text, re.M | re.S)
+    assert len(blocks) == text.count("```python") == 4
+    scope: dict = {}
+    for code, printed in blocks:
+        exec(code, scope)
+        assert capsys.readouterr().out == printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["softmax", "performer"])
+def test_a_graph_without_breaks(name):
+    """Once a forward has built the heads; with and without padding."""
+    model, ids = model_of(LLAMA, name), tokens()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for attention_mask in (None, mask):
+        with torch.no_grad():
+            expected = model(ids, attention_mask=attention_mask, use_cache=False).logits
+            same(compiled(ids, attention_mask=attention_mask, use_cache=False).logits, expected)

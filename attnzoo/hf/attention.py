@@ -1,8 +1,7 @@
 """The attention function that transformers calls: a head of the zoo between somebody else's projections."""
 
 import copy
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -37,16 +36,15 @@ class Attention:
     tomorrow, in a copy, and on another device.
 
     Args:
-        name: As which it is registered.
         plan: The head with its options.
         support: What it can do.
         seed: Of what the head draws when it is built.
     """
 
-    name: str
     plan: Plan
     support: Support
     seed: int = 0
+    _heads: dict[tuple, Head] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(
         self,
@@ -90,7 +88,10 @@ class Attention:
             key, value = key[:, :, :m], value[:, :, :m]
         if scaling is not None and scaling != d**-0.5:
             query = query * (scaling * d**0.5)
-        head = self._head(_site(module, h, d, dropout), module.training, query.device)
+        wanted = (h, d, *_layer(module), float(dropout), module.training, query.device)
+        head = self._heads.get(wanted)
+        if head is None:
+            head = self._build(*wanted)
         layout = Layout((key.shape[2],))
         if others.get("output_attentions"):
             out, weights = _watched(head, query, key, value, mask, layout)
@@ -98,11 +99,15 @@ class Attention:
             out, weights = head(query, key, value, mask=mask, layout=layout), None
         return out.transpose(1, 2).contiguous(), weights
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - what is registered stays
-    def _head(self, site: Site, training: bool, device: torch.device) -> Head:
-        """The head of a layer. Nobody changes it, so threads and models share it."""
-        with drawn_from((self.seed << 16) + site.layer):
-            return self.plan.head(site).train(training).to(device)
+    @torch.compiler.disable  # a graph would build it again in each forward; it finds what a forward before has built
+    def _build(
+        self, h: int, d: int, layer: int, depth: int, dropout: float, training: bool, device: torch.device
+    ) -> Head:
+        """The head of a layer, kept: nobody changes it, so threads and models share it."""
+        site = Site(f"layers.{layer}", h * d, h, Layout((8,)), layer, depth, attn_drop=dropout)
+        with drawn_from((self.seed << 16) + layer):
+            head = self.plan.head(site).train(training).to(device)
+        return self._heads.setdefault((h, d, layer, depth, dropout, training, device), head)
 
     def _honoured(self, pairs: Tensor, is_causal: bool) -> tuple[Mask, int]:
         """A mask of pairs in the parts that the head claims, and of how many keys: nobody sees those that follow."""
@@ -138,9 +143,9 @@ class Attention:
             )
         if n < m and is_causal and not self.support.cache:
             raise self._cannot(
-                f"{n} new tokens go on from a cache",
+                f"a cache holds {m - n} of its {m} tokens",
                 "it needs all tokens at once",
-                f"use_cache=False, or {those_that(lambda support: support.cache)}",
+                f"say use_cache=False, or take {those_that(lambda support: support.cache)}",
             )
 
     def _cannot(self, where: str, why: str, instead: str) -> ZooError:
@@ -195,11 +200,10 @@ class Refusal:
         )
 
 
-def _site(module: nn.Module, h: int, d: int, dropout: float) -> Site:
-    """What the head of a layer may know. Where layers have no number, all are the first."""
+def _layer(module: nn.Module) -> tuple[int, int]:
+    """Index of a layer, and number of layers. Where transformers does not number them, all are the first."""
     layer, config = getattr(module, "layer_idx", None) or 0, getattr(module, "config", None)
-    depth = max(getattr(config, "num_hidden_layers", None) or 0, layer + 1)
-    return Site(f"layers.{layer}", h * d, h, Layout((8,)), layer, depth, attn_drop=float(dropout))
+    return layer, max(getattr(config, "num_hidden_layers", None) or 0, layer + 1)
 
 
 def _reads_others(module: nn.Module) -> bool:

@@ -15,8 +15,8 @@ from attnzoo.hf.support import support_of, supported, those_that
 NAME = re.compile(r"attnzoo:[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)?")
 THEIRS = ("flash", "sdpa", "flex_attention")
 """Words by which transformers knows implementations of its own."""
-_REGISTERED: dict[str, tuple[str, int]] = {}
-"""What stands for what: formula and seed, by name."""
+_REGISTERED: dict[str, Attention] = {}
+"""What is registered, by name; nothing is ever put in the place of another."""
 _LOCK = threading.Lock()
 
 
@@ -82,16 +82,17 @@ def register(name: str, mechanism: str | Mapping[str, Any], *, seed: int = 0, **
             help=f"these can: {those_that(bool)}",
         )
     with _LOCK:
-        before = _REGISTERED.setdefault(name, (str(plan), seed))
-        if before != (str(plan), seed):
+        before = _REGISTERED.get(name)
+        if before is None:
+            _REGISTERED[name] = Attention(plan, support, seed)
+            _set(name, _REGISTERED[name], make_mask)
+        elif (str(before.plan), before.seed) != (str(plan), seed):
             raise ZooError(
                 "AZ954",
-                f"`{name}` stands for `{before[0]}` with the seed {before[1]} already",
+                f"`{name}` stands for `{before.plan}` with the seed {before.seed} already",
                 why="models that are in use would change",
                 help="choose another name",
             )
-        if name not in _interfaces()[0]():
-            _set(name, Attention(name, plan, support, seed), make_mask)
     return name
 
 
