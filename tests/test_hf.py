@@ -626,12 +626,15 @@ def test_the_page_shows_what_is_printed(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["softmax", "performer"])
 def test_a_graph_without_breaks(name):
-    """Once a forward has built the heads; with and without padding."""
+    """Once a forward has built the heads; with and without padding.
+
+    Without any mask and cache transformers' graphs take every text for a packed one.
+    """
     model, ids = model_of(LLAMA, name), tokens()
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for attention_mask in (None, mask):
+    for attention_mask in (torch.ones_like(mask), mask):
         with torch.no_grad():
             expected = model(ids, attention_mask=attention_mask, use_cache=False).logits
             same(compiled(ids, attention_mask=attention_mask, use_cache=False).logits, expected)
