@@ -23,6 +23,7 @@ from transformers import (
     ViTConfig,
 )
 from transformers.masking_utils import (
+    causal_mask_function,
     create_bidirectional_mask,
     create_causal_mask,
     create_sliding_window_causal_mask,
@@ -31,7 +32,7 @@ from transformers.masking_utils import (
 import attnzoo
 from attnzoo import hf
 from attnzoo.errors import ZooError
-from attnzoo.hf.masks import read_mask
+from attnzoo.hf.masks import make_mask, read_mask
 
 NAMES = [name.removeprefix("attnzoo:") for name in attnzoo.register_with_transformers()]
 SUPPORTED = hf.supported()
@@ -147,6 +148,7 @@ def test_softmax_is_their_attention(theirs, dtype, within):
 
 
 @pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.sample(3)
 def test_later_tokens_are_not_seen(name):
     for config, kind in ((LLAMA, AutoModelForCausalLM), (BART, AutoModelForSeq2SeqLM)):
         if kind is AutoModelForSeq2SeqLM and name not in CROSS:
@@ -183,6 +185,7 @@ def written(model, ids, **options):
 
 
 @pytest.mark.parametrize("name", CACHED)
+@pytest.mark.sample(3)
 def test_a_cache_changes_nothing(name):
     """Left-padded, with caches that grow and of a fixed size, and with a prompt that is read in two parts."""
     model, ids = model_of(LLAMA, name), tokens(n=6)
@@ -203,6 +206,7 @@ def test_a_cache_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", CROSS)
+@pytest.mark.sample(3)
 def test_a_translator_writes_the_same_with_a_cache(name):
     if name not in CACHED:
         return
@@ -219,6 +223,7 @@ def test_a_translator_writes_the_same_with_a_cache(name):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.sample(3)
 def test_padding_changes_nothing(name, side):
     """In a decoder, an encoder, and what a decoder reads of an encoder; what stands in the padding has no say."""
     ids = tokens(b=1, n=6)
@@ -265,6 +270,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("create,config,offset,n,padding", CASES)
+@pytest.mark.sample(3)
 def test_masks_say_what_those_of_transformers_say(create, config, offset, n, padding):
     """Which pairs are allowed, as `eager` has them."""
     m = offset + n
@@ -296,7 +302,18 @@ def test_masks_say_what_those_of_transformers_say(create, config, offset, n, pad
         assert read.causal and read.pairs is None and (m == 1 or (read.keys is None) == (padding == "none"))
 
 
+def test_padding_of_keys_that_a_cache_has_dropped():
+    """The padding is that of all tokens so far, the keys are the last three."""
+    given = torch.tensor([[True, True, True, False, True]])
+    made = make_mask(
+        batch_size=1, q_length=1, kv_length=3, q_offset=4, kv_offset=2,
+        mask_function=causal_mask_function, attention_mask=given,
+    )  # fmt: skip
+    assert read_mask(made, False, 1, 1, 3).keys.tolist() == [[True, False, True]]
+
+
 @pytest.mark.parametrize("name", CACHED)
+@pytest.mark.sample(3)
 def test_sliding_windows(name):
     config = MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4)
     model, ids = model_of(config, name), tokens(n=9)
@@ -331,6 +348,7 @@ def test_packed_sequences_do_not_see_each_other(name):
 
 
 @pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.sample(3)
 def test_a_mask_that_is_handed_over(name):
     """Boolean, or added with -inf, the least number or -10000: what hides later tokens and the first of one sample."""
     model, ids = model_of(LLAMA, name), tokens(n=6)
