@@ -478,6 +478,10 @@ def test_weights_that_are_asked_for():
     assert len(shown.attentions) == 2
     for one, other in zip(shown.attentions, theirs.attentions, strict=True):
         same(one, other, 1e-5)
+    alibi, cache = model_of(LLAMA, "alibi"), StaticCache(LLAMA, max_cache_len=9)  # two places stay empty
+    held = alibi(ids, past_key_values=cache, output_attentions=True).attentions[0]
+    same(held[..., :7], alibi(ids, output_attentions=True).attentions[0])
+    assert held.shape[-1] == 9 and not held[..., 7:].any()
     assert not any(type(part).__name__ == "Tap" for part in model.modules())
     refused(
         "AZ953", lambda: model_of(LLAMA, "elu_linear")(ids, output_attentions=True), "forms none of queries"

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from attnzoo.core import Head, Law, Layout, Mask, Site, watch
 from attnzoo.errors import ZooError
@@ -83,9 +84,10 @@ class Attention:
         mask = read_mask(attention_mask, is_causal, b, n, key.shape[2])
         mask.fit(b, h, n, key.shape[2])
         self._refuse_model(module, mask, is_causal, n, key.shape[2])
+        unseen = 0
         if mask.pairs is not None:
             mask, m = self._honoured(mask.pairs, is_causal)
-            key, value = key[:, :, :m], value[:, :, :m]
+            unseen, key, value = key.shape[2] - m, key[:, :, :m], value[:, :, :m]
         if scaling is not None and scaling != d**-0.5:
             query = query * (scaling * d**0.5)
         wanted = (h, d, *_layer(module), float(dropout), module.training, query.device)
@@ -95,6 +97,7 @@ class Attention:
         layout = Layout((key.shape[2],))
         if others.get("output_attentions"):
             out, weights = _watched(head, query, key, value, mask, layout)
+            weights = F.pad(weights, (0, unseen))
         else:
             out, weights = head(query, key, value, mask=mask, layout=layout), None
         return out.transpose(1, 2).contiguous(), weights
