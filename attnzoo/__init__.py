@@ -15,6 +15,7 @@ What most people want:
     accelerate(model)                         a finished model, faster on a CPU
     probe(model, "entropy", inputs=images)    measure something of a model: a table, a CSV, a figure
     intervene(model, 'temperature(value=2.0)')  change what happens inside it for as long as a block runs
+    register_with_transformers()              mechanisms as attention implementations of Hugging Face models
     auxiliary_losses(model)                   what its mechanisms add to the loss of your own training loop
 
 Those who write mechanisms want the rest: `docs/writing-a-plugin.md`.
@@ -35,6 +36,7 @@ _LAZY = {
     **dict.fromkeys(["compose", "compose_file"], "attnzoo.recipe"),
     **dict.fromkeys(["list_mechanisms", "list_fusions", "list_recipes"], "attnzoo.catalogue.lists"),
     "show": "attnzoo.catalogue.pages",
+    "register_with_transformers": "attnzoo.hf",
     "describe": "attnzoo.catalogue.models",
     "diff": "attnzoo.bench.diff",
     "accelerate": "attnzoo.inference",

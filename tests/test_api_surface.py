@@ -18,6 +18,7 @@ MODULES = (
     "attnzoo",
     "attnzoo.core",
     "attnzoo.functional",
+    "attnzoo.hf",
     "attnzoo.methods",
     "attnzoo.parallel",
     "attnzoo.testing",

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "hosts": {*NOUNS, "hosts"},
     "recipe": {*NOUNS, "files", "zoo", "hosts", "recipe"},
     "alone": {*NOUNS, "zoo", "recipe", "alone"},
+    "hf": {*NOUNS, "zoo", "recipe", "alone", "hf"},
     "parallel": NOUNS,
     "inference": NOUNS,
     "catalogue": {*NOUNS, "zoo", "recipe", "alone", "catalogue"},
@@ -78,7 +79,18 @@ MAY_IMPORT = {
 }
 """Package -> packages that it may import, at any level; `attnzoo` is the root itself. Nobody else may import `cli`."""
 
-HEAVY = {"timm", "torchvision", "yaml", "pydantic", "pydantic_core", "typer", "rich", "hypothesis", "pluggy"}
+HEAVY = {
+    "timm",
+    "transformers",
+    "torchvision",
+    "yaml",
+    "pydantic",
+    "pydantic_core",
+    "typer",
+    "rich",
+    "hypothesis",
+    "pluggy",
+}
 MAY_NEED = {
     "version": set(),
     "errors": set(),
@@ -96,6 +108,7 @@ MAY_NEED = {
     "hosts": {"timm", "torchvision"},  # of torchvision: deformable convolutions
     "recipe": {"timm", "yaml", "pydantic", "pydantic_core"},
     "alone": {"pydantic"},
+    "hf": set(),
     "parallel": {"timm"},
     "inference": {"timm"},
     "catalogue": set(),
@@ -374,6 +387,8 @@ MUTANTS = [
     ("recipe/load.py", "from attnzoo.bench import speed", "`recipe` may not import"),
     ("recipe/load.py", "from attnzoo.alone import masks", "`recipe` may not import"),
     ("alone/build.py", "from attnzoo.catalogue import lists", "`alone` may not import"),
+    ("hf/masks.py", "from attnzoo.hosts import layers", "`hf` may not import"),
+    ("hf/masks.py", "import transformers", "`hf` may not import `transformers` at module level"),
     ("parallel.py", "from attnzoo.hosts import layers", "`parallel` may not import"),
     ("catalogue/lists.py", "from attnzoo.cli import render", "`catalogue` may not import"),
     ("bench/speed.py", "from attnzoo.lab import rollout", "`bench` may not import"),

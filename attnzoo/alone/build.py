@@ -192,7 +192,7 @@ def component_for(
         ZooError: As for `create`.
     """
     place = _place(said)
-    plan = _planned(mechanism, options, said)
+    plan = planned(mechanism, options, said)
     if place.form == "map" and place.prefix:
         raise OptionError(
             "a map has no special tokens: `form='map'` and `prefix` contradict each other",
@@ -276,8 +276,17 @@ def _sides(grid: Any) -> Any:
     return tuple(grid) if isinstance(grid, list) else grid
 
 
-def _planned(mechanism: Any, options: Mapping[str, Any], said: Mapping[str, Any]) -> Plan:
-    """The plan of a spec with options for its outermost component."""
+def planned(mechanism: Any, options: Mapping[str, Any], said: Mapping[str, Any]) -> Plan:
+    """The plan of a spec with options for its outermost component.
+
+    Args:
+        mechanism: Name, mapping or text.
+        options: Of the outermost component.
+        said: What was told of the place, by keyword, which no option may be called; empty where there is none.
+
+    Raises:
+        RecipeError: AZ112, AZ201 to AZ205, AZ210 to AZ214, and what else specs are refused for.
+    """
     zoo = load_zoo()
     named = _is_name(mechanism)
     source = _source(mechanism, named)
@@ -288,7 +297,7 @@ def _planned(mechanism: Any, options: Mapping[str, Any], said: Mapping[str, Any]
         registry: Registry = zoo.fusions if fuses else zoo.mechanisms
         name = tree.get("fuse" if fuses else "use")
         if isinstance(name, str) and name in registry:
-            _check(name, registry[name].value, options, said if named else {})
+            _check(name, registry[name].value, options, said if named else {}, KEYWORDS if said else ())
             own = tree.get("with")
             twice = sorted(options.keys() & own.keys()) if isinstance(own, dict) else []
             if twice:
@@ -322,7 +331,9 @@ def _source(mechanism: Any, named: bool) -> Source:
     )
 
 
-def _check(name: str, cls: type, options: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+def _check(
+    name: str, cls: type, options: Mapping[str, Any], said: Mapping[str, Any], keywords: Sequence[str]
+) -> None:
     """Hold options to those of a component.
 
     Raises:
@@ -334,11 +345,12 @@ def _check(name: str, cls: type, options: Mapping[str, Any], said: Mapping[str, 
     own = list(schema.model_fields)
     for unknown in options.keys() - schema.model_fields.keys():
         its = f"its options are {', '.join(f'`{one}`' for one in own)}" if own else "it has no options"
+        place = ", ".join(f"`{one}`" for one in keywords)
         raise UnknownArgument(
             "AZ210",
             f"`{name}` has no option `{unknown}`",
-            help=f"{did_you_mean(unknown, [*own, *KEYWORDS])} {its}; of its place one may say "
-            f"{', '.join(f'`{one}`' for one in KEYWORDS)}".strip(),
+            help=f"{did_you_mean(unknown, [*own, *keywords])} {its}".strip()
+            + (f"; of its place one may say {place}" if place else ""),
         )
     for both in said.keys() & schema.model_fields.keys() - {"dim"}:
         raise OptionError(

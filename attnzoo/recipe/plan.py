@@ -70,7 +70,7 @@ class Plan:
         if self.inside_heads:
             with blamed(self.entry, self.place):
                 site.head_dim  # noqa: B018 - raises AZ308 when the heads do not divide the width
-            return MultiHead(site, self._head(site))
+            return MultiHead(site, self.head(site))
         if not self.branches:
             with blamed(self.entry, self.place):
                 if issubclass(self.entry.value, Pool):
@@ -79,11 +79,16 @@ class Plan:
         fusion = partial(_fusion, self)
         return Fused(site, fusion, [partial(_branch, branch) for branch in self.branches])
 
-    def _head(self, site: Site) -> Head:
+    def head(self, site: Site) -> Head:
+        """What happens inside the heads, for a site, without projections; only where `inside_heads`.
+
+        Raises:
+            RecipeError: what the components' constructors raise, with the place of the component.
+        """
         if not self.branches:
             with blamed(self.entry, self.place):
                 return built(self.entry, site, **self.options)
-        return FusedHeads(site, partial(_fusion, self), [branch._head for branch in self.branches])
+        return FusedHeads(site, partial(_fusion, self), [branch.head for branch in self.branches])
 
 
 def _branch(plan: Plan, site: Site) -> Mechanism:
