@@ -12,6 +12,8 @@ What most people want:
     show("softmax")                           one of them: equations, options, masks, paper
     describe(model)                           what is in a model, in a few lines
     accelerate(model)                         a finished model, faster on a CPU
+    graft(donor, "ham_b")                     a recipe in a trained timm ViT, with its weights and a ledger of them
+    ungraft(model)                            the donor again
     auxiliary_losses(model)                   what its mechanisms add to the loss of your own training loop
 
 Those who write mechanisms want the rest: `docs/writing-a-plugin.md`.
@@ -34,6 +36,7 @@ _LAZY = {
     "show": "attnzoo.catalogue.pages",
     "describe": "attnzoo.catalogue.models",
     "accelerate": "attnzoo.inference",
+    **dict.fromkeys(["graft", "ungraft"], "attnzoo.grafting"),
     **dict.fromkeys(
         ["NO_MASK", "AuxiliaryLosses", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard",
          "Head", "Law", "Layout", "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "PositiveFloat",

@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "data": {*NOUNS, "files", "data"},
     "train": {*NOUNS, "files", "workers", "inference", "hosts", "recipe", "data", "train"},
     "eval": {*NOUNS, "hosts", "data", "train", "eval"},
+    "grafting": {*NOUNS, "files", "zoo", "hosts", "recipe", "data", "train", "grafting"},
     "lab": {*NOUNS, "hosts", "data", "lab"},
     "scaffold": {"errors", "attnzoo"},
     "cli": {
@@ -67,6 +68,7 @@ MAY_IMPORT = {
         "data",
         "train",
         "eval",
+        "grafting",
         "lab",
         "testing",
         "scaffold",
@@ -102,6 +104,7 @@ MAY_NEED = {
     "data": {"timm", "torchvision", "pydantic", "pydantic_core"},
     "train": {"timm", "pydantic", "accelerate"},
     "eval": set(),
+    "grafting": {"timm", "pydantic"},
     "lab": set(),
     "scaffold": set(),
     "cli": {"typer"},
