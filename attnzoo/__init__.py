@@ -13,7 +13,7 @@ What most people want:
     describe(model)                           what is in a model, in a few lines
     accelerate(model)                         a finished model, faster on a CPU
     graft(donor, "ham_b")                     a recipe in a trained timm ViT, with its weights and a ledger of them
-    ungraft(model)                            the donor again
+    ungraft(model)                            the donor again; save_graft and distil belong to it
     auxiliary_losses(model)                   what its mechanisms add to the loss of your own training loop
 
 Those who write mechanisms want the rest: `docs/writing-a-plugin.md`.
@@ -36,7 +36,7 @@ _LAZY = {
     "show": "attnzoo.catalogue.pages",
     "describe": "attnzoo.catalogue.models",
     "accelerate": "attnzoo.inference",
-    **dict.fromkeys(["graft", "ungraft"], "attnzoo.grafting"),
+    **dict.fromkeys(["distil", "graft", "save_graft", "ungraft"], "attnzoo.grafting"),
     **dict.fromkeys(
         ["NO_MASK", "AuxiliaryLosses", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion", "FusionCard",
          "Head", "Law", "Layout", "Mask", "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "PositiveFloat",

@@ -13,16 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
 from torch import nn
+from typer.testing import CliRunner
 
 import attnzoo
+from attnzoo.cli.app import app
 from attnzoo.errors import RecipeError, ZooError
 from attnzoo.grafting import Graft, save_graft
-from attnzoo.grafting.donor import described
+from attnzoo.grafting.donor import described, seeded
 from attnzoo.grafting.graft import FILES, first_difference
 from attnzoo.grafting.ledger import fingerprint
 from attnzoo.hosts.given import stand_ins, taken
 from attnzoo.recipe import load, resolve
 from attnzoo.recipe.schema import VitHost
+from attnzoo.recipe.weights import save
 from attnzoo.zoo import load_zoo
 
 SMALL = {"depth": 2, "num_classes": 5}
@@ -628,6 +631,11 @@ def test_copies_remember():
     for again in copy.deepcopy(made), pickle.loads(pickle.dumps(made)):  # noqa: S301 - our own bytes
         assert same(attnzoo.ungraft(again), model)
         assert isinstance(vars(again)["_graft"], Graft) and vars(again)["_graft"].ledger == ledger
+    back = attnzoo.ungraft(made)
+    with torch.no_grad():
+        for parameter in back.parameters():
+            parameter.zero_()
+    assert same(attnzoo.ungraft(made), model)  # what came back shares nothing with the graft
     one, _ = attnzoo.graft(model, "digits_cosine")  # two grafts of one donor do not meet
     assert same(attnzoo.ungraft(one), attnzoo.ungraft(made))
 
@@ -640,3 +648,90 @@ def test_a_graft_trains():
         optimizer.step()
     assert made.blocks[0].attn.inner.fusion.gamma.abs().sum() > 0
     assert all(p.grad is not None for p in made.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def command(*arguments, code: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + (repr(result.exception) if result.exception else "")
+    return result
+
+
+def test_graft_and_ungraft_by_command(tmp_path):
+    out = command("graft", "test_vit", "--recipe", "ham_b", "--out", tmp_path / "graft", "--seed", 3).output
+    for text in (
+        "ham_b in test_vit",
+        "80 copied, 0 reshaped, 24 new; 0 of the donor dropped",
+        "blocks.0 … blocks.5 (6)",
+        "attn.inner.fusion.gamma",
+        "knows nothing",
+        "bit for bit",
+        f"local-dir:{tmp_path / 'graft'}",
+    ):
+        assert text in out, text
+    out = command("ungraft", tmp_path / "graft", "--out", tmp_path / "donor").output
+    assert "equal to the donor that was grafted, bit for bit" in out
+    with seeded(3):
+        model = timm.create_model("test_vit")
+    assert same(timm.create_model(f"local-dir:{tmp_path / 'donor'}", pretrained=True), model)
+    state = load_file(tmp_path / "graft" / "model.safetensors")
+    state["head.bias"] += 1
+    save_file(state, tmp_path / "graft" / "model.safetensors")
+    data = json.loads(command("ungraft", tmp_path / "graft", "--out", tmp_path / "more", "--json").stdout)
+    assert data == {"donor": "test_vit", "tensors": 80, "bit_for_bit": False, "out": str(tmp_path / "more")}
+
+
+def test_graft_as_json(tmp_path):
+    data = json.loads(command("graft", "test_vit", "--recipe", "digits_cosine", "--json").stdout)
+    assert (
+        data["counts"] == {"copied": 80, "reshaped": 0, "new": 6, "dropped": 0} and data["distilled"] is None
+    )
+    assert len(data["rows"]) == 86 and data["difference"] > 0 and data["donor"]["name"] == "test_vit"
+    assert {row["graft"] for row in data["rows"] if row["kind"] == "new"} == {
+        row["graft"] for row in data["rows"] if row["donor"] is None
+    }
+    changed = ["--start", "recipe", "--set", "attention.fuse=mean"]
+    data = json.loads(command("graft", "test_vit", "--recipe", "ham_b", "--json", *changed).stdout)
+    assert data["difference"] > 0 and not any("fusion" in (row["graft"] or "") for row in data["rows"])
+
+
+def test_distil_by_command(tmp_path):
+    model = tiny(num_classes=10, patch_size=16)
+    save(model, tmp_path / "donor")
+    arguments = [
+        "graft",
+        tmp_path / "donor",
+        "--recipe",
+        "digits_elu_linear",
+        "--distil",
+        "digits",
+        "--epochs",
+        1,
+    ]
+    arguments += ["--finetune", 1, "--set", "train.batch_size=256", "--out", tmp_path / "graft"]
+    out = command(*arguments).output
+    for text in ("cosine with the donor's", "distilled", "fine-tuned", "of the donor's accuracy recovered"):
+        assert text in out, text
+    assert "trained since" in command("ungraft", tmp_path / "graft", "--out", tmp_path / "back").output
+    data = json.loads(command(*arguments[:-2], "--json").stdout)["distilled"]
+    assert [stage["name"] for stage in data["stages"]] == ["graft", "distilled", "fine-tuned"]
+    assert data["replaced"] == [0, 1] and data["data"] == "digits"
+
+
+def test_commands_that_are_refused(tmp_path):
+    (tmp_path / "ledger.json").write_text("mine")
+    for arguments, code in (
+        (["graft", "test_vit", "--recipe", "ham_b", "--out", tmp_path], "AZ607"),
+        (["ungraft", tmp_path, "--out", tmp_path], "AZ607"),
+        (["ungraft", tmp_path, "--out", tmp_path / "new"], "AZ943"),
+        (["graft", "test_vit", "--recipe", "ham_b", "--weights", "x", "--pretrained"], "AZ611"),
+        (["graft", "test_vi", "--recipe", "ham_b"], "AZ940"),
+        (["graft", tmp_path, "--recipe", "ham_b"], "AZ940"),
+        (["graft", "test_vit", "--recipe", "ham_b", "--distil", "digit"], "AZ701"),
+        (["graft", "test_vit", "--recipe", "ham_b", "--distil", "digits"], "AZ944"),
+    ):
+        result = command(*arguments, code=2)
+        assert f"error[{code}]" in result.stderr, (arguments, result.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.json"]

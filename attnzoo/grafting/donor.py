@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,6 +19,7 @@ from attnzoo.recipe import load
 from attnzoo.recipe.resolving import anonymous
 from attnzoo.recipe.timm_models import registered
 from attnzoo.recipe.weights import init_model
+from attnzoo.train import open_run
 
 IGNORED = {"training", "grad_checkpointing", "fused_attn"}
 """What may differ between a donor and the same model built again: it changes how, not what is computed."""
@@ -51,16 +53,26 @@ def donor_model(
     """The donor as a model, with what a person should know of its weights.
 
     Args:
-        donor: A model, which is handed back as it is; a name as `timm.create_model` takes it.
+        donor: A model, which is handed back as it is; a name as `timm.create_model` takes it; the folder of a saved
+            model, or of a run, whose best weights are taken.
         weights: A file that is loaded into it; of a model into a copy.
         pretrained: Whether timm shall download the weights of a name.
         seed: Of the initialisation of a name without weights.
 
     Raises:
-        GraftError: AZ940, when timm cannot build it.
-        RecipeError: AZ301 for an unknown name, AZ606 for a file that does not fit.
+        GraftError: AZ940, when timm cannot build it; AZ941 for a run on something other than images.
+        RecipeError: AZ606 for a file of weights that does not fit.
+        RunError: AZ80x, when a run cannot be read.
     """
-    notes = []
+    notes: list[str] = []
+    if not isinstance(donor, nn.Module) and os.path.isdir(donor):
+        if next(Path(donor).glob("step_*"), None) is not None:
+            run = open_run(Path(donor))
+            if run.kind != "images":
+                raise GraftError("AZ941", f"`{os.fspath(donor)}` is no run on images", help=_NO_DONOR)
+            donor = run.model("best")
+        else:
+            donor = f"local-dir:{os.fspath(donor)}"
     if isinstance(donor, nn.Module):
         model = donor if weights is None else rebuilt(*identified(donor), like=donor)
     else:
@@ -236,7 +248,9 @@ def described(model: nn.Module) -> Donor:
         GraftError: AZ940.
     """
     architecture, arguments, cfg = identified(model)
+    recipe = arguments.get("recipe")
     return Donor(
+        name=architecture if recipe is None else load(recipe).name,
         architecture=architecture,
         arguments=arguments,
         pretrained_cfg=cfg,

@@ -70,7 +70,7 @@ def graft(
 
     Args:
         donor: A timm model built on VisionTransformer or Eva, or a composed one; or a name as `timm.create_model` takes
-            it, `local-dir:FOLDER` among them.
+            it, `local-dir:FOLDER` among them; or the folder of a run.
         recipe: Name, file, text, or a dict of what the text would say.
         edits: Changes of the recipe such as `attention.with.window=5`.
         start: `identity` lets fusions that begin with `softmax` start as it, so that the first outputs are the donor's
@@ -207,6 +207,18 @@ def refuse_taken(folder: Path) -> None:
         raise RecipeError(
             "AZ607", f"`{folder}` already holds {' and '.join(taken)}", help="name another folder"
         )
+
+
+def ledger_of(folder: str | os.PathLike) -> Ledger:
+    """The ledger of a saved graft.
+
+    Args:
+        folder: Where it was saved.
+
+    Raises:
+        GraftError: AZ943.
+    """
+    return _read(Path(folder))[0]
 
 
 def _read(folder: Path) -> tuple[Ledger, dict[str, Tensor], dict[str, Tensor]]:
@@ -389,9 +401,9 @@ def _first_outputs(difference: float | None, composition: Composition) -> str:
     reasons = []
     others = dict.fromkeys(str(plan) for plan in composition.plans.values() if not plan.starts_as_softmax())
     if others:
-        reasons.append(
-            f"{', '.join(f'`{formula}`' for formula in others)} does not start as the donor's attention"
-        )
+        verb = "does" if len(others) == 1 else "do"
+        names = " and ".join(f"`{formula}`" for formula in others)
+        reasons.append(f"{names} {verb} not start as the donor's attention")
     if composition.skip:
         reasons.append(f"`skip: {composition.skip.use}` joins layers that the donor keeps apart")
     if composition.pool is not None:

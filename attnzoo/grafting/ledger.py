@@ -44,12 +44,14 @@ class Donor(_Frozen):
     """What builds the donor again.
 
     Args:
+        name: What it is called: in timm, or by its recipe.
         architecture: Its name in timm.
         arguments: Of `timm.create_model`.
         pretrained_cfg: timm's description of its weights.
         sha256: Of its names and tensors, `fingerprint`.
     """
 
+    name: str
     architecture: str
     arguments: dict[str, Any]
     pretrained_cfg: dict[str, Any]

@@ -47,9 +47,9 @@ def matched(donor: Mapping[str, Tensor], graft: nn.Module, pools: Mapping[str, s
         graft: The model, as it was built.
         pools: Beginnings of names in the graft, each with that of the donor's pool of the same class.
     """
-    learnt, found = {name for name, _ in graft.named_parameters()}, dict[str, Origin]()
+    found = dict[str, Origin]()
     for name, own in graft.state_dict().items():
-        for origin in _candidates(name, name in learnt, donor, graft, pools):
+        for origin in _candidates(name, donor, graft, pools):
             if _squeezed(origin.tensor) == _squeezed(own):
                 found[name] = origin
                 break
@@ -99,13 +99,11 @@ def _squeezed(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _candidates(
-    name: str, learnt: bool, donor: Mapping[str, Tensor], graft: nn.Module, pools: Mapping[str, str]
+    name: str, donor: Mapping[str, Tensor], graft: nn.Module, pools: Mapping[str, str]
 ) -> Iterator[Origin]:
     """What the donor may have for a tensor of the graft, the likeliest first."""
     if name in donor:
         yield Origin((name,), donor[name])
-    if not learnt:
-        return
     for mine, theirs in pools.items():
         if name.startswith(mine) and (other := theirs + name.removeprefix(mine)) in donor:
             yield Origin((other,), donor[other])
