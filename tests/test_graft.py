@@ -20,7 +20,7 @@ from attnzoo.cli.app import app
 from attnzoo.errors import RecipeError, ZooError
 from attnzoo.grafting import Graft, save_graft
 from attnzoo.grafting.donor import described, seeded
-from attnzoo.grafting.graft import FILES, first_difference
+from attnzoo.grafting.grafts import FILES, first_difference
 from attnzoo.grafting.ledger import fingerprint
 from attnzoo.hosts.given import stand_ins, taken
 from attnzoo.recipe import load, resolve

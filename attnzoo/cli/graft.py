@@ -45,7 +45,9 @@ def graft(
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(help="Of the first stage, which learns the donor's blocks.", show_default="10"),
+        typer.Option(
+            min=0, help="Of the first stage, which learns the donor's blocks; 0 for none.", show_default="10"
+        ),
     ] = None,
     finetune: Annotated[
         int, typer.Option(min=0, help="Epochs of the second stage, which learns the labels.")
@@ -65,8 +67,8 @@ def graft(
     from attnzoo.grafting import distil as learn
     from attnzoo.grafting import graft as put
     from attnzoo.grafting import save_graft
-    from attnzoo.grafting.distil import FAR
-    from attnzoo.grafting.graft import refuse_taken
+    from attnzoo.grafting.distillation import FAR
+    from attnzoo.grafting.grafts import refuse_taken
     from attnzoo.recipe import load
     from attnzoo.train.check import checked
     from attnzoo.train.settings import settings_of
@@ -77,8 +79,7 @@ def graft(
         raise RecipeError("AZ611", "--weights and --pretrained are both given", help="leave one of them out")
     settings = None
     if distil:
-        said = {"epochs": epochs, "seed": seed}
-        how = {**FAR, "data": distil, **{key: value for key, value in said.items() if value is not None}}
+        how = {**FAR, "data": distil, "seed": seed} | ({"epochs": epochs} if epochs else {})
         edits = [f"train={json.dumps(how)}", *edits]
         loaded = load(recipe, edits)
         checked(loaded)
@@ -91,7 +92,10 @@ def graft(
     report = None
     if settings:
         with progress(quiet=as_json) as tell:
-            report = learn(made, settings, finetune=finetune, tune=tune, mse=mse, ce=ce, report=tell)
+            first = 0 if epochs == 0 else None
+            report = learn(
+                made, settings, first=first, finetune=finetune, tune=tune, mse=mse, ce=ce, report=tell
+            )
     if out:
         save_graft(made, out)
     if as_json:
@@ -117,7 +121,7 @@ def ungraft(
     """Take the recipe out of a graft again: its donor, bit for bit unless the graft was trained."""
     from attnzoo.cli.render import say, say_json, say_next
     from attnzoo.grafting import ungraft as take_out
-    from attnzoo.grafting.graft import ledger_of, refuse_taken
+    from attnzoo.grafting.grafts import ledger_of, refuse_taken
     from attnzoo.grafting.ledger import fingerprint
     from attnzoo.recipe.weights import save
 

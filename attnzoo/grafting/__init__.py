@@ -1,8 +1,8 @@
 """Grafting: other attention in a trained timm ViT, with its weights; and the way back."""
 
-from attnzoo.grafting.distil import Distillation, Stage, distil
+from attnzoo.grafting.distillation import Distillation, Stage, distil
 from attnzoo.grafting.donor import GraftError
-from attnzoo.grafting.graft import Graft, graft, save_graft, ungraft
+from attnzoo.grafting.grafts import Graft, graft, save_graft, ungraft
 from attnzoo.grafting.ledger import Donor, Ledger, Row
 
 __all__ = [

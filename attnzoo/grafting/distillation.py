@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from attnzoo.core import auxiliary_losses
 from attnzoo.data import Augment, ImageData, Step, evaluation, load_images, step_seeds
 from attnzoo.grafting.donor import GraftError, seeded
-from attnzoo.grafting.graft import ungraft
+from attnzoo.grafting.grafts import ungraft
 from attnzoo.hosts.given import stand_ins, taken
 from attnzoo.recipe.plan import Placed
 from attnzoo.train import Settings, sampler
@@ -87,6 +87,7 @@ def distil(
     settings: Settings,
     *,
     teacher: nn.Module | None = None,
+    first: int | None = None,
     finetune: int = 10,
     tune: Tuned = "model",
     mse: float = 0.0,
@@ -97,13 +98,13 @@ def distil(
 
     First stage: everything is frozen but the attention that was replaced, and Σ_l (1 − cos(s_l, t_l)) is minimised, the
     outputs s and t of the blocks l of graft and donor, the mean over tokens. The graft works on its own activations.
-    Second stage: cross-entropy, with a tenth of the learning rate.
+    Second stage: cross-entropy, with a tenth of the learning rate; alone, as in continue-tuning, with all of it.
 
     Args:
         graft: What `attnzoo.graft` gave; it is changed.
-        settings: Data, augmentation, optimiser, schedule, batch size and seed of both stages, and the epochs of the
-            first.
+        settings: Data, augmentation, optimiser, schedule, batch size and seed of both stages.
         teacher: What it learns from; its donor when None.
+        first: Epochs of the first stage, 0 for none; those of the settings when None.
         finetune: Epochs of the second stage; 0 for none.
         tune: What the second stage changes.
         mse: Weight of Σ_l ‖s_l − t_l‖² / ‖t_l‖² in the first stage: a cosine says nothing of lengths.
@@ -126,14 +127,17 @@ def distil(
         )
     lesson = _Lesson(graft, teacher, replaced, settings, report or (lambda event: None))
     was_training, begun = graft.training, time.perf_counter()
+    first = settings.epochs if first is None else first
     stages = [lesson.stage("graft")]
     try:
-        attention = [f"blocks.{number}.attn." for number in replaced]
-        with seeded(settings.seed), _only(graft, attention):
-            lesson.learn(settings, settings.epochs, cosine=1.0, mse=mse, ce=ce)
-        stages.append(lesson.stage("distilled"))
+        if first:
+            attention = [f"blocks.{number}.attn." for number in replaced]
+            with seeded(settings.seed), _only(graft, attention):
+                lesson.learn(settings, first, cosine=1.0, mse=mse, ce=ce)
+            stages.append(lesson.stage("distilled"))
         if finetune:
-            lower = settings.optimizer.model_copy(update={"lr": LOWER * settings.optimizer.lr})
+            rate = settings.optimizer.lr * (LOWER if first else 1)
+            lower = settings.optimizer.model_copy(update={"lr": rate})
             blocks = [""] if tune == "model" else [f"blocks.{number}." for number in replaced]
             with seeded(settings.seed + 1), _only(graft, blocks):
                 lesson.learn(
