@@ -16,6 +16,8 @@ What most people want:
     probe(model, "entropy", inputs=images)    measure something of a model: a table, a CSV, a figure
     intervene(model, 'temperature(value=2.0)')  change what happens inside it for as long as a block runs
     register_with_transformers()              mechanisms as attention implementations of Hugging Face models
+    graft(donor, "ham_b")                     a recipe in a trained timm ViT, with its weights and a ledger of them
+    ungraft(model)                            the donor again; save_graft and distil belong to it
     auxiliary_losses(model)                   what its mechanisms add to the loss of your own training loop
 
 Those who write mechanisms want the rest: `docs/writing-a-plugin.md`.
@@ -44,6 +46,7 @@ _LAZY = {
     "intervene": "attnzoo.lab.intervening",
     "Finding": "attnzoo.lab.finding",
     "Subject": "attnzoo.lab.subject",
+    **dict.fromkeys(["distil", "graft", "save_graft", "ungraft"], "attnzoo.grafting"),
     **dict.fromkeys(
         ["NO_MASK", "AuxiliaryLosses", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion",
          "FusionCard", "Head", "Here", "InstrumentCard", "Intervention", "Law", "Layout", "Mask",

@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "lab": {*NOUNS, "functional", "zoo", "hosts", "data", "plot", "lab"},
     "probes": {*NOUNS, "functional", "hosts", "lab", "plot"},
     "interventions": {*NOUNS, "functional"},
+    "grafting": {*NOUNS, "files", "zoo", "hosts", "recipe", "data", "train", "grafting"},
     "scaffold": {"errors", "attnzoo"},
     "cli": {
         *NOUNS,
@@ -70,6 +71,7 @@ MAY_IMPORT = {
         "data",
         "train",
         "eval",
+        "grafting",
         "lab",
         "testing",
         "scaffold",
@@ -120,6 +122,7 @@ MAY_NEED = {
     "probes": set(),
     "interventions": set(),
     "lab": {"timm"},
+    "grafting": {"timm", "pydantic"},
     "scaffold": set(),
     "cli": {"typer"},
 }

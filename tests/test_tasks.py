@@ -516,7 +516,7 @@ def test_the_inverse_square_root():
     def rates(**schedule) -> list[float]:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         chosen = settings("reverse", epochs=5, schedule={"use": "inverse_sqrt"} | schedule)
-        scheduler = loop._scheduler(optimizer, chosen, 4)
+        scheduler = loop.make_scheduler(optimizer, chosen, 4)
         found = []
         for step in (*range(20), 3):  # the last: it has no memory
             scheduler.step_update(step)

@@ -235,7 +235,7 @@ def test_settings_that_cannot_be_met(tmp_path, changes, said):
 def test_schedules():
     def rates(**schedule) -> list[float]:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        scheduler = loop._scheduler(optimizer, settings(epochs=5, schedule=schedule), 4)
+        scheduler = loop.make_scheduler(optimizer, settings(epochs=5, schedule=schedule), 4)
         found = []
         for step in range(20):
             scheduler.step_update(step)

@@ -176,7 +176,7 @@ class _Training:
         self.net = build(self.loaded, {})
         self.ema = ModelEmaV3(self.net, decay=settings.ema).to(self.device) if settings.ema else None
         self.raw_optimizer = make_optimizer(self.net, settings.optimizer)
-        self.scheduler = _scheduler(self.raw_optimizer, settings, self.steps)
+        self.scheduler = make_scheduler(self.raw_optimizer, settings, self.steps)
         self.model, self.optimizer = self.accelerator.prepare(self.net, self.raw_optimizer)
 
     @property
@@ -503,7 +503,7 @@ def _accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, steps: int) -> Scheduler:
+def make_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, steps: int) -> Scheduler:
     """timm's schedule by steps; what it says depends on the step alone."""
     chosen, total = settings.schedule, settings.epochs * steps
     warmup = min(round(chosen.warmup * steps), total - 1)
