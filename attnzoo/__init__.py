@@ -13,6 +13,7 @@ What most people want:
     describe(model)                           what is in a model, in a few lines
     accelerate(model)                         a finished model, faster on a CPU
     auxiliary_losses(model)                   what its mechanisms add to the loss of your own training loop
+    plot.attention_map(heat, image, ax=axes)  pictures: maps, curves, tables of heads, on axes of yours
 
 Those who write mechanisms want the rest: `docs/writing-a-plugin.md`.
 
@@ -44,11 +45,13 @@ _LAZY = {
     "ZooError": "attnzoo.errors",
 }  # fmt: skip
 
-__all__ = [*_LAZY, "hookimpl"]
+__all__ = [*_LAZY, "hookimpl", "plot"]
 __version__ = VERSION
 
 
 def __getattr__(name: str):
+    if name == "plot":
+        return import_module("attnzoo.plot")
     if name not in _LAZY:
         raise AttributeError(f"module 'attnzoo' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

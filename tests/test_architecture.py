@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "catalogue": {*NOUNS, "zoo", "recipe", "alone", "catalogue"},
     "bench": {
         *NOUNS,
+        "plot",
         "workers",
         "inference",
         "zoo",
@@ -51,9 +52,10 @@ MAY_IMPORT = {
     },
     "testing": {*NOUNS, "zoo", "testing"},
     "data": {*NOUNS, "files", "data"},
-    "train": {*NOUNS, "files", "workers", "inference", "hosts", "recipe", "data", "train"},
+    "plot": {*NOUNS, "plot"},
+    "train": {*NOUNS, "files", "plot", "workers", "inference", "hosts", "recipe", "data", "train"},
     "eval": {*NOUNS, "hosts", "data", "train", "eval"},
-    "lab": {*NOUNS, "hosts", "data", "lab"},
+    "lab": {*NOUNS, "plot", "hosts", "data", "lab"},
     "scaffold": {"errors", "attnzoo"},
     "cli": {
         *NOUNS,
@@ -68,6 +70,7 @@ MAY_IMPORT = {
         "train",
         "eval",
         "lab",
+        "plot",
         "testing",
         "scaffold",
         "cli",
@@ -76,7 +79,18 @@ MAY_IMPORT = {
 }
 """Package -> packages that it may import, at any level; `attnzoo` is the root itself. Nobody else may import `cli`."""
 
-HEAVY = {"timm", "torchvision", "yaml", "pydantic", "pydantic_core", "typer", "rich", "hypothesis", "pluggy"}
+HEAVY = {
+    "timm",
+    "torchvision",
+    "yaml",
+    "pydantic",
+    "pydantic_core",
+    "typer",
+    "rich",
+    "hypothesis",
+    "pluggy",
+    "matplotlib",
+}
 MAY_NEED = {
     "version": set(),
     "errors": set(),
@@ -97,8 +111,9 @@ MAY_NEED = {
     "parallel": {"timm"},
     "inference": {"timm"},
     "catalogue": set(),
-    "bench": {"timm", "torchvision", "matplotlib"},
+    "bench": {"timm", "torchvision"},
     "testing": {"hypothesis"},
+    "plot": {"matplotlib"},
     "data": {"timm", "torchvision", "pydantic", "pydantic_core"},
     "train": {"timm", "pydantic", "accelerate"},
     "eval": set(),
