@@ -91,9 +91,8 @@ def _even(values: Numbers) -> Numbers:
     """Rows of equal length: shorter ones are filled with NaN."""
     if hasattr(values, "shape") or not all(hasattr(row, "__len__") for row in values):
         return values
-    rows = [[float(value) for value in row] for row in values]
-    longest = max(map(len, rows), default=0)
-    return [row + [float("nan")] * (longest - len(row)) for row in rows]
+    longest = max(map(len, values), default=0)
+    return [[*row, *[float("nan")] * (longest - len(row))] for row in values]
 
 
 def _bounds(
