@@ -19,6 +19,7 @@ What most people want:
     graft(donor, "ham_b")                     a recipe in a trained timm ViT, with its weights and a ledger of them
     ungraft(model)                            the donor again; save_graft and distil belong to it
     auxiliary_losses(model)                   what its mechanisms add to the loss of your own training loop
+    plot.attention_map(heat, image, ax=axes)  pictures: maps, curves, tables of heads, on axes of yours
 
 Those who write mechanisms want the rest: `docs/writing-a-plugin.md`.
 
@@ -58,11 +59,13 @@ _LAZY = {
     "ZooError": "attnzoo.errors",
 }  # fmt: skip
 
-__all__ = [*_LAZY, "hookimpl"]
+__all__ = [*_LAZY, "hookimpl", "plot"]
 __version__ = VERSION
 
 
 def __getattr__(name: str):
+    if name == "plot":
+        return import_module("attnzoo.plot")
     if name not in _LAZY:
         raise AttributeError(f"module 'attnzoo' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

@@ -4,6 +4,7 @@ Whole sheets are compared with `heatmap_references.json` by structure, not by by
 written beside each, and their mean colours. After a change that is meant: python tests/test_heatmap.py
 """
 
+import io
 import json
 import zlib
 from collections.abc import Callable
@@ -13,19 +14,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from PIL import Image
 from typer.testing import CliRunner
 
 import attnzoo.train
 from attnzoo.cli.app import app
 from attnzoo.errors import ZooError
-from attnzoo.lab import heatmap, sheet
+from attnzoo.lab import heatmap
 from attnzoo.lab.heatmap import captions, heat_sheet, image_files, notes, read_image, save_sheet, view
 from attnzoo.lab.maps import Absent, Map, Maps, collect
-from attnzoo.lab.sheet import GREEN, RED, Shown, colours, draw, overlay, panel_size
+from attnzoo.plot import Picture, Shown, attention_map, encoded, heat
+from attnzoo.plot import heat_sheet as drawn_sheet
+from attnzoo.plot.heat import panel_size
+from attnzoo.plot.letters import cut, length, spelled, wrapped
+from attnzoo.plot.palette import GREEN, HEAT, MARGIN, MISSING, RED
 from attnzoo.recipe import compose, load
 
 RUNNER = CliRunner()
@@ -43,16 +52,37 @@ def grey(size: int = 32, value: int = 128) -> torch.Tensor:
     return torch.full((3, size, size), value, dtype=torch.uint8)
 
 
+def pixels(figure: Figure) -> np.ndarray:
+    """What is drawn, (y x 3)."""
+    with Image.open(io.BytesIO(encoded(figure, "png"))) as image:
+        return np.asarray(image.convert("RGB"), dtype=int)
+
+
+def overlay(values: torch.Tensor, image: torch.Tensor, height: int = 160, width: int = 160) -> np.ndarray:
+    """A map over an image, (y x 3)."""
+    picture = Picture(width, height)
+    attention_map(values, image, picture.panel(0, 0, width, height))
+    return pixels(picture)
+
+
+def colours() -> np.ndarray:
+    """The colour scale from least to most, (256 3)."""
+    return matplotlib.colormaps[HEAT](np.arange(256), bytes=True)[:, :3].astype(int)
+
+
 def judged(path: str | Path) -> bool:
-    """Whether anything on a sheet is green or red."""
-    with Image.open(path) as image:
-        used = {colour for _, colour in image.getcolors(2**24)}
-    return bool(used & {GREEN, RED})
+    """Whether anything on a sheet, an SVG, is green or red."""
+    text = Path(path).read_text(encoding="utf-8")
+    return GREEN in text or RED in text
 
 
-def mean_colour(image: Image.Image, left: int, top: int, right: int, bottom: int) -> torch.Tensor:
-    """Of a region, (3,)."""
-    return torch.from_numpy(np.asarray(image.crop((left, top, right, bottom)), dtype=float)).mean(dim=(0, 1))
+def place(axes: Axes) -> tuple[int, int, int, int]:
+    """Left, top, width and height of axes in pixels."""
+    width, height = axes.figure.pixels
+    box = axes.get_position()
+    return (
+        round(box.x0 * width), round((1 - box.y1) * height), round(box.width * width), round(box.height * height)
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +94,8 @@ def found() -> Maps:
 
 
 def test_the_colour_scale_only_gets_brighter():
-    table = colours()
-    assert table.shape == (256, 3) and table.dtype == torch.uint8
-    brightness = table.double() @ torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64)
-    assert (brightness.diff() > 0).all() and brightness[0] < 2 and brightness[-1] > 240
-    assert len(table.unique(dim=0)) == 256
+    brightness = 255 * matplotlib.colormaps[HEAT](np.arange(256))[:, :3] @ np.array([0.2126, 0.7152, 0.0722])
+    assert (np.diff(brightness) > 0).all() and brightness[0] < 2 and brightness[-1] > 240
 
 
 @pytest.mark.parametrize(
@@ -88,38 +115,44 @@ def test_panels_are_large_enough(rows, columns, panels, size):
 
 
 def test_heat_lies_where_the_map_is_large():
-    heat = torch.zeros(8, 8)
-    heat[:4, :4] = 1.0  # up left
-    hot = overlay(grey(), heat, (160, 160))
-    assert hot.size == (160, 160)
+    values = torch.zeros(8, 8)
+    values[:4, :4] = 1.0  # up left
+    hot = overlay(values, grey())
+    assert hot.shape == (160, 160, 3)
     up_left, up_right, down_left = (
-        mean_colour(hot, x, y, x + 40, y + 40) for x, y in ((10, 10), (110, 10), (10, 110))
+        hot[y : y + 40, x : x + 40].mean(axis=(0, 1)) for x, y in ((10, 10), (110, 10), (10, 110))
     )
     pale = 0.5 * (72 + 64)
-    torch.testing.assert_close(up_left, pale + 0.5 * colours()[255].double(), rtol=0, atol=4)
-    torch.testing.assert_close(up_right, pale + 0.5 * colours()[0].double(), rtol=0, atol=4)
-    torch.testing.assert_close(up_right, down_left, rtol=0, atol=2)
+    np.testing.assert_allclose(up_left, pale + 0.5 * colours()[255], atol=4)
+    np.testing.assert_allclose(up_right, pale + 0.5 * colours()[0], atol=4)
+    np.testing.assert_allclose(up_right, down_left, atol=2)
 
 
 def test_each_map_has_the_whole_scale_and_an_even_map_its_middle():
     ramp = torch.linspace(0, 1, 64).view(8, 8)
-    one, other = (
-        np.asarray(overlay(grey(), heat, (160, 160)), dtype=int) for heat in (ramp, 5 + 0.01 * ramp)
-    )
+    one, other = overlay(ramp, grey()), overlay(5 + 0.01 * ramp, grey())
     assert abs(one - other).max() <= 2
-    even = mean_colour(overlay(grey(), torch.full((8, 8), 0.3), (160, 160)), 0, 0, 160, 160)
-    torch.testing.assert_close(even, 68 + 0.5 * colours()[128].double(), rtol=0, atol=3)
+    even = overlay(torch.full((8, 8), 0.3), grey()).mean(axis=(0, 1))
+    np.testing.assert_allclose(even, 68 + 0.5 * colours()[128], atol=3)
 
 
 def test_enlarging_keeps_the_image_where_it_was():
-    heat = torch.zeros(8, 4)
-    heat[7, 3] = 1.0
-    hot = np.asarray(overlay(torch.full((1, 8, 4), 128, dtype=torch.uint8), heat, (320, 160)), dtype=int).sum(
-        axis=2
-    )
+    values = torch.zeros(8, 4)
+    values[7, 3] = 1.0
+    hot = overlay(values, torch.full((1, 8, 4), 128, dtype=torch.uint8), 320, 160).sum(axis=2)
     assert hot.shape == (320, 160)
     y, x = np.unravel_index(hot.argmax(), hot.shape)
     assert y >= 290 and x >= 130
+
+
+def test_a_map_of_another_grid_lies_on_the_whole_image():
+    axes = attention_map(torch.eye(4), grey(32))
+    below, above = axes.images
+    assert below.get_extent() == above.get_extent() == [-0.5, 31.5, 31.5, -0.5]
+    assert below.get_array().shape == (32, 32) and above.get_array().shape == (4, 4)
+    assert (above.get_alpha(), above.get_cmap().name, above.get_interpolation()) == (0.5, HEAT, "bilinear")
+    alone = attention_map(torch.eye(4))
+    assert [image.get_alpha() for image in alone.images] == [1.0]
 
 
 def blocks(images: int, rows: int, columns: int) -> list[Shown]:
@@ -132,35 +165,71 @@ def blocks(images: int, rows: int, columns: int) -> list[Shown]:
 @pytest.mark.parametrize(("images", "rows", "columns"), [(1, 1, 3), (4, 1, 3), (1, 3, 4), (2, 4, 8)])
 def test_the_sheet_has_a_panel_for_every_map(images, rows, columns):
     names = [f"layer {i}" for i in range(rows)]
-    drawn = draw(blocks(images, rows, columns), ["softmax"] * columns, names, "title", ["note"], unit=1.0)
-    pixels = torch.from_numpy(np.asarray(drawn).copy()).int()
-    panel = torch.tensor(overlay(grey(value=0), torch.ones(8, 8), (160, 160)).getpixel((0, 0)))
-    empty = torch.tensor(sheet._EMPTY)
-    count = {
-        name: int((pixels == colour.int()).all(dim=-1).sum()) / 160**2
-        for name, colour in {"image": torch.zeros(3), "map": panel, "none": empty}.items()
-    }
-    assert count["map"] == images * (rows * columns - 1)
-    assert count["image"] == pytest.approx(images, rel=0.01)
-    assert count["none"] == pytest.approx(images, rel=0.05)  # a few words stand on it
-    lefts = (pixels == panel.int()).all(dim=-1).any(dim=0)
-    starts = int((lefts[1:] & ~lefts[:-1]).sum())
-    assert starts == (columns if rows > 1 else columns - 1), "panels touch or overlap"
+    sheet = drawn_sheet(blocks(images, rows, columns), ["softmax"] * columns, names, "title", ["note"])
+    panels = [axes for axes in sheet.axes if axes.get_label() != "scale"]
+    kinds = [len(axes.images) for axes in panels]
+    assert kinds.count(2) == images * (rows * columns - 1) and kinds.count(1) == kinds.count(0) == images
+    for axes in panels:
+        if not axes.images:
+            assert [text.get_text() for text in axes.texts] == ["none here"]
+            assert to_hex(axes.get_facecolor()) == MISSING
+    ink = np.zeros((int(sheet.pixels[1]), int(sheet.pixels[0])), dtype=int)
+    for x, y, w, h in map(place, panels):
+        assert (w, h) == (160, 160) and x >= MARGIN and y >= MARGIN
+        assert x + w <= sheet.pixels[0] - MARGIN and y + h <= sheet.pixels[1] - MARGIN
+        ink[y : y + h, x : x + w] += 1
+    assert ink.max() == 1, "panels overlap"
 
 
 def test_nothing_is_drawn_over_the_edge():
     names = ["a very long name of a branch, longer than its panel"] * 3
     long = " ".join(["words"] * 200)
-    drawn = draw(blocks(2, 2, 3), names, ["one", "two"], "a title of words " * 6, [long, long], unit=1.0)
-    pixels = np.asarray(drawn)
-    for edge in (pixels[:8], pixels[-8:], pixels[:, :8], pixels[:, -8:]):
+    endless = "x" * 400
+    drawn = pixels(
+        drawn_sheet(blocks(2, 2, 3), names, ["one", "two"], "a title of words " * 6, [long, endless])
+    )
+    for edge in (drawn[:8], drawn[-8:], drawn[:, :8], drawn[:, -8:]):
         assert (edge == 255).all()
 
 
 def test_names_that_do_not_fit_are_cut():
-    assert sheet._cut("softmax", 160) == "softmax"
-    short = sheet._cut("a very long name of a branch", 100)
-    assert short.endswith("…") and sheet._TEXT.getlength(short) <= 100 and short.startswith("a very")
+    assert cut("softmax", 160, 13) == "softmax"
+    short = cut("a very long name of a branch", 100, 13)
+    assert short.endswith("…") and length(short, 13) <= 100 and short.startswith("a very")
+    assert cut("softmax", 1, 13) == ""
+
+
+def test_lines_are_as_long_as_fits():
+    text = "one word after another " * 9
+    lines = wrapped(text, 200)
+    assert " ".join(lines) == text.strip() and all(length(line, 11) <= 200 for line in lines)
+    assert all(length(f"{a} {b.split()[0]}", 11) > 200 for a, b in zip(lines, lines[1:], strict=False))
+    broken = wrapped("字" * 90 + "x" * 90, 200)
+    assert "".join(broken) == "字" * 90 + "x" * 90 and all(length(line, 11) <= 200 for line in broken)
+
+
+def test_names_are_written_as_they_are():
+    """No mathematics, no LaTeX, no signs that a file cannot hold."""
+    assert spelled("a$b_c$")[0] == "a$b_c$" and not spelled("$x$")[1]["parse_math"]
+    assert spelled("a\tb\x00c\x1b")[0] == "a b?c?" and spelled("\U0010ffff")[0] == "?"
+    one = [Shown(grey(), [("$x$", None), ("<a&b>\x00", RED)], torch.rand(1, 1, 8, 8))]
+    text = encoded(drawn_sheet(one, ["$y_1$"], [""], "$z", ["\\frac{1}{2}"]), "svg").decode()
+    for said in (">$x$<", "&lt;a&amp;b&gt;?<", ">$y_1$<", ">$z<", ">\\frac{1}{2}<"):
+        assert said in text
+
+
+def test_names_and_maps_are_equally_many():
+    for shown, columns, rows in (
+        (blocks(1, 2, 3), ["a"] * 3, ["b"]), (blocks(1, 2, 3), ["a"], ["b"] * 2), ([], ["a"], ["b"]),
+    ):  # fmt: skip
+        with pytest.raises(ZooError) as caught:
+            drawn_sheet(shown, columns, rows, "t")
+        assert caught.value.code == "AZ930"
+    for values, image in ((torch.rand(3), None), (torch.rand(2, 0), None), (torch.eye(2), torch.eye(2)),
+                          (torch.eye(2), torch.rand(5, 4, 4)), ([["a"]], None)):  # fmt: skip
+        with pytest.raises(ZooError) as caught:
+            attention_map(values, image)
+        assert caught.value.code == "AZ930"
 
 
 def test_captions_are_green_when_right(found):
@@ -222,7 +291,7 @@ def test_a_branch_that_is_not_everywhere():
     drawn = heat_sheet(
         maps, heads, grey()[None], captions(maps, ["x"], None, None), "mixed", notes(maps, "heads")
     )
-    assert drawn.width > 6 * 160
+    assert drawn.pixels[0] > 6 * 160
 
 
 def test_notes_say_what_is_implied_and_what_is_missing(found):
@@ -268,7 +337,8 @@ def test_a_image_keeps_its_orientation(tmp_path):
         (["fourier.yaml"], "AZ903", "`fourier`: it mixes tokens without weights"),
         (["ham_a", "--layer", "4"], "AZ904", "the model has 4"),
         (["ham_a", "--layer", "-1"], "AZ904", "choose from 0 to 3"),
-        (["ham_a", "--out", "x.jpg"], "AZ905", "PNG"),
+        (["ham_a", "--out", "x.jpg"], "AZ905", "PNG, SVG or PDF"),
+        (["ham_a", "--out", "x"], "AZ905", "PNG, SVG or PDF"),
         (["ham_a", "--out", "text.png/x.png"], "AZ905", "cannot write"),
         (["empty", "--init-from", "x.pth"], "AZ907", "is a run"),
         (["ham_c"], "AZ204", "did you mean"),
@@ -300,8 +370,9 @@ def test_a_recipe_without_images(tmp_path, monkeypatch):
     assert maps.shape == (1, 1, 3, 8, 8) and maps.dtype == np.float32
     assert np.allclose(maps[0, 0, :2].mean(axis=(1, 2)), 1 / 65, rtol=0.02)  # before training all is even
     with Image.open("ham_a-model.png") as image:
-        assert image.mode == "RGB" and image.width > 4 * 160 and image.height > 250
-    assert not judged("ham_a-model.png")  # nobody knows what is right
+        assert image.mode == "RGBA" and image.width > 4 * 160 and image.height > 250
+    run("heatmap", "ham_a", "--out", "ham_a.svg")
+    assert not judged("ham_a.svg")  # nobody knows what is right
 
 
 def test_json_says_what_was_written(tmp_path):
@@ -364,7 +435,9 @@ def test_a_run_shows_its_test_images(trained, monkeypatch):
         json.loads(run("heatmap", trained, "--json", "--seed", seed).stdout)["images"] for seed in (0, 1)
     )
     assert again == data["images"] != other
-    assert np.load("mine-model.npy").shape == (8, 1, 3, 8, 8) and judged("mine-model.png")
+    assert np.load("mine-model.npy").shape == (8, 1, 3, 8, 8)
+    run("heatmap", trained, "--out", "mine.svg")
+    assert judged("mine.svg")
     assert len(json.loads(run("heatmap", trained, "--json", "--what", "heads").stdout)["images"]) == 1
     assert (
         "best epoch" in run("heatmap", trained).output
@@ -373,14 +446,14 @@ def test_a_run_shows_its_test_images(trained, monkeypatch):
 
 
 def test_a_sheet_is_replaced(tmp_path):
-    image = Image.new("RGB", (4, 4))
+    sheet = drawn_sheet(blocks(1, 1, 1), ["a"], ["b"], "t")
     for _ in range(2):
-        assert save_sheet(image, tmp_path / "s.png", torch.zeros(1, 1, 1, 2, 2)) == [
+        assert save_sheet(sheet, tmp_path / "s.png", torch.zeros(1, 1, 1, 2, 2)) == [
             tmp_path / "s.png",
             tmp_path / "s.npy",
         ]
     with pytest.raises(ZooError):
-        save_sheet(image, tmp_path / "s")
+        save_sheet(sheet, tmp_path / "s")
 
 
 REFERENCES = Path(__file__).with_name("heatmap_references.json")
@@ -451,15 +524,6 @@ def subject(name: str) -> tuple:
     )
 
 
-def rectangles(ink: np.ndarray, rows: int, columns: int) -> list[tuple[int, int]]:
-    """Top and left of all places where so many rows and columns of a mask (y x) are true throughout."""
-    total = np.pad(ink, ((1, 0), (1, 0))).astype(int).cumsum(axis=0).cumsum(axis=1)
-    inside = (
-        total[rows:, columns:] - total[:-rows, columns:] - total[rows:, :-columns] + total[:-rows, :-columns]
-    )
-    return [(int(y), int(x)) for y, x in np.argwhere(inside == rows * columns)]
-
-
 def mean_colours(pixels: np.ndarray, rows: int, columns: int) -> list[str]:
     """Mean colours of equal cells of (y x 3), a line of hexadecimal digits for each row of cells."""
     y, x = pixels.shape[:2]
@@ -468,54 +532,38 @@ def mean_colours(pixels: np.ndarray, rows: int, columns: int) -> list[str]:
 
 
 def structure(name: str) -> dict[str, Any]:
-    """A stored sheet, drawn anew, as it is compared.
-
-    Panels are found in the finished image: all its pixels that are not white. Texts are taken where they are written,
-    and belong to the panel that they stand beside.
-    """
-    texts: list[tuple[str, float, float, str]] = []
-    write = ImageDraw.ImageDraw.text
-
-    def note(pen, at, text, fill=None, font=None, anchor="la"):
-        texts.append((text, *at, "{} #{:02x}{:02x}{:02x}".format(anchor, *fill)))
-        write(pen, at, text, fill, font, anchor)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ImageDraw.ImageDraw, "text", note)
-        image = heat_sheet(*subject(name))
-    pixels = np.asarray(image)
-    ink = (pixels < 255).any(axis=-1)
+    """A stored sheet, drawn anew, as it is compared: its panels, what is written at each, and its pixels."""
+    sheet = heat_sheet(*subject(name))
+    drawn = pixels(sheet)
     shown, images = subject(name)[1:3]
-    height, width = panel_size(*images.shape[2:], len(shown.columns))
-    corners = rectangles(ink, height, width)
-    if len(corners) < 2:
-        return {"panel": [height, width], "panels": []}
-    (top, left), (_, heat) = corners[:2]
-    panels = [
-        {"at": f"{y - top} {'image' if x == left else x - heat}", "texts": [],
-         "colours": mean_colours(pixels[y : y + height, x : x + width], CELLS, CELLS)} for y, x in corners
-    ]  # fmt: skip
-    far = []
-    for text, x, y, how in texts:
-        gaps = [max(v - y, y - v - height, u - x, x - u - width) for v, u in corners]
-        near = int(np.argmin(gaps))
-        if gaps[near] <= 30:
-            v, u = corners[near]
-            panels[near]["texts"].append(f"{text} | {x - u:g} {y - v:g} {how}")
-        else:
-            far.append((text, how))
-    strips = rectangles(ink, 14, 256)
+    scales = [place(axes) for axes in sheet.axes if axes.get_label() == "scale"]
+    every = [axes for axes in sheet.axes if axes.get_label() != "scale"]
+    (left, top, _, _), (heat, _, _, _) = place(every[0]), place(every[1])
+    panels = []
+    for axes in every:
+        x, y, w, h = place(axes)
+        at = f"{y - top} {'image' if x == left else x - heat} {w} {h}"
+        texts = [("above", axes.title), ("left", axes.yaxis.label), ("below", axes.xaxis.label)]
+        texts += [("caption" if x == left else "inside", text) for text in axes.texts]
+        written = [
+            f"{text.get_text()} | {where} {to_hex(text.get_color())}"
+            for where, text in texts
+            if text.get_text()
+        ]
+        cells = drawn[y : y + h // CELLS * CELLS, x : x + w // CELLS * CELLS]
+        panels.append({"at": at, "texts": written, "colours": mean_colours(cells, CELLS, CELLS)})
     return {
-        "panel": [height, width],
+        "panel": list(panel_size(images.shape[2], images.shape[3], len(shown.columns))),
         "left": left,
         "top": top,
-        "label": heat - left - width,
-        "right": image.width - max(x for _, x in corners) - width,
-        "bottom": image.height - corners[-1][0] - height,
-        "words": " ".join(text for text, _ in far),
-        "inks": sorted({how for _, how in far}),
+        "label": heat - left - place(every[0])[2],
+        "right": round(sheet.pixels[0]) - max(x + w for x, _, w, _ in map(place, every)),
+        "bottom": round(sheet.pixels[1]) - max(y + h for _, y, _, h in map(place, every)),
+        "words": " ".join(text.get_text() for text in sheet.texts),
+        "inks": sorted({to_hex(text.get_color()) for text in sheet.texts}),
         "scale": [
-            [image.height - y, *mean_colours(pixels[y : y + 14, x : x + 256], 1, 16)] for y, x in strips
+            [round(sheet.pixels[1]) - y, *mean_colours(drawn[y : y + h, x : x + w], 1, 16)]
+            for x, y, w, h in scales
         ],
         "panels": panels,
     }
@@ -567,15 +615,15 @@ def test_the_references_hold_what_there_is_to_see():
     for name, sheet_of in stored.items():
         shown, images = subject(name)[1:3]
         assert len(sheet_of["panels"]) == len(images) * (1 + len(shown.rows) * len(shown.columns))
-        heads = [p["texts"][0].split(" | ")[0] for p in sheet_of["panels"][1 : 1 + len(shown.columns)]]
+        first = sheet_of["panels"][1 : 1 + len(shown.columns)]
+        heads = [text.split(" | ")[0] for p in first for text in p["texts"] if " | above " in text]
         assert heads == list(shown.columns)
         written = " ".join(text for p in sheet_of["panels"] for text in p["texts"])
         assert all(row in written for row in shown.rows)
         (strip,) = sheet_of["scale"]
         assert strip[1].split()[0] < "0a0a20" and strip[1].split()[-1] > "f0f080"
-    assert [text.split(" | ")[1].split()[-1] for p in stored["model"]["panels"] for text in p["texts"] if "%" in text] == [
-        "#{:02x}{:02x}{:02x}".format(*colour) for colour in (GREEN, RED)
-    ]  # fmt: skip
+    assert [text.split()[-1] for p in stored["model"]["panels"] for text in p["texts"] if "%" in text] == [
+        GREEN, RED]  # fmt: skip
     assert sum("none here" in " ".join(p["texts"]) for p in stored["not everywhere"]["panels"]) == 5
 
 
@@ -583,7 +631,7 @@ Change = Callable[[pytest.MonkeyPatch], None]
 
 
 def redrawn(change: Callable[..., dict]) -> Change:
-    """`draw` is called with other arguments."""
+    """`heat_sheet` of the plots is called with other arguments."""
 
     def called(shown, columns, rows, title, notes, unit):
         given = {
@@ -594,9 +642,9 @@ def redrawn(change: Callable[..., dict]) -> Change:
             "notes": notes,
             "unit": unit,
         }
-        return draw(**given | change(**given))
+        return drawn_sheet(**given | change(**given))
 
-    return lambda patch: patch.setattr(heatmap, "draw", called)
+    return lambda patch: patch.setattr(heatmap, "drawn_sheet", called)
 
 
 def other_values(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
@@ -609,12 +657,25 @@ def exchanged(values: list) -> list:
     return [values[1], values[0], *values[2:]]
 
 
-def other_panels(change: Callable[..., tuple]) -> Change:
-    """`_panel` is called with other arguments."""
-    own = sheet._panel
-    return lambda patch: patch.setattr(
-        sheet, "_panel", lambda canvas, pen, at, image, heat, size, unit: own(canvas, pen, *change(at, image, heat, size), unit)
-    )  # fmt: skip
+def other_panels(change: Callable[..., dict]) -> Change:
+    """`attention_map` is called with other arguments."""
+
+    def called(values, image, ax, **how):
+        attention_map(**{"heat": values, "image": image, "ax": ax} | how | change(values, image, ax))
+
+    return lambda patch: patch.setattr(heat, "attention_map", called)
+
+
+def elsewhere(left: float = 0, top: float = 0, wider: float = 0) -> Change:
+    """All maps stand elsewhere, by pixels."""
+
+    def moved(values, image, ax):
+        across, down = ax.figure.pixels
+        box = ax.get_position()
+        ax.set_position((box.x0 + left / across, box.y0 - top / down, box.width + wider / across, box.height))
+        return {}
+
+    return other_panels(moved)
 
 
 def other_captions(change: Callable[[list], list]) -> Change:
@@ -625,11 +686,11 @@ def other_captions(change: Callable[[list], list]) -> Change:
 
 
 def set_to(**names: Any) -> Change:
-    """Names of the module `sheet` mean something else."""
+    """Names of the module that draws mean something else."""
 
     def patched(patch):
         for name, value in names.items():
-            patch.setattr(sheet, name, value)
+            patch.setattr(heat, name, value)
 
     return patched
 
@@ -675,21 +736,21 @@ MUTANTS: dict[str, tuple[Change, tuple[str, ...], str]] = {
     "images exchanged": (redrawn(lambda shown, **_: {"shown": exchanged(shown)}), TWO, "colours"),
     "maps of the other image": (
         redrawn(lambda shown, **_: {"shown": [replace(a, values=b.values) for a, b in zip(shown, exchanged(shown), strict=True)]}), TWO, "colours"),
-    "colours reversed": (set_to(colours=lambda: colours().flip(0)), EVERY, "scale"),
-    "colours grey": (set_to(colours=lambda: torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 3)), EVERY, "scale"),
-    "red and blue exchanged": (set_to(colours=lambda: colours().flip(1).contiguous()), EVERY, "scale"),
-    "no heat over the image": (set_to(ALPHA=0.0), EVERY, "colours"),
-    "no image under the heat": (set_to(ALPHA=1.0), EVERY, "colours"),
-    "heat over a mirrored image": (other_panels(lambda at, p, h, size: (at, p.flip(-1), h, size)), EVERY, "colours"),
+    "colours reversed": (other_panels(lambda *_: {"cmap": f"{HEAT}_r"}), EVERY, "colours"),
+    "colours grey": (other_panels(lambda *_: {"cmap": "gray"}), EVERY, "colours"),
+    "another scale": (set_to(HEAT="magma"), EVERY, "scale"),
+    "no heat over the image": (other_panels(lambda *_: {"alpha": 0.0}), EVERY, "colours"),
+    "no image under the heat": (other_panels(lambda v, image, ax: {"image": None}), EVERY, "colours"),
+    "heat over a mirrored image": (other_panels(lambda v, image, ax: {"image": image.flip(-1)}), EVERY, "colours"),
     "colours of images exchanged": (
-        set_to(enlarge=lambda p, size, own=sheet.enlarge: own(p.flip(0), size)), ("model", "rollout", "mechanism", "heads"), "colours"),
-    "panels moved": (other_panels(lambda at, p, h, size: ((at[0] + 5, at[1]), p, h, size)), TABLES, "texts"),
-    "panels lower": (other_panels(lambda at, p, h, size: ((at[0], at[1] + 5), p, h, size)), EVERY, "at"),
-    "panels narrower": (other_panels(lambda at, p, h, size: (at, p, h, (size[0], size[1] - 2))), EVERY, "panels"),
-    "wider gaps": (set_to(_GAP=12), EVERY, "at"),
-    "another margin": (set_to(_MARGIN=12), EVERY, "left"),
+        redrawn(lambda shown, **_: {"shown": [replace(s, image=s.image.flip(0)) for s in shown]}), EVERY, "colours"),
+    "panels moved": (elsewhere(left=5), EVERY, "right"),
+    "panels lower": (elsewhere(top=5), EVERY, "at"),
+    "panels narrower": (elsewhere(wider=-2), EVERY, "at"),
+    "wider gaps": (set_to(GAP=12), EVERY, "at"),
+    "another margin": (set_to(MARGIN=12), EVERY, "left"),
     "nothing missing": (other_values(lambda v: v.nan_to_num(0.0)), ("not everywhere",), "colours"),
-    "no scale": (set_to(_scale=lambda *_: None), EVERY, "scale"),
+    "no scale": (set_to(scale=lambda *_: None), EVERY, "scale"),
     "another unit": (redrawn(lambda unit, **_: {"unit": 2 * unit}), EVERY, "texts"),
     "no title": (redrawn(lambda **_: {"title": ""}), EVERY, "words"),
     "a note missing": (redrawn(lambda notes, **_: {"notes": notes[1:]}), EVERY, "words"),
@@ -697,7 +758,8 @@ MUTANTS: dict[str, tuple[Change, tuple[str, ...], str]] = {
     "captions exchanged": (other_captions(exchanged), EVERY, "texts"),
     "right and wrong exchanged": (
         other_captions(lambda lines: [(text, RED if colour == GREEN else GREEN) for text, colour in lines]), ("model",), "texts"),
-    "white ink": (set_to(_INK=(255, 255, 255)), EVERY, "inks"),
+    "white ink": (set_to(INK="#ffffff"), EVERY, "texts"),
+    "pale ink": (set_to(PALE="#ffffff"), EVERY, "inks"),
 }  # fmt: skip
 """A fault of drawing, the sheets that must show it, and what must be told."""
 
@@ -726,22 +788,14 @@ def noisy(values: torch.Tensor) -> torch.Tensor:
 LEGITIMATE: dict[str, Change] = {
     "last bits": other_values(noisy),
     "single precision": other_values(lambda v: v.float()),
-    "a smaller font": set_to(
-        **{
-            name: ImageFont.load_default(size)
-            for name, size in (("_TITLE", 18), ("_TEXT", 12.5), ("_SMALL", 11))
-        }
-    ),
-    "a larger font": set_to(
-        **{
-            name: ImageFont.load_default(size)
-            for name, size in (("_TITLE", 22), ("_TEXT", 15), ("_SMALL", 13))
-        }
-    ),
-    "another interpolation": set_to(
-        enlarge=lambda p, size: Image.fromarray(p.expand(3, -1, -1).permute(1, 2, 0).numpy()).resize(
-            size[::-1], Image.Resampling.LANCZOS
-        )
+    "a smaller font": set_to(TITLE=17, TEXT=12, SMALL=10),
+    "a larger font": set_to(TITLE=20, TEXT=14, SMALL=12),
+    "another interpolation": lambda patch: patch.setattr(
+        Axes,
+        "imshow",
+        lambda axes, data, interpolation=None, own=Axes.imshow, **how: own(
+            axes, data, interpolation={"bicubic": "lanczos"}.get(interpolation, interpolation), **how
+        ),
     ),
 }
 

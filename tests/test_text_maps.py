@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from test_heatmap import TOLERANCE, distance, fixed_model, mean_colours, noisy, run
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from PIL import Image
+from test_heatmap import TOLERANCE, colours, distance, fixed_model, mean_colours, noisy, pixels, place, run
 from torch import nn
 
 import attnzoo.train
@@ -26,10 +28,7 @@ from attnzoo.data.vocabulary import Symbols
 from attnzoo.errors import RecipeError, ZooError
 from attnzoo.hosts import seq2seq, sequence
 from attnzoo.hosts.decode import greedy
-from attnzoo.lab import lettering, text_sheet
-from attnzoo.lab.lettering import Lettering
 from attnzoo.lab.maps import Map
-from attnzoo.lab.sheet import GREEN, RED, colours
 from attnzoo.lab.text_maps import (
     Example,
     TextMaps,
@@ -39,7 +38,13 @@ from attnzoo.lab.text_maps import (
     sequence_example,
     translated_example,
 )
-from attnzoo.lab.text_sheet import Block, Panel, Row, cell_size, matrix, named, text_notes, text_view
+from attnzoo.lab.text_sheet import text_notes, text_sheet, text_view
+from attnzoo.plot import Block, Panel, Picture, Row, svg, token_map
+from attnzoo.plot import letters as lettering
+from attnzoo.plot import tokens as drawing
+from attnzoo.plot.letters import spelled
+from attnzoo.plot.palette import FORBIDDEN, GREEN, RED
+from attnzoo.plot.tokens import WIDE, cell_size, named
 from attnzoo.recipe import compose, load
 from attnzoo.zoo import load_zoo
 
@@ -249,98 +254,80 @@ def hand_made() -> seq2seq.Seq2Seq:
 
 @dataclass
 class Drawn:
-    """A sheet, where its panels are, and what is written where.
+    """A sheet, and its panels in the order of drawing.
 
     Args:
-        image: The sheet.
-        panels: Left, top, width and height of each, in the order of drawing.
-        texts: Text, x, y, and anchor with colour; `up` for text that is turned, with the place of its end.
+        picture: The sheet.
     """
 
-    image: Image.Image
-    panels: list[tuple[int, int, int, int]]
-    texts: list[tuple[str, float, float, str]]
+    picture: Picture
 
-    def pixel(self, panel: int, query: int, key: int, cell: int) -> tuple[int, ...]:
-        """The colour in the middle of a context."""
-        left, top, _, _ = self.panels[panel]
-        return self.image.getpixel((left + key * cell + cell // 2, top + query * cell + cell // 2))
+    @property
+    def panels(self) -> list[Axes]:
+        """All maps."""
+        return [axes for axes in self.picture.axes if axes.get_label() != "scale"]
 
-    def beside(self, panel: int) -> list[tuple[str, float]]:
-        """Names at the left of a panel, with y from its top."""
-        left, top, _, height = self.panels[panel]
-        return [(text, y - top) for text, x, y, how in self.texts
-                if x == left - 4 and how.startswith("rm") and top < y < top + height]  # fmt: skip
+    def cells(self, panel: int) -> np.ndarray:
+        """Colours of the squares of a panel, (n m 3)."""
+        return cells(self.panels[panel])
 
-    def above(self, panel: int) -> list[tuple[str, float]]:
-        """Names above a panel, with x from its left, turned or not."""
-        left, top, width, _ = self.panels[panel]
-        return [(text, x - left) for text, x, y, how in self.texts
-                if how.split()[0] in ("mm", "up") and top - 10 < y < top and left < x < left + width]  # fmt: skip
+    def beside(self, panel: int) -> list[tuple[str, int]]:
+        """Names at the left of a panel, each with its row."""
+        axis = self.panels[panel].yaxis
+        return [
+            (text.get_text(), at) for text, at in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)
+        ]
+
+    def above(self, panel: int) -> list[tuple[str, int]]:
+        """Names above a panel, each with its column."""
+        axis = self.panels[panel].xaxis
+        assert all(
+            tick.label2.get_visible() and not tick.label1.get_visible() for tick in axis.get_major_ticks()
+        )
+        names = [tick.label2.get_text() for tick in axis.get_major_ticks()]
+        return list(zip(names, axis.get_ticklocs(), strict=True))
+
+    def below(self) -> list[str]:
+        """What stands below the panels."""
+        return [axes.get_xlabel() for axes in self.panels]
 
     def words(self) -> str:
-        """All that is written."""
-        return " ".join(text for text, *_ in self.texts)
+        """All that is written, but at panels."""
+        return " ".join(text.get_text() for text in self.picture.texts)
+
+
+def cells(axes: Axes) -> np.ndarray:
+    """Colours of the squares of a map, (n m 3)."""
+    (image,) = axes.images
+    return image.to_rgba(image.get_array(), bytes=True)[..., :3].astype(int)
 
 
 def drawn(
     blocks: tuple[Block, ...], what: Any, title: str = "title", lines: Any = (), notes: Any = ()
 ) -> Drawn:
-    """A sheet with all that is known of it."""
-    texts: list[tuple[str, float, float, str]] = []
-    panels: list[tuple[int, int, int, int]] = []
-    made: list[Image.Image] = []
-    write, paste, upright, own = (
-        ImageDraw.ImageDraw.text,
-        Image.Image.paste,
-        text_sheet._upright,
-        text_sheet.matrix,
-    )
-
-    def note(pen, at, text, fill=None, font=None, anchor="la"):
-        if isinstance(fill, tuple):  # and not the ink of turned text
-            texts.append((text, *at, "{} #{:02x}{:02x}{:02x}".format(anchor, *fill)))
-        write(pen, at, text, fill, font, anchor)
-
-    def up(canvas, at, text, font):
-        texts.append((text, *at, "up"))
-        upright(canvas, at, text, font)
-
-    def made_here(*given):
-        made.append(own(*given))
-        return made[-1]
-
-    def place(canvas, image, box=None, mask=None):
-        if any(image is one for one in made):
-            panels.append((*box, *image.size))
-        paste(canvas, image, box, mask)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ImageDraw.ImageDraw, "text", note)
-        patch.setattr(Image.Image, "paste", place)
-        patch.setattr(text_sheet, "_upright", up)
-        patch.setattr(text_sheet, "matrix", made_here)
-        image = text_sheet.text_sheet(blocks, what, title, lines, notes)
-    return Drawn(image, panels, texts)
+    """The sheet of a view."""
+    return Drawn(text_sheet(blocks, what, title, lines, notes))
 
 
-DARK, BRIGHT, GREY = (0, 0, 4), (252, 255, 164), text_sheet._FORBIDDEN
+GREY = tuple(round(255 * part) for part in to_rgb(FORBIDDEN))
+LARGE = {"heads": False, "mechanism": True}
 
 
 def test_each_head_is_drawn_where_it_looks():
     model = hand_made()
     example = random_example(model, 0)
     blocks = text_view(collect_text(model, *example.inputs), example)
-    sheet = drawn(blocks, "heads")
-    cell, at = cell_size(blocks, "heads"), 0
+    sheet, at = drawn(blocks, "heads"), 0
+    dark, bright = colours()[0].tolist(), colours()[255].tolist()
     for block, heads in zip(blocks, (4, 2, 2), strict=True):
         for _layer in range(2):
             for head in range(heads):
+                found = sheet.cells(at).tolist()
                 for i in range(len(block.queries)):
                     wanted = target(i, head, len(block.keys), block.causal)
                     for j in range(len(block.keys)):
-                        there = GREY if block.causal and j > i else BRIGHT if j == wanted else DARK
-                        assert sheet.pixel(at, i, j, cell) == there, (block.side, head, i, j)
+                        there = list(GREY) if block.causal and j > i else bright if j == wanted else dark
+                        assert found[i][j] == there, (block.side, head, i, j)
                 at += 1
     assert at == len(sheet.panels) == 16
 
@@ -350,19 +337,16 @@ def test_names_stand_at_their_tokens(what):
     model = hand_made()
     example = random_example(model, 0)
     blocks = text_view(collect_text(model, *example.inputs), example, what)
-    sheet, cell, at = drawn(blocks, what), cell_size(blocks, what), 0
-    middles = [(i + 0.5) * cell for i in range(20)]
+    sheet, at = drawn(blocks, what), 0
     for block in blocks:
         for row, _ in enumerate(block.rows):
             for column, _ in enumerate(block.rows[row].panels):
-                wanted = (
-                    list(zip(block.queries, middles, strict=False))
-                    if what == "mechanism" or not column
-                    else []
+                beside = what == "mechanism" or not column
+                assert sheet.beside(at) == (
+                    list(zip(block.queries, range(20), strict=False)) if beside else []
                 )
-                assert sheet.beside(at) == wanted
                 first = what == "mechanism" or not row
-                assert sheet.above(at) == (list(zip(block.keys, middles, strict=False)) if first else [])
+                assert sheet.above(at) == (list(zip(block.keys, range(20), strict=False)) if first else [])
                 at += 1
     arrows = blocks[2].queries
     given = blocks[1].keys
@@ -371,20 +355,25 @@ def test_names_stand_at_their_tokens(what):
     assert blocks[0].keys == blocks[2].keys and blocks[0].keys[0] == "<s>" and blocks[0].keys[-1] == "</s>"
 
 
+def one_block(queries: list[str], keys: list[str]) -> tuple[Block]:
+    """One map, without any order of time."""
+    row = Row("r", (Panel("p", torch.eye(len(queries), len(keys))),))
+    return (Block("layers", "They look", queries, keys, (row,)),)
+
+
 def test_a_turned_name_ends_at_its_column():
-    """A long name is turned, above the middle of its column; a short one is not."""
-    queries, keys = ["a", "b"], ["on", "longer names"]
-    block = Block("layers", queries, keys, (Row("r", (Panel("p", torch.eye(2)),)),), False)
-    sheet = drawn((block,), "mechanism")
-    left, top, _, _ = sheet.panels[0]
-    ink = np.asarray(sheet.image.convert("L"))[top - 70 : top - 2, left : left + 60] < 128
-    columns = ink.any(axis=0).nonzero()[0]
-    second = columns[columns >= 30]
-    assert second.min() >= 38 and second.max() <= 52, "the turned name is not above its column"
-    lines = ink[:, second].any(axis=1).nonzero()[0]
-    assert lines.min() < 15 and lines.max() > 62, "it does not end at the panel"
-    assert {how for text, *_, how in sheet.texts if text == "longer names"} == {"up"}
-    assert {how.split()[0] for text, *_, how in sheet.texts if text == "on"} == {"mm"}
+    """Where a name is too long all are turned, each above the middle of its column; otherwise none is."""
+    sheet = drawn(one_block(["a", "b"], ["on", "longer names"]), "mechanism")
+    left, top, _, _ = place(sheet.panels[0])
+    ink = pixels(sheet.picture)[top - 76 : top - 2, left : left + 60].min(axis=2) < 128
+    for first in (0, 30):
+        columns = ink[:, first : first + 30].any(axis=0).nonzero()[0]
+        assert columns.min() >= 6 and columns.max() <= 23, "the turned name is not above its column"
+        assert ink[:, first : first + 30].any(axis=1).nonzero()[0].max() > 62, "it does not end at the panel"
+    assert ink[:50, :30].sum() == 0 and ink[:20, 30:].any()
+    for names, turned in ((["on", "longer names"], 90), (["on", "b"], 0)):
+        axes = drawn(one_block(["a", "b"], names), "mechanism").panels[0]
+        assert {tick.label2.get_rotation() for tick in axes.xaxis.get_major_ticks()} == {turned}
 
 
 def test_the_number_of_heads_stands_at_each_layer():
@@ -396,18 +385,18 @@ def test_the_number_of_heads_stands_at_each_layer():
     blocks = text_view(maps, example)
     sheet = drawn(blocks, "heads")
     assert len(sheet.panels) == 64 + 32 + 16 + 8 + 4 + 2 + 2 * 6 * 8
-    labels = [text for text, *_ in sheet.texts if text.startswith("layer ")]
+    labels = [text.get_text() for text in sheet.picture.texts if text.get_text().startswith("layer ")]
     assert labels[:6] == [f"layer {i} · {2 ** (6 - i)} heads" for i in range(6)]
     assert labels[6:] == [f"layer {i} · 8 heads" for _ in range(2) for i in range(6)]
-    rows = sorted({top for _, top, _, _ in sheet.panels[:64]})
+    rows = sorted({place(axes)[1] for axes in sheet.panels[:64]})
     assert len(rows) > 3, "64 heads are not wrapped"
-    assert sheet.image.width <= text_sheet.WIDE + 40
-    under = {text.split(":")[0] for text, *_ in sheet.texts if text.startswith("head ")}
+    assert sheet.picture.pixels[0] <= WIDE + 40
+    under = {text.split(":")[0] for text in sheet.below()}
     assert under == {f"head {i}" for i in range(64)}
     means = drawn(text_view(maps, example, "mechanism"), "mechanism")
     assert len(means.panels) == 18
     assert {f"layer {i} · {2 ** (6 - i)} heads" for i in range(6)} <= {
-        text.split(":")[0] for text, *_ in means.texts
+        text.split(":")[0] for text in means.below()
     }
 
 
@@ -454,26 +443,37 @@ def test_a_pooled_map_is_the_same_for_all_queries():
 
 
 def test_colours_of_a_matrix():
-    table = [tuple(colour) for colour in colours().tolist()]
-    heat = torch.tensor([[0.0, 0.5], [0.25, 0.125]])
-    small = matrix(heat, 3)
-    assert small.size == (6, 6)
-    assert [[small.getpixel((3 * j + 1, 3 * i + 1)) for j in range(2)] for i in range(2)] == [
-        [table[0], table[255]], [table[128], table[64]]]  # fmt: skip
-    signed = matrix(torch.tensor([[-0.5, 0.0, 0.5]]), 1)
-    assert [signed.getpixel((j, 0)) for j in range(3)] == [table[0], table[128], table[255]]
-    assert {matrix(torch.zeros(2, 2), 2).getpixel((i, i)) for i in range(4)} == {table[0]}
+    table = colours()
+    found = cells(token_map(torch.tensor([[0.0, 0.5], [0.25, 0.125]])))
+    assert (found == [[table[0], table[255]], [table[128], table[64]]]).all()
+    signed = token_map(torch.tensor([[-0.5, 0.0, 0.5]]))
+    assert (cells(signed) == [[table[0], table[128], table[255]]]).all()
+    assert signed.get_xlabel() == "-0.50 to 0.50"
+    assert (cells(token_map(torch.zeros(2, 2))) == table[0]).all()
 
 
 def test_the_first_token_of_a_causal_map_does_not_set_the_scale():
-    table = [tuple(colour) for colour in colours().tolist()]
+    table = colours()
     heat = torch.tensor([[1.0, 0.0, 0.0], [0.3, 0.4, 0.0], [0.2, 0.1, 0.4]])
-    small = matrix(heat, 1, True)
-    found = [[small.getpixel((j, i)) for j in range(3)] for i in range(3)]
-    assert found[0] == [table[255], GREY, GREY] and found[1] == [table[191], table[255], GREY]
-    assert found[2] == [table[128], table[64], table[255]]
-    assert text_sheet._range(heat, True) == "0.40" and text_sheet._range(heat, False) == "1.00"
-    assert text_sheet._range(heat - 0.5, False) == "-0.50 to 0.50"
+    axes = token_map(heat, causal=True, name="head 0")
+    assert (
+        cells(axes)
+        == [[table[255], GREY, GREY], [table[192], table[255], GREY], [table[128], table[64], table[255]]]
+    ).all()
+    assert axes.get_xlabel() == "head 0: 0.40" and token_map(heat).get_xlabel() == "1.00"
+
+
+def test_a_matrix_by_itself_has_names():
+    axes = token_map(torch.eye(2, 3), ["a$x$", "b"], ["c", "d", "e"])
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a$x$", "b"]
+    assert [tick.label2.get_text() for tick in axes.xaxis.get_major_ticks()] == ["c", "d", "e"]
+    assert ">a$x$<" in svg(axes.figure)
+    for given in ((torch.eye(2), ["a"]), (torch.eye(2), [], ["a"]), (torch.ones(2), [])):
+        with pytest.raises(ZooError) as caught:
+            token_map(*given)
+        assert caught.value.code == "AZ930"
+    with pytest.raises(ZooError, match="without a map"):
+        drawing.text_sheet((), "t")
 
 
 @pytest.mark.parametrize("what", ["heads", "mechanism"])
@@ -482,15 +482,15 @@ def test_names_never_overlap_and_sheets_stay_small(tokens, what):
     heat = torch.eye(tokens)
     panels = tuple(Panel(f"head {i}", heat) for i in range(8))
     names = [f"word{i}" for i in range(tokens)]
-    block = Block("layers", names, names, (Row("layer 0 · 8 heads", panels),), True)
-    cell = cell_size((block,), what)
-    assert cell * named(cell) >= text_sheet.PITCH and cell * tokens <= 600
+    block = Block("layers", "They look", names, names, (Row("layer 0 · 8 heads", panels),), True)
+    cell = cell_size((block,), LARGE[what])
+    assert cell * named(cell) >= drawing.PITCH and cell * tokens <= 600
     sheet = drawn((block,), what, notes=text_notes(TextMaps((), torch.zeros(0)), (block,), what))
     assert [text for text, _ in sheet.beside(0)] == names[:: named(cell)]
     assert ("is named" in sheet.words()) == (named(cell) > 1)
-    assert sheet.image.width <= text_sheet.WIDE + 40
-    pixels = np.asarray(sheet.image)
-    for edge in (pixels[:8], pixels[-8:], pixels[:, :8], pixels[:, -8:]):
+    assert sheet.picture.pixels[0] <= WIDE + 40
+    seen = pixels(sheet.picture)
+    for edge in (seen[:8], seen[-8:], seen[:, :8], seen[:, -8:]):
         assert (edge == 255).all()
     if tokens <= 24 or (what == "mechanism" and tokens <= 40):
         assert named(cell) == 1
@@ -501,34 +501,39 @@ def test_panels_do_not_touch():
     example = random_example(model, 0)
     maps = collect_text(model, *example.inputs)
     for what in ("heads", "mechanism"):
-        boxes = drawn(text_view(maps, example, what), what).panels
+        boxes = [place(axes) for axes in drawn(text_view(maps, example, what), what).panels]
         for i, (x, y, w, h) in enumerate(boxes):
             for u, v, ww, hh in boxes[:i]:
                 assert x >= u + ww + 8 or u >= x + w + 8 or y >= v + hh + 8 or v >= y + h + 8
 
 
-def test_letters_come_from_a_font_that_has_them(monkeypatch):
-    assert Lettering.of(["the dog"]) == Lettering(None, plain=False)
-    monkeypatch.setattr(lettering, "OTHERS", ("no such font.ttf",))
-    plain = Lettering.of(["ñ", "o"])
-    assert plain == Lettering(None, plain=True)
-    assert plain.written("¿ mañana, corazón 日 ?") == "? manana, corazon ? ?"
-    block = Block("layers", ["año"], ["niño"], (Row("r", (Panel("p", torch.ones(1, 1)),)),), False)
-    sheet = drawn((block,), "mechanism", lines=[("el corazón", None)])
-    assert {"ano", "nino", "el corazon"} <= {
-        text for text, *_ in sheet.texts
-    } and "No font here" in sheet.words()
+@pytest.fixture
+def fonts(monkeypatch):
+    """No fonts but matplotlib's own, and `theirs`, which has one letter; nothing is remembered."""
+    lettering._fonts_of.cache_clear()
+    own = lettering._letters
+    there = {"theirs.ttf": frozenset("日"), "other.ttf": frozenset("語")}
+    monkeypatch.setattr(lettering, "_machine", lambda: (("Other", "other.ttf"), ("Theirs", "theirs.ttf")))
+    monkeypatch.setattr(lettering, "_letters", lambda file: there.get(file) or own(file))
+    yield
+    lettering._fonts_of.cache_clear()
 
 
-def test_another_font_of_the_machine_is_taken(monkeypatch, tmp_path):
-    font, other = ImageFont.load_default(size=12), object()
-    monkeypatch.setattr(
-        lettering, "_font", lambda file, size: other if file == "theirs.ttf" else font if not file else None
-    )
-    monkeypatch.setattr(lettering, "OTHERS", ("missing.ttf", "theirs.ttf"))
-    monkeypatch.setattr(lettering, "_has", lambda found, letter: found is other or letter.isascii())
-    assert Lettering.of(["niño"]) == Lettering("theirs.ttf", plain=False)
-    assert Lettering.of(["niño"]).written("niño") == "niño" and Lettering.of(["nino"]).file is None
+def test_letters_come_from_a_font_that_has_them(fonts):
+    own = spelled("the dog")[1]["family"]
+    assert spelled("¿ mañana, corazón ß ?") == ("¿ mañana, corazón ß ?", spelled("")[1])
+    assert spelled("日") == ("日", spelled("")[1] | {"family": [*own, "Theirs"]})
+    assert spelled("日本")[0] == "日?" and lettering.unwritten("本") and not lettering.unwritten("日")
+    sheet = drawn(one_block(["a", "本"], ["o", "no"]), "mechanism", lines=[("el corazón", None)])
+    assert sheet.beside(0) == [("a", 0), ("?", 1)]
+    assert "el corazón" in sheet.words() and "No font here" in sheet.words()
+    assert "No font here" not in drawn(one_block(["a", "b"], ["o", "no"]), "mechanism").words()
+
+
+def test_fonts_that_cannot_be_read_have_no_letters(tmp_path):
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    assert lettering._letters(str(tmp_path / "broken.ttf")) == frozenset()
+    assert not any(name.startswith("Last Resort") for name, _ in lettering._machine())
 
 
 def data(longest: int = 16) -> PairData:
@@ -682,7 +687,7 @@ def test_a_run_of_pairs(translating):
     assert "heads by layer: encoder 4 4 · decoder 4 4 · cross 4 4 · small, best epoch" in output
     assert output.splitlines()[-1] == f"next: attnzoo heatmap {translating} --what mechanism"
     with Image.open("mine-heads.png") as image:
-        assert image.mode == "RGB" and image.width > 400 and image.height > 600
+        assert image.width > 400 and image.height > 600
     drawn_first, again, other = (
         json.loads(run("heatmap", translating, "--json", "--seed", seed).stdout)["sheets"][0]["example"]
         for seed in (0, 0, 1)
@@ -836,29 +841,20 @@ def structure(name: str) -> dict[str, Any]:
     maps = collect_text(model, *example.inputs)
     blocks = text_view(maps, example, what)
     sheet = drawn(blocks, what, f"{name}: a title", example.lines, text_notes(maps, blocks, what))
-    pixels, cell = np.asarray(sheet.image), cell_size(blocks, what)
-    first, left_over = sheet.panels[0], []
-    panels = []
-    for x, y, w, h in sheet.panels:
-        cells = mean_colours(pixels[y : y + h, x : x + w], h // cell, w // cell)
-        panels.append({"at": [x - first[0], y - first[1]], "texts": [], "colours": cells})
-    for text, x, y, how in sheet.texts:
-        gaps = [max(v - y, y - v - h, u - x, x - u - w) for u, v, w, h in sheet.panels]
-        near = int(np.argmin(gaps))
-        if gaps[near] <= 12:
-            u, v, _, _ = sheet.panels[near]
-            turned = how.split()[0] in (
-                "up",
-                "mm",
-            )  # a name that has no room is turned, which hangs on the font
-            place = "above" if turned else f"{y - v:g} {how}"
-            panels[near]["texts"].append(f"{text} | {x - u:g} {place}")
-        else:
-            left_over.append((text, how))
+    seen, cell = pixels(sheet.picture), cell_size(blocks, LARGE[what])
+    first, panels = place(sheet.panels[0]), []
+    for i, axes in enumerate(sheet.panels):
+        x, y, w, h = place(axes)
+        texts = [f"{text} | left {at:g}" for text, at in sheet.beside(i)]
+        texts += [f"{text} | above {at:g}" for text, at in sheet.above(i)]
+        inks = {to_hex(text.get_color()) for text in (*axes.get_xticklabels(), *axes.get_yticklabels())}
+        texts += [f"{axes.get_xlabel()} | below {to_hex(axes.xaxis.label.get_color())}", *sorted(inks)]
+        found = mean_colours(seen[y : y + h, x : x + w], h // cell, w // cell)
+        panels.append({"at": [x - first[0], y - first[1]], "texts": texts, "colours": found})
     return {
         "cell": cell,
-        "words": " ".join(text for text, _ in left_over),
-        "inks": sorted({how for _, how in left_over}),
+        "words": sheet.words(),
+        "inks": sorted({to_hex(text.get_color()) for text in sheet.picture.texts}),
         "panels": panels,
     }
 
@@ -915,16 +911,11 @@ def test_the_references_hold_what_there_is_to_see():
             )
 
 
-def changed(change: Callable[[torch.Tensor], torch.Tensor], causal: bool | None = None) -> Callable:
-    """`matrix` is given another map."""
-    own = text_sheet.matrix
+def changed(change: Callable[[torch.Tensor], torch.Tensor], **other: Any) -> Callable:
+    """`token_map` is given another map."""
 
     def patched(patch):
-        patch.setattr(
-            text_sheet,
-            "matrix",
-            lambda heat, cell, forbids: own(change(heat), cell, forbids if causal is None else causal),
-        )
+        patch.setattr(drawing, "token_map", lambda heat, **how: token_map(change(heat), **how | other))
 
     return patched
 
@@ -966,8 +957,9 @@ MUTANTS: dict[str, tuple[Callable, tuple[str, ...], str]] = {
     "counts of heads missing": (
         other_blocks(lambda b: replace(b, rows=tuple(replace(r, label=r.label.partition(" · ")[0]) for r in b.rows))),
         ("heads", "several", "stack"), ""),
-    "colours reversed": (lambda patch: patch.setattr(text_sheet, "colours", lambda: colours().flip(0)), EVERY, "colours"),
-    "white ink": (lambda patch: patch.setattr(text_sheet, "_INK", (255, 255, 255)), EVERY, "inks"),
+    "colours reversed": (changed(lambda heat: heat, cmap="inferno_r"), EVERY, "colours"),
+    "white ink": (lambda patch: patch.setattr(drawing, "INK", "#ffffff"), EVERY, "texts"),
+    "pale ink": (lambda patch: patch.setattr(drawing, "PALE", "#ffffff"), EVERY, "inks"),
 }  # fmt: skip
 """A fault of drawing, the sheets that must show it, and what must be told."""
 
@@ -988,13 +980,13 @@ def test_a_wrong_sheet_is_caught(mutant, name, monkeypatch):
     assert any(said in line.partition(": ")[0] for line in told), told
 
 
-def sized(change: int) -> Callable:
-    """All fonts are larger or smaller."""
-    own = ImageFont.load_default
+def sized(factor: float) -> Callable:
+    """All letters are wider or narrower."""
+    own = lettering.length
 
     def patched(patch):
-        patch.setattr(ImageFont, "load_default", lambda size: own(size=size + change))
-        patch.setattr(lettering, "_font", lambda file, size: own(size=size + change))
+        for module in (lettering, drawing):
+            patch.setattr(module, "length", lambda text, size: factor * own(text, size))
 
     return patched
 
@@ -1002,8 +994,8 @@ def sized(change: int) -> Callable:
 LEGITIMATE = {
     "last bits": changed(lambda heat: noisy(heat)),
     "single precision": changed(lambda heat: heat.float()),
-    "a smaller font": sized(-1),
-    "a larger font": sized(1),
+    "a smaller font": sized(0.92),
+    "a larger font": sized(1.08),
 }
 
 

@@ -20,7 +20,7 @@ from attnzoo.errors import DataError, RecipeError, RunError
 from attnzoo.mechanisms.routing.mixture_of_heads import MixtureOfHeads
 from attnzoo.recipe import load
 from attnzoo.train import checkpoint, open_run, prepare, sampler, train
-from attnzoo.train.curve import curve_svg
+from attnzoo.train.curve import draw_curve
 from attnzoo.train.image_task import fit
 from attnzoo.train.loop import NotFinite
 from attnzoo.train.metrics import Evaluation, wilson
@@ -295,21 +295,25 @@ def test_it_learns(tmp_path):
     )
 
 
-def test_the_curve_shows_every_epoch():
+def test_the_curve_is_drawn_as_asked(tmp_path):
+    """What it shows is held by tests/test_plot.py."""
     log = [{"epoch": e, "train_loss": 1 / e, "test_loss": 2 / e, "test_accuracy": e / 9} for e in (1, 2, 3)]
-    text = curve_svg(log, "<run>")
-    import xml.etree.ElementTree as ElementTree
+    assert draw_curve([], tmp_path) == [] and not list(tmp_path.iterdir())
+    svg, png, pdf = draw_curve(log, tmp_path, ("svg", "png", "pdf"))
+    assert svg.name == "curve.svg" and f"{tmp_path.name}: best accuracy 33.33% in epoch 3" in svg.read_text()
+    assert png.read_bytes().startswith(b"\x89PNG") and pdf.read_bytes().startswith(b"%PDF")
+    with pytest.raises(RunError, match="AZ804|cannot"):
+        draw_curve(log, tmp_path / "nowhere")
 
-    lines = [
-        line.get("points").split()
-        for line in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}polyline")
-    ]
-    assert [len(points) for points in lines] == [
-        3,
-        3,
-        3,
-    ] and "&lt;run&gt;: best accuracy 33.33% in epoch 3" in text
-    assert curve_svg(log[:1], "x")
+
+def test_the_curve_is_drawn_when_training_ends(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(loop, "draw_curve", lambda log, folder: drawn.append([row["epoch"] for row in log]))
+    tiny(tmp_path / "a", epochs=3)
+    assert drawn == [[1, 2, 3]]
+    monkeypatch.setattr(loop, "REDRAW", -1.0)
+    tiny(tmp_path / "b", epochs=2)
+    assert drawn[1:] == [[1], [1, 2], [1, 2]]
 
 
 @pytest.mark.parametrize(

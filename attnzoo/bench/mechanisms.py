@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,11 +17,12 @@ from attnzoo.recipe.reading import is_text
 from attnzoo.recipe.resolving import resolve_spec
 from attnzoo.recipe.source import parse
 
+if TYPE_CHECKING:
+    from attnzoo.plot import Picture
+
 TOKENS = (196, 1024, 4096, 16384)
 LARGE = 1024
 """From here on the products with weights no longer decide how a layer grows."""
-LINES, STYLES = 24, ("-", "--", ":", "-.")
-"""Of the legend of a figure: names below each other; and lines of which ten differ in colour."""
 PATIENCE, ROOM = 30.0, 4096.0
 """Seconds of a forward and backward, and MiB, beyond which a size is left out."""
 
@@ -255,44 +256,25 @@ def read_csv(file: Path) -> dict[str, Growth]:
     return found
 
 
-def draw(found: dict[str, Growth], file: Path) -> bool:
-    """Time and memory over the number of tokens, with logarithmic axes.
+def draw(found: dict[str, Growth]) -> "Picture":
+    """Time and memory over the number of tokens.
 
     Args:
-        found: What `measure` gave.
-        file: Where; its ending says the format.
-
-    Returns:
-        Whether matplotlib is there (extra `plot`); without it nothing is written.
+        found: What `measure` gave; the first is the baseline.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    columns = -(-len(found) // LINES)
-    figure = Figure(figsize=(11 + 1.5 * columns, 4), layout="constrained")
-    panels = {
+    from attnzoo.plot import growth_curves
+
+    panels: dict[str, Callable[[Point], float]] = {
         "forward, ms": lambda p: p.forward[0],
         "forward and backward, ms": lambda p: p.step[0],
         "peak memory in training, MiB": lambda p: p.step_memory,
     }
-    sizes = sorted({n for growth in found.values() for n in growth.points})
-    for axes, (what, of) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for i, (name, growth) in enumerate(found.items()):
-            points = sorted(growth.points.items())
-            style: dict[str, Any] = {
-                "color": f"C{(i - 1) % 10}",
-                "linestyle": STYLES[(i - 1) // 10 % len(STYLES)],
-            }
-            style = style if i else {"color": "black", "linewidth": 3}
-            axes.plot([n for n, _ in points], [of(p) for _, p in points], marker=".", label=name, **style)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", title=what)
-        axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7, ncols=columns)
-    figure.savefig(file, dpi=120)
-    return True
+    return growth_curves(
+        {
+            what: {name: {n: of(p) for n, p in growth.points.items()} for name, growth in found.items()}
+            for what, of in panels.items()
+        }
+    )
 
 
 def ratio(point: Point, baseline: Growth, of: Callable[[Point], float]) -> float | None:

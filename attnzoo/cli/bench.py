@@ -42,7 +42,10 @@ def bench(
     dim: Annotated[int, typer.Option(min=1, help="Of `bench mechanisms`: channels.")] = 384,
     heads: Annotated[int, typer.Option(min=1, help="Of `bench mechanisms`: heads.")] = 6,
     out: Annotated[
-        Path | None, typer.Option(help="Of `bench mechanisms`: a folder for the figures as CSV and drawn.")
+        Path | None,
+        typer.Option(
+            help="Of `bench mechanisms`: a folder for the figures as CSV and drawn, or the PNG, SVG or PDF."
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
@@ -224,13 +227,35 @@ def _named(names: list[str], families: list[str], against: str) -> list[str]:
     return list(dict.fromkeys([against, *wanted]))
 
 
+def _files(out: Path) -> list[Path]:
+    """The CSV and the picture: where a file is named, beside each other; otherwise in that folder, which is made."""
+    from attnzoo.errors import ZooError
+    from attnzoo.plot import check_file
+
+    if out.suffix[1:].isalpha() and not out.is_dir():
+        files = [check_file(out).with_suffix(".csv"), out]
+    else:
+        files = [out / "mechanisms.csv", out / "mechanisms.png"]
+    try:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        files[0].touch()
+    except OSError as error:
+        raise ZooError(
+            "AZ905",
+            f"cannot write `{files[0]}`: {(error.strerror or str(error)).lower()}",
+            help="name another folder with --out",
+        ) from None
+    return files
+
+
 def _mechanisms(names: list[str], how: dict[str, Any], where: Any, out: Path | None, as_json: bool) -> None:
     """`bench mechanisms`."""
     from attnzoo.bench.mechanisms import Point, draw, measure, ratio, write_csv
     from attnzoo.bench.speed import machine
     from attnzoo.cli.render import Column, say, say_json, say_next, table, warn
+    from attnzoo.plot import save
 
-    here = machine(where)
+    here, files = machine(where), _files(out) if out else []
     found = measure(names, device=where, report=warn, **how)
     baseline = found[names[0]]
     figures: dict[str, Callable[[Point], float]] = {
@@ -239,10 +264,9 @@ def _mechanisms(names: list[str], how: dict[str, Any], where: Any, out: Path | N
         "memory": lambda p: p.memory,
         "step_memory": lambda p: p.step_memory,
     }
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_csv(found, out / "mechanisms.csv")
-        drawn = draw(found, out / "mechanisms.png")
+    if files:
+        write_csv(found, files[0])
+        save(draw(found), files[1])
     if as_json:
         mechanisms = {
             name: {
@@ -316,11 +340,8 @@ def _mechanisms(names: list[str], how: dict[str, Any], where: Any, out: Path | N
     for name, growth in found.items():
         for n, reason in growth.left_out.items():
             say(f"{name} at {n} tokens left out: {reason}", style="dim")
-    if out is not None:
-        say(
-            f"wrote {out / 'mechanisms.csv'}"
-            + (f" and {out / 'mechanisms.png'}" if drawn else "; the figure needs attnzoo[plot]")
-        )
+    if files:
+        say(f"wrote {files[0]} and {files[1]}")
     say_next("attnzoo show NAME")
 
 

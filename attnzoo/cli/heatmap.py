@@ -61,7 +61,9 @@ def heatmap(
     init_from: Annotated[
         Path | None, typer.Option(help="Load weights into a recipe's or timm's model (.safetensors, .pth).")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The PNG; NAME-WHAT.png when left out.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A .png, .svg or .pdf file; NAME-WHAT.png when left out.")
+    ] = None,
     npy: Annotated[
         bool,
         typer.Option(
@@ -74,8 +76,11 @@ def heatmap(
 ) -> None:
     """Draw what a model looks at: mean maps, rollout, mechanisms by layer, heads."""
     from attnzoo.cli.render import say_next
+    from attnzoo.plot import check_file
 
     pictures = [*files, *images]
+    if out is not None:
+        check_file(out)
     run, loaded = _opened(model, init_from)
     name = Path(model).resolve().name if run else loaded.name if loaded else model
     if loaded and loaded.recipe.host.kind in ("seq2seq", "sequence"):
@@ -196,7 +201,7 @@ def _draw_images(
         say_json(
             {
                 "written": [str(path) for path in written],
-                "size": list(sheet.size),
+                "size": list(sheet.pixels),
                 "images": names,
                 "columns": shown.columns,
                 "rows": shown.rows,
@@ -242,7 +247,7 @@ def _draw_text(
         told.append(
             {
                 "written": [str(path) for path in written],
-                "size": list(sheet.size),
+                "size": list(sheet.pixels),
                 "example": example.name,
                 "lines": [text for text, _ in example.lines],
                 "tokens": example.words,

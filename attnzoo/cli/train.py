@@ -146,10 +146,6 @@ def _show(figures: dict[str, Any]) -> None:
 
 def _images(run: Any) -> list[str]:
     """Files with the learning curve; none before the first epoch."""
-    from attnzoo.train.curve import curve_png
+    from attnzoo.train.curve import draw_curve
 
-    log, png = run.log(), run.folder / "curve.png"
-    if not log:
-        return []
-    drawn = curve_png(log, run.folder.name, png)
-    return [str(run.folder / "curve.svg"), *([str(png)] if drawn else [])]
+    return [str(file) for file in draw_curve(run.log(), run.folder, ("svg", "png"))]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, NoReturn, get_args
 
+from attnzoo.core.fact_sheet import fact_sheet
 from attnzoo.core.formula import check_formula
 from attnzoo.core.tap import KINDS, kind_of
 
@@ -157,6 +158,15 @@ class Paper:
         )
 
 
+def _listed(names: Set[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _spelled_out(laws: Set[Law]) -> str:
+    """Laws in the order in which they stand above, with what they say."""
+    return "; ".join(f"{law}: {law.meaning}" for law in Law if law in laws)
+
+
 def _power(term: str) -> int:
     """How many times a product of shape letters counts tokens."""
     powers = {"n": 1, "m": 1, "n²": 2, "m²": 2}
@@ -302,6 +312,33 @@ class Card:
         leading = [term for term in self.time.split("+") if _power(term) == self.growth]
         return f"O({power} log n)" if any("log(n)" in term for term in leading) else f"O({power or 1})"
 
+    def _repr_html_(self) -> str:
+        honoured = f"of its own; honours {_listed(self.honours)}" if self.honours else ""
+        return fact_sheet(
+            self.name,
+            self.summary,
+            {
+                "family": f"{self.family}: {self.family.question}",
+                "paper": str(self.paper or ""),
+                "fidelity": self.fidelity,
+                "time": f"{self.time}, {self.grows}",
+                "memory": self.memory,
+                "parameters": self.params,
+                "FLOPs": self.flops,
+                "masks": _listed(self.masks) or "none",
+                "heads": "one" if self.one_head else "",
+                "context": "yes" if self.context is True else self.context or "",
+                "grid": "" if self.grid is None else str(self.grid),
+                "given": ", ".join(f"{name} ({kind})" for name, kind in self.given.items()),
+                "projections": honoured,
+                "taps": ", ".join(f"{name} ({axes})" for name, axes in self.taps.items()),
+                "auxiliary": self.auxiliary,
+                "laws": _spelled_out(self.laws),
+                "notes": self.notes,
+                "needs": _listed(self.extra),
+            },
+        )
+
 
 @dataclass(frozen=True)
 class FusionCard:
@@ -343,6 +380,23 @@ class FusionCard:
             raise ValueError(f"card {self.name!r}: {sorted(self.masks - MASK_KINDS)} is no kind of mask")
         if self.arity[0] < 1 or (self.arity[1] is not None and self.arity[1] < self.arity[0]):
             raise ValueError(f"card {self.name!r}: an arity of {self.arity} holds for no number of branches")
+
+    def _repr_html_(self) -> str:
+        least, most = self.arity
+        return fact_sheet(
+            self.name,
+            self.summary,
+            {
+                "paper": str(self.paper or ""),
+                "fidelity": self.fidelity,
+                "branches": f"{least} or more" if most is None else f"{least} to {most}",
+                "level": "inside the heads too" if self.inside_heads else "on tokens only",
+                "masks": _listed(self.masks) or "none",
+                "auxiliary": self.auxiliary,
+                "laws": _spelled_out(self.laws),
+                "notes": self.notes,
+            },
+        )
 
     @property
     def mixes_tokens(self) -> bool:

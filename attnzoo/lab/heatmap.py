@@ -16,7 +16,9 @@ from attnzoo.data.image_file import read_image_file
 from attnzoo.errors import ZooError
 from attnzoo.lab.maps import Maps
 from attnzoo.lab.rollout import HeadFusion, check_layer, check_some, layer_maps, mean_map, roll, rollout
-from attnzoo.lab.sheet import GREEN, RED, Shown, draw
+from attnzoo.plot import Picture, Shown, save
+from attnzoo.plot import heat_sheet as drawn_sheet
+from attnzoo.plot.palette import GREEN, RED, Line
 
 What = Literal["model", "rollout", "mechanism", "heads"]
 TITLES = {
@@ -137,7 +139,7 @@ def notes(maps: Maps, what: What = "model", layer: int | None = None) -> list[st
 
 def captions(
     maps: Maps, names: Sequence[str], truths: Sequence[int] | None, classes: Sequence[str] | None
-) -> list[list[tuple[str, tuple[int, int, int] | None]]]:
+) -> list[list[Line]]:
     """Lines below each image: what it is and what the model says, green where that is right and red where not.
 
     Args:
@@ -156,7 +158,9 @@ def captions(
 
         colour = None if truths is None else GREEN if guess == truths[i] else RED
         first = names[i] if truths is None else called(truths[i])
-        said = [(f"{called(guess)}, {100 * float(share[guess]):.0f} %", colour)] if share.numel() else []
+        said: list[Line] = (
+            [(f"{called(guess)}, {100 * float(share[guess]):.0f} %", colour)] if share.numel() else []
+        )
         out.append([(first, None), *said])
     return out
 
@@ -165,10 +169,10 @@ def heat_sheet(
     maps: Maps,
     shown: View,
     images: UInt8[Tensor, "b c y x"],
-    lines: Sequence[Sequence[tuple[str, tuple[int, int, int] | None]]],
+    lines: Sequence[Sequence[Line]],
     title: str,
     remarks: Sequence[str],
-) -> Image.Image:
+) -> Picture:
     """The sheet of a view.
 
     Args:
@@ -183,17 +187,17 @@ def heat_sheet(
         Shown(image, captions, values)
         for image, captions, values in zip(images, lines, shown.values, strict=True)
     ]
-    return draw(blocks, shown.columns, shown.rows, title, remarks, unit=1 / maps.layout.length)
+    return drawn_sheet(blocks, shown.columns, shown.rows, title, remarks, unit=1 / maps.layout.length)
 
 
 def save_sheet(
-    sheet: Image.Image, out: str | os.PathLike, values: Tensor | Mapping[str, Tensor] | None = None
+    sheet: Picture, out: str | os.PathLike, values: Tensor | Mapping[str, Tensor] | None = None
 ) -> list[Path]:
-    """Write the sheet as PNG, and the maps beside it as `.npy`; folders are made, an older sheet is replaced.
+    """Write the sheet, and the maps beside it as `.npy`; folders are made, an older sheet is replaced.
 
     Args:
         sheet: From `heat_sheet` or `text_sheet`.
-        out: A file that ends in `.png`.
+        out: A file that ends in `.png`, `.svg` or `.pdf`.
         values: The maps, if they are wanted; several, each with a name that the file's is followed by.
 
     Returns:
@@ -202,15 +206,9 @@ def save_sheet(
     Raises:
         ZooError: AZ905, when it cannot be written there.
     """
-    path = Path(out)
-    if path.suffix.lower() != ".png":
-        raise ZooError(
-            "AZ905", f"a sheet is written as PNG, not as `{path.name}`", help="name a file that ends in .png"
-        )
+    path = save(sheet, out)
     written = [path]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
         for name, tensor in (values if isinstance(values, Mapping) else {"": values}).items():
             if tensor is not None:
                 written.append(path.with_name(f"{path.stem}{f'-{name}' if name else ''}.npy"))
@@ -218,7 +216,7 @@ def save_sheet(
     except OSError as error:
         raise ZooError(
             "AZ905",
-            f"cannot write `{path}`: {(error.strerror or str(error)).lower()}",
+            f"cannot write `{written[-1]}`: {(error.strerror or str(error)).lower()}",
             help="name another file with --out",
         ) from None
     return written

@@ -19,7 +19,7 @@ from attnzoo.hosts.seq2seq import Seq2Seq, module_path
 from attnzoo.hosts.sequence import SequenceModel
 from attnzoo.lab.maps import Absent, Map, look
 from attnzoo.lab.rollout import check_layer, check_some
-from attnzoo.lab.sheet import GREEN, RED, Line
+from attnzoo.plot.palette import GREEN, RED, Line
 
 Side = Literal["encoder", "decoder", "cross", "layers"]
 """A kind of site: `encoder.i`, `decoder.i.self`, `decoder.i.cross`, or `layers.i` of a single stack."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
+from attnzoo.core.fact_sheet import fact_sheet
 from attnzoo.errors import Place, RecipeError, did_you_mean
 from attnzoo.recipe.faults import faults_of
 from attnzoo.recipe.schema import Recipe
@@ -41,6 +43,15 @@ class Loaded:
     def text(self) -> str:
         """The whole recipe on its own, `extends` and edits worked in, as one line."""
         return json.dumps(self.source.tree, ensure_ascii=False)
+
+    def _repr_html_(self) -> str:
+        whole = yaml.safe_dump(json.loads(self.text), sort_keys=False, allow_unicode=True)
+        facts = {
+            "model": self.recipe.host.kind,
+            "source": self.recipe.source,
+            "file": self.source.file + (", edited" if self.edited else ""),
+        }
+        return fact_sheet(self.name, self.recipe.summary, facts, whole)
 
 
 def read(

@@ -12,6 +12,7 @@ from torch import nn
 
 from attnzoo.core import Head, Mechanism, Pool, Site
 from attnzoo.core.card import ROLLOUT, Given
+from attnzoo.core.fact_sheet import fact_sheet
 from attnzoo.errors import Diagnostic, Place, RecipeError
 from attnzoo.hosts import seq2seq, sequence
 from attnzoo.hosts.info import POOL, BackboneInfo, HostInfo, unallocated
@@ -59,6 +60,15 @@ class Composition:
     skip: Skip = Skip()
     notes: tuple[Diagnostic, ...] = ()
     pool: Plan | None = None
+
+    def _repr_html_(self) -> str:
+        kinds: dict[str, list[str]] = {}
+        for site, plan in self.plans.items():
+            kinds.setdefault(str(plan), []).append(site)
+        facts = {", ".join(sites): formula for formula, sites in kinds.items()}
+        facts |= {"pool": str(self.pool) if self.pool else ""}
+        facts |= {"to know": "; ".join(note.message for note in self.notes)}
+        return fact_sheet(self.loaded.name, self.loaded.recipe.summary, facts)
 
     def put(self, site: Site) -> Mechanism:
         """The mechanism for a site."""

@@ -42,7 +42,7 @@ from attnzoo.errors import RunError
 from attnzoo.recipe import Loaded, build, load
 from attnzoo.train import checkpoint, sampler
 from attnzoo.train.checkpoint import Checkpoint
-from attnzoo.train.curve import curve_svg
+from attnzoo.train.curve import draw_curve
 from attnzoo.train.kinds import task_of
 from attnzoo.train.lock import held
 from attnzoo.train.optimizer import make_optimizer
@@ -54,6 +54,8 @@ from attnzoo.train.task import Inputs
 Report = Callable[[dict[str, Any]], None]
 """Told what happens: `event` is `step`, `epoch` (with the row of the log) or `note` (with a `text`)."""
 
+REDRAW = 20.0
+"""Seconds between two drawings of the learning curve, at least; the last one is drawn when training ends."""
 VERSIONS = ("attnzoo", "torch", "timm", "accelerate", "numpy", "safetensors")
 """Distributions that the bits of a run may depend on."""
 
@@ -207,7 +209,13 @@ class _Training:
         if self.taken == 0:
             self._save()
         self._write_log()
-        self.clock = time.perf_counter()
+        self.clock = self.drawn = time.perf_counter()
+        try:
+            self._take_steps(stopping)
+        finally:
+            self._draw_curve()
+
+    def _take_steps(self, stopping: threading.Event) -> None:
         every = self.settings.checkpoint_every
         for batch in self._batches():
             loss, stop, over = self._step(batch, stopping)
@@ -350,6 +358,9 @@ class _Training:
         if at.step == self.steps:
             self.progress = Progress(at.epoch + 1, seconds=at.seconds, since=at.seconds, best=at.best)
         self._write_log()
+        if time.perf_counter() - self.drawn > REDRAW:
+            self._draw_curve()
+            self._lap()  # the next epoch does not wait for it
         self.report({"event": "epoch", **row})
 
     def _write_log(self) -> None:
@@ -361,7 +372,11 @@ class _Training:
         writer.writerows(self.log)
         checkpoint.replace(self.folder / "log.csv", table.getvalue())
         checkpoint.replace(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.log))
-        checkpoint.replace(self.folder / "curve.svg", curve_svg(self.log, self.folder.name))
+
+    def _draw_curve(self) -> None:
+        if self.rank == 0:
+            draw_curve(self.log, self.folder)
+        self.drawn = time.perf_counter()
 
     def _save(self) -> None:
         if self.saved == self.taken:
