@@ -1,4 +1,4 @@
-"""Makes the pictures of the pages of probes: `python docs/pictures.py RUN...`, of the first run that a probe can look at.
+"""Makes the pictures of the pages of probes, of the first run that each can look at: `python docs/pictures.py RUN...`.
 
     attnzoo train digits_softmax --data digits --epochs 20 --out runs/digits
     attnzoo train induction --out runs/induction

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import timm
 import torch
 from instruments import images, subject, vit
 
@@ -174,3 +175,16 @@ def test_a_model_without_attention_maps_is_refused_with_the_reason():
     with pytest.raises(ZooError, match="AZ924") as error:
         attnzoo.probe(vit("squeeze_excite"), "entropy", inputs=images())
     assert "channels" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_timms_own_models_are_measured_and_changed_as_ours(name):
+    model = timm.create_model(name, img_size=56, depth=2, num_classes=3).eval()
+    x = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    plain = model(x)
+    found = attnzoo.probe(model, "entropy", inputs=x)
+    assert set(found["site"]) == {"blocks.0", "blocks.1"} and 0 < found["share"][0] <= 1
+    with attnzoo.intervene(model, "ablate_heads(at='blocks.1')"):
+        changed = model(x)
+    assert not torch.equal(changed, plain) and torch.equal(model(x), plain)
+    assert type(model.blocks[0].attn).__module__.startswith("timm.")

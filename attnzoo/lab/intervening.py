@@ -11,6 +11,7 @@ from attnzoo.core.instrument import made, read_call
 from attnzoo.core.intervention import Here
 from attnzoo.errors import ZooError
 from attnzoo.lab.points import Edit, Leaf, attach, chosen, leaves
+from attnzoo.lab.timm_models import tapped
 from attnzoo.zoo import load_zoo
 
 OF_HEADS = ("scores", "weights", "heads")
@@ -49,6 +50,7 @@ def intervene(model: nn.Module, *interventions: Intervention | str) -> Iterator[
             AZ923, when it names what the model does not have; AZ924, when it can reach nothing.
     """
     with ExitStack() as stack:
+        stack.enter_context(tapped(model))
         for given in interventions:
             one = intervention(given) if isinstance(given, str) else given
             reached = reach(model, one)

@@ -13,7 +13,8 @@ from attnzoo.core import Head, Layout, Tap, find_taps
 from attnzoo.core.intervention import Here
 from attnzoo.core.mask import NO_MASK
 from attnzoo.errors import ZooError, did_you_mean
-from attnzoo.lab.maps import _branches, _sites
+from attnzoo.lab.maps import _branches
+from attnzoo.lab.sites import sites_of
 
 Edit = Callable[[Tensor, Here], Tensor | None]
 """What looks at a tensor; what it returns, if anything, takes the place of the tensor."""
@@ -92,23 +93,13 @@ def leaves(model: nn.Module) -> list[Leaf]:
         ZooError: AZ903, when there is none.
     """
     found = []
-    for layer, (site, outer) in enumerate(_sites(model).items()):
-        block = _block(model, site)
+    places = {module: path for path, module in model.named_modules()}
+    for layer, (site, outer) in enumerate(sites_of(model).items()):
+        block = model.get_submodule(places[outer].rpartition(".")[0])
         mlp = next((m for name in MLPS if isinstance(m := getattr(block, name, None), nn.Module)), None)
         for branch, component in _branches(outer):
             found.append(Leaf(site, layer, branch, component, outer, block, mlp))
     return found
-
-
-def _block(model: nn.Module, site: str) -> nn.Module:
-    """The module that a site belongs to."""
-    names = site.split(".")
-    while names:
-        try:
-            return model.get_submodule(".".join(names))
-        except AttributeError:
-            names.pop()
-    return model
 
 
 def chosen(found: list[Leaf], at: str | Any = "*", branch: str | None = None) -> list[Leaf]:

@@ -10,6 +10,7 @@ from attnzoo.core.instrument import NEEDS, made, read_call
 from attnzoo.errors import PluginError, ZooError
 from attnzoo.lab.finding import Finding
 from attnzoo.lab.subject import Subject
+from attnzoo.lab.timm_models import tapped
 from attnzoo.zoo import load_zoo
 
 
@@ -64,8 +65,9 @@ def probe(
     if isinstance(model, Subject):
         found = [_measured(one, model) for one in asked]
     else:
-        subject = Subject.of(model, inputs, targets, classes=classes, **more)  # type: ignore[arg-type]
-        found = [_measured(one, subject) for one in asked]
+        with tapped(model):
+            subject = Subject.of(model, inputs, targets, classes=classes, **more)  # type: ignore[arg-type]
+            found = [_measured(one, subject) for one in asked]
     return found[0] if len(found) == 1 else found
 
 

@@ -17,8 +17,9 @@ from attnzoo.errors import ZooError
 from attnzoo.hosts.given import stand_ins, taken
 from attnzoo.lab.heatmap import drawn
 from attnzoo.lab.intervening import OF_HEADS, intervene
-from attnzoo.lab.maps import Looked, Map, _sites, look
+from attnzoo.lab.maps import Looked, Map, look
 from attnzoo.lab.points import Leaf, attach, leaves
+from attnzoo.lab.sites import sites_of
 
 Kind = Literal["images", "pairs", "sequences"]
 IGNORE = -100
@@ -63,10 +64,10 @@ class Subject:
     name: str = "model"
     training: Sequence[Batch] = ()
     leaves: list[Leaf] = field(init=False)
-    sites: dict[str, nn.Module] = field(init=False)
+    sites: Mapping[str, nn.Module] = field(init=False)
 
     def __post_init__(self):
-        self.leaves, self.sites = leaves(self.model), _sites(self.model)
+        self.leaves, self.sites = leaves(self.model), sites_of(self.model)
         several = {site for site in self.sites if sum(leaf.site == site for leaf in self.leaves) > 1}
         self._several = several
 
