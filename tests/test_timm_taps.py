@@ -358,7 +358,7 @@ def test_two_threads_look_into_two_models():
     start = threading.Barrier(2)
 
     def at_work(name: str) -> list:
-        start.wait()
+        start.wait(10)
         return [collect(models[name], images(models[name], *sizes[name])) for _ in range(8)]
 
     with ThreadPoolExecutor(2) as pool:
