@@ -20,6 +20,7 @@ MODULES = (
     "attnzoo.functional",
     "attnzoo.methods",
     "attnzoo.parallel",
+    "attnzoo.plot",
     "attnzoo.testing",
     "attnzoo.recipe",
     "attnzoo.zoo",

@@ -302,9 +302,7 @@ def test_no_setting_of_matplotlib_is_changed_and_none_is_forced():
 
 
 def test_threads_draw_side_by_side():
-    alone = [
-        encoded(learning_curves(log(n), f"run {n}"), kind) for n in (1, 4) for kind in ("png", "svg")
-    ]
+    alone = [encoded(learning_curves(log(n), f"run {n}"), kind) for n in (1, 4) for kind in ("png", "svg")]
     with ThreadPoolExecutor(4) as pool:
         together = [
             pool.submit(lambda n=n, kind=kind: encoded(learning_curves(log(n), f"run {n}"), kind))
