@@ -21,6 +21,7 @@ MODULES = (
     "attnzoo.hf",
     "attnzoo.methods",
     "attnzoo.parallel",
+    "attnzoo.plot",
     "attnzoo.testing",
     "attnzoo.recipe",
     "attnzoo.zoo",

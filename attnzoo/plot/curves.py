@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from attnzoo.errors import ZooError
 from attnzoo.plot.letters import cut, length, spelled
-from attnzoo.plot.palette import PALE, SERIES, SMALL, TEXT, points
+from attnzoo.plot.palette import SERIES, SMALL, TEXT, points
 from attnzoo.plot.picture import Numbers, Picture, as_array, axes_for, beside
 
 FEW = 50
@@ -221,5 +221,5 @@ def growth_curves(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Pi
         axes.grid(alpha=0.3)
     _legend(picture, axes.lines, names, loc="outside right upper", ncols=columns)
     for text in picture.legends[0].get_texts():
-        text.set(fontsize=points(SMALL), color=PALE)
+        text.set_fontsize(points(SMALL))
     return picture
