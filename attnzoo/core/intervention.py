@@ -1,6 +1,6 @@
 """Interventions: what is changed inside a model while it runs."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ class Here:
         mask: Who may attend to whom.
         q, k, v: What the head was called with, (b h n d) and (b h m d); None outside of a head.
         tokens: What came into the site's block, before its norm, (b n c).
+        context: What keys and values are made of, where that is another sequence, (b m c).
         shared: What an intervention keeps from layer to layer in one forward of the model; empty when it begins.
     """
 
@@ -44,6 +45,7 @@ class Here:
     k: Tensor | None = None
     v: Tensor | None = None
     tokens: Tensor | None = None
+    context: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -66,6 +68,12 @@ class Intervention(Instrument):
 
     neutral: ClassVar[dict[str, Any]] = {}
     """Options with which it changes nothing: then it is not attached at all, and every bit is as without it."""
+    own_keys: ClassVar[bool] = False
+    """Whether it speaks of tokens that attend to one another: sites that read another sequence are left alone."""
+    mechanisms: ClassVar[Set[str]] = frozenset()
+    """Names of the mechanisms whose maths it does itself; of any when empty."""
+    either: ClassVar[bool] = False
+    """Whether the first of its edits that a mechanism lets do is enough; otherwise all are needed."""
 
     @property
     def changes_nothing(self) -> bool:
@@ -74,12 +82,12 @@ class Intervention(Instrument):
             getattr(self, name) == value for name, value in self.neutral.items()
         )
 
-    def edits(self) -> tuple[str, ...]:
+    @classmethod
+    def points(cls) -> tuple[str, ...]:
         """Where it edits: those of `EDITS` whose methods it overrides."""
+        methods = {kind: f"edit_{kind}" for kind in EDITS}
         return tuple(
-            kind
-            for kind in EDITS
-            if getattr(type(self), f"edit_{kind}") is not getattr(Intervention, f"edit_{kind}")
+            kind for kind, name in methods.items() if getattr(cls, name) is not getattr(Intervention, name)
         )
 
     def edit_input(self, x: Tensor, here: Here) -> Tensor:

@@ -68,6 +68,13 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
         ZooError: AZ903, AZ923, AZ924.
     """
     there = chosen(leaves(model), one.at, one.branch)
+    if one.heads is not None and not set(one.points()) & set(OF_HEADS):
+        raise ZooError(
+            "AZ921",
+            f"`{one.card.name}`: `heads` cannot be {one.heads!r}",
+            why=f"it edits {' and '.join(one.points())}, where heads are merged",
+            help="leave `heads` out",
+        )
     if one.heads is not None:
         few = min(there, key=lambda leaf: leaf.heads)
         if strange := [head for head in one.heads if not 0 <= head < few.heads]:
@@ -76,7 +83,7 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
                 f"`{few.site}` has no head {strange[0]}",
                 help=f"it has {few.heads}, which count from 0; name sites with more in `at`",
             )
-    reasons = {leaf: [text for kind in one.edits() if (text := leaf.lacks(kind))] for leaf in there}
+    reasons = {leaf: _obstacles(one, leaf) for leaf in there}
     if all(reasons.values()):
         raise ZooError(
             "AZ924",
@@ -88,7 +95,8 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
     found: dict[Leaf, dict[str, Edit]] = {}
     for leaf in (leaf for leaf, why in reasons.items() if not why):
         found[leaf] = {}
-        for kind in one.edits():
+        able = [kind for kind in one.points() if not leaf.lacks(kind)]
+        for kind in able[:1] if one.either else able:
             around = {"input": leaf.outer, "output": leaf.outer, "mlp": leaf.mlp, "block": leaf.block}.get(
                 kind
             )
@@ -98,6 +106,16 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
                 once.add((kind, around))
             found[leaf][kind] = _of_chosen_heads(one, kind)
     return found
+
+
+def _obstacles(one: Intervention, leaf: Leaf) -> list[str]:
+    """Why an intervention cannot work at a leaf; empty when it can."""
+    if one.own_keys and getattr(leaf.outer, "context_dim", None) is not None:
+        return [f"`{leaf.site}` reads another sequence"]
+    if one.mechanisms and leaf.mechanism not in one.mechanisms:
+        return [f"it does the maths of {', '.join(f'`{name}`' for name in sorted(one.mechanisms))} itself"]
+    lacking = [text for kind in one.points() if (text := leaf.lacks(kind))]
+    return [] if one.either and len(lacking) < len(one.points()) else lacking
 
 
 def _of_chosen_heads(one: Intervention, kind: str) -> Edit:

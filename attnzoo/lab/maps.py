@@ -31,6 +31,7 @@ from attnzoo.errors import ZooError
 from attnzoo.hosts.dual import DualTransformer
 from attnzoo.hosts.given import stand_ins
 from attnzoo.hosts.pyramid import PyramidTransformer
+from attnzoo.hosts.seq2seq import Seq2Seq
 
 Kind = Literal["weights", "pooled", "gate", "implied"]
 
@@ -199,7 +200,10 @@ def _sites(model: nn.Module) -> dict[str, nn.Module]:
     sites: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if isinstance(module, Mechanism) and module not in inside:
-            sites[path.rpartition(".")[0] or path] = module
+            place, _, name = path.rpartition(".")
+            decoder = isinstance(model, Seq2Seq) and place.startswith("decoder.")
+            kind = "cross" if name == "cross" else "self"
+            sites[f"{place}.{kind}" if decoder else place or path] = module
             inside |= set(module.modules())
     if not sites:
         raise ZooError(

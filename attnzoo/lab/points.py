@@ -149,6 +149,29 @@ class _Frames(threading.local):
         self.calls: dict[nn.Module, dict[str, Any]] = {}
 
 
+class _Passing:
+    """A hook that lasts as long as a block. Copies and pickles made meanwhile get one that does nothing; taps none.
+
+    Args:
+        call: What it does.
+    """
+
+    passing = True
+
+    def __init__(self, call: Callable):
+        self.call = call
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.call(*args, **named)
+
+    def __reduce__(self) -> tuple:
+        return _Passing, (_nothing,)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What the hooks of a copy do."""
+
+
 @contextmanager
 def attach(model: nn.Module, edits: Mapping[Leaf, Mapping[str, Edit]]) -> Iterator[None]:
     """Let these edits look at, and replace, what passes by while the block runs; the hooks are always removed.
@@ -165,7 +188,7 @@ def attach(model: nn.Module, edits: Mapping[Leaf, Mapping[str, Edit]]) -> Iterat
         about = leaf.site, leaf.layer, depth, leaf.branch, leaf.mechanism, leaf.heads
         return Here(*about, **known, tokens=tokens, shared=frames.shared)
 
-    def began(_module: nn.Module, args: tuple) -> None:
+    def began(*_: Any) -> None:
         frames.shared = {}
 
     def entered(block: nn.Module) -> Callable:
@@ -176,8 +199,11 @@ def attach(model: nn.Module, edits: Mapping[Leaf, Mapping[str, Edit]]) -> Iterat
 
     def at_site(outer: nn.Module) -> Callable:
         def hook(_module: nn.Module, args: tuple, named: dict[str, Any]) -> None:
-            frames.sites[outer] = {"layout": named.get("layout") or Layout((args[0].shape[1],))}
-            frames.sites[outer]["mask"] = named.get("mask", NO_MASK)
+            frames.sites[outer] = {
+                "layout": named.get("layout") or Layout((args[0].shape[1],)),
+                "mask": named.get("mask", NO_MASK),
+                "context": args[1] if len(args) > 1 else named.get("context"),
+            }
 
         return hook
 
@@ -189,36 +215,44 @@ def attach(model: nn.Module, edits: Mapping[Leaf, Mapping[str, Edit]]) -> Iterat
 
         return hook
 
-    def left(head: nn.Module) -> Callable:
+    def left(known: str, module: nn.Module) -> Callable:
         def hook(*_: Any) -> None:
-            frames.calls.pop(head, None)
+            getattr(frames, known).pop(module, None)
 
         return hook
 
     with ExitStack() as stack:
 
-        def add(handle: Any) -> None:
-            stack.callback(handle.remove)
+        def add(register: Callable, hook: Callable, **how: Any) -> None:
+            stack.callback(register(_Passing(hook), **how).remove)
 
-        add(model.register_forward_pre_hook(began))
-        for block in dict.fromkeys(leaf.block for leaf in edits):
-            add(block.register_forward_pre_hook(entered(block)))
-        for outer in dict.fromkeys(leaf.outer for leaf in edits):
-            add(outer.register_forward_pre_hook(at_site(outer), with_kwargs=True))
+        blocks = dict.fromkeys(leaf.block for leaf in edits)
+        outers = dict.fromkeys(leaf.outer for leaf in edits)
+        add(model.register_forward_pre_hook, began)
+        for block in blocks:
+            add(block.register_forward_pre_hook, entered(block))
+        for outer in outers:
+            add(outer.register_forward_pre_hook, at_site(outer), with_kwargs=True)
         for leaf, by_kind in edits.items():
             component = leaf.component
             if isinstance(component, Head):
-                add(component.register_forward_pre_hook(called(component), with_kwargs=True))
+                add(component.register_forward_pre_hook, called(component), with_kwargs=True)
             for kind, edit in by_kind.items():
-                for handle in _hooked(leaf, kind, edit, here):
-                    add(handle)
+                for register, hook in _hooks(leaf, kind, edit, here):
+                    add(register, hook)
             if isinstance(component, Head):
-                add(component.register_forward_hook(left(component)))
+                add(component.register_forward_hook, left("calls", component))
+        for outer in outers:
+            add(outer.register_forward_hook, left("sites", outer))
+        for block in blocks:
+            add(block.register_forward_hook, left("tokens", block))
         yield
 
 
-def _hooked(leaf: Leaf, kind: str, edit: Edit, here: Callable[[Leaf], Here]) -> Iterator[Any]:
-    """The hooks of one edit at one leaf."""
+def _hooks(
+    leaf: Leaf, kind: str, edit: Edit, here: Callable[[Leaf], Here]
+) -> Iterator[tuple[Callable, Callable]]:
+    """The hooks of one edit at one leaf, and what registers each."""
 
     def after(_module: nn.Module, _args: tuple, out: Tensor) -> Tensor | None:
         return edit(out, here(leaf))
@@ -228,11 +262,11 @@ def _hooked(leaf: Leaf, kind: str, edit: Edit, here: Callable[[Leaf], Here]) -> 
         return None if changed is None else (changed, *args[1:])
 
     if kind == "input":
-        yield leaf.outer.register_forward_pre_hook(before)
+        yield leaf.outer.register_forward_pre_hook, before
     elif kind in ("scores", "weights"):
         for tap in leaf.taps(kind):
-            yield tap.register_forward_hook(after)
+            yield tap.register_forward_hook, after
     else:
         module = {"heads": leaf.component, "output": leaf.outer, "mlp": leaf.mlp, "block": leaf.block}[kind]
         assert module is not None  # `lacks` said so
-        yield module.register_forward_hook(after)
+        yield module.register_forward_hook, after

@@ -1,0 +1,53 @@
+"""Tokens, chosen by what they are or by their places."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from attnzoo.core import Layout
+from attnzoo.errors import ZooError
+
+Tokens = Literal["all", "answer", "prefix", "grid", "last"] | Sequence[int]
+"""`all`; the `prefix` (class token, registers); those of the `grid`; the `last`; `answer`, the first of the prefix, from
+which a class is read, or all where there is no prefix; or places, counted from 0, or from -1 backwards."""
+
+
+def chosen_tokens(
+    tokens: Tokens, layout: Layout, count: int, device: torch.device | None = None
+) -> Bool[Tensor, "n"]:
+    """Which tokens are meant.
+
+    Args:
+        tokens: What somebody said.
+        layout: How all of them are arranged.
+        count: How many there are here, n; the last n, where a sequence is continued.
+        device: Where the answer is wanted.
+
+    Raises:
+        ZooError: AZ921, for a place that there is not.
+    """
+    length = max(count, layout.length)
+    there = torch.zeros(length, dtype=torch.bool, device=device)
+    if isinstance(tokens, str):
+        first = layout.prefix
+        there[
+            {
+                "all": slice(None),
+                "answer": slice(1 if first else None),
+                "prefix": slice(first),
+                "grid": slice(first, None),
+                "last": slice(-1, None),
+            }[tokens]
+        ] = True
+    elif strange := [place for place in tokens if not -length <= place < length]:
+        raise ZooError(
+            "AZ921",
+            f"there is no token {strange[0]}",
+            why=f"there are {length}, which count from 0: {layout}",
+        )
+    else:
+        there[list(tokens)] = True
+    return there[length - count :]
