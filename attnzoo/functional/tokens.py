@@ -11,8 +11,8 @@ from attnzoo.core import Layout
 from attnzoo.errors import ZooError
 
 Tokens = Literal["all", "answer", "prefix", "grid", "last"] | Sequence[int]
-"""`all`; the `prefix` (class token, registers); those of the `grid`; the `last`; `answer`, the first of the prefix, from
-which a class is read, or all where there is no prefix; or places, counted from 0, or from -1 backwards."""
+"""`all`; the `prefix` (class token, registers); those of the `grid`; the `last`; `answer`: the first of the prefix,
+from which a class is read, or all where there is no prefix; or places, from 0, or from -1 backwards."""
 
 
 def chosen_tokens(

@@ -43,7 +43,8 @@ class SoftIdentity(Intervention):
     strength: Fraction = 1.0
 
     def edit_weights(self, weights: Tensor, here: Here) -> Tensor:
-        own = _own(here, *weights.shape[-2:], weights.device)
+        n, m = weights.shape[-2:]
+        own = _own(here, n, m, weights.device)
         mixed = (1 - self.strength) * weights + self.strength * own.to(weights.dtype)
         return torch.where(own.any(dim=-1, keepdim=True), mixed, weights)
 
@@ -55,7 +56,7 @@ class SoftIdentity(Intervention):
 
 
 def _own(here: Here, n: int, m: int, device: torch.device) -> Tensor:
-    """Which key is the query itself, where it may see it, (b or 1, h or 1, n, m); n queries are the last of m tokens."""
+    """Which key is the query itself, if it may see it, (b or 1, h or 1, n, m); n queries are the last of m tokens."""
     own = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n).triu(m - n)[None, None]
     allowed = here.mask.dense(n, m, device)
     return own if allowed is None else own & allowed

@@ -29,7 +29,8 @@ class Uniform(Intervention):
     strength: Fraction = 1.0
 
     def edit_weights(self, weights: Tensor, here: Here) -> Tensor:
-        allowed = here.mask.dense(*weights.shape[-2:], weights.device)
+        n, m = weights.shape[-2:]
+        allowed = here.mask.dense(n, m, weights.device)
         keys = torch.ones_like(weights) if allowed is None else allowed.to(weights.dtype).expand_as(weights)
         mean = weights.sum(dim=-1, keepdim=True) / keys.sum(dim=-1, keepdim=True).clamp(min=1)
         return (1 - self.strength) * weights + self.strength * mean * keys

@@ -45,9 +45,12 @@ def test_rows_without_anything_stay_empty():
     mask[3] = False
     seen = []
     batch = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), attnzoo.intervene(model, "keep_top(keys=2)"):
-        with attnzoo.watch(model, "weights", lambda _, x: seen.append(x)):
-            out = model(batch, attn_mask=mask)
+
+    def note(_name: str, weights: torch.Tensor) -> None:
+        seen.append(weights)
+
+    with torch.no_grad(), attnzoo.intervene(model, "keep_top(keys=2)"), attnzoo.watch(model, "weights", note):
+        out = model(batch, attn_mask=mask)
     assert out.isfinite().all() and not seen[0][:, :, 3].any() and seen[0][:, :, 2].count_nonzero() == 2 * 4
 
 

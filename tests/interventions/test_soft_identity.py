@@ -42,9 +42,16 @@ def test_a_token_that_may_not_see_itself_keeps_its_row():
     mask[3, 3] = False
     seen = []
     batch = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), attnzoo.intervene(model, SoftIdentity(at="blocks.0")):
-        with attnzoo.watch(model, "weights", lambda _, x: seen.append(x)):
-            model(batch, attn_mask=mask)
+
+    def note(_name: str, weights: torch.Tensor) -> None:
+        seen.append(weights)
+
+    with (
+        torch.no_grad(),
+        attnzoo.intervene(model, SoftIdentity(at="blocks.0")),
+        attnzoo.watch(model, "weights", note),
+    ):
+        model(batch, attn_mask=mask)
     first = seen[0][0]
     assert not first[:, 3, 3].any() and torch.allclose(first[:, 3].sum(dim=-1), torch.ones(4))
     assert torch.equal(first[:, 4], torch.eye(65)[4].expand(4, -1))
