@@ -90,6 +90,10 @@ class Intervention(Instrument):
             kind for kind, name in methods.items() if getattr(cls, name) is not getattr(Intervention, name)
         )
 
+    def names(self) -> Sequence[str]:
+        """Names of sites that its options speak of beside `at`; a model without them is refused."""
+        return ()
+
     def edit_input(self, x: Tensor, here: Here) -> Tensor:
         """Tokens that a mechanism reads, after the norm, (b n c)."""
         raise NotImplementedError

@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from attnzoo.core import Intervention, Layout
 from attnzoo.core.intervention import Here
@@ -13,6 +15,7 @@ from attnzoo.errors import ZooError
 from attnzoo.functional.tokens import Tokens, chosen_tokens
 from attnzoo.hosts.seq2seq import PAD
 from attnzoo.lab.intervening import intervene
+from attnzoo.lab.maps import Map, collect
 from attnzoo.lab.points import Leaf, chosen
 from attnzoo.lab.subject import Batch, Subject
 from attnzoo.zoo import load_zoo
@@ -59,6 +62,70 @@ def sink_dims(subject: Subject, count: int = 2, at: str = "*") -> list[int]:
             help="name those of one width in `at`",
         )
     return torch.stack(list(most.values())).amax(dim=0).topk(count).indices.tolist()
+
+
+def salient_tokens(
+    model: nn.Module,
+    images: Float[Tensor, "b c y x"],
+    *,
+    share: float = 0.25,
+    spatial: float = 0.0,
+    first: int = 0,
+    last: int = -2,
+) -> tuple[Bool[Tensor, "b m"], Bool[Tensor, "b m"]]:
+    """The patches that an early layer looks at, and those that stand out in a late one, for `rebalance`.
+
+        top, bottom = salient_tokens(model, images)
+        with attnzoo.intervene(model, Rebalance(top=top, bottom=bottom)):
+            model(images)
+
+    Arif et al., 2025, arXiv:2501.12206, §3. The score of a patch is what the class token pays it, summed over heads
+    (without a class token: the mean over all patches). `bottom` are the outliers of the late layer, with a score above
+    Q3 + 1.5 (Q3 − Q1); `top` the greatest scores of the early layer that are none of them.
+
+    Args:
+        model: Of images on one grid.
+        images: (b c y x).
+        share: How many of the patches are `top`, from 0 to 1.
+        spatial: How many join them for what all patches together pay them, mean over heads; 0 in the authors' code.
+        first: The early layer, from 0.
+        last: The late one, from 0, or from -1 backwards.
+
+    Returns:
+        `top` and `bottom`, over all tokens.
+
+    Raises:
+        ZooError: AZ903, when the model has no grid or no attention; AZ924, when no map is formed in these layers.
+    """
+    maps = collect(model, images)
+    prefix, patches = maps.layout.prefix, maps.layout.length - maps.layout.prefix
+
+    def of_layer(layer: int) -> Map:
+        place = layer % len(maps.sites)
+        for one in maps.maps:
+            if one.layer == place:
+                return one
+        raise ZooError(
+            "AZ924",
+            f"`{maps.sites[place]}` has no attention map",
+            why="; ".join(one.reason for one in maps.absent if one.layer == place),
+            help="name another layer",
+        )
+
+    def largest(scores: Tensor, part: float) -> Tensor:
+        count = int(part * patches)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(
+            -1, scores.topk(count, dim=-1).indices, True
+        )
+
+    early, late = of_layer(first), of_layer(last)
+    scores = maps.on_grid(early).sum(dim=1).flatten(1)  # (b patches)
+    received = early.matrix(maps.layout.length).mean(dim=1)[:, prefix:, prefix:].sum(dim=1)
+    outstanding = maps.on_grid(late).sum(dim=1).flatten(1)
+    quarters = outstanding.quantile(torch.tensor([0.25, 0.75], device=images.device), dim=-1)
+    bottom = outstanding > (quarters[1] + 1.5 * (quarters[1] - quarters[0]))[:, None]
+    top = (largest(scores, share) | largest(received, spatial)) & ~bottom
+    return F.pad(top, (prefix, 0)), F.pad(bottom, (prefix, 0))
 
 
 @torch.no_grad()

@@ -67,7 +67,10 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
     Raises:
         ZooError: AZ903, AZ923, AZ924.
     """
-    there = chosen(leaves(model), one.at, one.branch)
+    everywhere = leaves(model)
+    there = chosen(everywhere, one.at, one.branch)
+    for name in one.names():
+        chosen(everywhere, name)
     if one.heads is not None and not set(one.points()) & set(OF_HEADS):
         raise ZooError(
             "AZ921",
