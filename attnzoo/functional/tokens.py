@@ -1,11 +1,12 @@
 """Tokens, chosen by what they are or by their places."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from attnzoo.core import Layout
 from attnzoo.errors import ZooError
@@ -51,3 +52,29 @@ def chosen_tokens(
     else:
         there[list(tokens)] = True
     return there[length - count :]
+
+
+def on_tokens(maps: Any, layout: Layout, device: torch.device | None = None) -> Float[Tensor, "k n"]:
+    """Maps brought to the grid of the tokens, each token the nearest entry; 0 for the prefix.
+
+    Args:
+        maps: Numbers of the form of the grid, at any size: (y x) for one map, (k y x) for several.
+        layout: How the tokens are arranged.
+        device: Where the answer is wanted.
+
+    Raises:
+        ZooError: AZ921, when they have not the form of the grid.
+    """
+    try:
+        read = torch.as_tensor(maps, device=device).float()
+    except (TypeError, ValueError):  # lists of unequal lengths
+        read = torch.empty(())
+    axes = len(layout.grid)
+    if read.ndim not in (axes, axes + 1) or not read.numel():
+        raise ZooError(
+            "AZ921",
+            f"a map of tokens has {axes} axes, several together {axes + 1}; this has the shape {tuple(read.shape)}",
+            why=f"tokens are arranged as {layout}",
+        )
+    fitted = F.interpolate(read.reshape(1, -1, *read.shape[-axes:]), size=layout.grid)  # nearest
+    return F.pad(fitted[0].flatten(1), (layout.prefix, 0))

@@ -19,7 +19,7 @@ Keys = Tokens | Tensor
 
 @dataclass(kw_only=True, eq=False)
 class Rebalance(Intervention):
-    """s_j ← s_j + α |s_j| for keys j of `top`, s_j ← s_j + β |s_j| for those of `bottom`, before the softmax, (b h n m).
+    """s_j ← s_j + α |s_j| for keys j of `top`, + β |s_j| for those of `bottom`, before the softmax, (b h n m).
 
     A raised score never falls, whatever its sign. Which keys depends on the images in the paper: those that the first
     layer looks at, and those that stand out in the last layer but one; `attnzoo.lab.calibration.salient_tokens` finds
@@ -45,8 +45,8 @@ class Rebalance(Intervention):
             "arXiv:2501.12206",
             "§3",
         ),
-        notes="One α and one β for all heads, as in the authors' code; the paper speaks of each head's own sensitivity, "
-        "for which `heads` stands.",
+        notes="One α and one β for all heads, as in the authors' code; the paper speaks of each head's own "
+        "sensitivity, for which `heads` stands.",
         fidelity="adapted",
     )
     neutral = {"alpha": 0.0, "beta": 0.0}
