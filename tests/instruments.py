@@ -1,5 +1,8 @@
 """What tests of probes and interventions share: small models, and subjects of them."""
 
+import copy
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +45,12 @@ def sentences() -> tuple[Tensor, Tensor]:
 
 def vit(attention: str = "softmax", depth: int = 2, seed: int = 0) -> nn.Module:
     """A small ViT with lively weights: 16 × 16 images, 16 + 1 tokens, 4 heads of 12 channels, 5 classes."""
+    return copy.deepcopy(_built(attention, depth, seed))
+
+
+@cache
+def _built(attention: str, depth: int, seed: int) -> nn.Module:
+    """What `vit` gives copies of."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = compose(VIT.format(attention=attention, depth=depth)).eval()

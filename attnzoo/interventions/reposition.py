@@ -86,12 +86,11 @@ class Reposition(Intervention):
             return x
         prefix, grid = here.layout.split(x)
         image = here.layout.to_grid(grid).clone()  # (b c y x)
-        for one, ((y0, x0, y1, x1), end) in zip(image, ways, strict=True):  # (c y x)
+        for i, ((y0, x0, y1, x1), end) in enumerate(ways):
             if (y0, x0, y1, x1) != end:
                 top, left, bottom, right = end
-                cut = one[None, :, y0:y1, x0:x1].clone()
-                size = bottom - top, right - left
-                one[:, top:bottom, left:right] = F.interpolate(cut, size=size, mode="bilinear")[0]
+                cut, size = image[i, None, :, y0:y1, x0:x1].clone(), (bottom - top, right - left)
+                image[i, :, top:bottom, left:right] = F.interpolate(cut, size=size, mode="bilinear")[0]
         return here.layout.from_grid(prefix, image)
 
 
