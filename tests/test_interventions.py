@@ -296,8 +296,8 @@ SEQUENCES = {
     "inject": {"attention": {"decoder.0.self": 0.5, "decoder.1.self": 0.5}},
     "isolate": {"regions": [1, 1, 2, 2, 2, 0], "at": "encoder.*"},
     "multi_reference": {"references": [0], "at": "encoder.*"},
-    "rebalance": {"top": [0, 1], "queries": "all"},
-    "redistribute_sink": {"threshold": 2.2, "ratio": 0.0, "least": 0.0},
+    "rebalance": {"top": [0, 1], "at": "decoder.*.cross"},
+    "redistribute_sink": {"threshold": 2.2, "ratio": 0.0, "least": 0.0, "at": "decoder.*.cross"},
 }
 
 
@@ -318,6 +318,61 @@ def test_of_sequences_too(name):
     assert out.isfinite().all() and not torch.allclose(out, plain, atol=1e-4)
     if name != "isolate":  # regions are stretched over all places
         assert torch.allclose(out, padded, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in TOGETHER])
+def test_a_sequence_that_is_continued_is_edited_as_it_is_read_whole(name):
+    """Token by token, with what was kept of those before."""
+    model, source = pairs(), torch.tensor([[5, 6, 7, 8, 2]])
+    target = torch.tensor([[1, 11, 12, 13, 4]])
+    one = ZOO.find(name).value(**SEQUENCES.get(name, CASES[name]))
+    with torch.no_grad(), intervene(model, one):
+        whole = model(source, target)
+        state = model.start(model.encode(source))
+        steps = [model.step(target[:, place : place + 1], state) for place in range(5)]
+    assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-4)
+
+
+def test_what_a_sequence_reads_cannot_be_edited_while_it_is_continued():
+    model, (source, target) = pairs(), sentences()
+    with torch.no_grad(), intervene(model, Louder(at="decoder.*.self")):
+        state = model.start(model.encode(source))
+        with pytest.raises(ZooError, match="AZ924"):
+            model.step(target[:, :1], state)
+
+
+class Louder(Intervention):
+    """Edits what is read."""
+
+    card = attnzoo.InstrumentCard("louder", "Twice as loud.")
+
+    def edit_input(self, x, here):
+        return 2 * x
+
+
+class Counting(Intervention):
+    """Keeps something from layer to layer, and says how much there was."""
+
+    card = attnzoo.InstrumentCard("counting", "How much is kept.")
+
+    def edit_output(self, out, here):
+        SEEN.append((here.layer, len(here.shared), here.tokens.shape[0]))
+        here.shared[here.layer] = out
+        return out
+
+
+SEEN: list[tuple[int, int, int]] = []
+
+
+def test_what_is_kept_from_layer_to_layer_is_forgotten_after_a_forward():
+    model = vit(depth=3)
+    SEEN.clear()
+    with torch.no_grad(), intervene(model, Counting()):
+        model(images(4))
+        with pytest.raises(Exception, match="shape|size|channels"):
+            model(images()[:, :2])
+        model(images(5))
+    assert SEEN == [(0, 0, 4), (1, 1, 4), (2, 2, 4), (0, 0, 5), (1, 1, 5), (2, 2, 5)]
 
 
 NOTHING_TO_REACH = {

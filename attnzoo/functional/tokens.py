@@ -67,7 +67,7 @@ def on_tokens(maps: Any, layout: Layout, device: torch.device | None = None) -> 
     """
     try:
         read = torch.as_tensor(maps, device=device).float()
-    except (TypeError, ValueError):  # lists of unequal lengths
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # unequal lengths, words, too large
         read = torch.empty(())
     axes = len(layout.grid)
     if read.ndim not in (axes, axes + 1) or not read.numel():

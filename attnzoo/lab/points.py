@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnzoo.core import Head, Layout, Tap, find_taps
+from attnzoo.core import Head, KVCache, Layout, Tap, find_taps
 from attnzoo.core.intervention import Here
 from attnzoo.core.mask import NO_MASK
 from attnzoo.errors import ZooError, did_you_mean
+from attnzoo.hosts.layers import Layer
 from attnzoo.lab.maps import _branches, _sites
 
 Edit = Callable[[Tensor, Here], Tensor | None]
@@ -91,23 +92,22 @@ def leaves(model: nn.Module) -> list[Leaf]:
     Raises:
         ZooError: AZ903, when there is none.
     """
-    found = []
+    found, paths = [], {module: path for path, module in model.named_modules()}
     for layer, (site, outer) in enumerate(_sites(model).items()):
-        block = _block(model, site)
+        block = _block(model, paths[outer])
         mlp = next((m for name in MLPS if isinstance(m := getattr(block, name, None), nn.Module)), None)
         for branch, component in _branches(outer):
             found.append(Leaf(site, layer, branch, component, outer, block, mlp))
     return found
 
 
-def _block(model: nn.Module, site: str) -> nn.Module:
-    """The module that a site belongs to."""
-    names = site.split(".")
-    while names:
-        try:
-            return model.get_submodule(".".join(names))
-        except AttributeError:
-            names.pop()
+def _block(model: nn.Module, path: str) -> nn.Module:
+    """The module around the one at a path; lists of modules are none, since nobody calls them."""
+    while path:
+        path = path.rpartition(".")[0]
+        around = model.get_submodule(path)
+        if not isinstance(around, nn.ModuleList | nn.ModuleDict):
+            return around
     return model
 
 
@@ -144,7 +144,7 @@ class _Frames(threading.local):
 
     def __init__(self) -> None:
         self.shared: dict[Any, Any] = {}
-        self.tokens: dict[nn.Module, Tensor] = {}
+        self.blocks: dict[nn.Module, tuple] = {}
         self.sites: dict[nn.Module, dict[str, Any]] = {}
         self.calls: dict[nn.Module, dict[str, Any]] = {}
 
@@ -184,16 +184,27 @@ def attach(model: nn.Module, edits: Mapping[Leaf, Mapping[str, Edit]]) -> Iterat
 
     def here(leaf: Leaf) -> Here:
         known = frames.sites.get(leaf.outer, {}) | frames.calls.get(leaf.component, {})
-        tokens = frames.tokens.get(leaf.block)
+        call = frames.blocks.get(leaf.block, (None,))
+        if isinstance(leaf.block, Layer) and leaf.outer is not leaf.block.attn and len(call) > 3:
+            known["context"] = call[3]  # also where `step` is called, and the mechanism itself is not
         about = leaf.site, leaf.layer, depth, leaf.branch, leaf.mechanism, leaf.heads
-        return Here(*about, **known, tokens=tokens, shared=frames.shared)
+        return Here(*about, **known, tokens=call[0], shared=frames.shared)
 
     def began(*_: Any) -> None:
         frames.shared = {}
 
     def entered(block: nn.Module) -> Callable:
+        reads = [leaf.site for leaf, kinds in edits.items() if leaf.block is block and "input" in kinds]
+
         def hook(_module: nn.Module, args: tuple) -> None:
-            frames.tokens[block] = args[0]
+            if reads and any(isinstance(part, KVCache) for one in args for part in _parts(one)):
+                raise ZooError(
+                    "AZ924",
+                    f"what `{reads[0]}` reads cannot be edited while a sequence is continued",
+                    why="tokens that were read before are kept, and are not read again",
+                    help="ask for whole sequences",
+                )
+            frames.blocks[block] = args
 
         return hook
 
@@ -242,11 +253,14 @@ def attach(model: nn.Module, edits: Mapping[Leaf, Mapping[str, Edit]]) -> Iterat
                     add(register, hook)
             if isinstance(component, Head):
                 add(component.register_forward_hook, left("calls", component))
-        for outer in outers:
-            add(outer.register_forward_hook, left("sites", outer))
-        for block in blocks:
-            add(block.register_forward_hook, left("tokens", block))
+        for leaf in edits:
+            add(leaf.block.register_forward_hook, left("sites", leaf.outer))
+            add(leaf.block.register_forward_hook, left("blocks", leaf.block))
         yield
+
+
+def _parts(argument: Any) -> tuple:
+    return argument if isinstance(argument, tuple) else (argument,)
 
 
 def _hooks(
@@ -263,6 +277,10 @@ def _hooks(
 
     if kind == "input":
         yield leaf.outer.register_forward_pre_hook, before
+    elif kind == "output" and isinstance(leaf.block, Layer):
+        # what `step` gives, which is no call of the mechanism, comes by here too
+        skip = leaf.block.attn_skip if leaf.outer is leaf.block.attn else leaf.block.cross_skip
+        yield skip.register_forward_pre_hook, before
     elif kind in ("scores", "weights"):
         for tap in leaf.taps(kind):
             yield tap.register_forward_hook, after

@@ -5,6 +5,7 @@ import torch
 from instruments import images, pairs, passing, vit
 
 import attnzoo
+from attnzoo.core import Here
 from attnzoo.errors import ZooError
 from attnzoo.interventions import SoftIdentity
 
@@ -64,6 +65,14 @@ def test_newest_tokens_of_a_sequence_are_themselves():
         state = model.start(model.encode(source))
         steps = [model.step(target[:, i : i + 1], state) for i in range(5)]
     assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-5)
+
+
+def test_newest_tokens_without_weights():
+    """Two queries, the last of five tokens: their own values are the last two."""
+    v = torch.randn(1, 2, 5, 3, generator=torch.Generator().manual_seed(0))
+    here = Here("layers.0", 0, 1, "elu_linear", "elu_linear", 2, v=v)
+    out = SoftIdentity(strength=0.25).edit_heads(torch.ones(1, 2, 2, 3), here)
+    assert torch.allclose(out, 0.75 + 0.25 * v[:, :, 3:])
 
 
 def test_cross_attention_is_left_alone():
