@@ -114,9 +114,10 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
 def _obstacles(one: Intervention, leaf: Leaf) -> list[str]:
     """Why an intervention cannot work at a leaf; empty when it can."""
     if one.own_keys and getattr(leaf.outer, "context_dim", None) is not None:
-        return [f"`{leaf.site}` reads another sequence"]
+        return ["it speaks of tokens that attend to one another, and cross-attention reads another sequence"]
     if one.mechanisms and leaf.mechanism not in one.mechanisms:
-        return [f"it does the maths of {', '.join(f'`{name}`' for name in sorted(one.mechanisms))} itself"]
+        known = ", ".join(f"`{name}`" for name in sorted(one.mechanisms))
+        return [f"it does the maths of {known} itself, and `{leaf.mechanism}` has another"]
     lacking = [text for kind in one.points() if (text := leaf.lacks(kind))]
     return [] if one.either and len(lacking) < len(one.points()) else lacking
 
