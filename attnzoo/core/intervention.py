@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -72,8 +72,8 @@ class Intervention(Instrument):
     """Whether it speaks of tokens that attend to one another: sites that read another sequence are left alone."""
     mechanisms: ClassVar[Set[str]] = frozenset()
     """Names of the mechanisms whose maths it does itself; of any when empty."""
-    either: ClassVar[bool] = False
-    """Whether the first of its edits that a mechanism lets do is enough; otherwise all are needed."""
+    enough: ClassVar[Literal["all", "any", "first"]] = "all"
+    """Which of its edits a place must let do: `all`, or `any`, of which all are done, or the `first` alone."""
 
     @property
     def changes_nothing(self) -> bool:

@@ -47,6 +47,7 @@ class Inject(Intervention):
         notes="The paper does not say whether a^k is taken before or after the edit of layer k; here it is before.",
     )
     neutral = {"attention_strength": 0.0, "mlp_strength": 0.0}
+    enough = "any"
     attention: Mapping[str, float] | None = None
     mlp: Mapping[str, float] | None = None
     attention_strength: float = 0.26

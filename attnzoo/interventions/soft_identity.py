@@ -39,7 +39,7 @@ class SoftIdentity(Intervention):
     )
     neutral = {"strength": 0.0}
     own_keys = True
-    either = True
+    enough = "first"
     strength: Fraction = 1.0
 
     def edit_weights(self, weights: Tensor, here: Here) -> Tensor:

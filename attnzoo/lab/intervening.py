@@ -99,7 +99,7 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
     for leaf in (leaf for leaf, why in reasons.items() if not why):
         found[leaf] = {}
         able = [kind for kind in one.points() if not leaf.lacks(kind)]
-        for kind in able[:1] if one.either else able:
+        for kind in able[:1] if one.enough == "first" else able:
             around = {"input": leaf.outer, "output": leaf.outer, "mlp": leaf.mlp, "block": leaf.block}.get(
                 kind
             )
@@ -119,7 +119,7 @@ def _obstacles(one: Intervention, leaf: Leaf) -> list[str]:
         known = ", ".join(f"`{name}`" for name in sorted(one.mechanisms))
         return [f"it does the maths of {known} itself, and `{leaf.mechanism}` has another"]
     lacking = [text for kind in one.points() if (text := leaf.lacks(kind))]
-    return [] if one.either and len(lacking) < len(one.points()) else lacking
+    return [] if one.enough != "all" and len(lacking) < len(one.points()) else lacking
 
 
 def _of_chosen_heads(one: Intervention, kind: str) -> Edit:

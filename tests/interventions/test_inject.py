@@ -117,3 +117,19 @@ def test_heads_cannot_be_chosen():
 def test_a_site_that_there_is_not_is_refused():
     with pytest.raises(ZooError, match="AZ923"), attnzoo.intervene(vit(), Inject(mlp={"block.1": 0.5})):
         pass
+
+
+def test_layers_without_mlps_are_told_by_their_attention_alone():
+    text = """
+    recipe: 1
+    name: small
+    extends: task_switching
+    host: {mlp_dim: 0}
+    """
+    model, ids = attnzoo.compose(text).eval(), torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        plain = model(ids)
+        with attnzoo.intervene(
+            model, Inject(attention={"layers.0": 1.0, "layers.1": 0.5}, attention_strength=2.0)
+        ):
+            assert not torch.allclose(model(ids), plain, atol=1e-3)
