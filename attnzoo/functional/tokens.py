@@ -54,27 +54,32 @@ def chosen_tokens(
     return there[length - count :]
 
 
-def on_tokens(maps: Any, layout: Layout, device: torch.device | None = None) -> Float[Tensor, "k n"]:
+def on_tokens(
+    maps: Any, layout: Layout, count: int = 1, device: torch.device | None = None
+) -> Float[Tensor, "#k n"]:
     """Maps brought to the grid of the tokens, each token the nearest entry; 0 for the prefix.
 
     Args:
         maps: Numbers of the form of the grid, at any size: (y x) for one map, (k y x) for several.
         layout: How the tokens are arranged.
+        count: How many maps there should be, k, where there is not one for all.
         device: Where the answer is wanted.
 
     Raises:
-        ZooError: AZ921, when they have not the form of the grid.
+        ZooError: AZ921, when they have not the form of the grid, or are of another number.
     """
     try:
         read = torch.as_tensor(maps, device=device).float()
     except (TypeError, ValueError, RuntimeError, OverflowError):  # unequal lengths, words, too large
         read = torch.empty(())
     axes = len(layout.grid)
-    if read.ndim not in (axes, axes + 1) or not read.numel():
+    number = len(read) if read.ndim == axes + 1 else 1
+    if read.ndim not in (axes, axes + 1) or not read.numel() or number not in (1, count):
+        several = f", or of {count} with {axes + 1}" if count > 1 else ""
         raise ZooError(
             "AZ921",
-            f"a map of tokens has {axes} axes, several together {axes + 1}; this has the shape {tuple(read.shape)}",
+            f"numbers for tokens come as one map with {axes} axes{several}; these have the shape {tuple(read.shape)}",
             why=f"tokens are arranged as {layout}",
         )
-    fitted = F.interpolate(read.reshape(1, -1, *read.shape[-axes:]), size=layout.grid)  # nearest
+    fitted = F.interpolate(read.reshape(1, number, *read.shape[-axes:]), size=layout.grid)  # nearest
     return F.pad(fitted[0].flatten(1), (layout.prefix, 0))

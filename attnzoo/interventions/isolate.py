@@ -69,7 +69,9 @@ class Isolate(Intervention):
     def _hidden(self, pairs: Tensor, here: Here) -> Tensor:
         """Which keys are hidden from which queries, (b or 1, 1, n, m); n queries are the last of m tokens."""
         assert self.regions is not None  # asked before
-        keys = on_tokens(self.regions, here.layout, pairs.device)[:, None, None]  # (b or 1, 1, 1, m)
+        keys = on_tokens(self.regions, here.layout, len(pairs), pairs.device)[
+            :, None, None
+        ]  # (b or 1, 1, 1, m)
         queries = keys.mT[:, :, -pairs.shape[2] :]
         hidden = (queries != keys) & (keys > 0)
         return hidden & (queries > 0) if self.background == "all" else hidden

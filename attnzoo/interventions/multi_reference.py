@@ -27,8 +27,8 @@ class MultiReference(Intervention):
 
     Args:
         references: Places of the reference samples in the batch, from 0; none leaves everything as it is.
-        masks: M, which tokens of each reference show the concept: (r y x) at any size, the prefix then left out; all
-            tokens when None.
+        masks: M, which tokens of each reference show the concept: (r y x) at any size, or (y x) for all references;
+            the prefix is then left out. All tokens when None.
         weight: w; 2 to 3 in the paper.
         form: `code`: scores + w where M = 1, −∞ where M = 0, as the authors' code has it; `paper`: scores · w M, so
             that masked tokens have the score 0 and still receive weight.
@@ -84,7 +84,7 @@ class MultiReference(Intervention):
             theirs = theirs & marked
         theirs = theirs.expand(len(targets), 1, n, *marked.shape)  # (t 1 n r m)
         if self.regions is not None:
-            keys = on_tokens(self.regions, here.layout, q.device)[:, None, None]  # (1 1 1 m)
+            keys = on_tokens(self.regions, here.layout, device=q.device)[:, None, None]  # (1 1 1 m)
             queries = keys.mT[:, :, -n:]
             own = own & ((queries == keys) | (queries == 0) | (keys == 0))
             number = torch.arange(1, len(references) + 1, device=q.device)[:, None]
@@ -107,14 +107,7 @@ class MultiReference(Intervention):
         count = len(self.references)
         if self.masks is None:
             return torch.ones(count, m, dtype=torch.bool, device=device)
-        marked = on_tokens(self.masks, here.layout, device) > 0.5
-        if len(marked) != count:
-            raise ZooError(
-                "AZ921",
-                f"`{self.card.name}`: {len(marked)} masks do not fit {count} references",
-                help="one for each",
-            )
-        return marked
+        return (on_tokens(self.masks, here.layout, count, device) > 0.5).expand(count, -1)
 
 
 def _per_head(theirs: Tensor, scores: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def test_other_mechanisms_keep_them_apart_too(attention):
     assert len(seen) == 2 and not any(one[..., hidden()].any() for one in seen)
 
 
-@pytest.mark.parametrize("regions", [[1, 2], [[[[1]]]], [[1, 2], [3]], "all"])
+@pytest.mark.parametrize("regions", [[1, 2], [[[[1]]]], [[1, 2], [3]], "all", [[[1]], [[2]]], [["a"]]])
 def test_regions_that_fit_no_grid_are_refused(regions):
     with pytest.raises(ZooError, match="AZ921"):
         subject(vit()).outputs(Isolate(regions=regions))
