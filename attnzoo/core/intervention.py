@@ -1,8 +1,8 @@
 """Interventions: what is changed inside a model while it runs."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ class Here:
         mask: Who may attend to whom.
         q, k, v: What the head was called with, (b h n d) and (b h m d); None outside of a head.
         tokens: What came into the site's block, before its norm, (b n c).
+        context: What keys and values are made of, where that is another sequence, (b m c).
         shared: What an intervention keeps from layer to layer in one forward of the model; empty when it begins.
     """
 
@@ -44,6 +45,7 @@ class Here:
     k: Tensor | None = None
     v: Tensor | None = None
     tokens: Tensor | None = None
+    context: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -66,6 +68,12 @@ class Intervention(Instrument):
 
     neutral: ClassVar[dict[str, Any]] = {}
     """Options with which it changes nothing: then it is not attached at all, and every bit is as without it."""
+    own_keys: ClassVar[bool] = False
+    """Whether it speaks of tokens that attend to one another: sites that read another sequence are left alone."""
+    mechanisms: ClassVar[Set[str]] = frozenset()
+    """Names of the mechanisms whose maths it does itself; of any when empty."""
+    enough: ClassVar[Literal["all", "any", "first"]] = "all"
+    """Which of its edits a place must let do: `all`, or `any`, of which all are done, or the `first` alone."""
 
     @property
     def changes_nothing(self) -> bool:
@@ -81,6 +89,10 @@ class Intervention(Instrument):
         return tuple(
             kind for kind, name in methods.items() if getattr(cls, name) is not getattr(Intervention, name)
         )
+
+    def names(self) -> Sequence[str]:
+        """Names of sites that its options speak of beside `at`; a model without them is refused."""
+        return ()
 
     def edit_input(self, x: Tensor, here: Here) -> Tensor:
         """Tokens that a mechanism reads, after the norm, (b n c)."""

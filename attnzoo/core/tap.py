@@ -59,7 +59,7 @@ class Tap(nn.Identity):
 
     def __getstate__(self) -> dict[str, Any]:
         hooks = OrderedDict(
-            (k, hook) for k, hook in self._forward_hooks.items() if not isinstance(hook, _Look)
+            (k, hook) for k, hook in self._forward_hooks.items() if not getattr(hook, "passing", False)
         )
         return self.__dict__ | {"_forward_hooks": hooks}
 
@@ -107,6 +107,8 @@ def watch(
 
 class _Look:
     """A hook of `watch`. It is neither copied nor pickled: a copy of a watched module is watched by nobody."""
+
+    passing = True
 
     def __init__(self, full: str, see: Callable[[str, Tensor], Tensor | None]):
         self.full, self.see = full, see

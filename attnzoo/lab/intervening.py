@@ -69,7 +69,17 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
     Raises:
         ZooError: AZ903, AZ923, AZ924.
     """
-    there = chosen(leaves(model), one.at, one.branch)
+    everywhere = leaves(model)
+    there = chosen(everywhere, one.at, one.branch)
+    for name in one.names():
+        chosen(everywhere, name)
+    if one.heads is not None and not set(one.points()) & set(OF_HEADS):
+        raise ZooError(
+            "AZ921",
+            f"`{one.card.name}`: `heads` cannot be {one.heads!r}",
+            why=f"it edits {' and '.join(one.points())}, where heads are merged",
+            help="leave `heads` out",
+        )
     if one.heads is not None:
         few = min(there, key=lambda leaf: leaf.heads)
         if strange := [head for head in one.heads if not 0 <= head < few.heads]:
@@ -78,7 +88,7 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
                 f"`{few.site}` has no head {strange[0]}",
                 help=f"it has {few.heads}, which count from 0; name sites with more in `at`",
             )
-    reasons = {leaf: [text for kind in one.points() if (text := leaf.lacks(kind))] for leaf in there}
+    reasons = {leaf: _obstacles(one, leaf) for leaf in there}
     if all(reasons.values()):
         raise ZooError(
             "AZ924",
@@ -90,7 +100,8 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
     found: dict[Leaf, dict[str, Edit]] = {}
     for leaf in (leaf for leaf, why in reasons.items() if not why):
         found[leaf] = {}
-        for kind in one.points():
+        able = [kind for kind in one.points() if not leaf.lacks(kind)]
+        for kind in able[:1] if one.enough == "first" else able:
             around = {"input": leaf.outer, "output": leaf.outer, "mlp": leaf.mlp, "block": leaf.block}.get(
                 kind
             )
@@ -100,6 +111,17 @@ def reach(model: nn.Module, one: Intervention) -> dict[Leaf, dict[str, Edit]]:
                 once.add((kind, around))
             found[leaf][kind] = _of_chosen_heads(one, kind)
     return found
+
+
+def _obstacles(one: Intervention, leaf: Leaf) -> list[str]:
+    """Why an intervention cannot work at a leaf; empty when it can."""
+    if one.own_keys and getattr(leaf.outer, "context_dim", None) is not None:
+        return ["it speaks of tokens that attend to one another, and cross-attention reads another sequence"]
+    if one.mechanisms and leaf.mechanism not in one.mechanisms:
+        known = ", ".join(f"`{name}`" for name in sorted(one.mechanisms))
+        return [f"it does the maths of {known} itself, and `{leaf.mechanism}` has another"]
+    lacking = [text for kind in one.points() if (text := leaf.lacks(kind))]
+    return [] if one.enough != "all" and len(lacking) < len(one.points()) else lacking
 
 
 def _of_chosen_heads(one: Intervention, kind: str) -> Edit:

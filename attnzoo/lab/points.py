@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnzoo.core import Head, Layout, Tap, find_taps
+from attnzoo.core import Head, KVCache, Layout, Tap, find_taps
 from attnzoo.core.intervention import Here
 from attnzoo.core.mask import NO_MASK
 from attnzoo.errors import ZooError, did_you_mean
+from attnzoo.hosts.layers import Layer
 from attnzoo.lab.maps import _branches
 from attnzoo.lab.sites import sites_of
 
@@ -92,14 +93,23 @@ def leaves(model: nn.Module) -> list[Leaf]:
     Raises:
         ZooError: AZ903, when there is none.
     """
-    found = []
-    places = {module: path for path, module in model.named_modules()}
+    found, paths = [], {module: path for path, module in model.named_modules()}
     for layer, (site, outer) in enumerate(sites_of(model).items()):
-        block = model.get_submodule(places[outer].rpartition(".")[0])
+        block = _block(model, paths[outer])
         mlp = next((m for name in MLPS if isinstance(m := getattr(block, name, None), nn.Module)), None)
         for branch, component in _branches(outer):
             found.append(Leaf(site, layer, branch, component, outer, block, mlp))
     return found
+
+
+def _block(model: nn.Module, path: str) -> nn.Module:
+    """The module around the one at a path; lists of modules are none, since nobody calls them."""
+    while path:
+        path = path.rpartition(".")[0]
+        around = model.get_submodule(path)
+        if not isinstance(around, nn.ModuleList | nn.ModuleDict):
+            return around
+    return model
 
 
 def chosen(found: list[Leaf], at: str | Any = "*", branch: str | None = None) -> list[Leaf]:
@@ -135,9 +145,32 @@ class _Frames(threading.local):
 
     def __init__(self) -> None:
         self.shared: dict[Any, Any] = {}
-        self.tokens: dict[nn.Module, Tensor] = {}
+        self.blocks: dict[nn.Module, tuple] = {}
         self.sites: dict[nn.Module, dict[str, Any]] = {}
         self.calls: dict[nn.Module, dict[str, Any]] = {}
+
+
+class _Passing:
+    """A hook that lasts as long as a block. Copies and pickles made meanwhile get one that does nothing; taps none.
+
+    Args:
+        call: What it does.
+    """
+
+    passing = True
+
+    def __init__(self, call: Callable):
+        self.call = call
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.call(*args, **named)
+
+    def __reduce__(self) -> tuple:
+        return _Passing, (_nothing,)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What the hooks of a copy do."""
 
 
 @contextmanager
@@ -152,23 +185,37 @@ def attach(model: nn.Module, edits: Mapping[Leaf, Mapping[str, Edit]]) -> Iterat
 
     def here(leaf: Leaf) -> Here:
         known = frames.sites.get(leaf.outer, {}) | frames.calls.get(leaf.component, {})
-        tokens = frames.tokens.get(leaf.block)
+        call = frames.blocks.get(leaf.block, (None,))
+        if isinstance(leaf.block, Layer) and leaf.outer is not leaf.block.attn and len(call) > 3:
+            known["context"] = call[3]  # also where `step` is called, and the mechanism itself is not
         about = leaf.site, leaf.layer, depth, leaf.branch, leaf.mechanism, leaf.heads
-        return Here(*about, **known, tokens=tokens, shared=frames.shared)
+        return Here(*about, **known, tokens=call[0], shared=frames.shared)
 
-    def began(_module: nn.Module, args: tuple) -> None:
+    def began(*_: Any) -> None:
         frames.shared = {}
 
     def entered(block: nn.Module) -> Callable:
+        reads = [leaf.site for leaf, kinds in edits.items() if leaf.block is block and "input" in kinds]
+
         def hook(_module: nn.Module, args: tuple) -> None:
-            frames.tokens[block] = args[0]
+            if reads and any(isinstance(part, KVCache) for one in args for part in _parts(one)):
+                raise ZooError(
+                    "AZ924",
+                    f"what `{reads[0]}` reads cannot be edited while a sequence is continued",
+                    why="tokens that were read before are kept, and are not read again",
+                    help="ask for whole sequences",
+                )
+            frames.blocks[block] = args
 
         return hook
 
     def at_site(outer: nn.Module) -> Callable:
         def hook(_module: nn.Module, args: tuple, named: dict[str, Any]) -> None:
-            frames.sites[outer] = {"layout": named.get("layout") or Layout((args[0].shape[1],))}
-            frames.sites[outer]["mask"] = named.get("mask", NO_MASK)
+            frames.sites[outer] = {
+                "layout": named.get("layout") or Layout((args[0].shape[1],)),
+                "mask": named.get("mask", NO_MASK),
+                "context": args[1] if len(args) > 1 else named.get("context"),
+            }
 
         return hook
 
@@ -180,36 +227,47 @@ def attach(model: nn.Module, edits: Mapping[Leaf, Mapping[str, Edit]]) -> Iterat
 
         return hook
 
-    def left(head: nn.Module) -> Callable:
+    def left(known: str, module: nn.Module) -> Callable:
         def hook(*_: Any) -> None:
-            frames.calls.pop(head, None)
+            getattr(frames, known).pop(module, None)
 
         return hook
 
     with ExitStack() as stack:
 
-        def add(handle: Any) -> None:
-            stack.callback(handle.remove)
+        def add(register: Callable, hook: Callable, **how: Any) -> None:
+            stack.callback(register(_Passing(hook), **how).remove)
 
-        add(model.register_forward_pre_hook(began))
-        for block in dict.fromkeys(leaf.block for leaf in edits):
-            add(block.register_forward_pre_hook(entered(block)))
-        for outer in dict.fromkeys(leaf.outer for leaf in edits):
-            add(outer.register_forward_pre_hook(at_site(outer), with_kwargs=True))
+        blocks = dict.fromkeys(leaf.block for leaf in edits)
+        outers = dict.fromkeys(leaf.outer for leaf in edits)
+        add(model.register_forward_pre_hook, began)
+        for block in blocks:
+            add(block.register_forward_pre_hook, entered(block))
+        for outer in outers:
+            add(outer.register_forward_pre_hook, at_site(outer), with_kwargs=True)
         for leaf, by_kind in edits.items():
             component = leaf.component
             if isinstance(component, Head):
-                add(component.register_forward_pre_hook(called(component), with_kwargs=True))
+                add(component.register_forward_pre_hook, called(component), with_kwargs=True)
             for kind, edit in by_kind.items():
-                for handle in _hooked(leaf, kind, edit, here):
-                    add(handle)
+                for register, hook in _hooks(leaf, kind, edit, here):
+                    add(register, hook)
             if isinstance(component, Head):
-                add(component.register_forward_hook(left(component)))
+                add(component.register_forward_hook, left("calls", component))
+        for leaf in edits:
+            add(leaf.block.register_forward_hook, left("sites", leaf.outer))
+            add(leaf.block.register_forward_hook, left("blocks", leaf.block))
         yield
 
 
-def _hooked(leaf: Leaf, kind: str, edit: Edit, here: Callable[[Leaf], Here]) -> Iterator[Any]:
-    """The hooks of one edit at one leaf."""
+def _parts(argument: Any) -> tuple:
+    return argument if isinstance(argument, tuple) else (argument,)
+
+
+def _hooks(
+    leaf: Leaf, kind: str, edit: Edit, here: Callable[[Leaf], Here]
+) -> Iterator[tuple[Callable, Callable]]:
+    """The hooks of one edit at one leaf, and what registers each."""
 
     def after(_module: nn.Module, _args: tuple, out: Tensor) -> Tensor | None:
         return edit(out, here(leaf))
@@ -219,11 +277,15 @@ def _hooked(leaf: Leaf, kind: str, edit: Edit, here: Callable[[Leaf], Here]) -> 
         return None if changed is None else (changed, *args[1:])
 
     if kind == "input":
-        yield leaf.outer.register_forward_pre_hook(before)
+        yield leaf.outer.register_forward_pre_hook, before
+    elif kind == "output" and isinstance(leaf.block, Layer):
+        # what `step` gives, which is no call of the mechanism, comes by here too
+        skip = leaf.block.attn_skip if leaf.outer is leaf.block.attn else leaf.block.cross_skip
+        yield skip.register_forward_pre_hook, before
     elif kind in ("scores", "weights"):
         for tap in leaf.taps(kind):
-            yield tap.register_forward_hook(after)
+            yield tap.register_forward_hook, after
     else:
         module = {"heads": leaf.component, "output": leaf.outer, "mlp": leaf.mlp, "block": leaf.block}[kind]
         assert module is not None  # `lacks` said so
-        yield module.register_forward_hook(after)
+        yield module.register_forward_hook, after
