@@ -4,10 +4,9 @@ Abnar and Zuidema, "Quantifying Attention Flow in Transformers", 2020, arXiv:200
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 
 from attnzoo.core import InstrumentCard, Paper, Probe
 from attnzoo.core.options import NonNegativeInt, PositiveInt
@@ -22,10 +21,11 @@ UNITS = 10**9
 class AttentionFlow(Probe):
     """The maximum flow from the answer's node to each first token, in a graph with a layer of nodes above each layer.
 
-    The edge from token i behind layer l to token j before it has the capacity Â_ij, Â = rownorm(F + I) as in `rollout`, F
-    being the mean of the heads. Flows to different tokens are asked one by one, so they need not sum to 1, and each is at
-    least the rollout: what rolls out does flow. The answer's node is the class token, or one more node above the grid
-    tokens, with an edge 1/n to each, where the answer is read from their mean; of a sequence the last token.
+    The edge from token i behind layer l to token j before it has the capacity Â_ij, Â = rownorm(F + I) as in
+    `rollout`, F being the mean of the heads. Flows to different tokens are asked one by one, so they need not sum to
+    1, and each is at least the rollout: what rolls out does flow. The answer's node is the class token, or one more
+    node above the grid tokens, with an edge 1/n to each, where the answer is read from their mean; of a sequence the
+    last token.
 
     A row of the table for each token; the array `flow`, (b n), is NaN behind shorter sequences.
 
@@ -61,10 +61,12 @@ class AttentionFlow(Probe):
                     "AZ924",
                     f"{n} tokens are too many for `attention_flow`, which takes on {self.limit}",
                     why="a maximum flow is found for each token, in a graph of all pairs of all layers",
-                    help=f"ask with limit={n}, if you have the time, or take `rollout`, of which flow is the upper side",
+                    help=f"ask with limit={n}, if you have the time, or take `rollout`",
                 )
             if self.token is not None and self.token >= n:
-                raise ZooError("AZ921", f"`attention_flow`: there is no token {self.token}", why=f"there are {n}")
+                raise ZooError(
+                    "AZ921", f"`attention_flow`: there is no token {self.token}", why=f"there are {n}"
+                )
             layers = [roll([layer.double()]) for layer in layer_maps(maps)]  # Â, (b n n) each
             for sample in range(min(len(maps.logits), self.samples - len(flows))):
                 hats = [layer[sample].cpu().numpy() for layer in layers]
@@ -122,7 +124,9 @@ def max_flows(hats: list[np.ndarray], top: np.ndarray) -> np.ndarray:
     from scipy.sparse.csgraph import maximum_flow
 
     n, depth = len(top), len(hats)
-    edges = [(np.zeros(n, int), 1 + np.arange(n), top)]  # node 0 above; then n nodes a layer, the last layer first
+    edges = [
+        (np.zeros(n, int), 1 + np.arange(n), top)
+    ]  # node 0 above; then n nodes a layer, the last layer first
     for below, hat in enumerate(reversed(hats), start=1):
         above, under = np.indices((n, n)).reshape(2, -1)
         edges.append((1 + (below - 1) * n + above, 1 + below * n + under, hat.ravel()))

@@ -15,10 +15,14 @@ from attnzoo.core import InstrumentCard, MultiHead, Paper, Probe
 from attnzoo.errors import ZooError
 from attnzoo.lab.finding import Finding
 
+Circuit = tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""What is said of projections around heads, with their W_Q, W_K, W_V (h c d) and W_O (h d c)."""
+
 
 @dataclass(kw_only=True, eq=False)
 class KqOv(Probe):
-    """W_KQ = W_K W_Qᵀ / √d and W_OV = W_V W_O of each head, (c c), for tokens that are rows: q = x W_Q, o = A x W_V W_O.
+    """W_KQ = W_K W_Qᵀ / √d and W_OV = W_V W_O of each head, (c c), for tokens that are rows: q = x W_Q, o = A x W_V
+    W_O.
 
     So the score of query i and key j is x_j W_KQ x_iᵀ. Columns, for M = W_KQ (`kq_`) and M = W_OV (`ov_`), which are
     NaN where M is not square because a context has another width:
@@ -29,8 +33,8 @@ class KqOv(Probe):
     where heads cancel each other. M = αI has diagonality 1 and copying sign(α); a random M about 1/c and 0.
 
     The arrays `k_composition`, `q_composition`, `v_composition` hold ‖W_OV^a W_KQ^b‖ / (‖W_OV^a‖ ‖W_KQ^b‖), the same
-    with (W_KQ^b)ᵀ, and with W_OV^b, for head a of an earlier site than head b, NaN elsewhere; rows are a, columns b, in
-    the order of the table. All norms are Frobenius'.
+    with (W_KQ^b)ᵀ, and with W_OV^b, for head a of an earlier site than head b, NaN elsewhere; rows are a, columns b,
+    in the order of the table. All norms are Frobenius'.
     """
 
     card = InstrumentCard(
@@ -44,8 +48,8 @@ class KqOv(Probe):
             "transformer-circuits.pub/2021/framework",
         ),
         fidelity="adapted",
-        notes="Weights alone: biases, norms before and inside the projections, turned positions and what the mechanism "
-        "makes of scores are left out. Nothing is run.",
+        notes="Weights alone: biases, norms before and inside the projections, turned positions and what "
+        "the mechanism makes of scores are left out. Nothing is run.",
     )
 
     def measure(self, subject) -> Finding:
@@ -55,12 +59,16 @@ class KqOv(Probe):
             (q, k, v, o), (c, d) = w, w[0].shape[-2:]  # (h c d) each; o is (h d c)
             kq, ov = k @ q.mT / d**0.5, v @ o  # (h c c)
             same = kq.shape[-2] == c
-            alone = _of_matrix(kq if same else None, "kq_", len(q)) | _of_matrix(ov if same else None, "ov_", len(q))
+            alone = _of_matrix(kq if same else None, "kq_", len(q)) | _of_matrix(
+                ov if same else None, "ov_", len(q)
+            )
             nowhere = torch.full((len(q),), torch.nan)
             last = ov[:, -1, -1]
             alone["ov_last"] = last.abs() / _norm(ov) if same else nowhere
             values = torch.linalg.eigvals(o @ v) if same else nowhere  # those of v @ o that are not 0, (h d)
-            alone["ov_copying"] = values.sum(-1).real / values.abs().sum(-1).clamp(min=_TINY) if same else nowhere
+            alone["ov_copying"] = (
+                values.sum(-1).real / values.abs().sum(-1).clamp(min=_TINY) if same else nowhere
+            )
             zero_sum = last.sum().abs() / last.abs().sum().clamp(min=_TINY)
             alone["zero_sum"] = zero_sum.expand(len(q)) if same else nowhere
             for head in range(len(q)):
@@ -89,11 +97,16 @@ class KqOv(Probe):
 _TINY = torch.finfo(torch.float64).tiny
 
 
-def _circuits(subject: Any) -> tuple[list[tuple[dict[str, Any], tuple[Tensor, ...]]], list[str]]:
-    """What is said of each MultiHead of the model, with its W_Q, W_K, W_V (h c d) and W_O (h d c); and who has none."""
-    found, left, seen = [], [], set()
+def _circuits(subject: Any) -> tuple[list[Circuit], list[str]]:
+    """What is said of each MultiHead of the model, with its W_Q, W_K, W_V (h c d) and W_O (h d c); and who has
+    none."""
+    found: list[Circuit] = []
+    left: list[str] = []
+    seen: set[MultiHead] = set()
     for leaf in subject.leaves:
-        around = [m for m in leaf.outer.modules() if isinstance(m, MultiHead) and leaf.component in m.modules()]
+        around = [
+            m for m in leaf.outer.modules() if isinstance(m, MultiHead) and leaf.component in m.modules()
+        ]
         if not around:
             left.append(leaf.name)
         elif around[0] not in seen:
@@ -164,8 +177,9 @@ def _of_matrix(m: Tensor | None, prefix: str, heads: int) -> dict[str, Tensor]:
     }
 
 
-def _compositions(circuits: list[tuple[dict[str, Any], tuple[Tensor, ...]]]) -> dict[str, np.ndarray]:
-    """How much the heads of later sites read of what those of earlier ones write, (heads heads) for keys, queries, values."""
+def _compositions(circuits: list[Circuit]) -> dict[str, np.ndarray]:
+    """How much the heads of later sites read of what those of earlier ones write, (heads heads) for keys, queries
+    and values."""
     starts = np.cumsum([0, *(len(w[0]) for _, w in circuits)])
     names = "k_composition", "q_composition", "v_composition"
     found = {name: np.full((starts[-1], starts[-1]), np.nan) for name in names}

@@ -1,6 +1,7 @@
 """Which heads attend in the same pattern: their maps, made small by an autoencoder, laid out on a plane.
 
-Li et al., "How Does Attention Work in Vision Transformers? A Visual Analytics Attempt", IEEE TVCG 2023, arXiv:2303.13731.
+Li et al., "How Does Attention Work in Vision Transformers? A Visual Analytics Attempt", IEEE TVCG 2023,
+arXiv:2303.13731.
 """
 
 from dataclasses import dataclass
@@ -22,14 +23,15 @@ from attnzoo.lab.finding import Finding
 class PatternMap(Probe):
     """Maps of grid tokens (n n) → squares (size size) → a convolutional autoencoder's code → two axes, and clusters.
 
-    A square's pixel is the root of what its queries give to its keys, on average, so that heads that look at one token
-    and heads that look at all weigh the same; what all squares have in common is taken off. The autoencoder learns the squares of all heads and samples here; the code
-    of a head is the mean over samples. `x` and `y` are its first principal components, `cluster` comes of k-means, the
-    largest first. Same model, data and `seed`, same result.
+    A square's pixel is the root of what its queries give to its keys, on average, so that heads that look at one
+    token and heads that look at all weigh the same; what all squares have in common is taken off. The autoencoder
+    learns the squares of all heads and samples here; the code of a head is the mean over samples. `x` and `y` are
+    its first principal components, `cluster` comes of k-means, the largest first. Same model, data and `seed`, same
+    result.
 
-    The arrays: `codes` (heads, width), `maps` (heads, size, size), `clusters` (clusters, size, size), the means of their
-    heads. `silhouette` says how clearly the clusters part, from -1 to 1; `explained` is the share of the squares'
-    variance that the autoencoder keeps.
+    The arrays: `codes` (heads, width), `maps` (heads, size, size), `clusters` (clusters, size, size), the means of
+    their heads. `silhouette` says how clearly the clusters part, from -1 to 1; `explained` is the share of the
+    squares' variance that the autoencoder keeps.
 
     Args:
         clusters: How many there are, at most.
@@ -128,22 +130,22 @@ class PatternMap(Probe):
     def _trained(self, squares: Tensor) -> nn.Sequential:
         """The autoencoder of these squares, (b 1 size size): an encoder and a decoder."""
         generator, small = torch.Generator().manual_seed(self.seed), self.size // 4
-        flat = 32 * small**2
+        flat = 16 * small**2
         encoder = nn.Sequential(
-            skip_init(nn.Conv2d, 1, 16, 3, stride=2, padding=1),
+            skip_init(nn.Conv2d, 1, 8, 3, stride=2, padding=1),
             nn.GELU(),
-            skip_init(nn.Conv2d, 16, 32, 3, stride=2, padding=1),
+            skip_init(nn.Conv2d, 8, 16, 3, stride=2, padding=1),
             nn.GELU(),
             nn.Flatten(),
             skip_init(nn.Linear, flat, self.width),
         )
         decoder = nn.Sequential(
             skip_init(nn.Linear, self.width, flat),
-            nn.Unflatten(1, (32, small, small)),
+            nn.Unflatten(1, (16, small, small)),
             nn.GELU(),
-            skip_init(nn.ConvTranspose2d, 32, 16, 4, stride=2, padding=1),
+            skip_init(nn.ConvTranspose2d, 16, 8, 4, stride=2, padding=1),
             nn.GELU(),
-            skip_init(nn.ConvTranspose2d, 16, 1, 4, stride=2, padding=1),
+            skip_init(nn.ConvTranspose2d, 8, 1, 4, stride=2, padding=1),
         )
         coder = nn.Sequential(encoder, decoder)
         for name, parameter in coder.named_parameters():
@@ -173,7 +175,9 @@ class PatternMap(Probe):
             picture = OffsetImage(square, zoom=zoom, cmap="viridis", interpolation="nearest")
             frame = {"edgecolor": f"C{row['cluster']}", "linewidth": 2}
             axes.add_artist(AnnotationBbox(picture, (row["x"], row["y"]), pad=0.1, bboxprops=frame))
-        axes.set(xlabel="first component", ylabel="second component", title="heads by the pattern of their maps")
+        axes.set(
+            xlabel="first component", ylabel="second component", title="heads by the pattern of their maps"
+        )
         panels = side.subplots(len(means), 1, squeeze=False)[:, 0]
         for cluster, (panel, mean) in enumerate(zip(panels, means, strict=True)):
             panel.imshow(mean, cmap="viridis")

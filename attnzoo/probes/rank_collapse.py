@@ -25,8 +25,8 @@ class RankCollapse(Probe):
     """‖res(X)‖ / ‖X‖ with res(X) = X − 1 x̄ᵀ, x̄ the mean of the tokens, the rows of X (n c).
 
     `residual` is that in the Frobenius norm, `composite` in √(‖·‖_1 ‖·‖_∞); both are 0 where all tokens are the same.
-    `rank` counts the singular values of X above `tolerance`, X being scaled to a mean square of 1; `cosine` is the mean
-    over pairs of different tokens. Each is a mean over samples; padding does not count.
+    `rank` counts the singular values of X above `tolerance`, X being scaled to a mean square of 1; `cosine` is the
+    mean over pairs of different tokens. Each is a mean over samples; padding does not count.
 
     A row says `of` what: `tokens` behind a block; `attention`, what the mechanism gives there, before it is added;
     `attention alone`, the same in a model whose blocks give what their mechanism gives, without skips and MLPs, from
@@ -90,7 +90,13 @@ class RankCollapse(Probe):
             | dict(zip(MEASURES, (sums[of, leaf] / count).tolist(), strict=True))
             for of, among in (("tokens", blocks), ("attention", sites), ("attention alone", blocks))
             for leaf in among
+            if (of, leaf) in sums
         ]
+        if ("came in", blocks[0]) not in sums:  # two streams go from block to block by ways of their own
+            notes = [
+                "Only what attention gives: tokens do not pass the blocks of this model one after the other."
+            ]
+            return Finding.of(table, shows="residual", notes=notes)
         came_in = (sums["came in", blocks[0]] / count).tolist()
         figures = {f"{name} of what came in": value for name, value in zip(MEASURES, came_in, strict=True)}
         return Finding.of(table, shows="residual", figures=figures)
@@ -116,7 +122,13 @@ class RankCollapse(Probe):
         together = F.normalize(x, dim=-1).sum(dim=1).square().sum(dim=-1)  # n + the cosines of all pairs
         cosine = (together - n) / (n * (n - 1)).clamp(min=1)
         return torch.stack(
-            [torch.linalg.matrix_norm(rest) / size, _composite(rest) / _composite(x).clamp(min=TINY), rank, cosine], -1
+            [
+                torch.linalg.matrix_norm(rest) / size,
+                _composite(rest) / _composite(x).clamp(min=TINY),
+                rank,
+                cosine,
+            ],
+            -1,
         )
 
     def draw(self, finding: Finding, figure: Any) -> None:

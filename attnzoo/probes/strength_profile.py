@@ -1,6 +1,7 @@
 """How strongly each head looks at neighbours of each distance.
 
-Li et al., "How Does Attention Work in Vision Transformers? A Visual Analytics Attempt", IEEE TVCG 2023, arXiv:2303.13731.
+Li et al., "How Does Attention Work in Vision Transformers? A Visual Analytics Attempt", IEEE TVCG 2023,
+arXiv:2303.13731.
 """
 
 from collections import defaultdict
@@ -20,11 +21,12 @@ from attnzoo.lab.finding import Finding
 class StrengthProfile(Probe):
     """s_h(k) = Σ_{j: |p_i − p_j|_∞ = k} A_ij, the mean over samples and grid tokens i: what goes k hops away.
 
-    A hop is a step to one of the eight neighbours, so token i and k make a square ring, cut off at the border. The array
-    `sums` holds s_h(k), (heads of all layers, k); `means` what one token of the ring gets, s_h(k) over its size, the mean
-    over those i that have such a ring: constant in k where a head looks at everything alike. Sums over k and `to_prefix`
-    make 1. The columns: `own` is s_h(0), `near` s_h(1), `hops` the mean of k; `to_prefix` what grid tokens give to the
-    class token and registers, `from_prefix` what those give to the grid. Of rings only what may be seen counts.
+    A hop is a step to one of the eight neighbours, so token i and k make a square ring, cut off at the border. The
+    array `sums` holds s_h(k), (heads of all layers, k); `means` what one token of the ring gets, s_h(k) over its
+    size, the mean over those i that have such a ring: constant in k where a head looks at everything alike. Sums
+    over k and `to_prefix` make 1. The columns: `own` is s_h(0), `near` s_h(1), `hops` the mean of k; `to_prefix`
+    what grid tokens give to the class token and registers, `from_prefix` what those give to the grid. Of rings only
+    what may be seen counts.
     """
 
     card = InstrumentCard(
@@ -39,8 +41,8 @@ class StrengthProfile(Probe):
         ),
         needs={"weights"},
         fidelity="adapted",
-        notes="Written from the idea; the authors' code is not public. Of maps that may be negative (what a head does to "
-        "its values) the positive part counts, rescaled to 1.",
+        notes="Written from the idea; the authors' code is not public. Of maps that may be negative (what a head "
+        "does to its values) the positive part counts, rescaled to 1.",
     )
 
     def measure(self, subject) -> Finding:
@@ -53,9 +55,13 @@ class StrengthProfile(Probe):
                     left[leaf.name] = None
                     continue
                 grid, rings = weights[..., p:, p:], hops(layout).to(weights)
-                seen = torch.ones_like(weights[:1, :1]) if found.allowed is None else found.allowed.to(weights)
+                seen = (
+                    torch.ones_like(weights[:1, :1]) if found.allowed is None else found.allowed.to(weights)
+                )
                 strength = torch.einsum("bhij,ijk->bhik", grid, rings)
-                sizes = torch.einsum("bhij,ijk->bhik", seen.expand(-1, -1, *weights.shape[2:])[..., p:, p:], rings)
+                sizes = torch.einsum(
+                    "bhij,ijk->bhik", seen.expand(-1, -1, *weights.shape[2:])[..., p:, p:], rings
+                )
                 real = found.real()[:, None, p:].to(weights)  # (b 1 n)
                 there = (sizes > 0) * real[..., None]
                 sums[leaf, "sums"] += (strength * real[..., None]).sum(dim=(0, 2))
@@ -88,7 +94,9 @@ class StrengthProfile(Probe):
             near = shares[:, 1] if shares.shape[-1] > 1 else torch.zeros_like(far)
             columns = (shares[:, 0], near, far, to_prefix, from_prefix)
             for head, values in enumerate(zip(*columns, strict=True)):
-                named = zip(("own", "near", "hops", "to_prefix", "from_prefix"), map(float, values), strict=True)
+                named = zip(
+                    ("own", "near", "hops", "to_prefix", "from_prefix"), map(float, values), strict=True
+                )
                 table.append(subject.about(leaf, head) | dict(named))
         where = ", ".join(left)
         notes = [f"{where}: no hops, because queries and keys lie on other grids."] if left else []

@@ -75,12 +75,16 @@ def test_the_matrices_say_what_the_head_does():
     q, k, v, o = projections(attn)
     scores = torch.einsum("jc,hcd,hed,ie->hij", x[0], k, q, x[0]) / math.sqrt(12)
     assert torch.allclose(seen["inner.scores"][0], scores, atol=1e-9)
-    assert torch.allclose(out[0], torch.einsum("hij,jc,hcd,hde->ie", seen["inner.weights"][0], x[0], v, o), atol=1e-9)
+    assert torch.allclose(
+        out[0], torch.einsum("hij,jc,hcd,hde->ie", seen["inner.weights"][0], x[0], v, o), atol=1e-9
+    )
 
 
 def planted(head_gain: list[float]) -> torch.nn.Module:
     """One layer whose four heads of 48 channels each have W_OV = gain · I and W_KQ = I / √48."""
-    recipe = VIT.format(attention="softmax", depth=1).replace("num_classes: 5", "num_classes: 5, num_heads: 1")
+    recipe = VIT.format(attention="softmax", depth=1).replace(
+        "num_classes: 5", "num_classes: 5, num_heads: 1"
+    )
     model = attnzoo.compose(recipe).eval()
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight.copy_(torch.eye(48).repeat(3, 1))
@@ -92,10 +96,14 @@ def planted(head_gain: list[float]) -> torch.nn.Module:
 def test_hand_a_head_that_copies_and_one_that_cancels(gain):
     found = attnzoo.probe(subject(planted([gain])), "kq_ov")
     (row,) = found.rows()
-    assert row["ov_diagonality"] == pytest.approx(1) and row["ov_copying"] == pytest.approx(math.copysign(1, gain))
+    assert row["ov_diagonality"] == pytest.approx(1) and row["ov_copying"] == pytest.approx(
+        math.copysign(1, gain)
+    )
     assert row["ov_alpha"] == pytest.approx(gain) and row["ov_residual"] == pytest.approx(0, abs=1e-9)
     assert row["ov_homogeneity"] == pytest.approx(1) and row["zero_sum"] == pytest.approx(1)
-    assert row["kq_alpha"] == pytest.approx(1 / math.sqrt(48)) and row["ov_last"] == pytest.approx(1 / math.sqrt(48))
+    assert row["kq_alpha"] == pytest.approx(1 / math.sqrt(48)) and row["ov_last"] == pytest.approx(
+        1 / math.sqrt(48)
+    )
 
 
 def test_random_weights_show_nothing():
@@ -122,7 +130,9 @@ def test_a_planted_chain_is_found_by_its_composition():
     with torch.no_grad():
         for block in model.blocks:
             for layer in (block.attn.qkv, block.attn.proj):
-                layer.weight.copy_(torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(3)))
+                layer.weight.copy_(
+                    torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(3))
+                )
         model.blocks[0].attn.proj.weight[:, 12:24] = torch.eye(48)[:, :12]
         model.blocks[1].attn.qkv.weight[48 + 24 : 48 + 36] = torch.eye(48)[:12]
     scores = attnzoo.probe(subject(model), "kq_ov").arrays["k_composition"][:4, 4:]

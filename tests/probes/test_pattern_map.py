@@ -45,7 +45,9 @@ def test_planted_patterns_are_the_clusters(plain):
 
 def test_squares_are_the_maps_made_small(plain):
     model, found = plain
-    weights = collect(model, images()).maps[1].weights[:, 2, 1:, 1:].double()  # (b 16 16), rows without class token
+    weights = (
+        collect(model, images()).maps[1].weights[:, 2, 1:, 1:].double()
+    )  # (b 16 16), rows without class token
     pooled = weights.view(6, 8, 2, 8, 2).mean(dim=(2, 4)) * 2  # what a bin of keys gets
     assert found.arrays["maps"][6] == pytest.approx(pooled.sqrt().mean(dim=0).numpy(), abs=1e-5)
     same = found.arrays["maps"][np.array(found["cluster"]) == 1].mean(axis=0)

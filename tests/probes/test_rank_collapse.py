@@ -19,7 +19,10 @@ def by_hand(x: np.ndarray) -> list[float]:
         return np.sqrt(abs(m).sum(axis=0).max() * abs(m).sum(axis=1).max())
 
     pairs = [
-        x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j]) for i in range(len(x)) for j in range(len(x)) if i != j
+        x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j])
+        for i in range(len(x))
+        for j in range(len(x))
+        if i != j
     ]
     scaled = x / np.sqrt((x**2).mean())
     rank = int((np.linalg.svd(scaled, compute_uv=False) > 0.5).sum())
@@ -61,7 +64,9 @@ def test_it_is_of_what_passes_by():
     handle.remove()
     wanted = np.mean([by_hand(one) for one in seen[0].double().numpy()], axis=0)
     row = next(row for row in found.rows() if (row["site"], row["of"]) == ("blocks.1", "tokens"))
-    assert [row[name] for name in ("residual", "composite", "rank", "cosine")] == pytest.approx(wanted.tolist(), rel=1e-4)
+    assert [row[name] for name in ("residual", "composite", "rank", "cosine")] == pytest.approx(
+        wanted.tolist(), rel=1e-4
+    )
     assert not any(module._forward_hooks for module in there.model.modules())
 
 
@@ -102,7 +107,9 @@ def test_pure_attention_loses_rank_and_skips_do_not():
     assert of(found, "attention alone", "rank")[-1] < 3
 
 
-@pytest.mark.parametrize("attention", ["elu_linear", "squeeze_excite", "{fuse: add, of: [softmax, squeeze_excite]}"])
+@pytest.mark.parametrize(
+    "attention", ["elu_linear", "squeeze_excite", "{fuse: add, of: [softmax, squeeze_excite]}"]
+)
 def test_every_mechanism_has_tokens(attention):
     found = attnzoo.probe(subject(vit(attention)), "rank_collapse")
     assert len(found) == 6 and all(np.isfinite(found["residual"]))
@@ -128,3 +135,11 @@ def test_the_picture():
     assert [len(axes.lines) for axes in figure.axes] == [3] * 4
     names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert names == ["tokens", "attention", "attention alone"]
+
+
+def test_two_streams_have_what_attention_gives():
+    model = attnzoo.compose("dual_cross_scale").eval()
+    found = attnzoo.probe(
+        model, "rank_collapse", inputs=torch.randn(1, 3, *model.default_cfg["input_size"][1:])
+    )
+    assert set(found["of"]) == {"attention"} and "Only what attention gives" in found.notes[0]

@@ -89,5 +89,10 @@ def test_the_picture():
     found = attnzoo.probe(subject(vit(depth=3)), "strength_profile")
     mean, total, tokens = found.figure().axes
     assert [len(line.get_xdata()) for line in mean.lines] == [4] * 3 and len(total.lines) == 3
-    assert [text.get_text() for text in tokens.get_legend().get_texts()] == ["own", "near", "to prefix", "from prefix"]
+    assert [text.get_text() for text in tokens.get_legend().get_texts()] == [
+        "own",
+        "near",
+        "to prefix",
+        "from prefix",
+    ]
     assert mean.get_xlabel() == "hops" and tokens.get_xlabel() == "layer"
