@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.layers import AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
@@ -86,6 +86,19 @@ class Map:
         if self.kind == "gate":
             return torch.diag_embed(self.weights * m)
         return self.weights
+
+    def rows(self) -> Float[Tensor, "b h n m"]:
+        """`matrix` with rows that are shares: what is negative counts as 0, and each row is divided by its sum, in
+        double precision; a row without anything stays 0."""
+        positive = self.matrix().double().clamp(min=0)
+        return positive / positive.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(positive.dtype).tiny)
+
+    def real(self) -> Bool[Tensor, "b n"]:
+        """Which tokens are no padding: those that somebody may see, where tokens look at themselves."""
+        b, m = self.weights.shape[0], self.weights.shape[-1]
+        if self.allowed is None:
+            return torch.ones(b, m, dtype=torch.bool, device=self.weights.device)
+        return self.allowed.any(dim=(1, 2)).expand(b, m)
 
     def visible(self) -> Tensor:
         """How many keys each query may see, broadcasts to (b h n)."""

@@ -4,7 +4,8 @@ Abnar and Zuidema, "Quantifying Attention Flow in Transformers", 2020, arXiv:200
 fusions of heads follow Gildenblat's vit-explain, with rows that are normalised as rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Literal
 
@@ -12,10 +13,46 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnzoo.core.intervention import Here
 from attnzoo.errors import ZooError
-from attnzoo.lab.maps import Absent, Map, Maps
+from attnzoo.lab.maps import Absent, Map, Maps, collect, look
+from attnzoo.lab.points import Leaf
+from attnzoo.lab.subject import Batch, Subject
 
 HeadFusion = Literal["mean", "max", "min"]
+
+
+def streams(subject: Subject) -> Iterator[tuple[Batch, Maps]]:
+    """Every batch with the maps of the layers that its tokens pass through, one after the other. Of an encoder and
+    decoder these are the encoder's.
+
+    Args:
+        subject: A model and its data.
+
+    Raises:
+        ZooError: AZ903, when the model has no maps, two streams, or stages; AZ924, when tokens of a layer look at
+            others than those of the layer before.
+    """
+    encoder = {name: module for name, module in subject.sites.items() if name.startswith("encoder.")}
+    for batch in subject.batches:
+        if subject.kind == "images":
+            maps = collect(subject.model, batch.inputs[0], subject.given(batch))
+        else:
+            sites = encoder or subject.sites
+            looked = look(subject.model, sites, batch.inputs)
+            about = looked.maps, looked.absent, tuple(sites), looked.layouts[0], False, looked.output
+            maps = Maps(*about)
+        check_some(maps.maps, maps.absent)
+        n = maps.layout.length
+        for found in maps.maps:
+            if found.weights.shape[2:] not in ((n, n), (n,)):
+                raise ZooError(
+                    "AZ924",
+                    f"the maps of `{subject.name}` cannot be followed from layer to layer",
+                    why=f"at `{found.site}` there are {found.weights.shape[-1]} keys, and {n} tokens came in",
+                    help="`attnzoo.core.watch` shows the weights of every site",
+                )
+        yield batch, maps
 
 
 def fuse_heads(weights: Float[Tensor, "b h n m"], fusion: HeadFusion = "mean") -> Float[Tensor, "b n m"]:
@@ -78,6 +115,51 @@ def layer_maps(maps: Maps, fusion: HeadFusion = "mean", ratio: float = 0.0) -> l
         mean = torch.stack(here).mean(dim=0) if here else like.new_zeros(like.shape[0], n, n)
         layers.append(discard(mean, ratio))
     return layers
+
+
+def graded(
+    subject: Subject, batch: Batch, maps: Maps, to: Literal["predicted", "true"] = "predicted"
+) -> Maps:
+    """The maps with relu(mean_h(A ⊙ ∂y_c/∂A)) of each branch instead, (b 1 n n); y_c is the logit of a class.
+
+    Maps that are implied, or products of several, have no gradient and are left out.
+
+    Args:
+        subject: A model that says classes.
+        batch: What it is shown.
+        maps: Its maps of this batch.
+        to: Which class: what the model says, or what is true.
+
+    Raises:
+        ZooError: AZ924, when no map has a gradient; AZ926, when true classes are asked for and not known.
+    """
+    seen: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+
+    def edit(leaf: Leaf, weights: Tensor, here: Here) -> Tensor:
+        added = torch.zeros_like(weights, requires_grad=True)  # so that frozen models have gradients too
+        seen[leaf.site, leaf.branch] = weights.detach(), added
+        return weights + added
+
+    able = [leaf for leaf in subject.able("weights") if len(leaf.taps("weights")) == 1]
+    with torch.enable_grad(), subject.editing("weights", edit, able):
+        logits = subject.call(batch)
+        classes = subject.targets(batch) if to == "true" else logits.argmax(dim=-1)
+        answer = logits.gather(-1, classes[:, None]).sum()
+        grads = torch.autograd.grad(answer, [added for _, added in seen.values()])
+    found = {
+        name: (weights * grad).mean(dim=1, keepdim=True).relu()
+        for (name, (weights, _)), grad in zip(seen.items(), grads, strict=True)
+    }
+    kept = [one for one in maps.maps if (one.site, one.branch) in found]
+    left = [one for one in maps.maps if (one.site, one.branch) not in found]
+    return replace(
+        maps,
+        maps=tuple(replace(one, kind="weights", weights=found[one.site, one.branch]) for one in kept),
+        absent=maps.absent
+        + tuple(
+            Absent(one.site, one.layer, one.branch, one.mechanism, "its map has no gradient") for one in left
+        ),
+    )
 
 
 def rollout(
