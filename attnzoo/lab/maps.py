@@ -199,7 +199,10 @@ def _sites(model: nn.Module) -> dict[str, nn.Module]:
     sites: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if isinstance(module, Mechanism) and module not in inside:
-            sites[path.rpartition(".")[0] or path] = module
+            place, _, name = path.rpartition(".")
+            if hasattr(model.get_submodule(place), "cross"):  # a layer with two sites
+                place = f"{place}.{'cross' if name == 'cross' else 'self'}"
+            sites[place or path] = module
             inside |= set(module.modules())
     if not sites:
         raise ZooError(
