@@ -98,7 +98,7 @@ class TokenPattern(Probe):
             counts.fill_diagonal_(False)
         counts = (there[:, :, None] & there[:, None, :] & counts)[:, None]  # (b 1 n n)
         wanted = self.pattern(ids)[:, None] & counts
-        seen = torch.ones_like(wanted) if found.allowed is None else found.allowed.expand_as(wanted)
+        seen = torch.ones_like(wanted) if found.allowed is None else found.allowed
         uniform = seen.double() / seen.sum(dim=-1, keepdim=True).clamp(min=1)
         for score, (value, of) in _scores(shares(found) * counts, wanted, there).items():
             sums[leaf, score] += value
