@@ -93,22 +93,17 @@ def leaves(model: nn.Module) -> list[Leaf]:
     """
     found = []
     for layer, (site, outer) in enumerate(_sites(model).items()):
-        block = _block(model, site)
+        block = _block(model, outer)
         mlp = next((m for name in MLPS if isinstance(m := getattr(block, name, None), nn.Module)), None)
         for branch, component in _branches(outer):
             found.append(Leaf(site, layer, branch, component, outer, block, mlp))
     return found
 
 
-def _block(model: nn.Module, site: str) -> nn.Module:
-    """The module that a site belongs to."""
-    names = site.split(".")
-    while names:
-        try:
-            return model.get_submodule(".".join(names))
-        except AttributeError:
-            names.pop()
-    return model
+def _block(model: nn.Module, outer: nn.Module) -> nn.Module:
+    """The module that a mechanism is a part of."""
+    path = next(path for path, module in model.named_modules() if module is outer)
+    return model.get_submodule(path.rpartition(".")[0])
 
 
 def chosen(found: list[Leaf], at: str | Any = "*", branch: str | None = None) -> list[Leaf]:
