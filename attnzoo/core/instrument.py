@@ -80,7 +80,7 @@ class Instrument(ABC):
         said = (
             f"{field.name}={getattr(self, field.name)!r}"
             for field in fields(self)
-            if field.init and getattr(self, field.name) != field.default
+            if field.init and field.repr and getattr(self, field.name) != field.default
         )
         return f"{self.card.name}({', '.join(said)})"
 

@@ -25,6 +25,15 @@ def crosses(leaf: "Leaf") -> bool:
     return getattr(leaf.outer, "context_dim", None) is not None
 
 
+def side_of(leaf: "Leaf") -> int:
+    """Which of the inputs the keys of a leaf are: 0 a sequence or source, 1 a target.
+
+    Args:
+        leaf: It.
+    """
+    return int(leaf.site.startswith("decoder") and not crosses(leaf))
+
+
 def ids_of(leaf: "Leaf", batch: "Batch") -> Tensor:
     """The ids of a leaf's queries, (b n): of the source in an encoder, of the target in a decoder.
 
@@ -35,7 +44,20 @@ def ids_of(leaf: "Leaf", batch: "Batch") -> Tensor:
     Raises:
         ZooError: AZ927, when they are vectors and no tokens.
     """
-    return _tokens(batch.inputs[-1 if leaf.site.startswith("decoder") else 0])
+    return _tokens(batch.inputs[int(leaf.site.startswith("decoder"))])
+
+
+def keys_of(leaf: "Leaf", batch: "Batch") -> Tensor:
+    """The ids of a leaf's keys, (b m): as `ids_of`, but of the source where a decoder looks there.
+
+    Args:
+        leaf: It.
+        batch: Of sequences, or of pairs.
+
+    Raises:
+        ZooError: AZ927, when they are vectors and no tokens.
+    """
+    return _tokens(batch.inputs[side_of(leaf)])
 
 
 def _tokens(ids: Tensor) -> Tensor:
