@@ -5,8 +5,6 @@ Voita et al., "Analyzing Multi-Head Self-Attention: Specialized Heads Do the Hea
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
@@ -15,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnzoo.core import Here, InstrumentCard, NonNegativeInt, Paper, PositiveFloat, PositiveInt, Probe
+from attnzoo.core import InstrumentCard, NonNegativeInt, Paper, PositiveFloat, PositiveInt, Probe
 from attnzoo.lab.finding import Finding
+from attnzoo.lab.gates import gated
 
 if TYPE_CHECKING:
     from attnzoo.lab.points import Leaf
@@ -183,21 +182,3 @@ def gate(log_alpha: Tensor) -> Tensor:
 
 def _stretched(concrete: Tensor) -> Tensor:
     return (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
-
-
-@contextmanager
-def gated(subject: "Subject", leaves: "list[Leaf]", gates: Tensor) -> Iterator[None]:
-    """Multiply what each head gives by its gate while the block runs.
-
-    Args:
-        subject: The model.
-        leaves: Whose heads.
-        gates: One for each head of these leaves, (h,).
-    """
-    parts = dict(zip(leaves, gates.split([leaf.heads for leaf in leaves]), strict=True))
-
-    def multiply(leaf: "Leaf", out: Tensor, here: Here) -> Tensor:
-        return out * parts[leaf].to(out)[:, None, None]  # (b h n d)
-
-    with subject.editing("heads", multiply, leaves):
-        yield

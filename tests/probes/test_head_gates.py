@@ -12,9 +12,10 @@ from planted_sequence import DUPLICATE, INDUCTION, NOTHING, PREVIOUS, planted, t
 
 import attnzoo
 from attnzoo.errors import ZooError
+from attnzoo.lab.gates import gated
 from attnzoo.lab.subject import Subject
 from attnzoo.probes import HeadGates
-from attnzoo.probes.head_gates import gate, gated
+from attnzoo.probes.head_gates import gate
 
 
 def next_words(count: int = 8) -> Subject:

@@ -122,7 +122,7 @@ def test_a_planted_head_for_rare_words():
     seen = sum(1 / n for n in range(1, LENGTH + 1)) / LENGTH  # one of the n words that the n-th may see
     assert rows[NOTHING]["chance"] == pytest.approx(seen)
     two = attnzoo.probe(model, HeadRoles(rarest=2), inputs=ids, kind="sequences")
-    assert two["chance"][0] > seen
+    assert two["chance"][0] > seen + 0.05
 
 
 def test_untrained_models_have_no_roles():
