@@ -1,6 +1,7 @@
 """`retrieval_score`: heads that copy from the context what the model says."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,6 +131,7 @@ def test_hand_a_word_that_is_copied_twice(dedupe, wanted):
             return weights
 
     assert RetrievalScore(dedupe=dedupe)._copied(Found(), runs).tolist() == pytest.approx(wanted)
+    assert RetrievalScore(dedupe=dedupe)._copied(Found(), replace(runs, counts=~counts)).tolist() == [0, 0, 0]
 
 
 def test_the_random_state_and_the_model_are_left_alone():
