@@ -78,7 +78,7 @@ class Instrument(ABC):
             raise ZooError("AZ921", f"`{self.card.name}`: `{option}` cannot be {said!r}", why=why)
 
     def __str__(self) -> str:
-        own = [field for field in fields(self) if field.init]
+        own = [field for field in fields(self) if field.init and field.repr]
         said = [f"{o.name}={getattr(self, o.name)!r}" for o in own if getattr(self, o.name) != o.default]
         return f"{self.card.name}({', '.join(said)})" if said else self.card.name
 

@@ -289,13 +289,19 @@ class Subject:
         """The targets of a batch.
 
         Raises:
-            ZooError: AZ926, when there are none.
+            ZooError: AZ926, when there are none; AZ927, when they are no classes.
         """
         if batch.targets is None:
             raise ZooError(
                 "AZ926",
                 "the true classes are needed, and are not known",
                 help="hand over targets: Subject.of(model, images, labels), or name a run",
+            )
+        if batch.targets.is_floating_point():
+            raise ZooError(
+                "AZ927",
+                "true classes are needed, and these targets are numbers",
+                help="a data set like `recall` or `switching` asks for classes",
             )
         return batch.targets
 
