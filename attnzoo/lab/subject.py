@@ -257,13 +257,19 @@ class Subject:
         """The targets of a batch.
 
         Raises:
-            ZooError: AZ926, when there are none.
+            ZooError: AZ926, when there are none; AZ927, when they are no classes.
         """
         if batch.targets is None:
             raise ZooError(
                 "AZ926",
                 "the true classes are needed, and are not known",
                 help="hand over targets: Subject.of(model, images, labels), or name a run",
+            )
+        if batch.targets.is_floating_point():
+            raise ZooError(
+                "AZ927",
+                f"the targets of `{self.name}` are values of {batch.targets.dtype}, not classes",
+                help="hand over whole numbers, the index of the true class or token",
             )
         return batch.targets
 

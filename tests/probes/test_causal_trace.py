@@ -8,6 +8,7 @@ from instruments import images, subject, vit
 from torch.nn import functional as F
 
 import attnzoo
+from attnzoo.core import Layout
 from attnzoo.errors import ZooError
 from attnzoo.lab.subject import Subject
 from attnzoo.probes import CausalTrace
@@ -133,13 +134,22 @@ def test_a_window_puts_back_its_neighbours():
 
 
 def test_the_object_is_where_pixels_differ():
-    image = torch.zeros(2, 3, 16, 16)
+    image = torch.full((2, 3, 16, 16), 2.0)  # bright, but all alike
     image[0, :, 4:8, 8:12] = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0))
     image[1, :, 12:, :4] = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0))
     of = subject(vit())
     chosen = CausalTrace(object_share=1 / 16)._object(image, of.layout)
     assert chosen.nonzero().tolist() == [[0, 6], [1, 12]]
     assert F.one_hot(torch.tensor([6, 12]), 16).bool().equal(chosen)
+
+
+def test_spans_of_a_sequence():
+    trace = CausalTrace()
+    spans = [
+        trace._mask(name, 9, Layout((9,)), None)[0].nonzero().flatten().tolist()
+        for name in ("early", "late", "last")
+    ]
+    assert spans == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
 
 
 def test_its_own_answer_needs_no_targets():

@@ -129,6 +129,22 @@ def test_parts_of_a_head(by):
     assert prefix[1] == pytest.approx(both[1], abs=1e-6) and abs(prefix[0] - both[0]).max() > 1e-4
 
 
+def test_the_prefix_is_the_class_token_alone():
+    model = vit()
+    of = subject(model)
+
+    def without_the_first_row(leaf, out, here):
+        out = out.clone()
+        out[:, 1, 0] = 0
+        return out
+
+    with torch.no_grad(), of.editing("heads", without_the_first_row, among=of.leaves[:1]):
+        logits = [of.call(batch) for batch in of.batches]
+    after = torch.cat([of.losses(*pair) for pair in zip(logits, of.batches, strict=True)]).double()
+    found = attnzoo.probe(of, HeadImportance(by="leave_one_out", tokens="prefix"))
+    assert found["loss"][1] == pytest.approx(float((after - losses(model)).mean()), abs=1e-6)
+
+
 def test_a_curve_of_pruning():
     model = vit()
     found = attnzoo.probe(subject(model), HeadImportance(curve=0.25))
@@ -200,6 +216,8 @@ def test_what_cannot_be_is_refused():
         attnzoo.probe(vit(), "head_importance", inputs=images())
     with pytest.raises(ZooError, match="AZ924"):
         attnzoo.probe(subject(vit("pooling")), "head_importance")
+    with pytest.raises(ZooError, match="AZ927.*not classes"):
+        attnzoo.probe(vit(), "head_importance", inputs=images(), targets=torch.rand(6))
     small = attnzoo.compose(
         "cct_7_3x1", edits=["host.model.depth=1", "host.model.embed_dim=16", "host.model.img_size=16"]
     )
