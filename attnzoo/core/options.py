@@ -18,6 +18,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """A number above 0."""
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""A number from 0."""
 
 
 @cache

@@ -300,8 +300,8 @@ class Subject:
         if batch.targets.is_floating_point():
             raise ZooError(
                 "AZ927",
-                "true classes are needed, and these targets are numbers",
-                help="a data set like `recall` or `switching` asks for classes",
+                f"the targets of `{self.name}` are values of {batch.targets.dtype}, not classes",
+                help="hand over whole numbers, the index of the true class or token",
             )
         return batch.targets
 
