@@ -299,7 +299,8 @@ class _Subject:
         import torch
 
         from attnzoo.bench.composition import default_image
-        from attnzoo.lab.heatmap import drawn, image_files, read_image
+        from attnzoo.data.chance import drawn
+        from attnzoo.lab.heatmap import image_files, read_image
 
         if self.test is not None and not paths:
             indices = drawn(len(self.test), count, seed)
@@ -428,8 +429,8 @@ class _TextSubject:
         self, texts: Sequence[str], targets: Sequence[str], count: int | None, seed: int
     ) -> list[Any]:
         """What is shown: texts, or examples of the test side, or random ids for a recipe's model."""
+        from attnzoo.data.chance import drawn
         from attnzoo.errors import ZooError
-        from attnzoo.lab.heatmap import drawn
         from attnzoo.lab.text_maps import pair_example, random_example, sequence_example, translated_example
 
         single = f"`{self.name}` is one stack"

@@ -103,3 +103,8 @@ def integers(uniform: Tensor, count: int | Tensor) -> Tensor:
         count: At most 2¹⁶; a number, or a tensor of the same shape.
     """
     return (uniform * count).long()
+
+
+def drawn(total: int, count: int, seed: int) -> list[int]:
+    """At most `count` of the numbers below `total`, at random, in increasing order."""
+    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist())

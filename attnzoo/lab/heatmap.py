@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from attnzoo.data.chance import drawn
 from attnzoo.data.image_file import read_image_file
 from attnzoo.errors import ZooError
 from attnzoo.lab.maps import Maps
@@ -247,11 +248,6 @@ def image_files(paths: Sequence[str | os.PathLike], count: int, seed: int) -> li
             help="name a folder of images, or images",
         )
     return [files[i] for i in drawn(len(files), count, seed)]
-
-
-def drawn(total: int, count: int, seed: int) -> list[int]:
-    """At most `count` of the numbers below `total`, at random, in increasing order."""
-    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist())
 
 
 def read_image(path: str | os.PathLike, size: tuple[int, int, int]) -> UInt8[Tensor, "c y x"]:

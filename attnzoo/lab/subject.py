@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from attnzoo.core import Intervention, Layout
 from attnzoo.core.intervention import Here
 from attnzoo.data import evaluation
+from attnzoo.data.chance import drawn
 from attnzoo.data.vocabulary import PAD
 from attnzoo.errors import ZooError
 from attnzoo.hosts.given import stand_ins, taken
-from attnzoo.lab.heatmap import drawn
 from attnzoo.lab.intervening import OF_HEADS, intervene
 from attnzoo.lab.maps import Looked, Map, look
 from attnzoo.lab.points import Leaf, attach, leaves
@@ -264,7 +264,7 @@ class Subject:
         Raises:
             ZooError: AZ926, when the batch has no targets.
         """
-        targets = self.targets(batch)
+        targets = self._known(batch)
         if targets.is_floating_point():
             there = ~targets.isnan()
             errors = torch.where(there, output - targets.nan_to_num(), 0.0).square().flatten(1)
@@ -291,17 +291,26 @@ class Subject:
         Raises:
             ZooError: AZ926, when there are none; AZ927, when they are no classes.
         """
+        targets = self._known(batch)
+        if targets.is_floating_point():
+            raise ZooError(
+                "AZ927",
+                f"the targets of `{self.name}` are values of {targets.dtype}, not classes",
+                help="hand over whole numbers, the index of the true class or token",
+            )
+        return targets
+
+    def _known(self, batch: Batch) -> Tensor:
+        """The targets of a batch, classes or numbers.
+
+        Raises:
+            ZooError: AZ926, when there are none.
+        """
         if batch.targets is None:
             raise ZooError(
                 "AZ926",
                 "the true classes are needed, and are not known",
                 help="hand over targets: Subject.of(model, images, labels), or name a run",
-            )
-        if batch.targets.is_floating_point():
-            raise ZooError(
-                "AZ927",
-                f"the targets of `{self.name}` are values of {batch.targets.dtype}, not classes",
-                help="hand over whole numbers, the index of the true class or token",
             )
         return batch.targets
 

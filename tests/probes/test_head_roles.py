@@ -196,4 +196,4 @@ def test_what_it_cannot_be_asked_of():
         HeadRoles(positional=90.0)
     with pytest.raises(ZooError, match="AZ921"):
         HeadRoles(dependencies={"same": "all"})
-    assert str(HeadRoles(dependencies={"same": ids})) == "head_roles()"
+    assert str(HeadRoles(dependencies={"same": ids})) == "head_roles"
