@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "train": {*NOUNS, "files", "plot", "workers", "inference", "hosts", "recipe", "data", "train"},
     "eval": {*NOUNS, "hosts", "data", "train", "eval"},
     "lab": {*NOUNS, "functional", "zoo", "hosts", "data", "plot", "lab"},
-    "probes": {*NOUNS, "functional", "hosts", "lab", "plot"},
+    "probes": {*NOUNS, "functional", "hosts", "lab", "plot", "probes"},
     "interventions": {*NOUNS, "functional"},
     "grafting": {*NOUNS, "files", "zoo", "hosts", "recipe", "data", "train", "grafting"},
     "scaffold": {"errors", "attnzoo"},
