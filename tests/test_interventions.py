@@ -12,9 +12,11 @@ from instruments import images, pairs, passing, sentences, vit
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo.core import Intervention
+from attnzoo.core import Here, Intervention
+from attnzoo.core.options import option_texts, options_of
 from attnzoo.errors import ZooError
 from attnzoo.lab.intervening import OF_HEADS, intervene, intervention
+from attnzoo.lab.points import attach, leaves
 from attnzoo.zoo import load_zoo
 
 ZOO = load_zoo().interventions
@@ -333,6 +335,22 @@ def test_a_sequence_that_is_continued_is_edited_as_it_is_read_whole(name):
     assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-4)
 
 
+def test_a_layer_with_two_sites_is_the_block_of_both():
+    model, seen = pairs(), {}
+
+    def note(_tensor: Tensor, here: Here) -> None:
+        seen[here.site] = here.tokens
+
+    found = leaves(model)
+    hook = model.decoder[0].register_forward_pre_hook(lambda _, args: seen.update(entered=args[0]))
+    with torch.no_grad(), attach(model, {leaf: {"heads": note} for leaf in found}):
+        model(*sentences())
+    hook.remove()
+    assert [leaf.site for leaf in found[2:4]] == ["decoder.0.self", "decoder.0.cross"]
+    assert all(leaf.block is model.decoder[0] and leaf.mlp is model.decoder[0].mlp for leaf in found[2:4])
+    assert seen["decoder.0.self"] is seen["decoder.0.cross"] is seen["entered"]
+
+
 def test_what_a_sequence_reads_cannot_be_edited_while_it_is_continued():
     model, (source, target) = pairs(), sentences()
     with torch.no_grad(), intervene(model, Louder(at="decoder.*.self")):
@@ -418,6 +436,4 @@ def test_sites_and_heads_that_there_are_not_are_refused(name):
 def test_its_card_and_options_are_told(name):
     cls = ZOO.find(name).value
     assert cls.card.name == name and cls.card.equation
-    from attnzoo.core.options import option_texts, options_of
-
     assert set(option_texts(cls)) >= set(options_of(cls).model_fields)

@@ -99,7 +99,7 @@ def test_a_planted_sink_is_found_and_its_mass_goes_where_the_equation_says():
 def test_without_a_sink_no_bit_changes():
     model = vit()
     plain = passing(model, "weights")[0]
-    same = passing(model, "weights", RedistributeSink(threshold=6.9))[0]
+    same = passing(model, "weights", RedistributeSink(threshold=5.0, ratio=0.0, least=0.0))[0]
     assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
 
 
