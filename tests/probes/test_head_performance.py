@@ -9,6 +9,7 @@ import torch
 from instruments import images, subject, vit
 
 import attnzoo
+from attnzoo.data import evaluation, load_images
 from attnzoo.errors import ZooError
 from attnzoo.lab.subject import Subject
 from attnzoo.probes import HeadPerformance, NodePerformance
@@ -246,3 +247,58 @@ def test_what_cannot_be_is_refused():
         )
     with pytest.raises(ZooError, match="AZ921"):
         HeadPerformance(threshold=1.5)
+
+
+RECIPE = """
+recipe: 1
+name: small
+host:
+  kind: cct
+  base: cct_2_3x2
+  model: {img_size: 8, embed_dim: 32, depth: 3, num_heads: 8, num_classes: 10, n_conv_layers: 1}
+attention: softmax
+"""
+"""A CCT with many small heads: four channels each."""
+
+
+def trained(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int = 20) -> None:
+    """Train a model, in the order of a generator of its own."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(labels), generator=generator).split(64):
+            loss = torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.eval()
+
+
+@pytest.mark.slow
+def test_a_cct_that_learnt_digits_shows_clusters_above_the_noise():
+    """Signal-to-noise ratio grows with depth, and is that of chance where labels are handed round."""
+    torch.manual_seed(0)
+    model, data = attnzoo.compose(RECIPE), load_images("digits", size=8)
+    ready = evaluation(data.image, data.mean, data.std)
+    (seen, known), (images, labels) = (
+        side.batch(torch.arange(len(side))) for side in (data.train, data.test)
+    )
+    trained(model, ready(seen), known)
+    training = Subject.of(model, ready(seen), known).batches
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    found, chance = (
+        attnzoo.probe(Subject.of(model, ready(images), given, training=training), HeadPerformance())
+        for given in (labels, shuffled)
+    )
+    layers = [f"blocks.{layer}" for layer in range(3)]
+    ratios = [found.figures[f"snr {name}"] for name in layers]
+    assert found.figures["accuracy blocks.2"] > 0.9
+    assert min(ratios) > 3 and ratios[2] > ratios[0]  # 4.8, 5.3, 5.7
+    assert max(chance.figures[f"snr {name}"] for name in layers) < 2  # 1.2, 1.0, 1.4
+    assert (
+        min(found["clusters"]) >= 1 and sum(size > 1 for size in found["size"]) > 12
+    )  # pairs of labels and more
+    assert (
+        max(found["accuracy"]) < 0.7 < found.figures["accuracy blocks.0"]
+    )  # no head knows all of them alone
