@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from attnzoo.bench import mechanisms, rivals
 from attnzoo.bench.mechanisms import Growth, Point, layer_of, measure, ratio
 from attnzoo.cli.app import app
-from attnzoo.cli.bench import _named
+from attnzoo.cli.bench import _files, _named
+from attnzoo.errors import ZooError
 
 
 def growth(power: float, factor: float = 1.0, sizes=(256, 1024, 4096, 16384)) -> Growth:
@@ -85,6 +86,23 @@ def test_the_command(tmp_path):
         for p in data["mechanisms"][name]["points"]:
             point = growth.points[p["tokens"]]
             assert {key: list(v) if isinstance(v, tuple) else v for key, v in vars(point).items()} == p
+
+
+def test_out_is_a_folder_or_a_picture(tmp_path):
+    assert _files(tmp_path / "new") == [tmp_path / "new" / f"mechanisms.{kind}" for kind in ("csv", "png")]
+    assert _files(tmp_path / "v1.5")[0].parent.name == "v1.5"
+    (tmp_path / "old.svg").mkdir()
+    assert _files(tmp_path / "old.svg")[1] == tmp_path / "old.svg" / "mechanisms.png"
+    for kind in ("svg", "PDF"):
+        assert _files(tmp_path / "a" / f"b.{kind}") == [
+            tmp_path / "a" / "b.csv",
+            tmp_path / "a" / f"b.{kind}",
+        ]
+    (tmp_path / "file").write_text("kept")
+    for out, said in (("a.jpg", "PNG, SVG or PDF"), ("file", "cannot write"), ("file/a.png", "cannot write")):
+        with pytest.raises(ZooError, match=said) as caught:
+            _files(tmp_path / out)
+        assert caught.value.code == "AZ905" and (tmp_path / "file").read_text() == "kept"
 
 
 def test_families_are_added():

@@ -83,6 +83,10 @@ def test_a_curve_that_does_not_move_has_ticks_that_differ():
     assert "13 %" in ticks(accuracy.yaxis)
 
 
+def test_numbers_that_hardly_differ_are_written_whole():
+    assert all(name.startswith("100000") for name in ticks(lines({"a": [100000.02, 100000.06]}).yaxis))
+
+
 def test_accuracy_is_in_percent_and_no_more_than_all():
     _, accuracy = learning_curves(log(12)).axes
     assert all(name.endswith(" %") and float(name[:-2]) % 5 == 0 for name in ticks(accuracy.yaxis))

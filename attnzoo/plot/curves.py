@@ -98,7 +98,7 @@ def _keep_shares(axes: Axes, values: Sequence[np.ndarray]) -> None:
 
 
 def _legend(owner: Any, made: Sequence[Line2D], names: Sequence[str], **how: Any) -> None:
-    """A legend on axes or a figure; a name is a name, also `_a`, which matplotlib would leave out."""
+    """A legend on axes or a figure; a name is a name, also `_a`, which some versions of matplotlib leave out."""
     places = [f"line {i}" for i in range(len(names))]
     own = owner.legend(made, places, frameon=False, fontsize=points(TEXT), **how)
     for text, name in zip(own.get_texts(), names, strict=True):
