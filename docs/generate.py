@@ -162,8 +162,9 @@ def instrument_page(entry: Entry, kind: str) -> str:
     lines += ["", "## How it is used", "", "```bash", shell, "```", "", "```python", python, "```"]
     picture = ROOT / "docs" / "pictures" / f"{entry.name}.png"
     if picture.exists():
-        text = f"{entry.name.replace('_', ' ')} of HAM B, trained on digits"
-        lines += ["", f"![{text}](../../pictures/{picture.name})", "", f"{text[0].upper()}{text[1:]}."]
+        text = f"{entry.name.replace('_', ' ')} of a small model"
+        lines += ["", f"![{text}](../../pictures/{picture.name})", ""]
+        lines += ["Of a small model that was trained for this page: [how](../../pictures.py)."]
     tests = f"tests/{kind}s/test_{entry.name}.py"
     lines += ["", "## How it is checked", "", f"[{tests}](../../../{tests})"]
     registry = ZOO.probes if kind == "probe" else ZOO.interventions

@@ -19,6 +19,8 @@ from attnzoo.lab.subject import Subject
 from attnzoo.train import open_run
 
 FOLDER = Path(__file__).parent / "pictures"
+OPTIONS = {"retrieval_score": "(needle=2)"}
+"""What small models need."""
 COLOURS = 64
 """Of a picture: flat areas need few, and files stay small."""
 
@@ -36,7 +38,7 @@ def picture(name: str, subjects: list[Subject]) -> str:
     reasons = []
     for subject in subjects:
         try:
-            found = attnzoo.probe(subject, name)
+            found = attnzoo.probe(subject, name + OPTIONS.get(name, ""))
         except ZooError as error:
             reasons.append(error.diagnostics[0].message)
             continue

@@ -199,9 +199,7 @@ def test_elu_linear_recovers_a_vit_trained_on_digits(tmp_path):
     train(loaded, how, tmp_path / "teacher")
     teacher = open_run(tmp_path / "teacher").model("best")
     made, _ = attnzoo.graft(tmp_path / "teacher", "digits_elu_linear")
-    found = attnzoo.distil(
-        made, settings(**{**FAR, "data": "digits", "epochs": 10}), teacher=teacher, finetune=10
-    )
+    found = attnzoo.distil(made, Settings(**FAR, data="digits"), teacher=teacher, finetune=10)
     graft, distilled, tuned = found.stages
     assert found.donor > 0.9 and graft.accuracy < 0.75 * found.donor
     assert min(distilled.cosines) > 0.95 > min(graft.cosines)

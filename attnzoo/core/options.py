@@ -53,7 +53,7 @@ def misfit(cls: type, options: Mapping[str, Any]) -> tuple[str, str] | None:
         options_of(cls).model_validate(dict(options))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        return ".".join(map(str, first["loc"])), first["msg"].replace("Input should", "it should")
+        return str(first["loc"][0]), first["msg"].replace("Input should", "it should")
     return None
 
 

@@ -29,7 +29,7 @@ Tuned = Literal["model", "blocks"]
 FAR: Mapping[str, Any] = {
     "batch_size": 64,
     "epochs": 10,
-    "optimizer": {"use": "adamw", "lr": 0.001, "weight_decay": 0.01},
+    "optimizer": {"use": "adamw", "lr": 0.003, "weight_decay": 0.01},
     "schedule": {"use": "cosine", "warmup": 1},
     "clip_grad": 1.0,
 }
@@ -126,7 +126,7 @@ def distil(
             help="graft another recipe",
         )
     lesson = _Lesson(graft, teacher, replaced, settings, report or (lambda event: None))
-    was_training, begun = graft.training, time.perf_counter()
+    was_training = graft.training
     first = settings.epochs if first is None else first
     stages = [lesson.stage("graft")]
     try:
@@ -147,7 +147,7 @@ def distil(
     finally:
         graft.train(was_training)
     accuracy = lesson.tested(teacher).accuracy
-    took = time.perf_counter() - begun
+    took = time.perf_counter() - lesson.begun
     return Distillation(settings.data, len(lesson.data.test), tuple(replaced), accuracy, tuple(stages), took)
 
 
@@ -229,6 +229,7 @@ class _Lesson:
         self.evaluation = evaluation(image, **statistics)
         self.taken = taken(graft)
         self.accuracy: float | None = None
+        self.begun = time.perf_counter()
 
     def tested(self, model: nn.Module) -> Evaluation:
         """A model on the test side."""
@@ -319,6 +320,7 @@ class _Lesson:
         return loss + settings.auxiliary * extra.mean()
 
     def _tell(self, epoch: int, step: int, epochs: int, steps: int, loss: float, seconds: float) -> None:
+        """What a step came to, as `attnzoo.train.train` tells it; `seconds` are those of its stage."""
         done = epoch * steps + step + 1
         event = {
             "epoch": epoch + 1,
@@ -330,7 +332,7 @@ class _Lesson:
             "images_per_second": done * self.settings.batch_size / seconds,
             "examples": "images",
             "test_accuracy": self.accuracy,
-            "seconds": seconds,
+            "seconds": time.perf_counter() - self.begun,
             "left": (epochs * steps - done) * seconds / done,
         }
         self.report({"event": "step", **event})
