@@ -118,6 +118,7 @@ def test_more_losses_give_other_weights(extra):
 
 def test_what_was_there_is_there_again():
     """Modes, gradients, hooks and random states; after an exception too."""
+    digits()  # scikit-learn draws a number when it is imported
     made, _ = attnzoo.graft(donor(), ELU)
     made.head.weight.requires_grad_(False)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
@@ -137,6 +138,15 @@ def test_what_was_there_is_there_again():
         assert all(not module._forward_hooks for module in made.modules())
         assert states[0] == random.getstate() and states[1] == np.random.get_state()[1].tolist()
         assert torch.equal(states[2], torch.get_rng_state())
+
+
+def test_a_teacher_keeps_its_mode():
+    made, _ = attnzoo.graft(donor(), ELU)
+    teacher = donor(drop_rate=0.5).train()
+    found = attnzoo.distil(made, settings(), teacher=teacher, finetune=0)
+    assert teacher.training and teacher.blocks[0].training
+    again, _ = attnzoo.graft(donor(), ELU)
+    assert attnzoo.distil(again, settings(), teacher=teacher.eval(), finetune=0).stages == found.stages
 
 
 def test_what_is_told():

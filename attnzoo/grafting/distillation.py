@@ -6,6 +6,7 @@ Ren et al., "FAR: Function-preserving Attention Replacement for IMC-friendly Inf
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -117,7 +118,8 @@ def distil(
         DataError: AZ7xx, when the data cannot be had.
         RunError: AZ806, for an optimiser that timm has not.
     """
-    teacher = (ungraft(graft) if teacher is None else teacher).eval()
+    teacher = ungraft(graft).eval() if teacher is None else teacher
+    teacher = deepcopy(teacher).eval() if teacher.training else teacher  # the caller's keeps its mode
     replaced = replaced_blocks(graft)
     if not replaced:
         raise GraftError(

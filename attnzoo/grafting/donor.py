@@ -38,7 +38,7 @@ def seeded(seed: int) -> Iterator[None]:
     Args:
         seed: From 0.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
         yield
 
