@@ -158,7 +158,7 @@ def instrument_page(entry: Entry, kind: str) -> str:
         for option in facts["options"]:
             cells = (f"`{option['name']}`", option["type"], option["default"], option["text"])
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    shell, python = facts["example"].splitlines()
+    shell, python = facts["example"].split("\n", 1)
     lines += ["", "## How it is used", "", "```bash", shell, "```", "", "```python", python, "```"]
     picture = ROOT / "docs" / "pictures" / f"{entry.name}.png"
     if picture.exists():

@@ -115,7 +115,7 @@ def _call(entry: Entry, kind: str) -> str:
         return f'attnzoo probe RUN {entry.name}\nattnzoo.probe(model, "{entry.name}", inputs=images)'
     return (
         f"attnzoo eval RUN --with '{entry.name}(at=\"blocks.0\")'\n"
-        f"with attnzoo.intervene(model, '{entry.name}(at=\"blocks.0\")'): ..."
+        f"with attnzoo.intervene(model, '{entry.name}(at=\"blocks.0\")'):\n    model(images)"
     )
 
 
