@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,12 @@ def test_a_card_is_complete_and_its_options_are_documented(cls):
     assert all(field.description for field in fields.values()), cls
     assert cls.__name__.lower() == cls.card.name.replace("_", "")
     assert cls.__module__.rpartition(".")[2] == cls.card.name
+
+
+@pytest.mark.parametrize("cls", EVERY, ids=lambda cls: cls.card.name)
+def test_it_has_a_file_of_tests_of_its_own(cls):
+    folder = "probes" if issubclass(cls, Probe) else "interventions"
+    assert (Path(__file__).parent / folder / f"test_{cls.card.name}.py").read_text().count("def test_") >= 2
 
 
 def test_a_table_is_what_people_expect():

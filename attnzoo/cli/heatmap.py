@@ -1,7 +1,7 @@
 """`attnzoo heatmap MODEL IMAGE...`: what a model looks at, as a sheet of images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from attnzoo.cli import completion
+from attnzoo.cli.eval import With
 from attnzoo.cli.list import AsJson
 
 
@@ -71,14 +72,17 @@ def heatmap(
             help="Write the maps beside it: images, rows, columns, y, x; of text rows, columns, n, m.",
         ),
     ] = False,
+    with_: With = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Of the draw, and of an untrained model's weights.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Draw what a model looks at: mean maps, rollout, mechanisms by layer, heads."""
     from attnzoo.cli.render import say_next
+    from attnzoo.lab.intervening import intervene, intervention
     from attnzoo.plot import check_file
 
-    pictures = [*files, *images]
+    pictures, changes = [*files, *images], [intervention(text) for text in with_]
+    changed = f"; with {', '.join(map(str, changes))}" if changes else ""
     if out is not None:
         check_file(out)
     run, loaded = _opened(model, init_from)
@@ -96,8 +100,10 @@ def heatmap(
         )
         what = what or "heads"
         text = _text_of_run(run, name, which) if run else _text_of_recipe(loaded, seed)
-        examples = text.examples(texts, targets, count, seed)
-        _draw_text(text, examples, what, layer, site, out, npy, as_json)
+        text = replace(text, state=text.state + changed)
+        with intervene(text.model, *changes):
+            examples = text.examples(texts, targets, count, seed)
+            _draw_text(text, examples, what, layer, site, out, npy, as_json)
     else:
         _only_for(
             "models of text",
@@ -112,7 +118,9 @@ def heatmap(
         else:
             seen = _from_recipe(loaded, init_from, seed) if loaded else _from_timm(model, init_from, seed)
         chosen = seen.images(pictures, count or (1 if what == "heads" else 8), seed)
-        _draw_images(seen, chosen, what, layer, fusion, discard, out, npy, as_json)
+        seen = replace(seen, state=seen.state + changed)
+        with intervene(seen.model, *changes):
+            _draw_images(seen, chosen, what, layer, fusion, discard, out, npy, as_json)
     if not as_json:
         say_next(f"attnzoo heatmap {model} --what {'mechanism' if what == 'heads' else 'heads'}")
 

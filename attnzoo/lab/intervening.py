@@ -50,7 +50,8 @@ def intervene(model: nn.Module, *interventions: Intervention | str) -> Iterator[
             AZ923, when it names what the model does not have; AZ924, when it can reach nothing.
     """
     with ExitStack() as stack:
-        stack.enter_context(tapped(model))
+        if interventions:
+            stack.enter_context(tapped(model))
         for given in interventions:
             one = intervention(given) if isinstance(given, str) else given
             reached = reach(model, one)

@@ -122,15 +122,6 @@ def test_fields_and_bias_are_the_mean_logits(kind, centre):
         assert found.figures[f"accuracy {name}"] == pytest.approx(float(accuracy))
 
 
-def test_heads_add_up_from_their_nodes():
-    of = subject(vit(), 20)
-    heads, nodes = attnzoo.probe(of, "head_performance", "node_performance")
-    one, many = heads.arrays["fields blocks.1"], nodes.arrays["fields blocks.1"]
-    assert np.allclose(one, many.reshape(4, 12, 5, 5).sum(axis=1))
-    assert nodes["head"][:24] == [0] * 12 + [1] * 12 and nodes["node"][:48] == list(range(48))
-    assert len(heads) == 8 and len(nodes) == 96
-
-
 @pytest.mark.parametrize("pool", ["model", "mean"])
 def test_planted_clusters_are_found(pool):
     groups = [[0, 1], [2, 3], [4], []]
