@@ -140,6 +140,17 @@ def test_what_was_there_is_there_again():
         assert torch.equal(states[2], torch.get_rng_state())
 
 
+@pytest.mark.parametrize("first, rates", [(1, [0.003, 0.0003]), (0, [0.003])])
+def test_learning_rates(first, rates, monkeypatch):
+    seen, make = [], distillation.make_optimizer
+    monkeypatch.setattr(
+        distillation, "make_optimizer", lambda model, chosen: seen.append(chosen.lr) or make(model, chosen)
+    )
+    made, _ = attnzoo.graft(donor(), ELU)
+    attnzoo.distil(made, settings(), teacher=donor(), first=first, finetune=1)
+    assert seen == pytest.approx(rates)
+
+
 def test_a_teacher_keeps_its_mode():
     made, _ = attnzoo.graft(donor(), ELU)
     teacher = donor(drop_rate=0.5).train()

@@ -174,7 +174,6 @@ def _only(model: nn.Module, beginnings: Sequence[str]) -> Iterator[None]:
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])
-            parameter.grad = None
 
 
 @contextmanager
