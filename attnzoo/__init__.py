@@ -8,7 +8,7 @@ What most people want:
     create("softmax", dim=384, heads=6)       one mechanism, pool or fusion as a module for any network
     as_mha("softmax", 512, 8)                 the same with the arguments and masks of nn.MultiheadAttention
     compose("ham_b")                          the model of a recipe: a name, a file, a text or a mapping
-    list_mechanisms("*lin*", mask="causal")   names; also list_fusions and list_recipes
+    list_mechanisms("*lin*", mask="causal")   names; also list_fusions, list_recipes, list_probes ...
     show("softmax")                           one of them: equations, options, masks, paper
     describe(model)                           what is in a model, in a few lines
     diff("ham_a", "ham_b")                    what two recipes differ in
@@ -37,15 +37,18 @@ _LAZY = {
     "create": "attnzoo.alone.build",
     "as_mha": "attnzoo.alone.multihead",
     **dict.fromkeys(["compose", "compose_file"], "attnzoo.recipe"),
-    **dict.fromkeys(["list_mechanisms", "list_fusions", "list_recipes"], "attnzoo.catalogue.lists"),
+    **dict.fromkeys(
+        ["list_mechanisms", "list_fusions", "list_recipes", "list_probes", "list_interventions"],
+        "attnzoo.catalogue.lists",
+    ),
     "show": "attnzoo.catalogue.pages",
-    "register_with_transformers": "attnzoo.hf",
     "describe": "attnzoo.catalogue.models",
     "diff": "attnzoo.bench.diff",
     "accelerate": "attnzoo.inference",
     "probe": "attnzoo.lab.probing",
     "intervene": "attnzoo.lab.intervening",
     "Finding": "attnzoo.lab.finding",
+    "register_with_transformers": "attnzoo.hf",
     "Subject": "attnzoo.lab.subject",
     **dict.fromkeys(["distil", "graft", "save_graft", "ungraft"], "attnzoo.grafting"),
     **dict.fromkeys(

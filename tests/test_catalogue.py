@@ -275,10 +275,12 @@ def test_help_shows_first_what_most_people_want():
         "list_mechanisms",
         "list_fusions",
         "list_recipes",
+        "list_probes",
+        "list_interventions",
         "show",
         "describe",
     ]
-    assert [name for name in attnzoo.__all__ if name != "compose_file"][:8] == first
+    assert [name for name in attnzoo.__all__ if name != "compose_file"][:10] == first
     text = pydoc.plain(pydoc.render_doc(attnzoo))
     places = [
         text.index(f" {name}(")

@@ -69,6 +69,8 @@ class Instrument(ABC):
     """
 
     card: ClassVar[InstrumentCard]
+    takes_tensors: ClassVar[bool] = True
+    """Whether options may be of classes that no text can say, such as tensors."""
 
     def __post_init__(self):
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.init}

@@ -37,7 +37,11 @@ def options_of(cls: type) -> type[BaseModel]:
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         fields[name] = (parameter.annotation, Field(default, description=texts.get(name, "")))
     config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, protected_namespaces=(), arbitrary_types_allowed=True
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        protected_namespaces=(),
+        arbitrary_types_allowed=getattr(cls, "takes_tensors", False),
     )
     return create_model(f"{cls.__name__}Options", __config__=config, **fields)
 
