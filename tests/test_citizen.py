@@ -365,7 +365,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("which", range(3))
-@pytest.mark.sample(3)
+@pytest.mark.slow  # a shell that trains with timm's script
 def test_the_lines_for_somebodys_script(which, tmp_path):
     """Those of the README, which docs/recipes.md repeats, run in a shell as they stand."""
     (tmp_path / "train.py").write_text(SCRIPT)

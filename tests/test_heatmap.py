@@ -772,7 +772,7 @@ MUTANTS: dict[str, tuple[Change, tuple[str, ...], str]] = {
         for i, name in enumerate(names)
     ],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 def test_a_wrong_sheet_is_caught(mutant, name, monkeypatch):
     change, _, said = MUTANTS[mutant]
     change(monkeypatch)

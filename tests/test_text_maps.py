@@ -478,6 +478,7 @@ def test_a_matrix_by_itself_has_names():
 
 @pytest.mark.parametrize("what", ["heads", "mechanism"])
 @pytest.mark.parametrize("tokens", [1, 12, 24, 40, 47, 90, 350])
+@pytest.mark.sample(4)
 def test_names_never_overlap_and_sheets_stay_small(tokens, what):
     heat = torch.eye(tokens)
     panels = tuple(Panel(f"head {i}", heat) for i in range(8))
@@ -1007,6 +1008,7 @@ LEGITIMATE = {
         for change in LEGITIMATE
     ],
 )
+@pytest.mark.sample(4)
 def test_another_machine_is_no_fault(change, name, monkeypatch):
     LEGITIMATE[change](monkeypatch)
     assert differences(structure(name), stored()[name]) == []
