@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
     """Of a test marked `sample(n)` the first case and one in n of the others, chosen by name, are for every day.
 
     Of mechanisms and fusions that have not changed since the revision that `ATTNZOO_SINCE` names, one in four of the
-    wrong versions is tried every day, and every second check; where what they stand on has changed, all checks are.
+    wrong versions is tried every day, and every second check and oracle; where what they stand on has changed, all are.
     """
     seen, lines = set(), _changed(os.environ.get("ATTNZOO_SINCE"))
     changed = {Path(line).stem.removeprefix("test_") for line in lines}
@@ -50,9 +50,9 @@ def pytest_collection_modifyitems(items):
         own = item.path.stem.removeprefix("test_")
         if item.path.parent.name in ("mechanisms", "fusions") and own not in changed:
             one_in = 4 if item.originalname in WRONG_VERSIONS else one_in
-        if item.originalname == "test_conformance" and not everything:
+        if item.originalname in ("test_conformance", "test_oracle") and not everything:
             component = item.name.partition("[")[2].partition("-")[0]
-            one_in = 1 if component in changed else 2
+            one_in = 1 if {component, own} & changed else 2
         first = test not in seen and (item.name != item.originalname or one_in == 1)
         if one_in > 1 and not first and crc32(item.nodeid.encode()) % one_in:
             item.add_marker(pytest.mark.slow)
