@@ -12,14 +12,13 @@ from attnzoo.recipe import Composition, Plan, load, resolve
 
 NOWHERE = "–"
 """What stands where one of two recipes has no such site, or leaves a value to its base."""
-ALONE = (Law.PERMUTATION_EQUIVARIANT, Law.LINEAR_IN_VALUES, Law.BOUNDED, Law.HEADS_APART)
-"""Laws of mechanisms that what is made of several may keep, and what its fusion must claim for that: see `laws`."""
 KEEPS = {
     Law.PERMUTATION_EQUIVARIANT: Law.TOKEN_LOCAL,
     Law.LINEAR_IN_VALUES: Law.ADDITIVE,
     Law.BOUNDED: Law.CONVEX,
     Law.HEADS_APART: Law.TOKEN_LOCAL,
 }
+"""Laws that what is made of several keeps where all branches claim them, and the fusion claims the other."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def laws(composition: Composition) -> set[str]:
 def _laws(plan: Plan) -> set[Law]:
     if not plan.branches:
         return set(plan.card.laws)
-    common = set(ALONE).intersection(*(_laws(branch) for branch in plan.branches))
+    common = set(KEEPS).intersection(*(_laws(branch) for branch in plan.branches))
     return {law for law in common if KEEPS[law] in plan.entry.value.card.laws}
 
 

@@ -98,7 +98,15 @@ def list_(
     broken = sorted({problem["plugin"] for problem in problems})
     if broken:
         say(f"something is wrong with {', '.join(broken)}: `attnzoo doctor` says what", style="yellow")
-    say_next("attnzoo show softmax", "attnzoo compose ham_a", "attnzoo new plugin mine")
+    say_next(*_NEXT.get(kind or Kind.mechanisms, _NEXT[Kind.mechanisms]))
+
+
+_NEXT = {
+    Kind.mechanisms: ("attnzoo show softmax", "attnzoo compose ham_a", "attnzoo new plugin mine"),
+    Kind.probes: ("attnzoo show entropy", "attnzoo probe RUN entropy"),
+    Kind.interventions: ("attnzoo show ablate_heads", "attnzoo eval RUN --with ablate_heads"),
+}
+"""What one does with what was listed."""
 
 
 def _by_family(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, str]]:

@@ -204,9 +204,7 @@ def refuse_taken(folder: Path) -> None:
         raise RecipeError("AZ607", f"`{folder}` is no folder", help="name another folder")
     taken = [name for name in FILES if (folder / name).exists()]
     if taken:
-        raise RecipeError(
-            "AZ607", f"`{folder}` already holds {' and '.join(taken)}", help="name another folder"
-        )
+        raise RecipeError("AZ607", f"`{folder}` already holds {', '.join(taken)}", help="name another folder")
 
 
 def ledger_of(folder: str | os.PathLike) -> Ledger:

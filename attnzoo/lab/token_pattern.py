@@ -11,7 +11,7 @@ from torch import Tensor
 from attnzoo.core import NonNegativeInt, PositiveInt, Probe
 from attnzoo.errors import ZooError
 from attnzoo.lab.finding import Finding
-from attnzoo.lab.tokens import BOS, crosses, drawn, exist, ids_of, shares, words_of
+from attnzoo.lab.tokens import BOS, crosses, drawn, exist, ids_of, words_of
 
 if TYPE_CHECKING:
     from attnzoo.lab.maps import Map
@@ -100,7 +100,7 @@ class TokenPattern(Probe):
         wanted = self.pattern(ids)[:, None] & counts
         seen = torch.ones_like(wanted) if found.allowed is None else found.allowed
         uniform = seen.double() / seen.sum(dim=-1, keepdim=True).clamp(min=1)
-        for score, (value, of) in _scores(shares(found) * counts, wanted, there).items():
+        for score, (value, of) in _scores(found.rows() * counts, wanted, there).items():
             sums[leaf, score] += value
             sums[leaf, score, "of"] += of
         sums[leaf, "uniform"] += _scores(uniform * counts, wanted, there)[self.by][0].expand(leaf.heads)

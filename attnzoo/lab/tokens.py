@@ -1,4 +1,4 @@
-"""The tokens of sequences: those that a map is about, the words of the data, and the rows of a map as shares."""
+"""The tokens of sequences: those that a map is about, and the words of the data."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,6 @@ from torch import Tensor
 from attnzoo.errors import ZooError
 
 if TYPE_CHECKING:
-    from attnzoo.lab.maps import Map
     from attnzoo.lab.points import Leaf
     from attnzoo.lab.subject import Batch, Subject
 
@@ -108,18 +107,3 @@ def drawn(words: Tensor, count: int, length: int, generator: torch.Generator) ->
     else:
         chosen = torch.randint(len(words), (count, length), generator=generator)
     return words[chosen.to(words.device)]
-
-
-def shares(found: "Map") -> Tensor:
-    """What each query gives to each key, (b h n m), rows that sum to 1, in double precision.
-
-    Of a map that may be negative (what a head does to its values) the positive part counts, rescaled.
-
-    Args:
-        found: A map.
-    """
-    weights = found.matrix().double()
-    if found.stochastic:
-        return weights
-    positive = weights.clamp(min=0)
-    return positive / positive.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(positive.dtype).tiny)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnzoo.core import InstrumentCard, Layout, Paper, Probe
 from attnzoo.lab.finding import Finding
+from attnzoo.lab.tokens import crosses
 
 
 @dataclass(kw_only=True, eq=False)
@@ -45,11 +46,14 @@ class Entropy(Probe):
         sums: dict = defaultdict(float)
         for _, maps in subject.maps():
             for leaf, found, layout in maps:
-                weights = found.matrix().double().clamp(min=0)  # (b h n m)
-                keys = found.visible().expand_as(weights[..., 0])
-                rows = self._rows(layout)
-                entropy, share, counted = _of_rows(weights[:, :, rows], keys[:, :, rows])
-                sums[leaf, "rows"] += weights[:, 0, rows, 0].numel()
+                shares, rows = found.rows(), self._rows(layout)  # (b h n m)
+                keys = found.visible().expand_as(shares[..., 0])
+                there = (
+                    torch.ones_like(shares[:, 0, :, 0], dtype=torch.bool) if crosses(leaf) else found.real()
+                )
+                there = there[:, None, rows]  # what is padding asks nothing
+                entropy, share, counted = _of_rows(shares[:, :, rows], keys[:, :, rows], there)
+                sums[leaf, "rows"] += int(there.sum())
                 sums[leaf, "entropy"] += entropy.sum(dim=(0, 2))
                 sums[leaf, "share"] += share.sum(dim=(0, 2))
                 sums[leaf, "counted"] += counted.sum(dim=(0, 2))
@@ -74,15 +78,14 @@ class Entropy(Probe):
         return slice(layout.prefix if self.tokens == "grid" else 0, None)
 
 
-def _of_rows(weights: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _of_rows(shares: Tensor, keys: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Entropy of each row (b h n), its share of the most there can be, and whether the row has a choice.
 
     Args:
-        weights: (b h n m), not negative.
-        keys: How many keys each row may see, broadcasts to (b h n).
+        shares: (b h n m), rows that sum to 1.
+        keys: How many keys each row may see, (b h n).
+        there: Which queries exist, broadcasts to (b h n); of the others all is 0.
     """
-    total = weights.sum(dim=-1)
-    shares = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)[..., None]
-    entropy = -torch.xlogy(shares, shares).sum(dim=-1)
-    choice = (keys > 1).expand_as(entropy)
+    entropy = -torch.xlogy(shares, shares).sum(dim=-1) * there
+    choice = (keys > 1) & there
     return entropy, entropy / keys.clamp(min=2).log() * choice, choice.to(entropy.dtype)

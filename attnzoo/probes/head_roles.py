@@ -17,7 +17,7 @@ from torch import Tensor
 from attnzoo.core import Fraction, InstrumentCard, Layout, Paper, PositiveInt, Probe
 from attnzoo.errors import ZooError
 from attnzoo.lab.finding import Finding
-from attnzoo.lab.tokens import EOS, PAD, crosses, ids_of, keys_of, shares, side_of
+from attnzoo.lab.tokens import EOS, PAD, crosses, ids_of, keys_of, side_of
 
 if TYPE_CHECKING:
     from attnzoo.lab.points import Leaf
@@ -84,7 +84,7 @@ class HeadRoles(Probe):
             ends = {name: of[first : first + len(batch)] for name, of in relations.items()}
             first += len(batch)
             for leaf, found, layout in maps:
-                weights = shares(found)
+                weights = found.rows()
                 queries, keys = self._counted(subject, leaf, batch, weights)
                 strength, best = (weights * keys[:, None, None]).max(dim=-1)  # (b h n)
                 sums[leaf, "confidence"] += (strength * queries[:, None]).sum(dim=(0, 2))

@@ -67,3 +67,17 @@ def test_a_causal_row_is_held_to_what_it_sees():
 def test_an_option_that_cannot_be_is_refused():
     with pytest.raises(ZooError, match="AZ921"):
         Entropy(tokens="some")
+
+
+def test_padding_has_no_say(pairs):
+    source = torch.tensor([[1, 5, 6, 7, 0, 0], [1, 5, 6, 7, 8, 2]])
+    target = torch.tensor([[1, 5, 6], [1, 7, 6]])
+    found = attnzoo.probe(pairs, "entropy", inputs=(source, target), kind="pairs")
+    alone = [
+        attnzoo.probe(pairs, "entropy", inputs=inputs, kind="pairs")
+        for inputs in ((source[:1, :4], target[:1]), (source[1:], target[1:]))
+    ]
+    for i, site in enumerate(found["site"]):
+        sizes = (4, 6) if site.startswith("encoder") else (3, 3)
+        wanted = sum(n * one["entropy"][i] for n, one in zip(sizes, alone, strict=True)) / sum(sizes)
+        assert found["entropy"][i] == pytest.approx(wanted, rel=1e-5), site
