@@ -23,10 +23,13 @@ from attnzoo.recipe import Composition, Plan, load, resolve
 
 WIDTH = 78
 """Characters to a line."""
-_NORMS = {"LayerNorm": "LN", "RMSNorm": "RMS", "GroupNorm": "GN", "BatchNorm": "BN"}
+_NORMS = {"Layer": "LN", "RMS": "RMS", "Group": "GN", "Batch": "BN"}
 _WORDS = {
     "x": "the tokens; `x ← ...` is what they are from there on",
+    "a": "the tokens of the first stream",
+    "b": "those of the second",
     "s": "the tokens that are read",
+    "∅": "no tokens",
     "LN": "each token is brought to mean 0 and variance 1 over its channels, then scaled and shifted, as learned",
     "RMS": "each token is divided by the root of its mean square, then scaled, as learned",
     "GN": "groups of channels are normalised over all tokens, then scaled and shifted, as learned",
@@ -75,17 +78,20 @@ class Part:
     @property
     def latex(self) -> str:
         """The equations as LaTeX; of one that cannot be read, of a plugin, its text."""
-        rows = []
-        for equation in self.equations:
-            try:
-                row = latex(equation)
-            except ZooError:
-                plain = re.sub(r"[^ -~]|[\\{}$&#^_%~]", "?", equation)
-                row = rf"\text{{{plain}}}"
-            left, sign, right = re.match(r"(.*?)(=|\\leftarrow|$)(.*)", row, re.S).groups()  # type: ignore[union-attr]
-            rows.append(f"{left}&{sign}{right}" if sign else f"& {row}")
-        body = r" \\ ".join(rows)
-        return rf"\begin{{split}} {body} \end{{split}}"
+        try:
+            return latex("\n".join(self.equations))
+        except ZooError:
+            body = r" \\ ".join(f"& {_typeset(equation)}" for equation in self.equations)
+            return rf"\begin{{split}} {body} \end{{split}}"
+
+
+def _typeset(equation: str) -> str:
+    """LaTeX of one equation, or its letters where it cannot be read."""
+    try:
+        return latex(equation)
+    except ZooError:
+        plain = re.sub(r"[^ -~]|[\\{}$&#^_%~]", "?", equation)
+        return rf"\text{{{plain}}}"
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,10 @@ def explain(recipe: Any, edits: Sequence[str] = ()) -> Explanation:
         model = composition.build(composition.model_cfg()).eval()
     sample = composition.info.sample()
     wanted = {**composition.given, **getattr(composition.info, "inputs", {})}
-    steps = record(model, sample, stand_ins(sample[0], wanted) if wanted else {})
+    given = stand_ins(sample[0], wanted) if wanted else {}
+    # what the model makes of its weights for itself takes mechanisms that run
+    own = any(name in composition.info.makes for plan in composition.everything for name in plan.card.given)
+    steps = record(model, sample, given, run=own)
     papers: list[str] = []
     parts = list(_parts(composition, _Narrator(steps, model), papers))
     hosts = " ".join(equation for part in parts if not part.defines for equation in part.equations)
@@ -179,8 +188,10 @@ def explain(recipe: Any, edits: Sequence[str] = ()) -> Explanation:
 
 
 def _has(text: str, symbol: str) -> bool:
-    if symbol in "⊙γσ":
+    if symbol in "⊙γσ∅":
         return symbol in text
+    if symbol == "s":
+        return ", s)" in text
     return bool(re.search(rf"(?<![A-Za-z^_{{]){symbol}(?![A-Za-z'])", text))
 
 
@@ -316,7 +327,7 @@ class _Narrator:
             of = stack.pop(0)
             if of in self.names and of.kind != "input":
                 if (
-                    len(of.shape) == len(step.shape)
+                    min(len(of.shape), len(step.shape)) > 1
                     and self.last_use[of] <= index
                     and not self._taken_up(of, step)
                 ):
@@ -366,7 +377,7 @@ class _Narrator:
         if step.kind == "quotient":
             return " / ".join(parts)
         if step.kind == "concat":
-            return f"[{'; '.join(parts)}]"
+            return f"[{'; '.join(parts)}]" if len(parts) > 1 else parts[0]
         if step.kind == "function":
             return f"{re.sub(r'[^a-zA-Z]', '', step.name) or 'f'}({', '.join(parts)})"
         return self._module(step, parts, called)
@@ -379,6 +390,8 @@ class _Narrator:
         base = self._text(of, called)
         base = base if re.fullmatch(r"\w", base) else f"({base})"
         start, colon, end = step.name.partition(":")
+        if colon and start == end:
+            return "∅"
         last = f" {first + int(end) - 1}" if end else ""
         return (
             f"{base}_{{{first + int(start)}, …{f',{last}' if last else ''}}}"
@@ -406,11 +419,8 @@ class _Narrator:
             called[name] = step
             return f"{name}({inside})"
         kind = type(module).__name__
-        for norm, name in _NORMS.items():
-            if norm in kind:
-                return f"{name}({inside})"
-        if "norm" in kind.lower():
-            return f"norm({inside})"
+        if norm := re.search(r"([A-Z][a-z]*|RMS)Norm(\d?d)?$", kind):
+            return f"{_NORMS.get(norm[1], 'norm')}({inside})"
         if isinstance(module, nn.Linear):
             return f"W_{re.sub(r'[^A-Za-z]', '', path[-1]) or 'l'} {parts[0]}"
         if path[-1].startswith("act"):
@@ -566,11 +576,12 @@ def _word(name: str) -> str:
 
 def _each(left: str, first: str) -> str:
     """With an index where the equation is that of token i."""
-    bound = re.search(r"[ΣΠ]_i|(softmax|max|mean)_i", first)
-    free = re.search(r"_i(?![A-Za-z])|_i[jl](?![A-Za-z])|_\{[^}]*\bi\b|ρ\(i\)", first)
-    if not free or bound:
-        return left
-    return f"{left}_i" if re.fullmatch(r"\w+\(.*\)|o", left) else f"({left})_i"
+    for i in "ij":
+        bound = re.search(rf"[ΣΠ]_{i}|(softmax|max|mean)_{i}", first)
+        free = re.search(rf"_{i}(?![A-Za-z])|_{i}[jl](?![A-Za-z])|ρ\({i}\)", first)
+        if free and not bound:
+            return f"{left}_{i}" if re.fullmatch(r"\w+\(.*\)|o", left) else f"({left})_{i}"
+    return left
 
 
 def _named(line: str, prefix: str) -> str:

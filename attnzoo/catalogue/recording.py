@@ -53,17 +53,21 @@ class Step:
     shape: tuple[int, ...]
 
 
-def record(model: nn.Module, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> list[Step]:
+def record(
+    model: nn.Module, inputs: Sequence[Tensor], named: Mapping[str, Tensor], run: bool = False
+) -> list[Step]:
     """The steps of one forward, in their order; what no tokens go through is left out.
 
     Args:
-        model: On the meta device, in evaluation mode. Mechanisms are not run: tokens come out as they went in.
+        model: On the meta device, in evaluation mode.
         inputs: What it takes, on any device; only shapes count.
         named: What it takes by name.
+        run: Whether mechanisms are run, which some models ask for that look at their weights; otherwise tokens come out
+            as they went in, so that code of plugins that looks at numbers has a say in nothing.
     """
     inputs = [t.to("meta") for t in inputs]
     extra = {name: t.to("meta") for name, t in named.items()}
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, run)
     for i, t in enumerate(inputs):
         recorder.keep(t, "input", str(i), ())
     for name, t in extra.items():
@@ -97,10 +101,12 @@ class _Recorder(TorchFunctionMode):
 
     Args:
         model: That will run.
+        run: Whether mechanisms do.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, run: bool):
         super().__init__()
+        self.run = run
         self.steps: list[Step] = []
         self._known: dict[int, Step] = {}
         self._alive: list[Tensor] = []  # as long as they live nobody else has their id
@@ -114,7 +120,7 @@ class _Recorder(TorchFunctionMode):
         lists = {path.rpartition(".")[0] for path in self._within if path.rpartition(".")[2].isdigit()}
         modules = dict(model.named_modules())
         self._blocks = {
-            f"{path}.{name}"
+            f"{path}.{name}".removeprefix(".")
             for path in lists
             for name, child in modules[path].named_children()
             if isinstance(child, nn.Module) and name.isdigit()
@@ -157,7 +163,7 @@ class _Recorder(TorchFunctionMode):
             module.register_forward_pre_hook(enter, with_kwargs=True),
             module.register_forward_hook(leave, with_kwargs=True),
         ]
-        if path in self.outermost:
+        if path in self.outermost and not self.run:
             one = isinstance(module, Pool)
             module.forward = lambda x, *_, **__: (x[:, 0] if one else x).clone()  # type: ignore[method-assign]
             watch.module = module
@@ -205,7 +211,12 @@ class _Recorder(TorchFunctionMode):
         at = parts[1] if len(parts) > 1 else None
         if isinstance(at, int) and len(parts) == 2:
             self.keep(out, "take", str(at), (of,))
-        elif isinstance(at, slice) and (at.start or at.stop) and at.step is None and len(parts) == 2:
+        elif (
+            isinstance(at, slice)
+            and (at.start or at.stop is not None)
+            and at.step is None
+            and len(parts) == 2
+        ):
             self.keep(out, "take", f"{at.start or 0}:{'' if at.stop is None else at.stop}", (of,))
         else:
             self._known[id(out)] = of
