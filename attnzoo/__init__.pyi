@@ -4,6 +4,7 @@ from . import plot
 from .alone.build import create
 from .alone.multihead import as_mha
 from .bench.diff import diff
+from .catalogue.explain import explain
 from .catalogue.lists import list_fusions, list_interventions, list_mechanisms, list_probes, list_recipes
 from .catalogue.models import describe
 from .catalogue.pages import show
@@ -89,6 +90,7 @@ __all__ = [
     "describe",
     "diff",
     "distil",
+    "explain",
     "find_taps",
     "graft",
     "hookimpl",

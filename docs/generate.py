@@ -84,7 +84,8 @@ def page(entry: Entry, kind: str, recipes: list[str]) -> str:
     """
     card, facts = entry.value.card, page_of(entry, kind)
     claims = facts["claims"]
-    lines = [f"# {entry.name}", "", facts["summary"], "", "```text", facts["doc"], "```", ""]
+    text = f"{card.equation}\n\n{facts['doc']}"
+    lines = [f"# {entry.name}", "", facts["summary"], "", "```text", text, "```", ""]
     for what in (
         "paper",
         "form",

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "hf": {*NOUNS, "zoo", "recipe", "alone", "hf"},
     "parallel": NOUNS,
     "inference": NOUNS,
-    "catalogue": {*NOUNS, "zoo", "recipe", "alone", "catalogue"},
+    "catalogue": {*NOUNS, "zoo", "hosts", "recipe", "alone", "catalogue"},
     "bench": {
         *NOUNS,
         "plot",
