@@ -21,7 +21,6 @@ from attnzoo.errors import RecipeError, ZooError
 from attnzoo.grafting import Graft, save_graft
 from attnzoo.grafting.donor import described, seeded
 from attnzoo.grafting.grafts import FILES, first_difference
-from attnzoo.grafting.ledger import fingerprint
 from attnzoo.hosts.given import stand_ins, taken
 from attnzoo.recipe import load, resolve
 from attnzoo.recipe.schema import VitHost
