@@ -54,7 +54,8 @@ from attnzoo.train.state import Progress
 from attnzoo.train.task import Inputs
 
 Report = Callable[[dict[str, Any]], None]
-"""Told what happens: `event` is `step`, `epoch` (with the row of the log) or `note` (with a `text`)."""
+"""Told what happens: `event` is `step`, `epoch` (with the row of the log, and the SHA-256 of the `weights` after it, if it
+was whole) or `note` (with a `text`)."""
 
 REDRAW = 20.0
 """Seconds between two drawings of the learning curve, at least; the last one is drawn when training ends."""
@@ -374,13 +375,17 @@ class _Training:
         if at.best is None or figures["test_accuracy"] > at.best:
             at.best = figures["test_accuracy"]
             self.best = {name: t.detach().cpu().clone() for name, t in net.state_dict().items()}
+        digest = None
         if at.step == self.steps:
+            if self.record and self.rank == 0:
+                digest = checkpoint.fingerprint(self.net.state_dict())
+                self.record.epochs.append(digest)
             self.progress = Progress(at.epoch + 1, seconds=at.seconds, since=at.seconds, best=at.best)
         self._write_log()
         if time.perf_counter() - self.drawn > REDRAW:
             self._draw_curve()
             self._lap()  # the next epoch does not wait for it
-        self.report({"event": "epoch", **row})
+        self.report({"event": "epoch", **row, "weights": digest})
 
     def _write_log(self) -> None:
         if self.rank or not self.log:

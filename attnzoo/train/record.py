@@ -31,6 +31,7 @@ class Record(BaseModel):
         data: SHA-256 of what is trained and tested on: `train` and `test`.
         weights: SHA-256 of the initial weights.
         losses: The first values of the training loss as it is shown: the mean since the epoch began, step by step.
+        epochs: SHA-256 of the weights after each epoch.
     """
 
     made_with: MadeWith
@@ -41,6 +42,7 @@ class Record(BaseModel):
     data: dict[str, Digest]
     weights: Digest
     losses: Annotated[list[FiniteFloat], Field(max_length=FIRST)] = []
+    epochs: list[Digest] = []
 
 
 def record_of(

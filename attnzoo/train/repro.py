@@ -63,8 +63,9 @@ class Reproduction:
     Args:
         folder: Of the run.
         steps: How many steps it has taken.
-        step: The last step up to which all that is recorded came out with the same bits, 0 for the initial weights;
-            None when nothing of that was compared, or the initial weights differ already.
+        step: The last step after which the weights are known to have the same bits, 0 for the initial weights; None
+            when nothing of that was compared, or the initial weights differ already.
+        losses: The last step up to which the training losses have the same bits.
         differences: What is not as it was, causes first.
         notes: What could not be compared, and why.
     """
@@ -72,6 +73,7 @@ class Reproduction:
     folder: Path
     steps: int
     step: int | None
+    losses: int
     differences: tuple[Difference, ...]
     notes: tuple[str, ...] = ()
 
@@ -89,10 +91,12 @@ class Reproduction:
     def reached(self) -> str:
         """How far the bits are the same, in words."""
         if self.step is None:
-            return "no bits were found the same"
-        if self.step == 0:
-            return "the same initial weights"
-        return f"the same bits up to step {self.step} of {self.steps}"
+            bits = "no weights were found the same"
+        elif self.step == 0:
+            bits = "the same initial weights"
+        else:
+            bits = f"the same bits up to step {self.step} of {self.steps}"
+        return f"{bits}, the same losses up to step {self.losses}" if self.losses > (self.step or 0) else bits
 
     def as_dict(self) -> dict[str, Any]:
         """As data, for `--json`."""
@@ -193,6 +197,7 @@ class _Repro:
         self.differences: list[Difference] = []
         self.notes: list[str] = []
         self.step: int | None = None
+        self.told = self.now = 0  # steps up to which losses are the same; and the step that was taken last
 
     def compare(self, steps: int | None) -> Reproduction:
         """All comparisons, as far as one follows from the others."""
@@ -204,9 +209,8 @@ class _Repro:
             self._before(here)
             if self._worthwhile(here):
                 self._steps(self.steps if steps is None else min(steps, self.steps))
-        return Reproduction(
-            self.run.folder, self.steps, self.step, tuple(self.differences), tuple(self.notes)
-        )
+        found = tuple(self.differences), tuple(self.notes)
+        return Reproduction(self.run.folder, self.steps, self.step, self.told, *found)
 
     def _before(self, here: Mapping[str, Any]) -> None:
         """What a training begins with."""
@@ -290,7 +294,7 @@ class _Repro:
                 self._train(point)
                 if point in self.points:
                     self._checkpoint(point)
-                self.step = point
+                    self.step = point
         except _Found as found:
             self.differences.append(found.difference)
         except NotFinite as error:
@@ -319,12 +323,16 @@ class _Repro:
             if self.now <= len(self.losses):
                 loss = self.losses[self.now - 1]
                 self._hold(f"training loss of step {self.now}", loss, event["train_loss"], self.now)
-                self.step = self.now
+                self.told = self.now
         elif row := self.rows.get(self.now):
             for key in (key for key in row if key not in VARYING):
                 words = key.replace("_", " ")
                 self._hold(f"{words} of epoch {row['epoch']}", row[key], event.get(key), self.now)
-            self.step = self.now
+            self.told = self.now
+            if self.record and len(self.record.epochs) >= row["epoch"]:
+                recorded = self.record.epochs[row["epoch"] - 1]
+                self._hold(f"weights after epoch {row['epoch']}", recorded, event["weights"], self.now)
+                self.step = self.now
 
     def _checkpoint(self, step: int) -> None:
         """Hold tensors to the digests of the recorded ones, file by file."""
