@@ -666,7 +666,7 @@ def test_a_plugin_that_pip_installed(tmp_path):
     venv.create(environment, with_pip=False, symlinks=True)
     site = next(environment.glob("lib/python*/site-packages"))
     site.joinpath("this.pth").write_text(
-        f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n{ROOT}\n"
+        f"{ROOT}\nimport site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
     )
     shutil.copytree(SAMPLES / "attnzoo-wavelets", sources, ignore=shutil.ignore_patterns("__pycache__"))
     recipe = tmp_path / "small.yaml"

@@ -62,17 +62,18 @@ class Verb(TyperCommand):
 
 @contextmanager
 def _drawn_warnings() -> Iterator[None]:
-    """Warnings about versions of plugins as a line on stderr, without a line of code."""
+    """Warnings about versions of plugins as a line on stderr, without a line of code, each once."""
     with warnings.catch_warnings():
-        others = warnings.showwarning
+        others, told = warnings.showwarning, set[str]()
 
         def show(message, category, *where, **more):
             if not issubclass(category, VersionWarning):
                 others(message, category, *where, **more)
-                return
-            from attnzoo.cli.render import warn
+            elif str(message) not in told:
+                from attnzoo.cli.render import warn
 
-            warn(f"warning: {message}")
+                told.add(str(message))
+                warn(f"warning: {message}")
 
         warnings.showwarning = show
         yield

@@ -145,15 +145,16 @@ def read_made_with(data: Any) -> MadeWith:
         ) from None
 
 
-def warn_of_others(made: MadeWith | None) -> None:
+def warn_of_others(made: MadeWith | None, stacklevel: int = 3) -> None:
     """Say in one line which plugins are here in another version than something was made with.
 
     Args:
         made: What it was made with, if that is known.
+        stacklevel: Whose line is named: 3 for who called our caller.
     """
     for name, then, here in made.others() if made else ():
         text = f"made with {then}, here is {here.dist} {here.version} (plugin `{name}`)"
-        warnings.warn(text, VersionWarning, stacklevel=3)
+        warnings.warn(text, VersionWarning, stacklevel=stacklevel)
 
 
 def provider_of(plugin: str) -> Provider | None:

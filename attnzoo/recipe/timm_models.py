@@ -125,7 +125,7 @@ def _entry_point(name: str, kind: str, loaded: Loaded | None) -> Callable[..., n
         assert source is not None
         if made_with is not None:
             source = replace(source, made_with=read_made_with(made_with))
-            warn_of_others(source.made_with)
+            warn_of_others(source.made_with, 4)  # who called timm.create_model
         if isinstance(cfg, str):  # a tag
             cfg = get_pretrained_cfg(f"{name}.{cfg}", allow_unregistered=False) if cfg else None
         return build(source, arguments, pretrained=pretrained, pretrained_cfg=cfg)

@@ -54,8 +54,8 @@ from attnzoo.train.state import Progress
 from attnzoo.train.task import Inputs
 
 Report = Callable[[dict[str, Any]], None]
-"""Told what happens: `event` is `step`, `epoch` (with the row of the log, and the SHA-256 of the `weights` after it, if it
-was whole) or `note` (with a `text`)."""
+"""Told what happens: `event` is `step`, `epoch` (with the row of the log, and the SHA-256 of the `weights` after a
+whole one) or `note` (with a `text`)."""
 
 REDRAW = 20.0
 """Seconds between two drawings of the learning curve, at least; the last one is drawn when training ends."""
