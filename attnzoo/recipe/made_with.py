@@ -140,7 +140,7 @@ def read_made_with(data: Any) -> MadeWith:
         raise RecipeError(
             "AZ831",
             "`made_with` is no record of versions",
-            why=f"{f'`{where[:100]}`: ' if where else ''}{first['msg'].lower()}",
+            why=f"{f'`{where[:100]}`: ' if where else ''}{first['msg']}",
             help="leave `made_with` out of the configuration; the model is built without it as well",
         ) from None
 
