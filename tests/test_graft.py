@@ -25,6 +25,7 @@ from attnzoo.hosts.given import stand_ins, taken
 from attnzoo.recipe import load, resolve
 from attnzoo.recipe.schema import VitHost
 from attnzoo.recipe.weights import save
+from attnzoo.train.checkpoint import fingerprint
 from attnzoo.zoo import load_zoo
 
 SMALL = {"depth": 2, "num_classes": 5}
