@@ -701,8 +701,3 @@ def test_a_plugin_that_pip_installed(tmp_path):
         assert "`pip install attnzoo-wavelets==0.1.0`" in attnzoo(verb, tmp_path / "run", code=2)
     code = f"import attnzoo, timm; timm.create_model('local-dir:{tmp_path / 'model'}')"
     assert "`pip install attnzoo-wavelets==0.1.0`" in python("-c", code, code=1).stderr
-    python("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", sources)
-    attnzoo("compose", recipe, "--out", tmp_path / "from_folder")
-    python("-m", "pip", "uninstall", "--quiet", "--yes", "attnzoo-wavelets")
-    told = python("-c", code.replace("/model", "/from_folder"), code=1).stderr
-    assert "a file or folder" in told and "pip install attnzoo" not in told
