@@ -19,6 +19,7 @@ What most people want:
     register_with_transformers()              mechanisms as attention implementations of Hugging Face models
     graft(donor, "ham_b")                     a recipe in a trained timm ViT, with its weights and a ledger of them
     ungraft(model)                            the donor again; save_graft and distil belong to it
+    repro("runs/mine")                        train a run again from its record, and name the first difference
     auxiliary_losses(model)                   what its mechanisms add to the loss of your own training loop
     plot.attention_map(heat, image, ax=axes)  pictures: maps, curves, tables of heads, on axes of yours
 

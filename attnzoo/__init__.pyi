@@ -48,6 +48,7 @@ from .lab.intervening import intervene
 from .lab.probing import probe
 from .lab.subject import Subject
 from .recipe import compose, compose_file
+from .train.repro import repro
 from .zoo import load_zoo
 from .zoo.hookspecs import hookimpl
 
@@ -104,6 +105,7 @@ __all__ = [
     "plot",
     "probe",
     "register_with_transformers",
+    "repro",
     "save_graft",
     "show",
     "ungraft",
