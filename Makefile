@@ -25,11 +25,12 @@ format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: .venv/dev
+docs: .venv/docs
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/website.py
 
 clean:
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/_build
 
 .venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -39,4 +40,8 @@ clean:
 
 .venv/dev: .venv/demo
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+.venv/docs: .venv/dev
+	$(PIP) --editable ".[dev,docs]"
 	touch $@

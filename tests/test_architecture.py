@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "probes": {*NOUNS, "functional", "hosts", "lab", "plot", "probes"},
     "interventions": {*NOUNS, "functional"},
     "grafting": {*NOUNS, "files", "zoo", "hosts", "recipe", "data", "train", "grafting"},
+    "gallery": {*NOUNS, "version", "zoo", "recipe", "catalogue", "bench", "gallery"},
     "scaffold": {"errors", "attnzoo"},
     "cli": {
         *NOUNS,
@@ -128,6 +129,7 @@ MAY_NEED = {
     "interventions": set(),
     "lab": {"timm"},
     "grafting": {"timm", "pydantic"},
+    "gallery": {"sphinx", "docutils", "latex2mathml"},  # the extra `docs`, only when pages are made
     "scaffold": set(),
     "cli": {"typer"},
 }

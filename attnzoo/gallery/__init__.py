@@ -1,0 +1,1 @@
+"""The zoo as pages that people look at."""
