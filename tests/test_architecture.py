@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "probes": {*NOUNS, "functional", "hosts", "lab", "plot", "probes"},
     "interventions": {*NOUNS, "functional"},
     "grafting": {*NOUNS, "files", "zoo", "hosts", "recipe", "data", "train", "grafting"},
+    "gallery": {*NOUNS, "zoo", "recipe", "catalogue", "bench", "gallery"},
     "scaffold": {"errors", "attnzoo"},
     "cli": {
         *NOUNS,
@@ -128,6 +129,7 @@ MAY_NEED = {
     "interventions": set(),
     "lab": {"timm"},
     "grafting": {"timm", "pydantic"},
+    "gallery": set(),
     "scaffold": set(),
     "cli": {"typer"},
 }
