@@ -5,12 +5,14 @@ site, for Sphinx with MyST.
 """
 
 import posixpath
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from attnzoo.bench.mechanisms import Growth, ratio
+from attnzoo.catalogue.equations import latex
 from attnzoo.catalogue.pages import page_of
 from attnzoo.core import Law
 from attnzoo.errors import ZooError
@@ -26,6 +28,15 @@ CLAIMS = (
     "form", "family", "level", "masks", "context", "grid", "time", "memory", "parameters", "FLOPs", "auxiliary",
     "needs", "edits", "fidelity")  # fmt: skip
 """What a page says in a line each, where there is something to say."""
+
+
+HEADINGS = {
+    "flow": "## Data flow",
+    "influence": "## Who influences whom",
+    "maps": "## What it looks at",
+    "cost": "## What it costs",
+}
+"""Kinds of picture, in order, and what stands above each."""
 
 
 @dataclass
@@ -60,8 +71,11 @@ class Pages:
         parts = [f"# {entry.name}", prose(facts["summary"])]
         equation = getattr(card, "equation", "")
         if equation:
-            parts.append(_formula(equation, drawn is not None))
+            parts.append(_formula(equation) if drawn is not None else fenced(equation, "text"))
         parts += paragraphs(facts["doc"])
+        if drawn is not None:
+            parts += _pictures(drawn)
+            parts.append("## Claims")
         parts.append("\n".join(self._claims(entry, facts["claims"])))
         parts += _notes(card)
         parts += _options(facts["options"])
@@ -73,7 +87,7 @@ class Pages:
 
     def _claims(self, entry: Entry, claims: Mapping[str, str]) -> list[str]:
         card = entry.value.card
-        lines = [f"- **{what}**: {prose(claims[what])}" for what in CLAIMS if claims.get(what)]
+        lines = [f"- **{what}**: {_claim(what, claims[what])}" for what in CLAIMS if claims.get(what)]
         lines += [f"- **tap** `{name}`: ({axes})" for name, axes in getattr(card, "taps", {}).items()]
         lines += [f"- **given** `{name}`: {what}" for name, what in getattr(card, "given", {}).items()]
         lines += [f"- **law** `{law}`: {law.meaning}" for law in Law if law in getattr(card, "laws", ())]
@@ -213,6 +227,14 @@ def _named(spec: Use | Fuse | None) -> set[str]:
     return {spec.fuse}.union(*(_named(branch) for branch in spec.of))
 
 
+def _claim(what: str, text: str) -> str:
+    """What a page says of a claim; of a formula the formula as code, and what it gives."""
+    if what not in ("parameters", "FLOPs"):
+        return prose(text)
+    formula, rest = re.findall(r"^(.*?)((?:, beside the projections)?(?: \([\d,]+ at c = .*)?)$", text)[0]
+    return f"`{formula}`{rest}"
+
+
 def _notes(card: Any) -> list[str]:
     title = "## What to know" if card.fidelity == "exact" else "## What differs, and what to know"
     return [title, prose(card.notes)] if card.notes else []
@@ -231,6 +253,22 @@ def _options(options: Sequence[Mapping[str, str]]) -> list[str]:
     return ["## Options", table(("option", "type", "default", "meaning"), rows)] if rows else []
 
 
-def _formula(equation: str, drawn: bool) -> str:
-    """The equation of a card: as it stands there, or set as a formula."""
-    return fenced(equation, "text")
+def _pictures(drawn: Any) -> list[str]:
+    """What was drawn, and why something was not."""
+    there = {picture.kind: picture for picture in drawn.pictures}
+    parts = []
+    for kind, heading in HEADINGS.items():
+        if kind in there:
+            picture = there[kind]
+            parts += [heading, f"![{prose(picture.alt)}](pictures/{picture.file.name})", prose(picture.alt)]
+        elif why := drawn.left_out.get(kind):
+            parts += [heading, f"Not drawn: {prose(why)}"]
+    return parts
+
+
+def _formula(equation: str) -> str:
+    """The equation of a card as a formula; as text where it is in no notation that is known."""
+    try:
+        return fenced(latex(equation), "{math}")
+    except ZooError:
+        return fenced(equation, "text")

@@ -85,7 +85,7 @@ def _of_mechanisms(mine: Card, its: Card) -> list[str]:
     if bool(its.context) != bool(mine.context):
         found.append("reads from a context" if its.context else "reads from no context")
     if its.grid != mine.grid:
-        kind = {None: "no grid", "any": "a grid"}.get(its.grid, f"a {its.grid}-D grid")
+        kind = "no grid" if its.grid is None else "a grid" if its.grid == "any" else f"a {its.grid}-D grid"
         found.append(f"needs {kind}")
     if bool(its.fixed_length) != bool(mine.fixed_length):
         found.append(f"takes {'a fixed' if its.fixed_length else 'any'} number of tokens")
