@@ -43,11 +43,13 @@ def show(name: str) -> Sheet:
         return Sheet(f"# {entry.file}", (Verbatim(read_text(entry.value, str(entry.file)).rstrip()),))
     page = page_of(entry, kind)
     where = "in a recipe:" if kind in ("mechanism", "fusion") else "so:"
-    facts = Table([[key, value] for key, value in page["claims"].items() if value])
+    facts = Table([[key, value] for key, value in page["claims"].items() if value and key != "equation"])
     rows = [[one["name"], one["type"], one["default"], one["text"]] for one in page["options"]]
     options = (Table(rows, ["option", "type", "default", "meaning"]),) if rows else ()
+    equation = (Verbatim(page["claims"]["equation"]),) if page["claims"]["equation"] else ()
     doc = (page["doc"],) if page["doc"] else ()
-    return Sheet(page["name"], (page["summary"], *doc, facts, *options, where, Verbatim(page["example"])))
+    parts = (page["summary"], *equation, *doc, facts, *options, where, Verbatim(page["example"]))
+    return Sheet(page["name"], parts)
 
 
 def look_up(name: str) -> tuple[str, Entry]:
@@ -126,6 +128,7 @@ def _claims(entry: Entry, kind: str) -> dict[str, str]:
     card = entry.value.card
     return {
         "form": _FORMS[form_of(entry.value)],
+        "equation": card.equation,
         "family": f"{card.family}: {card.family.question}" if kind == "mechanism" else "",
         "paper": str(card.paper) if card.paper else "",
         "fidelity": card.fidelity,

@@ -69,9 +69,8 @@ class Pages:
         kind = kind_of(entry, self.zoo)
         facts, card = page_of(entry, kind), entry.value.card
         parts = [f"# {entry.name}", prose(facts["summary"])]
-        equation = getattr(card, "equation", "")
-        if equation:
-            parts.append(_formula(equation) if drawn is not None else fenced(equation, "text"))
+        if card.equation:
+            parts.append(_formula(card.equation) if drawn is not None else fenced(card.equation, "text"))
         parts += paragraphs(facts["doc"])
         if drawn is not None:
             parts += _pictures(drawn)
