@@ -86,7 +86,7 @@ def mission(text: str) -> str:
 
 def pages() -> dict[Path, str]:
     """The text of every page of the reference, by its file."""
-    made = Pages(ZOO, read_csv(TIMINGS), source=True)
+    made = Pages(ZOO, read_csv(TIMINGS), source=True, plain=True)
     entries = [entry for registry in ZOO.registries[:-1] for entry in registry.values()]
     return {REFERENCE / made.files[entry.full_name]: made.page(entry) for entry in entries}
 

@@ -87,9 +87,7 @@ def _html(source: Path, html: Path, cache: Path) -> list[str]:
     stale = set(html.rglob("*.html"))
     try:
         with patch_docutils(), docutils_namespace():
-            app = Sphinx(
-                source, None, html, doctrees, "html", confoverrides=settings(), status=None, warning=log
-            )
+            app = Sphinx(source, cache / "settings", html, cache / "doctrees", "html", None, None, log)
             app.build()
             pages = {Path(app.builder.get_outfilename(name)) for name in app.env.found_docs}
     except Exception as error:  # of Sphinx, its theme, its extensions, docutils: they have no class in common

@@ -48,12 +48,14 @@ class Pages:
         timings: What `attnzoo bench mechanisms` measured, the baseline first.
         shown: Full names of the components that have a page; all when None.
         source: Whether pages are in docs/reference of the project's source, so that they may refer to its files.
+        plain: Whether equations stay text, as GitHub shows them best.
     """
 
     zoo: Zoo
     timings: Mapping[str, Growth] = field(default_factory=dict)
     shown: frozenset[str] | None = None
     source: bool = False
+    plain: bool = False
 
     def __post_init__(self):
         self.files = files(self.zoo)
@@ -70,7 +72,7 @@ class Pages:
         facts, card = page_of(entry, kind), entry.value.card
         parts = [f"# {entry.name}", prose(facts["summary"])]
         if card.equation:
-            parts.append(_formula(card.equation) if drawn is not None else fenced(card.equation, "text"))
+            parts.append(fenced(card.equation, "text") if self.plain else _formula(card.equation))
         parts += paragraphs(facts["doc"])
         if drawn is not None:
             parts += _pictures(drawn)
