@@ -662,7 +662,7 @@ addEventListener("load", () => setTimeout(() => {
 @SPHINX
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.slow
-@pytest.mark.parametrize("fragment", ["", "#text=kernel&mask=causal", "#fusions"])
+@pytest.mark.parametrize("fragment", ["", "#text=random&mask=causal", "#fusions"])
 def test_the_overview_filters_in_a_browser(site, tmp_path, fragment):
     build(site, only=[*FEW, "performer", "cosformer"], pictures=False)
     text = (site / "index.html").read_text(encoding="utf-8")
@@ -679,7 +679,7 @@ def test_the_overview_filters_in_a_browser(site, tmp_path, fragment):
         for what, *rest in json.loads(html.unescape(re.search(r'id="said">(.*?)</pre>', dom, re.S)[1]))
     }
     everything = ["cosformer", "linformer", "performer", "map_pool", "gated", "entropy", "temperature"]
-    if fragment == "#text=kernel&mask=causal":
+    if fragment == "#text=random&mask=causal":
         assert said["start"][1:4] == [["performer"], fragment, "1 of 7"]
         return
     assert said["start"][1:] == [everything, fragment, "7 of 7", "2"]

@@ -143,7 +143,8 @@ def beside(folder: Path) -> Path:
     Args:
         folder: The gallery.
     """
-    return folder.absolute().with_name(f"{folder.absolute().name}.cache")
+    named = folder if folder.name.strip(".") else folder.resolve()
+    return named.with_name(f"{named.name}.cache")
 
 
 def thumbnail(picture: Path, name: str, alt: str) -> tuple[overview.Thumbnail, bytes]:
