@@ -1,0 +1,1 @@
+"""Pages of components: what is drawn of each, and from what."""
