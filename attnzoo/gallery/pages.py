@@ -17,6 +17,7 @@ from attnzoo.catalogue.pages import page_of
 from attnzoo.core import Law
 from attnzoo.errors import ZooError
 from attnzoo.gallery.bibtex import bibtex
+from attnzoo.gallery.drawing import Drawn
 from attnzoo.gallery.markdown import fenced, paragraphs, prose, table
 from attnzoo.gallery.relatives import relatives
 from attnzoo.recipe import load
@@ -37,6 +38,29 @@ HEADINGS = {
     "cost": "## What it costs",
 }
 """Kinds of picture, in order, and what stands above each."""
+PARTS = {"flow": "flow", "influence": "digits", "maps": "digits", "cost": "cost"}
+"""The piece of work that each is a part of."""
+TEXTS = {
+    "flow": "What happens in one forward: `b` samples, `n` and `m` tokens, `c` channels, `h` heads, `d` channels each.",
+    "influence": "How much each of 14 × 14 tokens changes what comes out at a few places, |∂ output_i / ∂ token_j|, in "
+    "a network of one block, on a handwritten digit.",
+    "maps": "The weights of each head in the same network, after training.",
+    "cost": "One layer of 384 channels and 6 heads, as the number of tokens grows.",
+}
+"""What stands above each picture."""
+ALT = {
+    "flow": "Data flow of",
+    "influence": "Who influences whom in",
+    "maps": "Heat maps of",
+    "cost": "Cost of",
+}
+"""What each picture is, for those who do not see it; what is seen stands below it."""
+MASKS = {
+    "keys": "keys that do not exist, such as padding, have no say",
+    "pairs": "which query may attend to which key is honoured",
+    "causal": "later tokens have no say",
+}
+"""What a component promises of each kind of mask."""
 
 
 @dataclass
@@ -61,7 +85,7 @@ class Pages:
         self.files = files(self.zoo)
         self.users = users(self.zoo)
 
-    def page(self, entry: Entry, drawn: Any = None) -> str:
+    def page(self, entry: Entry, drawn: Drawn | None = None) -> str:
         """One component.
 
         Args:
@@ -75,13 +99,13 @@ class Pages:
             parts.append(fenced(card.equation, "text") if self.plain else _formula(card.equation))
         parts += paragraphs(facts["doc"])
         if drawn is not None:
-            parts += _pictures(drawn)
+            parts += _pictures(entry.name, drawn)
             parts.append("## Claims")
         parts.append("\n".join(self._claims(entry, facts["claims"])))
         parts += _notes(card)
         parts += _options(facts["options"])
         parts += self._usage(entry, kind, facts["example"])
-        parts += self._checks(entry, kind)
+        parts += self._checks(entry, kind, drawn)
         parts += _paper(card)
         parts += self._relatives(entry)
         return "\n\n".join(parts) + "\n"
@@ -120,7 +144,7 @@ class Pages:
         entry = self.zoo.recipes[name]
         return read_text(entry.value, str(entry.file)).rstrip()
 
-    def _checks(self, entry: Entry, kind: str) -> list[str]:
+    def _checks(self, entry: Entry, kind: str, drawn: Drawn | None) -> list[str]:
         """How it is checked, and where its tests are."""
         test = f"tests/{kind}s/test_{Path(entry.file).stem}.py"
         text = []
@@ -131,7 +155,10 @@ class Pages:
             test = f"[{test}](../../../{test})."
         if self.source and entry.plugin == "attnzoo":
             text.append(test)
-        return ["## How it is checked", "\n".join(text)] if text else []
+        verdicts = _verdicts(drawn.checked) if drawn and drawn.checked else []
+        if drawn and (why := drawn.missing.get("checked")):
+            verdicts.append(f"Not checked for this page: {prose(why)}")
+        return ["## How it is checked", *verdicts, "\n".join(text)] if text else []
 
     def _relatives(self, entry: Entry) -> list[str]:
         here = posixpath.dirname(self.files[entry.full_name]) or "."
@@ -254,16 +281,47 @@ def _options(options: Sequence[Mapping[str, str]]) -> list[str]:
     return ["## Options", table(("option", "type", "default", "meaning"), rows)] if rows else []
 
 
-def _pictures(drawn: Any) -> list[str]:
+def _pictures(name: str, drawn: Drawn) -> list[str]:
     """What was drawn, and why something was not."""
-    there = {picture.kind: picture for picture in drawn.pictures}
     parts = []
     for kind, heading in HEADINGS.items():
-        if kind in there:
-            picture = there[kind]
-            parts += [heading, f"![{prose(picture.alt)}](pictures/{picture.file.name})", prose(picture.alt)]
-        elif why := drawn.left_out.get(kind):
+        if shown := drawn.pictures.get(kind):
+            how = [f":alt: {ALT[kind]} {name}", f":width: {shown.width}px", "", prose(shown.text)]
+            figure = fenced("\n".join(how), f"{{figure}} pictures/{shown.path.name}")
+            parts += [heading, *_explained(kind, drawn.numbers), figure]
+        elif why := drawn.missing.get(kind) or drawn.missing.get(PARTS[kind]):
             parts += [heading, f"Not drawn: {prose(why)}"]
+    return parts
+
+
+def _explained(kind: str, numbers: Mapping[str, Any]) -> list[str]:
+    """What a picture shows of any component, with the numbers of this one."""
+    if kind != "influence":
+        return [TEXTS[kind]]
+    trained = ""
+    if numbers.get("accuracy") is not None:
+        trained = (
+            f" It was trained for {numbers['steps']} steps, and then named {numbers['accuracy']:.1%} of "
+            f"{numbers['tested']} digits that it had not seen rightly."
+        )
+    return [f"{TEXTS[kind]}{trained} {prose(numbers.get('network') or '')}".rstrip()]
+
+
+def _verdicts(checked: Mapping[str, Any]) -> list[str]:
+    """Laws and masks as they were checked, when, and with which versions."""
+    claims = [("law", law, Law(law).meaning, verdict) for law, verdict in checked["laws"].items()]
+    claims += [("mask", mask, MASKS[mask], verdict) for mask, verdict in checked["masks"].items()]
+    rows = [(f"{what} `{name}`", prose(meaning), f"**{verdict}**") for what, name, meaning, verdict in claims]
+    versions = ", ".join(f"{name} {number}" for name, number in checked["versions"].items())
+    passed, few = checked["passed"], checked["examples"]
+    parts = [table(("claim", "what it says", "verdict"), rows)] if rows else []
+    parts.append(
+        f"{checked['date']}, with {prose(versions)}: {passed} checks passed, with {few} drawn cases each."
+    )
+    for word in ("failed", "skipped"):
+        if checked[word]:
+            found = [f"- `{name}` {word}: {prose(why)}" for name, why in checked[word].items()]
+            parts.append("\n".join(found))
     return parts
 
 

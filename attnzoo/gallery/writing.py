@@ -4,7 +4,6 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -13,8 +12,10 @@ from attnzoo.catalogue.lists import rows
 from attnzoo.catalogue.pages import look_up
 from attnzoo.errors import ZooError
 from attnzoo.gallery import overview
+from attnzoo.gallery.cache import Cache
+from attnzoo.gallery.drawing import Drawn, draw_all
 from attnzoo.gallery.folder import claimed, put
-from attnzoo.gallery.pages import Pages, kind_of
+from attnzoo.gallery.pages import ALT, Pages, kind_of
 from attnzoo.zoo import Entry, Zoo, load_zoo
 
 PICTURES = "pictures"
@@ -80,20 +81,20 @@ def write(
     if docs is not None:
         timings = docs / "benchmarks" / "mechanisms.csv"
     measured = read_csv(timings) if timings else {}
-    drawn: dict[str, Any] = {}
+    drawn: dict[str, Drawn] = {}
     if pictures:
-        from attnzoo.gallery.drawing import draw_all
-
+        kept = Cache(cache or beside(folder))
         shown = [entry for entry in entries if kind_of(entry, zoo) in KINDS]
-        drawn = draw_all(shown, cache or beside(folder), timings=measured, workers=workers, report=report)
+        drawn = draw_all(kept.folder / PICTURES, shown, kept, workers, measured=measured, report=report)
+        kept.sweep(())  # of what was drawn the last day nothing goes
     pages = Pages(zoo, measured, frozenset(entry.full_name for entry in entries), docs is not None)
     files: dict[str, bytes | Path] = {}
     thumbnails: dict[str, overview.Thumbnail] = {}
     for entry in entries:
         own = drawn.get(entry.full_name)
         files[pages.files[entry.full_name]] = pages.page(entry, own).encode()
-        for picture in own.pictures if own else ():
-            files[f"{PICTURES}/{picture.file.name}"] = picture.file
+        for picture in own.pictures.values() if own else ():
+            files[f"{PICTURES}/{picture.path.name}"] = picture.path
         if seen := _seen_first(entry, own, docs):
             thumbnails[entry.full_name], small = thumbnail(*seen)
             files[f"{overview.FOLDER}/{thumbnails[entry.full_name].file}"] = small
@@ -102,8 +103,7 @@ def write(
     files |= {f"{overview.FOLDER}/{file.name}": file for file in overview.FILES.iterdir()}
     put(folder, files)
     size = sum(len(one) if isinstance(one, bytes) else one.stat().st_size for one in files.values())
-    left_out = {name: own.left_out for name, own in drawn.items() if own.left_out}
-    return Written(named, left_out, size)
+    return Written(named, {name: own.missing for name, own in drawn.items() if own.missing}, size)
 
 
 def chosen(zoo: Zoo, only: Sequence[str] = (), plugin: str | None = None) -> list[Entry]:
@@ -163,13 +163,12 @@ def thumbnail(picture: Path, name: str, alt: str) -> tuple[overview.Thumbnail, b
     return overview.Thumbnail(name, alt, (small.width // 2, small.height // 2)), out.getvalue()
 
 
-def _seen_first(entry: Entry, drawn: Any, docs: Path | None) -> tuple[Path, str, str] | None:
+def _seen_first(entry: Entry, drawn: Drawn | None, docs: Path | None) -> tuple[Path, str, str] | None:
     """The picture that says most in little room, the name of its thumbnail and what is seen; None without pictures."""
     name = f"{entry.full_name.replace('/', '-')}.png"
-    by_kind = {picture.kind: picture for picture in drawn.pictures} if drawn else {}
     for kind in ("influence", "maps", "flow"):
-        if kind in by_kind:
-            return by_kind[kind].file, name, by_kind[kind].alt
+        if drawn and kind in drawn.pictures:
+            return drawn.pictures[kind].path, name, f"{ALT[kind]} {entry.name}"
     if docs is not None and (file := docs / "pictures" / f"{entry.name}.png").is_file():
         return file, name, f"{entry.name.replace('_', ' ')} of a small model"
     return None
