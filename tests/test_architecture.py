@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "probes": {*NOUNS, "functional", "hosts", "lab", "plot", "probes"},
     "interventions": {*NOUNS, "functional"},
     "grafting": {*NOUNS, "files", "zoo", "hosts", "recipe", "data", "train", "grafting"},
-    "gallery": {*NOUNS, "version", "zoo", "recipe", "catalogue", "bench", "gallery"},
+    "gallery": {*NOUNS, "version", "files", "zoo", "recipe", "catalogue", "bench", "train", "gallery"},
     "scaffold": {"errors", "attnzoo"},
     "cli": {
         *NOUNS,
@@ -74,6 +74,7 @@ MAY_IMPORT = {
         "data",
         "train",
         "eval",
+        "gallery",
         "grafting",
         "lab",
         "plot",

@@ -169,6 +169,7 @@ def _mechanisms(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str
             "summary": card.summary,
             "notes": card.notes,
             "paper": str(card.paper or ""),
+            "equation": card.equation,
             "laws": sorted(card.laws),
             **_provided(zoo, entry),
         }
@@ -182,6 +183,7 @@ def _fusions(zoo: Zoo, pattern: str, plugin: str | None) -> Iterator[dict[str, A
             "summary": card.summary,
             "notes": card.notes,
             "paper": str(card.paper or ""),
+            "equation": card.equation,
             "laws": sorted(card.laws),
             **_provided(zoo, entry),
         }

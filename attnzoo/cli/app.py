@@ -17,6 +17,7 @@ from attnzoo.cli import (
     diff,
     doctor,
     eval,
+    gallery,
     graft,
     heatmap,
     list,
@@ -121,6 +122,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": eval.eval_,
     "translate": translate.translate,
     "probe": probe.probe,
+    "gallery": gallery.gallery,
 }
 for name, verb in VERBS.items():
     app.command(name, cls=Verb)(verb)

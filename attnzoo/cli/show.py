@@ -39,10 +39,13 @@ def show(
         return
     say(f"{data['name']}", style="bold")
     say(data["summary"])
+    if data["claims"]["equation"]:
+        say()
+        say_text(data["claims"]["equation"])
     if data["doc"]:
         say(f"\n{data['doc']}")
     say()
-    facts([(key, value) for key, value in data["claims"].items() if value])
+    facts([(key, value) for key, value in data["claims"].items() if value and key != "equation"])
     say()
     if data["options"]:
         rows = [[o["name"], o["type"], o["default"], o["text"]] for o in data["options"]]

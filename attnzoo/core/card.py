@@ -224,6 +224,9 @@ class Card:
             begins with one: `weights_agents`. The base class makes them.
         laws: Algebraic claims.
         auxiliary: The loss that it adds in training, as an equation; its method `auxiliary` makes it of what taps show.
+        equation: What it computes with default options, in lines of Unicode text: `softmax(q kᵀ / √d) v`. The first
+            says what the tokens receive, or token i; those after it say what is in that. x are the tokens, s is what
+            is read, a context or x itself, W a learned map of each token; its docstring says the rest.
         fidelity: `exact`, or `adapted` or `inspired` with notes that say what differs from the paper.
         notes: What a user should know.
         extra: Import names beyond attnzoo's own requirements.
@@ -250,6 +253,7 @@ class Card:
     taps: Mapping[str, str] = field(default_factory=dict)
     laws: Set[Law] = frozenset()
     auxiliary: str = ""
+    equation: str = ""
     fidelity: Fidelity = "exact"
     notes: str = ""
     extra: Set[str] = frozenset()
@@ -318,6 +322,7 @@ class Card:
             self.name,
             self.summary,
             {
+                "equation": self.equation,
                 "family": f"{self.family}: {self.family.question}",
                 "paper": str(self.paper or ""),
                 "fidelity": self.fidelity,
@@ -355,6 +360,7 @@ class FusionCard:
             themselves (the law `TOKEN_LOCAL`) leaves it out where all do; one that mixes tokens is handed the mask.
         inside_heads: Whether it merges inside the heads too; otherwise on tokens only.
         auxiliary: The loss that it adds in training, as an equation; its method `auxiliary` makes it of what taps show.
+        equation: What it makes of branches a_1, …, a_k with default options, as on a `Card`: `Σ_i a_i`.
         fidelity: `exact`, or `adapted` or `inspired` with notes.
         notes: What a user should know.
     """
@@ -368,6 +374,7 @@ class FusionCard:
     masks: Set[str] = frozenset()
     inside_heads: bool = True
     auxiliary: str = ""
+    equation: str = ""
     fidelity: Fidelity = "exact"
     notes: str = ""
 
@@ -387,6 +394,7 @@ class FusionCard:
             self.name,
             self.summary,
             {
+                "equation": self.equation,
                 "paper": str(self.paper or ""),
                 "fidelity": self.fidelity,
                 "branches": f"{least} or more" if most is None else f"{least} to {most}",

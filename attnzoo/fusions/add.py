@@ -12,11 +12,12 @@ from attnzoo.core import Fusion, FusionCard, Law, Paper
 
 
 class Add(Fusion):
-    """Σ_i s_i. With `start: identity`: s₁ + γ Σ_{i>1} s_i, γ = 0 at first."""
+    """Σ_i a_i. With `start: identity`: a₁ + γ Σ_{i>1} a_i, γ = 0 at first."""
 
     card = FusionCard(
         name="add",
-        summary="Sum of the branches: Σ sᵢ (HAM B).",
+        summary="Sum of the branches: Σ aᵢ (HAM B).",
+        equation="Σ_i a_i",
         paper=Paper(
             "Transformer Architecture Reconfiguration Using Heterogeneous Attention",
             "Martínez-Marín et al.",

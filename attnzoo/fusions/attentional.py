@@ -27,7 +27,7 @@ class _Gate(nn.Module):
 
 
 class Attentional(Fusion):
-    """M ⊙ s_1 + (1 − M) ⊙ s_2, M = σ(L(u) + G(mean_n(u))), u = s_1 + s_2; L and G are W₂ relu(W₁ u + b₁) + b₂.
+    """M ⊙ a_1 + (1 − M) ⊙ a_2, M = σ(L(u) + G(mean_n(u))), u = a_1 + a_2; L and G are W₂ relu(W₁ u + b₁) + b₂.
 
     Args:
         site: Where it is; `site.dim` is the number of channels that it is given.
@@ -39,7 +39,8 @@ class Attentional(Fusion):
 
     card = FusionCard(
         name="attentional",
-        summary="A gate between two branches: M ⊙ s₁ + (1 − M) ⊙ s₂, M of the sum in each token and of its mean (AFF).",
+        summary="A gate between two branches: M ⊙ a₁ + (1 − M) ⊙ a₂, M of the sum in each token and of its mean (AFF).",
+        equation="M ⊙ a_1 + (1 − M) ⊙ a_2\nM = σ(L(u) + G(mean_n(u))),  u = a_1 + a_2",
         paper=Paper(
             "Attentional Feature Fusion", "Dai et al.", 2021, "arXiv:2009.14082", where="§3, eq. 1-5"
         ),

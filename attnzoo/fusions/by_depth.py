@@ -15,7 +15,7 @@ LEAST = 0.01
 
 
 class ByDepth(Fusion):
-    """Σ_i w_i s_i with w_i = max(0, 1 − |t − i|), i from 0: a layer has its place t among the k branches.
+    """Σ_i w_i a_i with w_i = max(0, 1 − |t − i|), i from 0: a layer has its place t among the k branches.
 
     At t = 0 the first branch comes out alone, at t = k − 1 the last, and in between two neighbours share.
 
@@ -34,7 +34,8 @@ class ByDepth(Fusion):
 
     card = FusionCard(
         name="by_depth",
-        summary="A convex mixture whose shares depend on the layer: Σ wᵢ(l) sᵢ.",
+        summary="A convex mixture whose shares depend on the layer: Σ wᵢ(l) aᵢ.",
+        equation="Σ_i w_i a_i\nw_i = max(0, 1 − |t − i|),  t = (k − 1) l / (L − 1)",
         paper=Paper(
             "SpectFormer: Frequency and Attention is what you need in a Vision Transformer",
             "Patro et al.",

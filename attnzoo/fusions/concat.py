@@ -7,11 +7,12 @@ from attnzoo.core import Fusion, FusionCard, Law, Site, Start
 
 
 class Concat(Fusion):
-    """W [s_1; ...; s_k], W from k c to c channels, without bias."""
+    """W [a_1; ...; a_k], W from k c to c channels, without bias."""
 
     card = FusionCard(
         name="concat",
-        summary="The branches side by side, projected back: W [s₁; …; sₖ].",
+        summary="The branches side by side, projected back: W [a₁; …; aₖ].",
+        equation="W [a_1; …; a_k]",
         laws={Law.ADDITIVE, Law.IDENTITY_START, Law.TOKEN_LOCAL},
     )
 

@@ -14,14 +14,15 @@ from attnzoo.core import Fusion, FusionCard, Law, Paper, Site, Start
 
 
 class Difference(Fusion):
-    """s_1 - λ Σ_{i>1} s_i, λ learned per channel.
+    """a_1 - λ Σ_{i>1} a_i, λ learned per channel.
 
     λ starts at 0.8 - 0.6 e^{-0.3 layer}, or at 0 with `start: identity`.
     """
 
     card = FusionCard(
         name="difference",
-        summary="The first branch minus a learned share of the others: s₁ − λ Σ sᵢ.",
+        summary="The first branch minus a learned share of the others: a₁ − λ Σ aᵢ.",
+        equation="a_1 − λ ⊙ Σ_{i>1} a_i",
         paper=Paper("Differential Transformer", "Ye et al.", 2024, "arXiv:2410.05258", where="§2.1, eq. 1-3"),
         laws={Law.ADDITIVE, Law.IDENTITY_START, Law.TOKEN_LOCAL},
         arity=(2, None),

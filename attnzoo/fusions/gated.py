@@ -6,14 +6,15 @@ from attnzoo.core import Fusion, FusionCard, Law, Site, Start, Tap
 
 
 class Gated(Fusion):
-    """Σ_i g_i s_i, g = softmax(W x + b) over the branches, for each token.
+    """Σ_i g_i a_i, g = softmax(W x + b) over the branches, for each token.
 
     W and b start at 0, so that all shares are equal.
     """
 
     card = FusionCard(
         name="gated",
-        summary="A convex mixture per token: Σ gᵢ sᵢ, g = softmax(W x + b).",
+        summary="A convex mixture per token: Σ gᵢ aᵢ, g = softmax(W x + b).",
+        equation="Σ_i g_i a_i\ng = softmax(W x + b)",
         laws={
             Law.SINGLE,
             Law.AGREE,

@@ -10,11 +10,12 @@ from attnzoo.core import Fusion, FusionCard, Law, Paper
 
 
 class Hadamard(Fusion):
-    """Π_i s_i. With `start: identity`: s₁ ⊙ (1 + γ Π_{i>1} s_i), γ = 0 at first."""
+    """Π_i a_i. With `start: identity`: a₁ ⊙ (1 + γ Π_{i>1} a_i), γ = 0 at first."""
 
     card = FusionCard(
         name="hadamard",
-        summary="Element-wise product of the branches: Π sᵢ (HAM A).",
+        summary="Element-wise product of the branches: Π aᵢ (HAM A).",
+        equation="Π_i a_i",
         paper=Paper(
             "Transformer Architecture Reconfiguration Using Heterogeneous Attention",
             "Martínez-Marín et al.",

@@ -10,7 +10,7 @@ from attnzoo.errors import RecipeError
 
 
 class HeadSplit(Fusion):
-    """[s_1; ...; s_k]: the heads (on tokens: the channels) are dealt to the branches in equal parts.
+    """[a_1; ...; a_k]: the heads (on tokens: the channels) are dealt to the branches in equal parts.
 
     Args:
         site: Where it is.
@@ -22,7 +22,8 @@ class HeadSplit(Fusion):
 
     card = FusionCard(
         name="head_split",
-        summary="Each branch works on its own heads: [s₁; …; sₖ].",
+        summary="Each branch works on its own heads: [a₁; …; aₖ].",
+        equation="[a_1; …; a_k]",
         laws={Law.SINGLE, Law.ADDITIVE, Law.TOKEN_LOCAL},
         notes="It has no `start`: no branch alone is as wide as the result.",
     )

@@ -14,7 +14,7 @@ from attnzoo.core import Fusion, FusionCard, Law, Paper, PositiveInt, Site, Star
 
 
 class LowRank(Fusion):
-    """P (σ(U_1 s_1) ⊙ ... ⊙ σ(U_k s_k)) + b, with U_i to `rank` channels and P back.
+    """P (σ(U_1 a_1) ⊙ ... ⊙ σ(U_k a_k)) + b, with U_i to `rank` channels and P back.
 
     Args:
         site: Where it is; `site.dim` is the number of channels that it is given.
@@ -26,7 +26,8 @@ class LowRank(Fusion):
 
     card = FusionCard(
         name="low_rank",
-        summary="Low-rank bilinear pooling: P (σ(U₁ s₁) ⊙ … ⊙ σ(Uₖ sₖ)) + b.",
+        summary="Low-rank bilinear pooling: P (σ(U₁ a₁) ⊙ … ⊙ σ(Uₖ aₖ)) + b.",
+        equation="P (tanh(U_1 a_1) ⊙ … ⊙ tanh(U_k a_k)) + b",
         paper=Paper(
             "Hadamard Product for Low-rank Bilinear Pooling",
             "Kim et al.",

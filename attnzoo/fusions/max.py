@@ -8,11 +8,12 @@ from attnzoo.core import Fusion, FusionCard, Law
 
 
 class Max(Fusion):
-    """max_i s_i, element by element; where branches are equal the gradient is shared."""
+    """max_i a_i, element by element; where branches are equal the gradient is shared."""
 
     card = FusionCard(
         name="max",
         summary="Element-wise maximum of the branches.",
+        equation="max_i(a_i)",
         laws={Law.SINGLE, Law.AGREE, Law.CONVEX, Law.SYMMETRIC, Law.IDENTITY_START, Law.TOKEN_LOCAL},
         hard_routing=True,
         notes="Each element hands its gradient to the branch that is largest there.",

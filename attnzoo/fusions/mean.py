@@ -7,11 +7,12 @@ from attnzoo.core import Fusion, FusionCard, Law
 
 
 class Mean(Fusion):
-    """Σ_i s_i / k."""
+    """Σ_i a_i / k."""
 
     card = FusionCard(
         name="mean",
-        summary="Mean of the branches: Σ sᵢ / k.",
+        summary="Mean of the branches: Σ aᵢ / k.",
+        equation="1/k Σ_i a_i",
         laws={
             Law.SINGLE,
             Law.AGREE,

@@ -13,14 +13,15 @@ EPS = 1e-6
 
 
 class NormedMean(Fusion):
-    """Σ_i β_i ⊙ s_i / √(mean(s_i²) + ε) / k, with a learned β_i per branch and channel, 1 at first; ε = 10⁻⁶.
+    """Σ_i β_i ⊙ a_i / √(mean(a_i²) + ε) / k, with a learned β_i per branch and channel, 1 at first; ε = 10⁻⁶.
 
     The mean of squares is over the channels of a token. So the size of a branch has no say, only β has.
     """
 
     card = FusionCard(
         name="normed_mean",
-        summary="Mean of the branches, each normalised and scaled: Σ βᵢ ⊙ RMSNorm(sᵢ) / k.",
+        summary="Mean of the branches, each normalised and scaled: Σ βᵢ ⊙ RMSNorm(aᵢ) / k.",
+        equation="1/k Σ_i β_i ⊙ a_i / √(mean(a_i²) + ε)",
         paper=Paper(
             "Hymba: A Hybrid-head Architecture for Small Language Models",
             "Dong et al.",

@@ -12,7 +12,7 @@ from attnzoo.functional import balance_loss
 
 
 class Routed(Fusion):
-    """Σ_i g_i s_i: g_i = p_i for the `active` branches with the greatest p = softmax(W x), for each token, otherwise 0.
+    """Σ_i g_i a_i: g_i = p_i for the `active` branches with the greatest p = softmax(W x), for each token, otherwise 0.
 
     Args:
         site: Where it is.
@@ -28,7 +28,8 @@ class Routed(Fusion):
 
     card = FusionCard(
         name="routed",
-        summary="A router gives each token the best few branches: Σ gᵢ sᵢ, g the greatest of softmax(W x).",
+        summary="A router gives each token the best few branches: Σ gᵢ aᵢ, g the greatest of softmax(W x).",
+        equation="Σ_i g_i a_i\ng_i = p_i of the best branch,  g_i = 0 of others,  p = softmax(W x)",
         paper=Paper("Switch Transformers", "Fedus et al.", 2021, "arXiv:2101.03961", where="eq. 1-6"),
         laws={Law.SINGLE, Law.ADDITIVE, Law.IDENTITY_START, Law.TOKEN_LOCAL},
         hard_routing=True,

@@ -13,7 +13,7 @@ from attnzoo.functional import mean_token
 
 
 class Selective(Fusion):
-    """Σ_i a_i ⊙ s_i, a = softmax_i(A_i z) channel by channel, z = relu(LayerNorm(W mean_n(Σ_i s_i))).
+    """Σ_i w_i ⊙ a_i, w = softmax_i(A_i z) channel by channel, z = relu(LayerNorm(W mean_n(Σ_i a_i))).
 
     W has c to max(c / reduction, least) channels; A starts at 0, so that all shares are equal.
 
@@ -27,7 +27,8 @@ class Selective(Fusion):
 
     card = FusionCard(
         name="selective",
-        summary="A convex mixture per channel, chosen by all tokens: Σ aᵢ ⊙ sᵢ, a = softmax(A z), z of the mean Σ sᵢ.",
+        summary="A convex mixture per channel, chosen by all tokens: Σ wᵢ ⊙ aᵢ, w = softmax(A z), z of the mean Σ aᵢ.",
+        equation="Σ_i w_i ⊙ a_i\nw = softmax_i(A_i z),  z = relu(LayerNorm(W mean_n(Σ_i a_i)))",
         paper=Paper(
             "Selective Kernel Networks", "Li et al.", 2019, "arXiv:1903.06586", where="§3.1, eq. 1-6"
         ),

@@ -7,20 +7,21 @@ from attnzoo.core import Fusion, FusionCard, Law, Site, Start
 
 
 class Serial(Fusion):
-    """s_1 = f_1(x), s_i = f_i(s_{i−1}); s_k comes out. With `residual` s_i = s_{i−1} + f_i(s_{i−1}) from i = 2 on.
+    """a_1 = f_1(x), a_i = f_i(a_{i−1}); a_k comes out. With `residual` a_i = a_{i−1} + f_i(a_{i−1}) from i = 2 on.
 
     All branches have the same mask, layout and context. What a host adds to the result, x, is its own.
 
     Args:
         site: Where it is.
         arity: Number of branches.
-        residual: Whether what a branch works on is added to what it gives; s_1 is f_1(x) all the same.
+        residual: Whether what a branch works on is added to what it gives; a_1 is f_1(x) all the same.
         start: `free` merges at once; `identity` equals the first branch bit for bit before training.
     """
 
     card = FusionCard(
         name="serial",
-        summary="One branch after the other: s₁ = f₁(x), sᵢ = fᵢ(sᵢ₋₁).",
+        summary="One branch after the other: a₁ = f₁(x), aᵢ = fᵢ(aᵢ₋₁).",
+        equation="a_k\na_1 = f_1(x),  a_i = f_i(a_{i−1})",
         laws={Law.SINGLE, Law.IDENTITY_START, Law.TOKEN_LOCAL},
         masks={"keys", "causal"},
         inside_heads=False,

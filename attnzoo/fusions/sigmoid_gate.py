@@ -7,11 +7,12 @@ from attnzoo.core import Fusion, FusionCard, Law, Paper, Site, Start, Tap
 
 
 class SigmoidGate(Fusion):
-    """s_1 ⊙ σ(s_2), for each token and channel."""
+    """a_1 ⊙ σ(a_2), for each token and channel."""
 
     card = FusionCard(
         name="sigmoid_gate",
-        summary="The second branch is a gate for the first: s₁ ⊙ σ(s₂).",
+        summary="The second branch is a gate for the first: a₁ ⊙ σ(a₂).",
+        equation="a_1 ⊙ σ(a_2)",
         paper=Paper(
             "Language Modeling with Gated Convolutional Networks",
             "Dauphin et al.",

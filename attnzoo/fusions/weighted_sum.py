@@ -7,14 +7,15 @@ from attnzoo.core import Fusion, FusionCard, Law, Site, Start
 
 
 class WeightedSum(Fusion):
-    """Σ_i w_i s_i with learned scalars, 1 at first.
+    """Σ_i w_i a_i with learned scalars, 1 at first.
 
     With `start: identity` they are 1 for the first branch and 0 for the rest.
     """
 
     card = FusionCard(
         name="weighted_sum",
-        summary="Sum of the branches with one learned weight each: Σ wᵢ sᵢ.",
+        summary="Sum of the branches with one learned weight each: Σ wᵢ aᵢ.",
+        equation="Σ_i w_i a_i",
         laws={Law.ADDITIVE, Law.IDENTITY_START, Law.TOKEN_LOCAL},
     )
 

@@ -32,7 +32,7 @@ def settings() -> dict[str, Any]:
         "author": "the authors of attnzoo",
         "version": VERSION,
         "release": VERSION,
-        "extensions": ["myst_parser", "attnzoo.gallery.sphinx_settings"],
+        "extensions": ["myst_parser", "attnzoo.gallery.overview", "attnzoo.gallery.sphinx_settings"],
         # dollars are formulas; headings to the third level are anchors under the names that GitHub gives them
         "myst_enable_extensions": ["dollarmath", "amsmath"],
         "myst_heading_anchors": 3,

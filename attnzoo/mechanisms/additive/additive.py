@@ -12,7 +12,7 @@ from attnzoo.functional import additive_scores, attention_from_scores
 
 
 class Additive(Mechanism):
-    """e_ij = vᵀ tanh(W s_i + U h_j), α = softmax_j(e), c_i = Σ_j α_ij h_j.
+    """e_ij = vᵀ tanh(W x_i + U s_j), α = softmax_j(e), c_i = Σ_j α_ij s_j: the paper's s_i is x_i, its h_j is s_j.
 
     The values are the annotations themselves. One head, no biases. A context of another width than the tokens is
     projected after the sum, because the host adds the result to the tokens.
@@ -26,6 +26,7 @@ class Additive(Mechanism):
         name="additive",
         family=Family.ADDITIVE,
         summary="Bahdanau's attention: scores by a small network, values are the annotations themselves.",
+        equation="Σ_j α_ij s_j\nα_ij = softmax_j(vᵀ tanh(W x_i + U s_j))",
         paper=Paper(
             "Neural Machine Translation by Jointly Learning to Align and Translate",
             "Bahdanau et al.",

@@ -19,6 +19,7 @@ class EfficientAdditive(Mechanism):
         name="efficient_additive",
         family=Family.ADDITIVE,
         summary="SwiftFormer: a global query, the weighted sum of all queries, scales the keys; cost linear in tokens.",
+        equation="W (T (g ⊙ k̂_i) + q̂_i)\ng = Σ_j α_j q̂_j,  α_j ∝ q̂_j·w,  ‖α‖ = 1\nq̂ = q / ‖q‖,  k̂ = k / ‖k‖",
         paper=Paper(
             "SwiftFormer: Efficient Additive Attention for Transformer-based Real-time Mobile Vision Applications",
             "Shaker et al.",

@@ -20,7 +20,7 @@ class LuongGlobal(Mechanism):
     """a = softmax(score(h_t, h̄_s)), c = Σ_s a_s h̄_s, result tanh(W_c [c; h_t]). One head, unscaled scores.
 
     Scores: `dot` h_tᵀ h̄_s; `general` h_tᵀ W h̄_s; `concat` vᵀ tanh(W [h_t; h̄_s]); `location` row t of W h_t, one entry
-    per position, blind to the content of what is attended to.
+    per position, blind to the content of what is attended to. The h_t are the tokens x, the h̄_s are what is read, s.
 
     Args:
         site: Where the mechanism is put.
@@ -35,6 +35,7 @@ class LuongGlobal(Mechanism):
         name="luong_global",
         family=Family.ADDITIVE,
         summary="Luong's attention over all positions, with scores dot, general, concat or location.",
+        equation="tanh(W_c [c_i; x_i])\nc_i = Σ_j a_ij s_j,  a_ij = softmax_j(x_iᵀ W s_j)",
         paper=Paper(
             "Effective Approaches to Attention-based Neural Machine Translation",
             "Luong et al.",

@@ -21,7 +21,8 @@ class LuongLocal(Mechanism):
 
     `monotonic`: p_t = t. `predictive`: p_t = S σ(v_pᵀ tanh(W_p h_t)), S the number of positions that exist, and the
     weights are multiplied by exp(-(s - p_t)² / (2 (D/2)²)) without being normalised again, so they sum to at most 1.
-    Positions outside the window or the sequence are absent from the softmax.
+    Positions outside the window or the sequence are absent from the softmax. Token t receives tanh(W_c [c_t; h_t]), c_t
+    the mean of the h̄_s by these weights; the h_t are the tokens x, the h̄_s are what is read, s.
 
     Args:
         site: Where the mechanism is put.
@@ -37,6 +38,9 @@ class LuongLocal(Mechanism):
         name="luong_local",
         family=Family.ADDITIVE,
         summary="Luong's attention in a window around an aligned position, monotonic or predicted.",
+        equation="tanh(W_c [c_i; x_i])\n"
+        "c_i = Σ_j a_ij s_j,  a_ij = softmax_j(x_iᵀ W s_j) over |j − p_i| ≤ D\n"
+        "p_i = i",
         paper=Paper(
             "Effective Approaches to Attention-based Neural Machine Translation",
             "Luong et al.",

@@ -33,6 +33,7 @@ class Soft(Head):
         name="soft",
         family=Family.ADDITIVE,
         summary="HAM's soft attention: one additive map over the tokens pools each head's values.",
+        equation="Σ_j α_j v_j\nα_j = softmax_j(wᵀ tanh(W v_j + b))",
         paper=Paper(
             "Transformer Architecture Reconfiguration Using Heterogeneous Attention",
             "Martínez-Marín et al.",

@@ -30,6 +30,7 @@ class Cbam(Mechanism):
         name="cbam",
         family=Family.CHANNEL,
         summary="Channel gates from mean and largest tokens, then gates of places by a convolution; timm's layers.",
+        equation="u ⊙ σ(conv([mean_c(u); max_c(u)]))\nu = x ⊙ σ(MLP(mean(x)) + MLP(max(x)))",
         paper=Paper(
             "CBAM: Convolutional Block Attention Module",
             "Woo et al.",

@@ -22,6 +22,7 @@ class ChannelGroup(Mechanism):
         name="channel_group",
         family=Family.CHANNEL,
         summary="DaViT: softmax attention among the channels of a group, each an image of its own, instead of tokens.",
+        equation="W_o A v_i\nA = softmax(qᵀ k / √d)",
         paper=Paper(
             "DaViT: Dual Attention Vision Transformers",
             "Ding et al.",

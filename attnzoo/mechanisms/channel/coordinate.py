@@ -24,6 +24,7 @@ class Coordinate(Mechanism):
         name="coordinate",
         family=Family.CHANNEL,
         summary="Channel gates for each row and each column of the grid, from their mean tokens, by timm's layers.",
+        equation="x ⊙ σ(W_y f) ⊙ σ(W_x f)\nf = hswish(norm(W₁ z)),  z = [mean_rows(x); mean_columns(x)]",
         paper=Paper(
             "Coordinate Attention for Efficient Mobile Network Design",
             "Hou et al.",

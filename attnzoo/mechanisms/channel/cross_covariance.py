@@ -20,6 +20,7 @@ class CrossCovariance(Mechanism):
         name="cross_covariance",
         family=Family.CHANNEL,
         summary="XCiT: softmax attention among the channels of a head instead of tokens, with a learned temperature.",
+        equation="W_o A v_i\nA = softmax(τ q̂ᵀ k̂)",
         paper=Paper(
             "XCiT: Cross-Covariance Image Transformers",
             "El-Nouby et al.",

@@ -29,6 +29,7 @@ class EfficientChannel(Mechanism):
         name="efficient_channel",
         family=Family.CHANNEL,
         summary="Channel gates from a short convolution along the channels of the mean token, by timm's layers.",
+        equation="x ⊙ σ(conv_k(mean(x)))",
         paper=Paper(
             "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks",
             "Wang et al.",

@@ -21,6 +21,7 @@ class FeatureChat(Mechanism):
         name="feature_chat",
         family=Family.CHANNEL,
         summary="ReJSHand's feature interaction: a projection, attention, a sum with what came in, and a projection.",
+        equation="W (W_o softmax(q kᵀ / √d) v + x) + b\nq = W_q a,  k = W_k a,  v = W_v a,  a = W_a x + b_a",
         paper=Paper(
             "ReJSHand: Efficient Real-Time Hand Pose Estimation and Mesh Reconstruction Using Refined Joint and "
             "Skeleton Features",

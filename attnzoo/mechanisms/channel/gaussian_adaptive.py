@@ -39,6 +39,7 @@ class GaussianAdaptive(Mechanism):
         name="gaussian_adaptive",
         family=Family.CHANNEL,
         summary="Each channel's numbers are weighted along the tokens by learned Gaussians around their mean.",
+        equation="x ⊙ w\nw = g / (Σ g),  g = Π_k N(y_k; 0, c_k²),  y_k = (x − μ − δ_k) / s",
         paper=Paper(
             "Gaussian Adaptive Attention is All You Need: Robust Contextual Representations Across Multiple Modalities",
             "Ioannides et al.",

@@ -27,6 +27,7 @@ class GlobalContext(Mechanism):
         name="global_context",
         family=Family.CHANNEL,
         summary="One attention map for all queries, and a bottleneck that adds what it pools to each; timm's layers.",
+        equation="W₂ relu(norm(W₁ Σ_j α_j x_j))\nα_j = softmax_j(w x_j)",
         paper=Paper(
             "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond",
             "Cao et al.",

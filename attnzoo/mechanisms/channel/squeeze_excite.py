@@ -19,6 +19,7 @@ class SqueezeExcite(Mechanism):
         name="squeeze_excite",
         family=Family.CHANNEL,
         summary="Channel gates from the mean token, by timm's layers.",
+        equation="x ⊙ σ(W₂ relu(W₁ mean(x)))",
         paper=Paper(
             "Squeeze-and-Excitation Networks", "Hu et al.", 2018, "arXiv:1709.01507", where="§3, eq. 2-4"
         ),

@@ -58,6 +58,7 @@ class Ulsam(Mechanism):
         name="ulsam",
         family=Family.CHANNEL,
         summary="Each group of channels is emphasised by one map over the grid, from a maximum and 1 × 1 convolutions.",
+        equation="x ⊙ (1 + A)\nA = softmax(PW(maxpool(DW(x))))",
         paper=Paper(
             "ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks",
             "Saini et al.",

@@ -14,7 +14,7 @@ from attnzoo.functional import existing, masked_softmax, merge_heads, rearrange
 
 
 class ClassCross(Mechanism):
-    """[g(y), x_1, x_2, ...], y = f(x_0) + W softmax(q kᵀ / √d) v: q is of f(x_0), k and v of [f(x_0), s_p, s_p+1, ...].
+    """[g(y), x_1, x_2, ...], y = f(x_0) + W softmax(q kᵀ / √d) v: q is of f(x_0), k and v of u = [f(x_0), s_p, ...].
 
     x_0 is the class token, and s are the tokens of the context behind its p special ones. f and g bring the class
     token to the context's width and back, each a norm, gelu and a linear layer; what attends is normalised.
@@ -32,6 +32,10 @@ class ClassCross(Mechanism):
         name="class_cross",
         family=Family.CROSS,
         summary="CrossViT: the class token reads the other stream's patches, at their width, and comes back.",
+        equation="[g(y); x_1; x_2; …]\n"
+        "y = f(x_0) + W softmax(q kᵀ / √d) v\n"
+        "q = W_q norm(f(x_0)),  k = W_k u,  v = W_v u\n"
+        "u = norm([f(x_0); s_p; s_{p+1}; …])",
         paper=Paper(
             "CrossViT: Cross-Attention Multi-Scale Vision Transformer for Image Classification",
             "Chen et al.",

@@ -41,6 +41,7 @@ class ClassSemantics(Mechanism):
         name="class_semantics",
         family=Family.CROSS,
         summary="Gates of channels and of places from the semantics of classes, a second stream.",
+        equation="(x ⊙ c + x ⊙ t) / 2\nc = σ(W₂ relu(W₁ pool(conv(R)))),  t = σ(conv(relu(conv(R)))),  R = s",
         paper=Paper(
             "Class Semantics-based Attention for Action Detection", "Sridhar et al.", 2021, "arXiv:2109.02613"
         ),

@@ -34,6 +34,8 @@ class ConvTransformer(Mechanism):
         name="conv_transformer",
         family=Family.CROSS,
         summary="Window attention over convolutional features and tokens, joined on their channels.",
+        equation="W_o softmax(q kᵀ / √d + B) v within windows\n"
+        "q = W_q u,  k = W_k u,  v = W_v u,  u = [s; x]",
         paper=Paper(
             "CSformer: Bridging Convolution and Transformer for Compressive Sensing",
             "Ye et al.",

@@ -39,6 +39,7 @@ class CrossScale(Mechanism):
         name="cross_scale",
         family=Family.CROSS,
         summary="Tokens of one patch size ask those of another; large tokens are overlapping 2 × 2 neighbourhoods.",
+        equation="W softmax(q kᵀ / √d) v\nq = W_q LN(x),  k = W_k LN'(s),  v = W_v LN'(s)",
         paper=Paper(TITLE, "Yoo et al.", 2023, "arXiv:2203.07682", where="CSTA"),
         time="n m c + n c c + m c c",
         memory="h n m",

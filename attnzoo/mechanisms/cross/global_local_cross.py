@@ -31,6 +31,7 @@ class GlobalLocalCross(Mechanism):
         name="global_local_cross",
         family=Family.CROSS,
         summary="The patches that the layers so far looked at most, and the class token, ask all tokens.",
+        equation="W_o softmax(q_l kᵀ / √d) v\nq_l = W_q x_l,  l ∈ special tokens ∪ top_{⌈share N⌉}(rollout)",
         paper=Paper(
             "Dual Cross-Attention Learning for Fine-Grained Visual Categorization and Object Re-Identification",
             "Zhu et al.",

@@ -32,6 +32,7 @@ class GlobalQuery(Mechanism):
         name="global_query",
         family=Family.CROSS,
         summary="GC-ViT: one global query map, pooled from a second map, asks each window of the tokens.",
+        equation="W softmax(q kᵀ / √d + B) v within windows\nq = F(s),  k = W_k x,  v = W_v x",
         paper=Paper(
             "Global Context Vision Transformers",
             "Hatamizadeh et al.",

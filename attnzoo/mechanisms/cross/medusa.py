@@ -34,6 +34,7 @@ class Medusa(Mechanism):
         name="medusa",
         family=Family.CROSS,
         summary="Gates from one guide map of the whole image and from the tokens around each place.",
+        equation="x ⊙ A\nA = σ(conv₁(relu(conv₃([G; W_r x])))),  G = resize(s)",
         paper=Paper(TITLE, "Aboutalebi et al.", 2022, "arXiv:2110.06063"),
         time="n c + m c",
         memory="n c + m c",

@@ -28,6 +28,8 @@ class PairwiseCross(Mechanism):
         name="pairwise_cross",
         family=Family.CROSS,
         summary="Self-attention in which the tokens of another image join the own ones as keys, in training only.",
+        equation="W_o softmax(q₁ [k₁; k₂]ᵀ / √d) [v₁; v₂]\n"
+        "q₁ = W_q x,  k₁ = W_k x,  k₂ = W_k s,  v₁ = W_v x,  v₂ = W_v s",
         paper=Paper(
             "Dual Cross-Attention Learning for Fine-Grained Visual Categorization and Object Re-Identification",
             "Zhu et al.",

@@ -53,6 +53,7 @@ class PriorCross(Mechanism):
         name="prior_cross",
         family=Family.CROSS,
         summary="Degraded features ask a prior, such as a dictionary; both are group-normalised over all tokens.",
+        equation="W softmax(q kᵀ / √d) v\nq = W_q GN(z),  k = W_k GN'(p),  v = W_v GN'(p),  z = x,  p = s",
         paper=Paper(TITLE, "Wang et al.", 2023, "arXiv:2308.07228", where="MHCA"),
         time="n m c + n c c + m c c",
         memory="h n m",

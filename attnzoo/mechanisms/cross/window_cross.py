@@ -30,6 +30,7 @@ class WindowCross(Mechanism):
         name="window_cross",
         family=Family.CROSS,
         summary="A small second map asks each window of the first: queries from the context, keys from the window.",
+        equation="W_o softmax(q kᵀ / √d + B) v within windows\nq = s,  k = W_k x,  v = W_v x",
         paper=Paper(
             "ARBEx: Attentive Feature Extraction with Reliability Balancing for Robust Facial Expression Learning",
             "Wasi et al.",

@@ -50,6 +50,7 @@ class Alibi(Head):
         name="alibi",
         family=Family.DOT_PRODUCT,
         summary="Softmax attention whose scores fall with the distance of query and key, by a slope for each head.",
+        equation="softmax(q kᵀ / √d − m_h |i − j|) v",
         paper=Paper(
             "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation",
             "Press, Smith and Lewis",

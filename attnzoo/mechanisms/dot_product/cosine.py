@@ -29,6 +29,7 @@ class Cosine(Head):
         name="cosine",
         family=Family.DOT_PRODUCT,
         summary="Softmax of the cosine of query and key over a temperature that each head learns.",
+        equation="softmax(cos(q, k) / τ) v\nτ = exp(−min(s, ln 100))",
         paper=Paper(
             "Swin Transformer V2: Scaling Up Capacity and Resolution",
             "Liu et al.",

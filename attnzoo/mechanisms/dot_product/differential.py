@@ -37,6 +37,9 @@ class Differential(Mechanism):
         name="differential",
         family=Family.DOT_PRODUCT,
         summary="The difference of two softmax maps cancels what both look at; each head is normalised.",
+        equation="W_o (1 − λ₀) rms((A₁ − λ A₂) v)\n"
+        "A_i = softmax(q_i k_iᵀ / √D)\n"
+        "λ = exp(λ_q1·λ_k1) − exp(λ_q2·λ_k2) + λ₀",
         paper=Paper("Differential Transformer", "Ye et al.", 2024, "arXiv:2410.05258", where="§2.1, eq. 1-3"),
         time="n m c + n c c",
         memory="h n m + n c",

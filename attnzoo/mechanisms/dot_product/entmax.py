@@ -66,6 +66,7 @@ class Entmax(Head):
         name="entmax",
         family=Family.DOT_PRODUCT,
         summary="Sparse weights in the place of a softmax: exact 1.5-entmax, or sparsemax.",
+        equation="p v\np_ij = [z_ij / 2 − τ_i]₊²,  Σ_j p_ij = 1\nz = q kᵀ / √d",
         paper=Paper(
             "Sparse Sequence-to-Sequence Models",
             "Peters, Niculae and Martins",

@@ -30,6 +30,7 @@ class Expressive(Head):
         name="expressive",
         family=Family.DOT_PRODUCT,
         summary="Attention by squared dot products: z² / (1 + z²), normalised by the row, in the place of a softmax.",
+        equation="(Σ_j e_ij v_j) / (Σ_j e_ij)\ne_ij = z_ij² / (1 + z_ij²),  z = q kᵀ",
         paper=Paper(
             "Reorganizing attention-space geometry with expressive attention",
             "Gros",

@@ -30,6 +30,7 @@ class GatedAttention(Mechanism):
         name="gated_attention",
         family=Family.DOT_PRODUCT,
         summary="Softmax attention whose output is gated by a sigmoid of the token that asked.",
+        equation="W_o (softmax(q kᵀ / √d) v ⊙ σ(W_g x))",
         paper=Paper(
             "Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free",
             "Qiu et al.",

@@ -62,6 +62,9 @@ class RelativeConv(Mechanism):
         name="relative_conv",
         family=Family.DOT_PRODUCT,
         summary="Queries, keys and values are convolved along the tokens; scores know how far apart two tokens are.",
+        equation="W_o softmax((q_i·k_j + u·k_j + q_i·R_r + b_r) / √d) v\n"
+        "r = i − j\n"
+        "q = conv(W_q x),  k = conv(W_k x),  v = conv(W_v x)",
         paper=Paper(
             "RCMHA: Relative Convolutional Multi-Head Attention for Natural Language Modelling",
             "Sugiharto et al.",

@@ -24,6 +24,7 @@ class Sigmoid(Head):
         name="sigmoid",
         family=Family.DOT_PRODUCT,
         summary="A sigmoid of each score in the place of the softmax, with the bias -ln N for N keys.",
+        equation="σ(q kᵀ / √d − ln N) v",
         paper=Paper(
             "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
             "Ramapuram et al.",

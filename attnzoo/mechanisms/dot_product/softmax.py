@@ -18,6 +18,7 @@ class Softmax(Head):
         name="softmax",
         family=Family.DOT_PRODUCT,
         summary="Self- or cross-attention as everybody knows it: softmax(q kᵀ / √d) v.",
+        equation="softmax(q kᵀ / √d) v",
         paper=Paper(
             "Attention Is All You Need", "Vaswani et al.", 2017, "arXiv:1706.03762", where="§3.2.1, eq. 1"
         ),

@@ -26,6 +26,7 @@ class SoftmaxOne(Head):
         name="softmax_one",
         family=Family.DOT_PRODUCT,
         summary="Softmax with a one added to its sum, so that a query may attend to nobody; a learned sink if wished.",
+        equation="A v\nA_ij = exp(z_ij) / (1 + Σ_l exp(z_il)),  z = q kᵀ / √d",
         paper=Paper("Attention Is Off By One", "Miller", 2023, "evanmiller.org/attention-is-off-by-one.html"),
         time="n m c",
         memory="h n m",

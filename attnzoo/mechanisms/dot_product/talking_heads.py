@@ -21,6 +21,7 @@ class TalkingHeads(Head):
         name="talking_heads",
         family=Family.DOT_PRODUCT,
         summary="Softmax attention whose logits and weights are mixed across the heads.",
+        equation="A' v\nA' = P_wᵀ softmax(P_lᵀ q kᵀ / √d)",
         paper=Paper("Talking-Heads Attention", "Shazeer et al.", 2020, "arXiv:2003.02436", where="§3"),
         time="n m c + n m h h",
         memory="h n m",

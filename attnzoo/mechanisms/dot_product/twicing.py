@@ -27,6 +27,7 @@ class Twicing(Head):
         name="twicing",
         family=Family.DOT_PRODUCT,
         summary="Softmax attention applied a second time, to what the first leaves over: (2A - A²) v.",
+        equation="(2A − A²) v\nA = softmax(q kᵀ / √d)",
         paper=Paper(
             "Transformer Meets Twicing: Harnessing Unattended Residual Information",
             "Abdullaev and Nguyen",

@@ -34,6 +34,10 @@ class ClassAttention(Pool):
         name="class_attention",
         family=Family.LATENT,
         summary="CaiT: a class token reads all tokens and itself in a few layers of its own.",
+        equation="norm(t)\n"
+        "t ← t + γ₁ ⊙ W softmax(q kᵀ / √d) v\n"
+        "t ← t + γ₂ ⊙ MLP(norm(t))\n"
+        "q = W_q norm(t),  k = W_k norm([t; x]),  v = W_v norm([t; x])",
         paper=Paper(
             "Going deeper with Image Transformers",
             "Touvron et al.",

@@ -12,7 +12,7 @@ from attnzoo.functional import merge_heads, rearrange
 
 
 class External(Mechanism):
-    """A M_v in each head, with scores s = F M_kᵀ, F = W x + b, and the double norm A_ij ∝ e^{s_ij} / Σ_t e^{s_tj}.
+    """A M_v in each head, with scores z = F M_kᵀ, F = W x + b, and the double norm A_ij ∝ e^{z_ij} / Σ_t e^{z_tj}.
 
     M_k and M_v are r × d and serve all heads. The sum is over the tokens t; then each row of A is brought to a sum of 1
     over the slots j.
@@ -28,6 +28,7 @@ class External(Mechanism):
         name="external",
         family=Family.LATENT,
         summary="Tokens read a learned memory of r slots; a norm over tokens, then over slots: linear in the tokens.",
+        equation="W_o A M_v\nA_ij = softmax_j(z_ij − ln Σ_t exp(z_tj))\nz = F M_kᵀ,  F = W x + b",
         paper=Paper(
             "Beyond Self-attention: External Attention using Two Linear Layers for Visual Tasks",
             "Guo et al.",

@@ -17,8 +17,8 @@ from attnzoo.functional import existing, masked_softmax, rearrange, reduce
 class Lama(Pool):
     """W [A₁ x, ..., A_r x], A = softmax over tokens of f, f_t = normed(tanh(1ᵀ(P_iᵀ g ∘ Q_iᵀ u_t)) for i = 1, ..., r).
 
-    u_t = tanh(W_u x_t + b_u), g is the global vector, P_i and Q_i are c × rank, the norm is that of the r scores of a
-    token.
+    u_t = tanh(W_u x_t + b_u), g is the global vector, P_i and Q_i are c × rank, the norm is that of the r scores e_t of
+    a token.
 
     Args:
         site: Where the pool is put.
@@ -35,6 +35,9 @@ class Lama(Pool):
         name="lama",
         family=Family.LATENT,
         summary="A few maps, scored against one global vector by a low-rank bilinear form, read all tokens.",
+        equation="W [A₁ x; …; A_r x]\n"
+        "A_i = softmax_t(f_ti),  f_t = e_t / ‖e_t‖\n"
+        "e_ti = tanh(1ᵀ (P_iᵀ g ⊙ Q_iᵀ u_t)),  u_t = tanh(W_u x_t + b_u)",
         paper=Paper(
             "Low Rank Factorization for Compact Multi-Head Self-Attention",
             "Mehta, Rangwala, Ramakrishnan",

@@ -19,6 +19,7 @@ class MapPool(Pool):
         name="map_pool",
         family=Family.LATENT,
         summary="Multi-head attention pooling: one learned query reads all tokens, and an MLP follows.",
+        equation="y + MLP(norm(y))\ny = W softmax(q kᵀ / √d) v",
         paper=Paper("Scaling Vision Transformers", "Zhai et al.", 2021, "arXiv:2106.04560", where="§3.2"),
         time="n c c",
         memory="n c",

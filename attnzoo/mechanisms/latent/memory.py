@@ -28,6 +28,7 @@ class Memory(Head):
         name="memory",
         family=Family.LATENT,
         summary="Softmax attention over the tokens and learned keys and values beside them.",
+        equation="softmax(q [k; k']ᵀ / √d) [v; v']",
         paper=Paper(
             "Augmenting Self-attention with Persistent Memory",
             "Sukhbaatar et al.",

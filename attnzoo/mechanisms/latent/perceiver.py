@@ -33,6 +33,10 @@ class Perceiver(Pool):
         name="perceiver",
         family=Family.LATENT,
         summary="A few learned latents read all tokens and attend to each other; their mean is the pooled token.",
+        equation="mean_r(Z)\n"
+        "Z ← Z + W softmax(q kᵀ / √d) v,  Z ← Z + MLP(norm(Z))\n"
+        "Z ← Z + attention(norm(Z)),  Z ← Z + MLP(norm(Z))\n"
+        "q = W_q norm(Z),  k = W_k norm'(x),  v = W_v norm'(x)",
         paper=Paper(
             "Perceiver: General Perception with Iterative Attention",
             "Jaegle et al.",

@@ -19,7 +19,7 @@ TAPS = {"scores": "b r m", "weights": "b r m"}
 class Slot(Pool):
     """mean_r(S): S = GRU(u, S), then S + W₂ relu(W₁ norm(S)), in each round; u is for each slot a mean of values.
 
-    A = softmax(q kᵀ / √c) over the slots, q of norm(S), k and v of norm'(x); u = W v, W = (A + 1e-8) / Σ_tokens.
+    A = softmax(q kᵀ / √c) over the slots, q of norm(S), k and v of norm'(x); u = W v, W = (A + ε) / Σ_tokens, ε = 1e-8.
 
     Args:
         site: Where the pool is put.
@@ -34,6 +34,11 @@ class Slot(Pool):
         name="slot",
         family=Family.LATENT,
         summary="A few slots compete for the tokens, round by round; their mean is the pooled token.",
+        equation="mean_r(S)\n"
+        "S ← GRU(u, S),  S ← S + W₂ relu(W₁ norm(S))\n"
+        "u = W v,  W_rj = (A_rj + ε) / (Σ_j (A_rj + ε))\n"
+        "A = softmax_r(q kᵀ / √c)\n"
+        "q = W_q norm(S),  k = W_k norm'(x),  v = W_v norm'(x)",
         paper=Paper(
             "Object-Centric Learning with Slot Attention",
             "Locatello et al.",

@@ -59,6 +59,7 @@ class Agent(Mechanism):
         name="agent",
         family=Family.LINEAR,
         summary="A small grid of pooled queries collects from all tokens and hands out to all.",
+        equation="W_o (softmax(q aᵀ / √d + B₂) softmax(a kᵀ / √d + B₁) v + DWC(v))\na = pool(q)",
         paper=Paper(
             "Agent Attention: On the Integration of Softmax and Linear Attention",
             "Han et al.",

@@ -36,9 +36,9 @@ fx.wrap("angles")  # symbolic tracing knows no lengths
 
 
 class Cosformer(Head):
-    """Σ_j s_ij v_j / max(Σ_j s_ij, ε), s_ij = relu(q_i)·relu(k_j) cos(π (i - j) / 2M), in cost linear in the tokens.
+    """Σ_j z_ij v_j / max(Σ_j z_ij, ε), z_ij = relu(q_i)·relu(k_j) cos(π (i - j) / 2M), in cost linear in the tokens.
 
-    cos(a - b) = cos a cos b + sin a sin b splits s_ij into features of i and of j, twice as wide as a head. A query
+    cos(a - b) = cos a cos b + sin a sin b splits z_ij into features of i and of j, twice as wide as a head. A query
     whose sum is 0 gets zeros.
 
     Args:
@@ -51,6 +51,7 @@ class Cosformer(Head):
         name="cosformer",
         family=Family.LINEAR,
         summary="Linear attention with relu features and weights that fall like a cosine of the distance.",
+        equation="(Σ_j z_ij v_j) / max(Σ_j z_ij, ε)\nz_ij = relu(q_i)·relu(k_j) cos(π (i − j) / 2M)",
         paper=Paper(
             "cosFormer: Rethinking Softmax in Attention",
             "Qin et al.",

@@ -18,6 +18,7 @@ class Efficient(Head):
         name="efficient",
         family=Family.LINEAR,
         summary="A softmax over the channels of queries and one over the tokens of keys; cost linear in their number.",
+        equation="softmax_d(q) (softmax_m(k)ᵀ v)",
         paper=Paper(
             "Efficient Attention: Attention with Linear Complexities",
             "Shen et al.",

@@ -15,13 +15,14 @@ class EluLinear(Head):
 
     Args:
         site: Where the head is put.
-        eps: Added to the normaliser; no unit, keeps empty rows at zero.
+        eps: ε, added to the normaliser; no unit, keeps empty rows at zero.
     """
 
     card = Card(
         name="elu_linear",
         family=Family.LINEAR,
         summary="Kernelised attention with φ = elu + 1; cost linear in the number of tokens.",
+        equation="(φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ) / (φ(q_i)ᵀ Σ_j φ(k_j) + ε)\nφ(x) = elu(x) + 1",
         paper=Paper(
             "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
             "Katharopoulos et al.",

@@ -33,6 +33,7 @@ class Hebbian(Head):
         name="hebbian",
         family=Family.LINEAR,
         summary="Unnormalised linear attention as an associative memory, by the rule of Hebb, Rescorla-Wagner or Oja.",
+        equation="S_m q_i\nS_j = λ S_{j−1} + η v_j k_jᵀ",
         paper=Paper(
             "Understanding Transformers through the Lens of Pavlovian Conditioning",
             "Qiao",

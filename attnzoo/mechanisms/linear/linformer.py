@@ -25,6 +25,7 @@ class Linformer(Head):
         name="linformer",
         family=Family.LINEAR,
         summary="Keys and values projected along the tokens to r slots: cost linear in the number of tokens.",
+        equation="softmax(q (E k)ᵀ / √d) F v",
         paper=Paper(
             "Linformer: Self-Attention with Linear Complexity",
             "Wang et al.",

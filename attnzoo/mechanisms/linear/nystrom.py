@@ -70,6 +70,7 @@ class Nystrom(Head):
         name="nystrom",
         family=Family.LINEAR,
         summary="The softmax map from its rows and columns at a few landmarks: cost linear in the number of tokens.",
+        equation="softmax(q k̃ᵀ / √d) softmax(q̃ k̃ᵀ / √d)⁺ softmax(q̃ kᵀ / √d) v + DWConv(v)",
         paper=Paper(
             "Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention",
             "Xiong et al.",

@@ -31,6 +31,8 @@ class Performer(Head):
         name="performer",
         family=Family.LINEAR,
         summary="Softmax attention by positive orthogonal random features; cost linear in the number of tokens.",
+        equation="(φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ) / (φ(q_i)ᵀ Σ_j φ(k_j))\n"
+        "φ(x) = exp(W x̂ − ‖x̂‖² / 2 − s) + ε,  x̂ = x / d^(1/4)",
         paper=Paper(
             "Rethinking Attention with Performers", "Choromanski et al.", 2020, "arXiv:2009.14794", where="§2"
         ),

@@ -42,6 +42,8 @@ class ReluLinear(Mechanism):
         name="relu_linear",
         family=Family.LINEAR,
         summary="EfficientViT's linear attention: φ = relu, and as many heads again that see neighbourhoods.",
+        equation="W_o (relu(q_i) Σ_j relu(k_j)ᵀ v_j) / (relu(q_i)·Σ_j relu(k_j) + ε)\n"
+        "[q; k; v] = [W_qkv x; conv(W_qkv x)]",
         paper=Paper(
             "EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction",
             "Cai et al.",

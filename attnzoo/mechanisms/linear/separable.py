@@ -10,7 +10,7 @@ from attnzoo.functional import masked_softmax
 
 
 class Separable(Mechanism):
-    """W_o (relu(W_v x) ⊙ Σ_j s_j W_k u_j), s = softmax over the tokens of w·u: u is x itself, or the context.
+    """W_o (relu(W_v x) ⊙ Σ_j α_j W_k s_j), α = softmax over the tokens of w·s: s is x itself, or the context.
 
     Args:
         site: Where the mechanism is put.
@@ -20,6 +20,7 @@ class Separable(Mechanism):
         name="separable",
         family=Family.LINEAR,
         summary="MobileViTv2: a softmax over one score for each token, and one context vector for all queries.",
+        equation="W_o (relu(W_v x) ⊙ Σ_j α_j W_k s_j)\nα_j = softmax_j(w·s_j)",
         paper=Paper(
             "Separable Self-attention for Mobile Vision Transformers",
             "Mehta, Rastegari",

@@ -32,6 +32,7 @@ class SpatialReduction(Mechanism):
         name="spatial_reduction",
         family=Family.LINEAR,
         summary="PVT's attention: every token reads from a smaller grid, of a strided convolution or 7 × 7 means.",
+        equation="P softmax(W_q x (W_k u)ᵀ / √d) W_v u\nu = norm(conv(x))",
         paper=Paper(
             "PVT v2: Improved Baselines with Pyramid Vision Transformer",
             "Wang et al.",

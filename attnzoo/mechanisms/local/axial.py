@@ -33,6 +33,9 @@ class Axial(Mechanism):
         name="axial",
         family=Family.LOCAL,
         summary="Attention along the columns of the grid, then along its rows, by relative position.",
+        equation="W_o rows(columns(x))\n"
+        "in each line o_i = Σ_j w_ij (v_j + r^v_{i−j})\n"
+        "w_ij = softmax_j(a q_i·k_j + b q_i·r^q_{i−j} + c k_j·r^k_{i−j})",
         paper=Paper(
             "Axial-DeepLab: Stand-Alone Axial-Attention for Panoptic Segmentation", "Wang et al.", 2020,
             "arXiv:2003.07853", where="§3, eq. 4",

@@ -33,6 +33,9 @@ class BlockGrid(Mechanism):
         name="block_grid",
         family=Family.LOCAL,
         summary="MaxViT: attention within blocks of neighbours, then within grids of tokens that lie far apart.",
+        equation="B + G\n"
+        "B = attention(x) within blocks,  G = attention(norm(x + B)) within grids\n"
+        "attention(x) = W softmax(q kᵀ / √d + table) v",
         paper=Paper(
             "MaxViT: Multi-Axis Vision Transformer", "Tu et al.", 2022, "arXiv:2204.01697", where="§3.1-3.2"
         ),

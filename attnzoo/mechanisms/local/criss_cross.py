@@ -31,6 +31,9 @@ class CrissCross(Mechanism):
         name="criss_cross",
         family=Family.LOCAL,
         summary="CCNet: each token attends to its column and its row, twice, so that it has read all.",
+        equation="x_R − x\n"
+        "x_r = x_{r−1} + γ softmax(q kᵀ) v over column and row\n"
+        "q = W_q x_{r−1},  k = W_k x_{r−1},  v = W_v x_{r−1},  x_0 = x",
         paper=Paper(
             "CCNet: Criss-Cross Attention for Semantic Segmentation", "Huang et al.", 2019,
             "arXiv:1811.11721", where="§3.2-3.3",

@@ -35,6 +35,9 @@ class Deformable(Mechanism):
         name="deformable",
         family=Family.LOCAL,
         summary="DAT: a coarse grid of points, shifted by the queries, is sampled for keys and values of all.",
+        equation="W_o softmax(q k̃ᵀ / √d + B) ṽ\n"
+        "k̃ = W_k x̃,  ṽ = W_v x̃,  x̃ = x(p + Δp)\n"
+        "Δp = (f / 2) tanh(w GELU(LN(DWC(q))))",
         paper=Paper("Vision Transformer with Deformable Attention", "Xia et al.", 2022, "arXiv:2201.00520", "§3.2"),
         time="n m c + n c c",
         memory="h n m + n c",

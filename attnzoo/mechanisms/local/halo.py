@@ -32,6 +32,7 @@ class Halo(Mechanism):
         name="halo",
         family=Family.LOCAL,
         summary="HaloNet: blocks of the grid attend to the window around them, with relative positions.",
+        equation="softmax(q kᵀ / √d + q (r_Δy + r_Δx)) v over block and halo",
         paper=Paper(
             "Scaling Local Self-Attention for Parameter Efficient Visual Backbones", "Vaswani et al.", 2021,
             "arXiv:2103.12731", where="§2.2",

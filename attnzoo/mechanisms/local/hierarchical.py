@@ -35,6 +35,9 @@ class Hierarchical(Mechanism):
         name="hierarchical",
         family=Family.LOCAL,
         summary="Attention within windows, then of every token to a pooled map of what came out.",
+        equation="W (Y + g)\n"
+        "g = norm(x + L),  L = attention(norm(x)) within windows\n"
+        "Y = softmax(q kᵀ / √d) v,  q = W_q g,  [k; v] = W_kv norm(meanpool(g))",
         paper=Paper(
             "Vision Transformers with Hierarchical Attention",
             "Liu et al.",

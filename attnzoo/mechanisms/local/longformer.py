@@ -29,6 +29,7 @@ class Longformer(Head):
         name="longformer",
         family=Family.LOCAL,
         summary="Each token attends to a window along the sequence and to special tokens, which attend to all.",
+        equation="softmax(q_i k_{ρ(i)}ᵀ / √d) v_{ρ(i)}\nρ(i) = {i + r δ : |r| ≤ w} ∪ special tokens",
         paper=Paper(
             "Longformer: The Long-Document Transformer", "Beltagy et al.", 2020, "arXiv:2004.05150", "§3.1"
         ),

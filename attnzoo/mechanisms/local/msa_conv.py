@@ -37,6 +37,7 @@ class MsaConv(Mechanism):
         name="msa_conv",
         family=Family.LOCAL,
         summary="Attention over the taps of a kernel around each token, then the token added, a convolution, a relu.",
+        equation="relu(Conv(o + x))\no_p = Σ_t softmax_t(q_p·k_{p+δt} / √d) v_{p+δt}",
         paper=Paper(
             "TiC: Exploring Vision Transformer in Convolution", "Zhang et al.", 2023, "arXiv:2310.04134"
         ),

@@ -33,6 +33,7 @@ class Neighborhood(Head):
         name="neighborhood",
         family=Family.LOCAL,
         summary="Each token attends to the window around it on the grid; the window shifts at the borders.",
+        equation="softmax(q_i k_{ρ(i)}ᵀ / √d) v_{ρ(i)}\nρ(i) = window around i",
         paper=Paper(
             "Neighborhood Attention Transformer",
             "Hassani et al.",

@@ -35,6 +35,7 @@ class Outlook(Mechanism):
         name="outlook",
         family=Family.LOCAL,
         summary="VOLO: each token says by itself how the window around it is mixed; overlapping windows add.",
+        equation="W_o fold(softmax(W_a x_c / √d) unfold(W_v x))",
         paper=Paper("VOLO: Vision Outlooker for Visual Recognition", "Yuan et al.", 2021, "arXiv:2106.13112", "§3.1"),
         time="n c h w w + n w w c + n c c",
         memory="h n w w + n w c",

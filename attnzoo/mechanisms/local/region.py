@@ -24,6 +24,7 @@ class Region(Head):
         name="region",
         family=Family.LOCAL,
         summary="Each grid token attends to the tokens of its own region, by a map of labels that is handed over.",
+        equation="softmax(q_i k_{ρ(i)}ᵀ / √d) v_{ρ(i)}\nρ(i) = region of i",
         paper=Paper(
             "Region Attention Transformer for Medical Image Restoration",
             "Yang et al.",

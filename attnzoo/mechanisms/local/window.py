@@ -29,6 +29,7 @@ class Window(Head):
         name="window",
         family=Family.LOCAL,
         summary="Swin: attention within windows of the grid, shifted in every other layer, by relative position.",
+        equation="softmax(q kᵀ / √d + B) v within windows",
         paper=Paper(
             "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows",
             "Liu et al.",

@@ -24,6 +24,7 @@ class Bottleneck(Mechanism):
         name="bottleneck",
         family=Family.MIXING,
         summary="BoTNet: softmax attention with scores for the way from query to key, by rows and columns.",
+        equation="softmax(q kᵀ / √d + q (r_Δy + r_Δx)ᵀ / √d) v",
         paper=Paper(
             "Bottleneck Transformers for Visual Recognition",
             "Srinivas et al.",

@@ -29,6 +29,9 @@ class FocalModulation(Mechanism):
         name="focal_modulation",
         family=Family.MIXING,
         summary="FocalNet: contexts of growing size, gated and summed by token, scale the token.",
+        equation="P (q ⊙ h(m))\n"
+        "m = Σ_l g_l ⊙ z_l + g_L ⊙ gelu(mean(z_L))\n"
+        "z_l = gelu(DW_l(z_{l−1})),  [q; z_0; g] = F x",
         paper=Paper(
             "Focal Modulation Networks", "Yang et al.", 2022, "arXiv:2203.11926", where="§3, eq. 4-6"
         ),

@@ -23,6 +23,7 @@ class Fourier(Mechanism):
         name="fourier",
         family=Family.MIXING,
         summary="FNet: the real part of a Fourier transform over tokens and channels; no weights.",
+        equation="Re(FFT_n(FFT_c(x)))",
         paper=Paper(
             "FNet: Mixing Tokens with Fourier Transforms",
             "Lee-Thorp et al.",

@@ -30,6 +30,7 @@ class LambdaLayer(Mechanism):
         name="lambda_layer",
         family=Family.MIXING,
         summary="LambdaNetworks: linear functions made of all tokens, and of those around, are applied to each query.",
+        equation="λ_nᵀ q_n\nλ_n = Σ_m (softmax(k)_m + E_{m−n}) v_mᵀ",
         paper=Paper(
             "LambdaNetworks: Modeling Long-Range Interactions Without Attention",
             "Bello",

@@ -32,6 +32,7 @@ class LargeKernel(Mechanism):
         name="large_kernel",
         family=Family.MIXING,
         summary="VAN's gate: small, dilated and 1 × 1 convolutions see a wide neighbourhood and scale each token.",
+        equation="x + W₂ (u ⊙ W DWD(DW(u)))\nu = gelu(W₁ x)",
         paper=Paper("Visual Attention Network", "Guo et al.", 2022, "arXiv:2202.09741", where="§3, eq. 1-2"),
         time="n c c",
         memory="n c",

@@ -29,6 +29,7 @@ class NonLocal(Mechanism):
         name="non_local",
         family=Family.MIXING,
         summary="Non-local block: unscaled softmax attention in half of the channels, zero at first.",
+        equation="W_z softmax(θ(x) φ(x)ᵀ) g(x)",
         paper=Paper(
             "Non-local Neural Networks",
             "Wang et al.",

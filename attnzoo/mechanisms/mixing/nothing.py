@@ -19,6 +19,7 @@ class Nothing(Mechanism):
         name="nothing",
         family=Family.MIXING,
         summary="No attention: the site gives zeros, and of a block its MLP is left.",
+        equation="0",
         paper=Paper(
             "Less is More: Pay Less Attention in Vision Transformers",
             "Pan et al.",

@@ -24,6 +24,7 @@ class Pooling(Mechanism):
         name="pooling",
         family=Family.MIXING,
         summary="PoolFormer: the mean of the neighbours, less the token itself; nothing is learned.",
+        equation="mean(x_{ρ(i)}) − x_i\nρ(i) = window around i",
         paper=Paper(
             "MetaFormer Is Actually What You Need for Vision",
             "Yu et al.",

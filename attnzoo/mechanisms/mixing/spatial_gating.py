@@ -34,6 +34,7 @@ class SpatialGating(Mechanism):
         name="spatial_gating",
         family=Family.MIXING,
         summary="gMLP: one half of the channels is mixed along the tokens by learned weights and gates the other.",
+        equation="V (z₁ ⊙ (W norm(z₂) + b))\n[z₁; z₂] = gelu(U x)",
         paper=Paper("Pay Attention to MLPs", "Liu et al.", 2021, "arXiv:2105.08050", where="§2, §3, §4.3"),
         time="n m c + n c c",
         memory="n m + n c",

@@ -26,6 +26,7 @@ class Spectral(Mechanism):
         name="spectral",
         family=Family.MIXING,
         summary="SpectFormer's gate: a learned filter on the frequencies of every channel's map.",
+        equation="F⁻¹(W ⊙ F(x))",
         paper=Paper(
             "SpectFormer: Frequency and Attention is what you need in a Vision Transformer",
             "Patro et al.",

@@ -43,6 +43,8 @@ class Synthesizer(Mechanism):
         name="synthesizer",
         family=Family.MIXING,
         summary="Scores made from each token alone (dense) or learned (random), in the place of q kᵀ.",
+        equation="W softmax(B) v\n"
+        "B_i = W₂ relu(W₁ x_i + b₁) + b₂,  v = W_v x",
         paper=Paper(
             "Synthesizer: Rethinking Self-Attention for Transformer Models", "Tay et al.", 2020,
             "arXiv:2005.00743", where="§3",

@@ -35,6 +35,9 @@ class CascadedGroup(Mechanism):
         name="cascaded_group",
         family=Family.PROJECTION,
         summary="EfficientViT: each head has channels of its own, to which what the head before it found is added.",
+        equation="P relu([o_1; …; o_h])\n"
+        "o_i = softmax(conv(q_i) k_iᵀ / √d + b_i) v_i\n"
+        "[q_i; k_i; v_i] = P_i (x_i + o_{i−1})",
         paper=Paper(
             "EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention",
             "Liu et al.",

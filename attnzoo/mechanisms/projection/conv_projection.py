@@ -31,6 +31,7 @@ class ConvProjection(Mechanism):
         name="conv_projection",
         family=Family.PROJECTION,
         summary="CvT: queries, keys and values are convolved on the grid; keys and values with a stride.",
+        equation="P softmax(q kᵀ / √c) v\nq = W_q conv_q(x),  k = W_k conv_k(x),  v = W_v conv_v(x)",
         paper=Paper(
             "CvT: Introducing Convolutions to Vision Transformers",
             "Wu et al.",

@@ -75,6 +75,7 @@ class ConvShare(Mechanism):
         name="convshare",
         family=Family.PROJECTION,
         summary="Attention whose projections convolve each token, its channels as a map, with shared kernels.",
+        equation="K_o ⋆ softmax(q kᵀ / √d) v\nq_i = K_q ⋆ X_i,  k_i = K_k ⋆ X_i,  v_i = K_v ⋆ X_i",
         paper=Paper(
             "ConvShareViT: Enhancing Vision Transformers with Convolutional Attention Mechanisms for Free-Space "
             "Optical Accelerators",

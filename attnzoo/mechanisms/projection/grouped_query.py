@@ -10,7 +10,7 @@ from attnzoo.functional import dot_product_attention, merge_heads, split_heads
 
 
 class GroupedQuery(Mechanism):
-    """Softmax attention in which query head h reads keys and values of group ⌊h g / heads⌋.
+    """Softmax attention in which query head h of H reads keys and values of group ⌊h g / H⌋ of g, counted from 0.
 
     Args:
         site: Where the mechanism is put.
@@ -25,6 +25,7 @@ class GroupedQuery(Mechanism):
         name="grouped_query",
         family=Family.PROJECTION,
         summary="Softmax attention whose query heads share keys and values in groups.",
+        equation="W_o [o_0; …; o_{H−1}]\no_h = softmax(q_h k_jᵀ / √d) v_j,  j = ⌊h g / H⌋",
         paper=Paper(
             "GQA: Training Generalized Multi-Query Transformer Models",
             "Ainslie et al.",

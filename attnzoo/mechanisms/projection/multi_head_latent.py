@@ -16,7 +16,7 @@ from attnzoo.functional import dot_product_attention, einsum, merge_heads, rearr
 class MultiHeadLatent(Mechanism):
     """softmax((q k_Cᵀ + q_R k_Rᵀ) / √(d + d_R)) v in each head; k_C, v = W_UK c, W_UV c, of c = norm(W_DKV x).
 
-    q_R and k_R = W_KR x are turned by their positions; k_R is one for all heads.
+    q = W_UQ x; q_R = W_QR x and k_R = W_KR x are turned by their positions; k_R is one for all heads.
 
     Args:
         site: Where the mechanism is put.
@@ -29,6 +29,9 @@ class MultiHeadLatent(Mechanism):
         name="multi_head_latent",
         family=Family.PROJECTION,
         summary="DeepSeek's MLA: keys and values come from a small latent; only that and one turned key are cached.",
+        equation="W_O softmax((q k_Cᵀ + q_R k_Rᵀ) / √(d + d_R)) v\n"
+        "k_C = W_UK c,  v = W_UV c,  c = norm(W_DKV x)\n"
+        "q = W_UQ x,  q_R = turn(W_QR x),  k_R = turn(W_KR x)",
         paper=Paper(
             "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model",
             "DeepSeek-AI",

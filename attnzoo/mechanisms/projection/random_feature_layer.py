@@ -42,6 +42,9 @@ class RandomFeatureLayer(Mechanism):
         name="random_feature_layer",
         family=Family.PROJECTION,
         summary="Queries and keys compared by frozen random matrices: only what is made of values is learned.",
+        equation="Σ_h V_h Σ_j a_hij s̃_j\n"
+        "a_hij = relu(x̃_iᵀ W_h s̃_j) / m\n"
+        "x̃ = √2 [x; 1] / ‖[x; 1]‖,  s̃ = √2 [s; 1] / ‖[s; 1]‖",
         paper=Paper(
             "What can a Single Attention Layer Learn? A Study Through the Random Features Lens",
             "Fu et al.",

@@ -59,6 +59,7 @@ class Reduced(Mechanism):
         name="reduced",
         family=Family.PROJECTION,
         summary="Softmax attention whose four matrices are collapsed, symmetric, or left out.",
+        equation="softmax(x W_QK sᵀ / √c) s",
         paper=Paper(
             "Reducing the Transformer Architecture to a Minimum",
             "Bermeitinger et al.",

@@ -35,6 +35,7 @@ class Rlmhsa(Mechanism):
         name="rlmhsa",
         family=Family.PROJECTION,
         summary="Attention to pooled keys and values; projections are sums of grouped branches that fold into one.",
+        equation="P_o softmax(P_q x (P_k x')ᵀ / √d) P_v x'\nx' = γ ⊙ meanpool(x) + β",
         paper=Paper(
             "FMViT: A multiple-frequency mixing Vision Transformer", "Tan et al.", 2023, "arXiv:2311.05707"
         ),

@@ -29,6 +29,7 @@ class SingleHead(Mechanism):
         name="single_head",
         family=Family.PROJECTION,
         summary="SHViT: one head attends with a share of the channels; a projection mixes them with the others.",
+        equation="P_o relu([softmax(P_q u (P_k u)ᵀ / √d) P_v u; x₂])\nu = norm(x₁),  x = [x₁; x₂]",
         paper=Paper(
             "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",
             "Yun, Ro",

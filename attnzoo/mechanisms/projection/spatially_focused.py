@@ -36,6 +36,7 @@ class SpatiallyFocused(Mechanism):
         name="spatially_focused",
         family=Family.PROJECTION,
         summary="L-SFAN: 2-D filters over time and joints, a mean over time, and attention between the joints.",
+        equation="u_j + MHSA(u)_j\nu_j = mean_t(trunk(x)_tj)",
         paper=Paper(
             "L-SFAN: Lightweight Spatially-focused Attention Network for Pain Behavior Detection",
             "Ortigoso-Narro et al.",

@@ -34,6 +34,9 @@ class Delta(Recurrent):
         name="delta",
         family=Family.RECURRENT,
         summary="DeltaNet: an associative memory that corrects what a key recalls in the place of adding to it.",
+        equation="W_O norm_h(S_iᵀ q_i)\n"
+        "S_i = S_{i−1} + β_i k_i (v_i − S_{i−1}ᵀ k_i)ᵀ,  β_i = σ(W_β x_i)\n"
+        "[q; k; v] = silu(conv(W x)),  ‖q_i‖ = 1/√d,  ‖k_i‖ = 1",
         paper=Paper(
             "Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
             "Yang et al.",

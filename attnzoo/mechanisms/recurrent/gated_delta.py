@@ -35,6 +35,10 @@ class GatedDelta(Recurrent):
         name="gated_delta",
         family=Family.RECURRENT,
         summary="Gated DeltaNet: an associative memory that fades, and corrects what a key recalls.",
+        equation="W_O (silu(W_G x_i) ⊙ norm_h(S_iᵀ q_i))\n"
+        "S_i = α_i S_{i−1} + β_i k_i (v_i − α_i S_{i−1}ᵀ k_i)ᵀ\n"
+        "α_i = exp(−A softplus(W_α x_i + a)),  β_i = σ(W_β x_i)\n"
+        "[q; k; v] = silu(conv(W x)),  ‖q_i‖ = 1/√d,  ‖k_i‖ = 1",
         paper=Paper(
             "Gated Delta Networks: Improving Mamba2 with Delta Rule",
             "Yang et al.",

@@ -33,6 +33,9 @@ class GatedLinear(Recurrent):
         name="gated_linear",
         family=Family.RECURRENT,
         summary="GLA: linear attention whose state fades, channel by channel, as each token says.",
+        equation="W_O (silu(W_r x_i + b_r) ⊙ LN_h(S_iᵀ q_i))\n"
+        "S_i = diag(α_i) S_{i−1} + k_i v_iᵀ\n"
+        "α_i = σ(W₂ W₁ x_i + b)^(1/τ),  q = W_q x / √d_k",
         paper=Paper(
             "Gated Linear Attention Transformers with Hardware-Efficient Training",
             "Yang et al.",

@@ -36,6 +36,9 @@ class Retention(Recurrent):
         name="retention",
         family=Family.RECURRENT,
         summary="RetNet: linear attention whose memory fades at a rate of its own in each head.",
+        equation="W_O (silu(W_G x_i) ⊙ norm_h(S_iᵀ q_i))\n"
+        "S_i = γ_h S_{i−1} + k_i v_iᵀ,  γ_h = 1 − 2^(−5−h)\n"
+        "q_i = turn_i(W_q x_i),  k_i = turn_i(W_k x_i) / √d",
         paper=Paper(
             "Retentive Network: A Successor to Transformer for Large Language Models",
             "Sun et al.",

@@ -16,15 +16,15 @@ from attnzoo.functional.recurrence import CARRIED, Recurrent, init_fading, recur
 
 
 class StateSpace(Recurrent):
-    """norm(y ⊙ silu(W_z t)) W_O, yᵢ = Hᵢᵀ Cᵢ + D xᵢ of the states Hᵢ = exp(-A Δᵢ) Hᵢ₋₁ + Δᵢ Bᵢ xᵢᵀ (r e) of each head.
+    """norm(y ⊙ silu(W_z x)) W_O, yᵢ = Hᵢᵀ Cᵢ + D uᵢ of the states Hᵢ = exp(-A Δᵢ) Hᵢ₋₁ + Δᵢ Bᵢ uᵢᵀ (r e) of each head.
 
-    In one piece: (L ⊙ C Bᵀ) (Δ x), Lᵢⱼ = exp(-A Σ Δ from j + 1 to i) for j ≤ i. x (one for each head), B and C (one for
-    all heads) are silu(conv(W t) + b) of the tokens t, the convolution over the last few of them, a channel each;
-    Δ = softplus(W_Δ t + a), a number for each head. The norm divides by the root of the mean square of all heads.
+    In one piece: (L ⊙ C Bᵀ) (Δ u), Lᵢⱼ = exp(-A Σ Δ from j + 1 to i) for j ≤ i. u (the paper's x, one for each head), B
+    and C (one for all heads) are silu(conv(W x) + b), the convolution over the last few tokens, a channel each;
+    Δ = softplus(W_Δ x + a), a number for each head. The norm divides by the root of the mean square of all heads.
 
     Args:
         site: Where the mechanism is put.
-        expand: How many times as wide as the tokens all x are; 2 in the paper.
+        expand: How many times as wide as the tokens all u are; 2 in the paper.
         state: r, the channels of B and C; 128 in the authors' code.
         conv: Over how many tokens, with the token itself; 4 in the authors' code, 0 for none.
         direction: `forward`, the paper's: from the first token to the last, whatever the mask; or `both`, which adds
@@ -36,6 +36,9 @@ class StateSpace(Recurrent):
         name="state_space",
         family=Family.RECURRENT,
         summary="Mamba-2's state space (SSD): a state that fades as the token says. Not attention.",
+        equation="W_O norm(y_i ⊙ silu(W_z x_i))\n"
+        "y_i = H_iᵀ C_i + D u_i,  H_i = exp(−A Δ_i) H_{i−1} + Δ_i B_i u_iᵀ\n"
+        "[u; B; C] = silu(conv(W x) + b),  Δ = softplus(W_Δ x + a)",
         paper=Paper(
             "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality",
             "Dao, Gu",

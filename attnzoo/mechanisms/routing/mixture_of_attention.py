@@ -30,6 +30,8 @@ class MixtureOfAttention(Mechanism):
         name="mixture_of_attention",
         family=Family.ROUTING,
         summary="MoA: each token has the best few of many query and output projections, over shared keys and values.",
+        equation="Σ_{e ∈ top_a(p)} p_e W_O^e softmax(W_Q^e x Kᵀ / √d) V\n"
+        "p = softmax(W_g x),  K = W_k s,  V = W_v s",
         paper=Paper(
             "Mixture of Attention Heads: Selecting Attention Heads Per Token",
             "Zhang et al.",

@@ -36,6 +36,10 @@ class MixtureOfHeads(Mechanism):
         name="mixture_of_heads",
         family=Family.ROUTING,
         summary="MoH: shared heads, and routed ones of which each token has the best few, weighed by their routers.",
+        equation="Σ_h g_h W_h softmax(q_h k_hᵀ / √d) v_h\n"
+        "g = α₁ s softmax(W_s x) of shared heads\n"
+        "g_e = α₂ a p_e / (Σ_l p_l) of routed heads e, l ∈ top_a(p)\n"
+        "p = softmax(W_r x),  [α₁; α₂] = 2 softmax(W₀ x)",
         paper=Paper(
             "MoH: Multi-Head Attention as Mixture-of-Head Attention",
             "Jin et al.",

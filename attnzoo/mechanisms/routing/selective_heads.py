@@ -33,6 +33,8 @@ class SelectiveHeads(Mechanism):
         name="selective_heads",
         family=Family.ROUTING,
         summary="Union of experts: tokens choose heads, and heads attend among the tokens that have chosen them.",
+        equation="Σ_{h ∈ top_a(p)} p_h (W_h softmax(q_h k_hᵀ / √d) v_h + b_h)\n"
+        "p = softmax(W_g x + b_g),  softmax over tokens that chose h",
         paper=Paper(
             "Union of Experts: Adapting Hierarchical Routing to Equivalently Decomposed Transformer",
             "Yang et al.",

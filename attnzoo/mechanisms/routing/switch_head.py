@@ -13,10 +13,10 @@ from attnzoo.functional import dot_product_attention, einsum, masked_softmax, re
 
 
 class SwitchHead(Mechanism):
-    """yᵢ = Σ_h Σ_e r_he(xᵢ) (Σⱼ aᵢⱼ vⱼ) W_O^he, vⱼ = Σ_e s_he(xⱼ) xⱼ W_V^he, a = softmax(q_h k_hᵀ / √d).
+    """yᵢ = Σ_h Σ_e r_he(xᵢ) (Σⱼ aᵢⱼ vⱼ) W_O^he, vⱼ = Σ_e u_he(sⱼ) sⱼ W_V^he, a = softmax(q_h k_hᵀ / √d).
 
-    s_h = σ(W_S^h x) of the `active` greatest of E experts of a head and 0 of the others, by the token that is read; r_h
-    likewise, with W_D, by the token that asks. A σ does not sum to 1: experts do not compete.
+    u_h = σ(W_S^h s) of the `active` greatest of E experts of a head and 0 of the others, by the token that is read; r_h
+    likewise, of W_D x, by the token that asks. A σ does not sum to 1: experts do not compete.
 
     Args:
         site: Where the mechanism is put.
@@ -31,6 +31,9 @@ class SwitchHead(Mechanism):
         name="switch_head",
         family=Family.ROUTING,
         summary="SwitchHead: experts for the values and the output of each head, chosen token by token.",
+        equation="Σ_h Σ_e r_he(x_i) W_O^he Σ_j a_hij v_hj\n"
+        "v_hj = Σ_e u_he(s_j) W_V^he s_j,  a_h = softmax(q_h k_hᵀ / √d)\n"
+        "u_h = best(σ(W_S s)),  r_h = best(σ(W_D x))",
         paper=Paper(
             "SwitchHead: Accelerating Transformers with Mixture-of-Experts Attention",
             "Csordás et al.",

@@ -31,6 +31,8 @@ class BiLevelRouting(Mechanism):
         name="bi_level_routing",
         family=Family.SPARSE,
         summary="BiFormer: each region of the grid chooses few regions, and its tokens attend to theirs.",
+        equation="W_o (softmax(q kᵀ / √c) v + DWC(v))\n"
+        "k, v of regions top_K(q̄ k̄ᵀ)",
         paper=Paper(
             "BiFormer: Vision Transformer with Bi-Level Routing Attention", "Zhu et al.", 2023, "arXiv:2303.08810",
             where="§3.2, eq. 3-8",

@@ -58,6 +58,7 @@ class DynamicMask(Mechanism):
         name="dynamic_mask",
         family=Family.SPARSE,
         summary="Grouped-query attention to the few keys that a learned score of their values puts first.",
+        equation="W_o softmax(q kᵀ / √d + δ) v over top_w(δ)\nδ = A softplus(W_Δ v)",
         paper=Paper("Trainable Dynamic Mask Sparse Attention", "Shi et al.", 2025, "arXiv:2508.02124"),
         time="n m c + n c c",
         memory="h n m",

@@ -31,6 +31,8 @@ class Lsh(Mechanism):
         name="lsh",
         family=Family.SPARSE,
         summary="Reformer: queries that are keys too are sorted by hash, and chunks of them attend.",
+        equation="W_o softmax(q k̂ᵀ / √d) v over near buckets in each round\n"
+        "k̂ = q / ‖q‖,  bucket = argmax([q R; −q R])",
         paper=Paper(
             "Reformer: The Efficient Transformer", "Kitaev et al.", 2020, "arXiv:2001.04451", where="§2"
         ),

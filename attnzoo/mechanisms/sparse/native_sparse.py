@@ -38,6 +38,8 @@ class NativeSparse(Mechanism):
         name="native_sparse",
         family=Family.SPARSE,
         summary="NSA: queries read compressed blocks, the tokens of the best blocks, and a window, each gated.",
+        equation="W_o Σ_c g_c softmax(q k_cᵀ / √d) v_c\n"
+        "g = σ(W_g x),  c ∈ {compressed, selected, window}",
         paper=Paper(
             "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention", "Yuan et al.", 2025,
             "arXiv:2502.11089", where="§3, eq. 5-12",

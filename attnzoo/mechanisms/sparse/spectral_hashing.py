@@ -55,6 +55,8 @@ class SpectralHashing(Mechanism):
         name="spectral_hashing",
         family=Family.SPARSE,
         summary="SAH-MSA: tokens of a patch are sorted by a random projection, and chunks of them attend.",
+        equation="W_o softmax(q kᵀ) v over near hashes in each round\n"
+        "hash = a_k·[x_h; √(max ‖x_h‖² − ‖x_h‖²)]",
         paper=Paper(
             "Coarse-to-Fine Sparse Transformer for Hyperspectral Image Reconstruction", "Cai et al.", 2022,
             "arXiv:2203.04845",

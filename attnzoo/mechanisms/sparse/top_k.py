@@ -41,6 +41,7 @@ class TopK(Head):
         name="top_k",
         family=Family.SPARSE,
         summary="Softmax attention to the few keys that score best with a query.",
+        equation="softmax(top_k(q kᵀ / √d)) v",
         paper=Paper(
             "Memory-efficient Transformers via Top-k Attention",
             "Gupta et al.",

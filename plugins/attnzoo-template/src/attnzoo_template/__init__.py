@@ -23,6 +23,7 @@ class Template(Head):
         name="template",
         family=Family.DOT_PRODUCT,
         summary="Scaled dot-product attention with a learned temperature for each head.",
+        equation="softmax(τ q kᵀ / √d) v",
         time="n m c",
         memory="h n m",
         params="h",

@@ -23,6 +23,7 @@ class Haar(Mechanism):
         name="haar",
         family=Family.MIXING,
         summary="Learned gains in the domain of a Haar wavelet transform along the grid.",
+        equation="W Hᵀ (g ⊙ H x) + b",
         paper=Paper("A Theory for Multiresolution Signal Decomposition: The Wavelet Representation", "Mallat",
                     1989, "doi:10.1109/34.192463", where="the pyramid; gains and projection are ours"),
         time="n c²",

@@ -16,6 +16,7 @@ class Subband(Fusion):
     card = FusionCard(
         name="subband",
         summary="Low frequencies along the tokens from the first branch, high ones from the others.",
+        equation="join(low(a_1), high(m))\nm = 1/(k − 1) Σ_{i>1} a_i",
         laws={Law.AGREE, Law.ADDITIVE, Law.IDENTITY_START},
         arity=(2, None),
         notes="Not token-local: a token also depends on its partner, which may come after it. A grid is read row "
