@@ -2,11 +2,13 @@
 Ten minutes
 ===========
 
-attnzoo has some ninety attention mechanisms, each in one file, each with a *card* of claims (masks, symmetries, cost, paper)
-to which a test suite holds it. A *recipe* puts them into a backbone, and what comes out is a timm model like any other.
+attnzoo has some ninety attention mechanisms, each in one file, each with a *card* of claims (masks,
+symmetries, cost, paper) to which a test suite holds it. A *recipe* puts them into a backbone, and what
+comes out is a timm model like any other.
 
-Here we find a mechanism, use it in a network of our own, compose a model, train it on real data that need no download, look
-at what it attends to, and hold a mechanism to its card. It takes ten minutes to read and about half a minute to run.
+Here we find a mechanism, use it in a network of our own, compose a model, train it on real data that need
+no download, look at what it attends to, and hold a mechanism to its card. It takes ten minutes to read and
+about half a minute to run.
 
 .. code-block:: console
 
@@ -35,17 +37,17 @@ work = Path(scratch.name)
 print(attnzoo.list_mechanisms(family="linear", mask="causal"))
 
 # %%
-# ``show`` prints the page of one of them. What stands there is not prose: *masks*, *laws*, *time*, *parameters* and *FLOPs* are
-# claims, and the suite measures them.
+# ``show`` prints the page of one of them. What stands there is not prose: *masks*, *laws*, *time*,
+# *parameters* and *FLOPs* are claims, and the suite measures them.
 
 print(attnzoo.show("elu_linear"))
 
 # %%
 # Use one
 # -------
-# Every mechanism is a module for any network, with its projections where the paper has them. Masks are boolean and **True may
-# attend**, as in :func:`torch.nn.functional.scaled_dot_product_attention`. What a mechanism cannot honour it refuses; nothing is
-# ever silently ignored.
+# Every mechanism is a module for any network, with its projections where the paper has them. Masks are
+# boolean and **True may attend**, as in :func:`torch.nn.functional.scaled_dot_product_attention`. What a
+# mechanism cannot honour it refuses; nothing is ever silently ignored.
 
 torch.manual_seed(0)
 mix = attnzoo.create("elu_linear", dim=64, heads=4).eval()
@@ -66,8 +68,9 @@ except attnzoo.ZooError as error:
 # %%
 # Compose a model
 # ---------------
-# A recipe is data: names, numbers, no code. This one inherits the host, a small ViT for scikit-learn's handwritten digits, from a
-# recipe that comes along, and puts two mechanisms into every head: softmax, and beside it HAM's soft attention.
+# A recipe is data: names, numbers, no code. This one inherits the host, a small ViT for scikit-learn's
+# handwritten digits, from a recipe that comes along, and puts two mechanisms into every head: softmax, and
+# beside it HAM's soft attention.
 
 (work / "mine.yaml").write_text("""\
 recipe: 1
@@ -82,7 +85,8 @@ model = attnzoo.compose(work / "mine.yaml")
 print(attnzoo.describe(model))
 
 # %%
-# On the command line ``attnzoo compose`` says what it costs, what the model supports, and tries a forward and a backward pass:
+# On the command line ``attnzoo compose`` says what it costs, what the model supports, and tries a forward
+# and a backward pass:
 #
 # .. code-block:: console
 #
@@ -96,7 +100,8 @@ print(compose.stdout)
 # %%
 # Train
 # -----
-# A run is one folder. It survives Ctrl-C and ``kill -9``: the same command goes on, and on a CPU ends with the same bits.
+# A run is one folder. It survives Ctrl-C and ``kill -9``: the same command goes on, and on a CPU ends with
+# the same bits.
 #
 # .. code-block:: console
 #
@@ -113,17 +118,17 @@ low, high = tested.interval
 print(f"test accuracy {tested.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}, {tested.images} images)")
 
 # %%
-# The interval is that of 355 test images, and it is wide; another seed would move the figure as well. One run shows that a model
-# learns, never that it is better than another.
+# The interval is that of 355 test images, and it is wide; another seed would move the figure as well. One
+# run shows that a model learns, never that it is better than another.
 
 curves = attnzoo.plot.learning_curves(run.log(), "mine")
 
 # %%
 # Look
 # ----
-# Any model that attnzoo composes, and timm's own ViTs, can be looked into without being changed. Here is where the two branches
-# look, on average over layers and heads, for four test images. The number below a map is in even shares: 1 is what each token
-# would get if all got the same.
+# Any model that attnzoo composes, and timm's own ViTs, can be looked into without being changed. Here is
+# where the two branches look, on average over layers and heads, for four test images. The number below a
+# map is in even shares: 1 is what each token would get if all got the same.
 
 from attnzoo.data import evaluation
 from attnzoo.lab.maps import collect
@@ -142,8 +147,9 @@ for row, branch in zip(axes, maps.branches(), strict=True):
 # %%
 # Trust
 # -----
-# What can you rely on? On what the card says, as far as tests can tell. ``attnzoo check`` draws scenes (sizes, masks, options,
-# dtypes) and tries to falsify every claim; it does so for your mechanisms as for ours.
+# What can you rely on? On what the card says, as far as tests can tell. ``attnzoo check`` draws scenes
+# (sizes, masks, options, dtypes) and tries to falsify every claim; it does so for your mechanisms as for
+# ours.
 
 from attnzoo.testing import check
 
