@@ -27,7 +27,7 @@ work = Path(scratch.name)
 
 cards = {entry.name: entry.value.card for entry in attnzoo.load_zoo().mechanisms.values()}
 fit = [name for name, card in cards.items() if "keys" in card.masks and not card.fixed_length]
-linear = [name for name in fit if cards[name].growth() == 1]
+linear = [name for name in fit if cards[name].growth == 1]
 print(
     f"{len(fit)} of {len(cards)} mechanisms honour padding at any length, {len(linear)} of them grow with n:"
 )

@@ -143,9 +143,8 @@ print(f"as it was:                         {accuracy():.1%}")
 # names: in another run, head 2 is another head.
 
 for row in ranked[:3]:
-    print(
-        f"{row['site']} head {row['head']}: loss +{row['loss']:.2f}, 95 % interval {row['low']:.2f} to {row['high']:.2f}"
-    )
+    interval = f"{row['low']:.2f} to {row['high']:.2f} (95 %), p = {row['p']:.3f}"
+    print(f"{row['site']} head {row['head']}: the loss grows by {row['loss']:.2f}, {interval}")
 
 # %%
 # timm's own models
