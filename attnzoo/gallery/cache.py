@@ -17,7 +17,17 @@ from attnzoo.zoo import Entry
 
 ROOT = Path(__file__).parents[1]
 """The package."""
-LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "matplotlib", "pillow", "hypothesis")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "matplotlib",
+    "pillow",
+    "hypothesis",
+)
 """Whose versions everything depends on."""
 DAY = 86400.0
 """Seconds for which a file that is not used any more is left, because another build may use it."""
@@ -26,8 +36,8 @@ DAY = 86400.0
 class Cache:
     """A folder of files, each named by what it depends on.
 
-    A file appears whole or not at all: it is written aside, synced and renamed. So a killed build leaves nothing that is
-    found, and two builds in one folder write the same files.
+    A file appears whole or not at all: it is written aside, synced and renamed. So a killed build leaves nothing that
+    is found, and two builds in one folder write the same files.
 
     Args:
         folder: Where; is made.

@@ -1,6 +1,5 @@
 """A component held to its card once more, with few examples: what its page says of laws and masks."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -90,5 +89,7 @@ def _brought(entry: Entry, law: Law | None = None, mask: str | None = None) -> l
     return [
         name
         for name, one in CHECKS.items()
-        if kinds & set(requirement(one).kinds) and requirement(one).card(card) and not requirement(one).card(lesser)
+        if kinds & set(requirement(one).kinds)
+        and requirement(one).card(card)
+        and not requirement(one).card(lesser)
     ]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from attnzoo.alone.build import create
 from attnzoo.core import Fusion, Pool
 from attnzoo.data.digits import load_digits
+from attnzoo.data.images import Split
 from attnzoo.errors import ZooError
 from attnzoo.hosts.given import stand_ins
 from attnzoo.zoo import Entry
@@ -53,10 +54,12 @@ def digits(side: int) -> tuple[Digits, Digits]:
     """
     data = load_digits(PATCH * side)
     mean, std = data.mean[0] * 255, data.std[0] * 255
-    train, test = (
-        Digits((split.images[:, :1].float() - mean) / std, split.labels) for split in (data.train, data.test)
-    )
-    return train, test
+
+    def half(split: Split) -> Digits:
+        images, labels = split.batch(torch.arange(len(split)))
+        return Digits((images[:, :1].float() - mean) / std, labels)
+
+    return half(data.train), half(data.test)
 
 
 def spec_of(entry: Entry) -> str | dict[str, Any]:
@@ -101,15 +104,17 @@ class DigitNetwork(nn.Module):
         card = entry.value.card
         self.pools, self.reads = issubclass(entry.value, Pool), reads_context(entry)
         self.side, self.prefix = side, prefix
-        self.grid = LINES.get(getattr(card, "grid", None), (side, side))  # type: ignore[arg-type]
+        self.grid: tuple[int, ...] = LINES.get(getattr(card, "grid", None), (side, side))  # type: ignore[arg-type]
         self.given = dict(getattr(card, "given", {}))
-        context = {"context_dim": DIM, "context_grid": self.grid} if self.reads else {}
+        context: dict[str, Any] = {"context_dim": DIM, "context_grid": self.grid} if self.reads else {}
         self.patches = nn.Conv2d(1, DIM, PATCH, PATCH)
         self.positions = nn.Parameter(torch.randn(side * side, DIM))
         self.register = nn.Parameter(torch.randn(prefix, DIM))
         self.norm = nn.LayerNorm(DIM)
         self.component = create(spec_of(entry), DIM, HEADS, grid=self.grid, prefix=prefix or None, **context)
-        self.mlp = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(DIM), nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM)
+        )
         width = DIM if self.pools or prefix else 4 * DIM
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, CLASSES))
 
@@ -129,7 +134,7 @@ class DigitNetwork(nn.Module):
             images: (b 1 y x).
         """
         x = self.embed(torch.zeros_like(images) if self.reads else images)
-        tokens = (self.norm(x + self.mlp(x) if self.pools else x),)
+        tokens: tuple[Tensor, ...] = (self.norm(x + self.mlp(x) if self.pools else x),)
         if self.reads:
             tokens += (self.norm(self.embed(images)[:, self.prefix :]),)
         maps = stand_ins(F.avg_pool2d(images, PATCH), self.given)
@@ -213,4 +218,3 @@ def train(network: DigitNetwork, steps: int) -> float:
                 for images, labels in zip(test.images.split(32), test.labels.split(32), strict=True)
             )
     return right / len(test)
-
