@@ -147,7 +147,12 @@ MAY_NEED = {
     "interventions": set(),
     "lab": {"timm"},
     "grafting": {"timm", "pydantic"},
-    "gallery": {"sphinx", "docutils", "latex2mathml"},  # the extra `docs`, only when pages are made
+    "gallery": {
+        "matplotlib",
+        "sphinx",
+        "docutils",
+        "latex2mathml",
+    },  # the extra `docs`, only when pages are made
     "scaffold": set(),
     "cli": {"typer"},
 }
