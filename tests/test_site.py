@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from attnzoo.zoo import load_zoo
+
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "docs" / "_build" / "html"
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -264,6 +266,75 @@ def test_search_finds_a_component(browser, name):
     WebDriverWait(browser.driver, 20).until(lambda driver: driver.find_elements(By.CSS_SELECTOR, found))
     first = [each.get_attribute("href") for each in browser.driver.find_elements(By.CSS_SELECTOR, found)][:5]
     assert any(f"/{name}.html" in link for link in first), first
+
+
+def shown(browser: Browser) -> set[str]:
+    """Names on the cards of the overview that can be seen, and the number that is said of them."""
+    names = browser.driver.execute_script(
+        "return [...document.querySelectorAll('.zoo-cards > li')].filter(e => e.getClientRects().length)"
+        ".map(e => e.querySelector('strong').textContent)"
+    )
+    said = browser.driver.execute_script("return document.querySelector('.zoo-filter output').textContent")
+    assert said.split()[0] == str(len(names)), said
+    return set(names)
+
+
+@needs_site
+def test_the_overview_shows_what_is_asked_for(browser):
+    """By words, by a facet and by both, held to the cards; an address shows the same again."""
+    from selenium.webdriver.common.by import By
+
+    zoo = load_zoo()
+    causal = {name for name, entry in zoo.mechanisms.items() if "causal" in entry.value.card.masks}
+    causal |= {name for name, entry in zoo.fusions.items() if "causal" in entry.value.card.masks}
+    browser.media()
+    browser.width(1280)
+    browser.open("docs/reference/index.html")
+    everything = shown(browser)
+    assert {*zoo.mechanisms, *zoo.fusions} <= everything
+    box = browser.driver.find_element(By.CSS_SELECTOR, "input[name=mask][value=causal]")
+    browser.driver.execute_script("arguments[0].closest('details')?.setAttribute('open', ''); arguments[0].click()", box)
+    assert shown(browser) == causal
+    text = browser.driver.find_element(By.NAME, "text")
+    text.send_keys("retention")
+    both = shown(browser)
+    assert "retention" in both and both < causal
+    address = browser.driver.current_url.split("/", 3)[3]
+    assert "causal" in address and "retention" in address
+    browser.open("index.html")
+    browser.open(address)
+    assert shown(browser) == both
+    browser.driver.find_element(By.NAME, "text").send_keys(" no such thing")
+    assert shown(browser) == set()
+
+
+@needs_site
+def test_the_overview_works_by_the_keyboard(browser):
+    """`/` leads to the words, an arrow from there to the first card, arrows on to the next; Escape clears."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    def press(*keys: str) -> Any:
+        for key in keys:
+            ActionChains(browser.driver).send_keys(key).perform()
+        return browser.driver.switch_to.active_element
+
+    browser.media()
+    browser.width(1280)
+    browser.open("docs/reference/index.html")
+    everything = shown(browser)
+    assert press("/").get_attribute("name") == "text"
+    press(*"linform")
+    assert {"linformer"} <= shown(browser) != everything
+    assert "linformer" in press(Keys.ARROW_DOWN).get_attribute("href")
+    assert press(Keys.ESCAPE).get_attribute("name") == "text"
+    browser.driver.execute_async_script("setTimeout(arguments[0], 50)")
+    assert shown(browser) == everything
+    first = press(Keys.ARROW_DOWN).get_attribute("href")
+    second = press(Keys.ARROW_RIGHT).get_attribute("href")
+    assert first != second and press(Keys.ARROW_LEFT).get_attribute("href") == first
+    press(Keys.ENTER)
+    assert browser.driver.current_url == first
 
 
 @needs_site

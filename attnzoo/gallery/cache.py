@@ -17,7 +17,17 @@ from attnzoo.zoo import Entry
 
 ROOT = Path(__file__).parents[1]
 """The package."""
-LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "matplotlib", "pillow", "hypothesis")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "matplotlib",
+    "pillow",
+    "hypothesis",
+)
 """Whose versions everything depends on."""
 DAY = 86400.0
 """Seconds for which a file that is not used any more is left, because another build may use it."""

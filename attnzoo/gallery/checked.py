@@ -90,5 +90,7 @@ def _brought(entry: Entry, law: Law | None = None, mask: str | None = None) -> l
     return [
         name
         for name, one in CHECKS.items()
-        if kinds & set(requirement(one).kinds) and requirement(one).card(card) and not requirement(one).card(lesser)
+        if kinds & set(requirement(one).kinds)
+        and requirement(one).card(card)
+        and not requirement(one).card(lesser)
     ]

@@ -56,7 +56,9 @@ def cost(entry: Entry, measured: Mapping[str, Growth] | None = None) -> Cost:
     baseline, _, _ = _counted(load_zoo().mechanisms[BASELINE])
     growth = measured or {}
     times = {
-        name: {n: point.forward[0] for n, point in sorted(growth[name].points.items())} if name in growth else {}
+        name: {n: point.forward[0] for n, point in sorted(growth[name].points.items())}
+        if name in growth
+        else {}
         for name in (entry.name, BASELINE)
     }
     if counted and not any(counted.values()):
@@ -82,16 +84,24 @@ def _counted(entry: Entry) -> tuple[dict[int, int], int | None, str]:
     return found, params, "" if found else why
 
 
-def _layer(entry: Entry, side: int) -> tuple[torch.nn.Module, tuple[list[torch.Tensor], dict[str, torch.Tensor]]]:
+def _layer(
+    entry: Entry, side: int
+) -> tuple[torch.nn.Module, tuple[list[torch.Tensor], dict[str, torch.Tensor]]]:
     """A layer on the meta device, and what it takes."""
     card = entry.value.card
     wanted = getattr(card, "grid", None)
-    grid = {1: (side**2,), 3: (side // 7, 7 * side // 2, 2)}.get(wanted, (side, side)) if wanted in LINES else (side, side)
+    grid = (
+        {1: (side**2,), 3: (side // 7, 7 * side // 2, 2)}.get(wanted, (side, side))
+        if wanted in LINES
+        else (side, side)
+    )
     context: dict[str, Any] = {"context_dim": DIM, "context_grid": grid} if reads_context(entry) else {}
     error: ZooError | None = None
     for prefix in (0, 1):
         try:
-            layer = create(spec_of(entry), DIM, HEADS, grid=grid, prefix=prefix or None, device="meta", **context)
+            layer = create(
+                spec_of(entry), DIM, HEADS, grid=grid, prefix=prefix or None, device="meta", **context
+            )
             break
         except ZooError as refused:
             error = error or refused
@@ -123,10 +133,14 @@ def draw(found: Cost) -> Picture:
     ]
     curves = 1 if found.name == BASELINE else 2
     picture = Picture(400 if len(panels) > 1 else 300, 230, layout="constrained")
-    for axes, (title, own, other) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, (title, own, other) in zip(
+        picture.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
         for values, colour, wide, mark in ((other, "#a1a1aa", 2.6, "o"), (own, SERIES[2], 1.6, "s"))[:curves]:
             shown = {n: value for n, value in values.items() if value > 0}
-            axes.plot(list(shown), list(shown.values()), color=colour, linewidth=wide, marker=mark, markersize=3.5)
+            axes.plot(
+                list(shown), list(shown.values()), color=colour, linewidth=wide, marker=mark, markersize=3.5
+            )
         sizes = sorted({*own, *other})
         axes.set(xscale="log", yscale="log")
         axes.set_xticks(sizes, [f"{n / 1000:.0f}k" if n > 9999 else str(n) for n in sizes])
@@ -139,7 +153,9 @@ def draw(found: Cost) -> Picture:
         axes.spines[["top", "right"]].set_visible(False)
     names = [BASELINE, found.name][:curves]
     made = picture.axes[0].lines[:curves]
-    legend = picture.legend(made, names, loc="outside lower center", ncols=2, frameon=False, fontsize=points(SMALL))
+    legend = picture.legend(
+        made, names, loc="outside lower center", ncols=2, frameon=False, fontsize=points(SMALL)
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
     return picture

@@ -114,13 +114,19 @@ def draw_all(
     except OSError as error:
         raise _unwritten(where, error) from None
     jobs = [
-        _Job(entry, cache.folder, {name: measured[name] for name in (costs.BASELINE, entry.name) if name in measured})
+        _Job(
+            entry,
+            cache.folder,
+            {name: measured[name] for name in (costs.BASELINE, entry.name) if name in measured},
+        )
         for entry in entries
     ]
     for done in _worked(jobs, workers):
         found[done.name] = _put(where, done)
         trouble = f"; not {', '.join(done.missing)}" if done.missing else ""
-        report(f"{len(found)} of {len(entries)}: {done.name.removeprefix('attnzoo/')}, {done.seconds:.0f} s{trouble}")
+        report(
+            f"{len(found)} of {len(entries)}: {done.name.removeprefix('attnzoo/')}, {done.seconds:.0f} s{trouble}"
+        )
     return {entry.full_name: found[entry.full_name] for entry in entries}
 
 
@@ -248,7 +254,14 @@ class _Work:
         branches = [load_zoo().mechanisms[name] for name in BRANCHES]
         read = {entry.name: dependencies(entry, ())["component"] for entry in branches}
         baseline = dependencies(load_zoo().mechanisms[costs.BASELINE], ())["component"]
-        training = {"steps": STEPS, "longer": LONGER, "batch": BATCH, "rate": RATE, "seed": SEED, "places": PLACES}
+        training = {
+            "steps": STEPS,
+            "longer": LONGER,
+            "batch": BATCH,
+            "rate": RATE,
+            "seed": SEED,
+            "places": PLACES,
+        }
         yield "flow", self._flow, {"most": MOST, "places": flows.PLACES}
         yield "digits", self._digits, {"training": training, "branches": read}
         yield "cost", self._cost, {"measured": repr(self.measured), "branches": read, "baseline": baseline}
@@ -265,9 +278,13 @@ class _Work:
         def facts() -> bytes:
             texts = {kind: text for kind, (_, text) in made()[0].items()}
             sizes = {kind: images()[kind][1] for kind in texts}
-            return json.dumps({"texts": texts, "sizes": sizes, "facts": made()[1]}, ensure_ascii=False).encode()
+            return json.dumps(
+                {"texts": texts, "sizes": sizes, "facts": made()[1]}, ensure_ascii=False
+            ).encode()
 
-        kept = json.loads(self.cache.file(f"{stem}-{part}.json", depends_on, facts).read_text(encoding="utf-8"))
+        kept = json.loads(
+            self.cache.file(f"{stem}-{part}.json", depends_on, facts).read_text(encoding="utf-8")
+        )
         pictures = {}
         for kind, text in kept["texts"].items():
             path = self.cache.file(f"{stem}-{kind}.png", depends_on, lambda kind=kind: images()[kind][0])  # type: ignore[misc]
@@ -300,7 +317,10 @@ class _Work:
 
     def _cost(self) -> Made:
         found = costs.cost(self.entry, self.measured)
-        facts: dict[str, Any] = {"layer_params": found.params, "flops": {str(n): f for n, f in found.flops.items()}}
+        facts: dict[str, Any] = {
+            "layer_params": found.params,
+            "flops": {str(n): f for n, f in found.flops.items()},
+        }
         if not any(found.flops.values()) and not found.times:
             return {}, facts | {"missing": {"cost": found.why}}
         return {"cost": (costs.draw(found), _cost_text(found))}, facts
@@ -365,7 +385,10 @@ def _maps_text(name: str, seen: looks.Looks) -> str:
 
 def _cost_text(found: costs.Cost) -> str:
     said = []
-    for what, own, other in (("GFLOPs", found.flops, found.baseline), ("ms", found.times, found.baseline_times)):
+    for what, own, other in (
+        ("GFLOPs", found.flops, found.baseline),
+        ("ms", found.times, found.baseline_times),
+    ):
         both = sorted(own.keys() & other.keys())
         if both and any(own.values()):
             unit = 1e9 if what == "GFLOPs" else 1.0
@@ -374,4 +397,3 @@ def _cost_text(found: costs.Cost) -> str:
             against = "" if found.name == costs.BASELINE else f" ({costs.BASELINE}: {beside})"
             said.append(f"{ends} for {both[0]} to {both[-1]} tokens{against}")
     return f"Cost of one layer of {found.name} as tokens grow: {', '.join(said)}."
-

@@ -23,8 +23,21 @@ BATCH, HEADS = 5, 8
 PLACES = ((14, 0, 96), (14, 1, 96), (16, 0, 64), (16, 1, 64))
 """Where a component is tried: tokens along an edge, special tokens, channels."""
 GRIDS = {1: (196,), 3: (4, 7, 7)}
-COLOURS = {"input": "#dbe7fb", "branch": "#e9ddf7", "learnt": "#fde6cf", "tap": "#d8f0e0", "operation": "#ffffff", "output": "#e8e8ec"}
-SAYS = {"input": "goes in", "branch": "a branch", "learnt": "learnt", "tap": "can be looked at", "operation": "computed"}
+COLOURS = {
+    "input": "#dbe7fb",
+    "branch": "#e9ddf7",
+    "learnt": "#fde6cf",
+    "tap": "#d8f0e0",
+    "operation": "#ffffff",
+    "output": "#e8e8ec",
+}
+SAYS = {
+    "input": "goes in",
+    "branch": "a branch",
+    "learnt": "learnt",
+    "tap": "can be looked at",
+    "operation": "computed",
+}
 WIDEST, HIGH, BETWEEN, APART, THIN = 150, 42, 26, 12, 14
 """In pixels: a box at most, and its height; between rows, between boxes, and the room of an arrow that passes."""
 
@@ -60,12 +73,23 @@ def trace(entry: Entry) -> Flow:
 def _unseen(entry: Entry, reason: str) -> Flow:
     """What is known of a component that cannot be followed: what goes in, its taps, what comes out."""
     cls, card = entry.value, entry.value.card
-    names = ["branch 1", "branch 2"] if issubclass(cls, Fusion) else ["q", "k", "v"] if issubclass(cls, Head) else ["x"]
+    names = (
+        ["branch 1", "branch 2"]
+        if issubclass(cls, Fusion)
+        else ["q", "k", "v"]
+        if issubclass(cls, Head)
+        else ["x"]
+    )
     if getattr(card, "context_grid", None) is not None:
         names.append("context")
     names += list(getattr(card, "given", {}))
     taps = [Box(name, "tap", axes) for name, axes in getattr(card, "taps", {}).items()][:6]
-    boxes = [*(Box(name, "input") for name in names), *taps, Box(entry.name, "operation"), Box("output", "output")]
+    boxes = [
+        *(Box(name, "input") for name in names),
+        *taps,
+        Box(entry.name, "operation"),
+        Box("output", "output"),
+    ]
     own, first = len(boxes) - 2, len(names)
     arrows = {(i, own) for i in range(first)} | {(own, i) for i in range(first, own)} | {(own, own + 1)}
     return Flow(tuple(boxes), frozenset(arrows), f"Its inside could not be followed: {reason}.")
@@ -165,7 +189,10 @@ def draw(found: Flow) -> Picture:
     Args:
         found: What goes where.
     """
-    names = [cut(f"{box.label} ({box.times} ×)" if box.times > 1 else box.label, WIDEST, TEXT) for box in found.boxes]
+    names = [
+        cut(f"{box.label} ({box.times} ×)" if box.times > 1 else box.label, WIDEST, TEXT)
+        for box in found.boxes
+    ]
     widths = [
         max(length(name, TEXT), length(box.shape, SMALL), 34) + 2 * GAP
         for name, box in zip(names, found.boxes, strict=True)
@@ -206,7 +233,9 @@ def draw(found: Flow) -> Picture:
         )  # fmt: skip
         written, how = spelled(name)
         middle = y + HIGH / 2 - (8 if box.shape else 0)
-        axes.text(x, middle, written, ha="center", va="center", fontsize=points(TEXT), color=INK, zorder=4, **how)
+        axes.text(
+            x, middle, written, ha="center", va="center", fontsize=points(TEXT), color=INK, zorder=4, **how
+        )
         if box.shape:
             axes.text(x, y + HIGH / 2 + 9, box.shape, ha="center", va="center", fontsize=points(SMALL),
                       color="#55555c", zorder=4)  # fmt: skip
@@ -277,7 +306,9 @@ def _crossings(rows: Sequence[Sequence[Any]], below: dict[Any, list[Any]]) -> in
     return count
 
 
-def _centres(rows: Sequence[Sequence[Any]], chains: Sequence[Sequence[Any]], widths: Sequence[float]) -> dict[Any, float]:
+def _centres(
+    rows: Sequence[Sequence[Any]], chains: Sequence[Sequence[Any]], widths: Sequence[float]
+) -> dict[Any, float]:
     """Where each box and each place of an arrow has its middle: near its neighbours, apart from the next in its row."""
 
     def wide(item: Any) -> float:
@@ -294,6 +325,7 @@ def _centres(rows: Sequence[Sequence[Any]], chains: Sequence[Sequence[Any]], wid
         for item in row:
             centres[item] = at + wide(item) / 2
             at += wide(item) + APART
+
     def pull(one: Any, other: Any) -> int:
         """How straight an arrow is to be: where it passes boxes, very."""
         passing = isinstance(one, tuple) + isinstance(other, tuple)

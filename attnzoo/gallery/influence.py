@@ -127,7 +127,11 @@ def measured(
     for query in queries:
         row = out if network.pools else out[:, _index(network, query)]  # (c c)
         total = row.diagonal().sum()
-        (slope,) = torch.autograd.grad(total, asked, retain_graph=True) if total.requires_grad else (torch.zeros_like(asked),)
+        (slope,) = (
+            torch.autograd.grad(total, asked, retain_graph=True)
+            if total.requires_grad
+            else (torch.zeros_like(asked),)
+        )
         grid = slope[:, slope.shape[1] - network.side**2 :]
         found.append(grid.square().sum(dim=(0, 2)).sqrt().unflatten(0, (network.side, network.side)))
     return torch.stack(found)
@@ -155,7 +159,9 @@ def draw(found: Influence) -> Picture:
     columns = len(found.queries)
     together = columns == 1
     panels = 1 + (len(blocks) if together else columns)
-    width = max(2 * MARGIN + panels * side + (panels - 1) * GAP, 2 * MARGIN + int(length(blocks[-1][0], TEXT)) + 4)
+    width = max(
+        2 * MARGIN + panels * side + (panels - 1) * GAP, 2 * MARGIN + int(length(blocks[-1][0], TEXT)) + 4
+    )
     rows = 1 if together else len(blocks)
     picture = Picture(width, MARGIN + rows * (side + 26) + 58)
     for r, (said, maps) in enumerate(blocks):
@@ -190,7 +196,9 @@ def _map(axes, heat: Tensor, query: tuple[int, int] | str | None) -> None:
     axes.imshow(values, cmap=colours, norm=LogNorm(most / RANGE, most, clip=True), interpolation="nearest")
     if isinstance(query, tuple):
         row, column = query
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#22d3ee", linewidth=1.2))
+        axes.add_patch(
+            Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#22d3ee", linewidth=1.2)
+        )
     _frame(axes)
 
 

@@ -43,7 +43,9 @@ def maps(network: DigitNetwork, image: Float[Tensor, "1 1 y x"]) -> Looks:
     looked = look(network, {"block": network.component.attn}, (image,))
     heads = {}
     for found in looked.maps:
-        rows = found.weights[0] if found.weights.ndim == 3 else found.weights[0, :, network.prefix :].mean(dim=1)
+        rows = (
+            found.weights[0] if found.weights.ndim == 3 else found.weights[0, :, network.prefix :].mean(dim=1)
+        )
         if network.prefix and found.weights.ndim == 4:
             rows = found.weights[0, :, 0]
         if rows.shape[-1] >= side**2:
@@ -76,7 +78,13 @@ def draw(found: Looks) -> Picture:
         else:
             attention_map(heat.float(), paper, axes, unit=1 / heat.numel())
         picture.write(left, top - 10, cut(title, PANEL, TEXT), TEXT)
-    picture.write(MARGIN, picture.pixels[1] - 16, "below each: least to most, in even shares (1 = all alike)", SMALL, PALE)
+    picture.write(
+        MARGIN,
+        picture.pixels[1] - 16,
+        "below each: least to most, in even shares (1 = all alike)",
+        SMALL,
+        PALE,
+    )
     return picture
 
 

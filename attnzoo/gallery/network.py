@@ -109,7 +109,9 @@ class DigitNetwork(nn.Module):
         self.register = nn.Parameter(torch.randn(prefix, DIM))
         self.norm = nn.LayerNorm(DIM)
         self.component = create(spec_of(entry), DIM, HEADS, grid=self.grid, prefix=prefix or None, **context)
-        self.mlp = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(DIM), nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM)
+        )
         width = DIM if self.pools or prefix else 4 * DIM
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, CLASSES))
 
@@ -213,4 +215,3 @@ def train(network: DigitNetwork, steps: int) -> float:
                 for images, labels in zip(test.images.split(32), test.labels.split(32), strict=True)
             )
     return right / len(test)
-

@@ -5,8 +5,8 @@ As Sphinx's configuration:
     globals().update(sphinx_settings.settings())      # in a conf.py
     Sphinx(..., confoverrides=sphinx_settings.settings())
 
-Formulas become MathML, which browsers draw themselves, by latex2mathml: no script, no font, nothing from a network. After
-a build, what the pages refer to is looked for (`attnzoo/gallery/links.py`), and what is not there is a warning.
+Formulas become MathML, which browsers draw themselves, by latex2mathml: no script, no font, nothing from a network.
+After a build, what the pages refer to is looked for (`attnzoo/gallery/links.py`), and what is not there is a warning.
 """
 
 from html import unescape

@@ -82,7 +82,17 @@ _RANKS: Sequence[set[str]] = (
     | {"running sum", "top k", "sort", "argsort", "triangular solve", "pseudo-inverse", "sample"},
     {"product", "convolution", "local mean", "local maximum", "windows"},
     {"sigmoid", "mean", "normalize", "maximum", "tanh", "relu", "elu", "silu", "gelu", "exp", "cos", "sin"}
-    | {"layer_norm", "softplus", "resize", "cumprod", "median", "group_norm", "batch_norm", "log", "logsumexp"},
+    | {
+        "layer_norm",
+        "softplus",
+        "resize",
+        "cumprod",
+        "median",
+        "group_norm",
+        "batch_norm",
+        "log",
+        "logsumexp",
+    },
     {"×", "÷", "sum", "pick", "norm", "roll", "var", "std", "square"},
     {"+", "−", "join"},
 )
@@ -203,7 +213,9 @@ class Recorder(TorchFunctionMode):
             tensor: It.
             axes: In the shape letters.
         """
-        self.nodes.append(Node("output", "output", self._behind([tensor]), tuple(tensor.shape), axes, rank=-1))
+        self.nodes.append(
+            Node("output", "output", self._behind([tensor]), tuple(tensor.shape), axes, rank=-1)
+        )
 
     def known(self, tensor: Tensor) -> bool:
         """Whether it was seen how a tensor came about."""
@@ -296,7 +308,9 @@ class Recorder(TorchFunctionMode):
             kind, rank = "learnt", 1 if label in ("product", "convolution") else 3
             label = f"{learnt[0].replace('.', ' ')}"
         self._add(
-            Node(label, kind, before, tuple(outputs[0].shape), "", rank, _place(), ".".join(self._path), learnt),
+            Node(
+                label, kind, before, tuple(outputs[0].shape), "", rank, _place(), ".".join(self._path), learnt
+            ),
             outputs,
         )
 
@@ -352,12 +366,19 @@ def boxes_of(nodes: Sequence[Node], letters: dict[int, str], most: int = MOST) -
     plain = max(_RANK.values())
     # least rank shown, whether loops are one box, whether scores are shown, whether parts are one box
     tries = [(plain, False, True, False), *((rank, True, True, False) for rank in range(plain, -1, -1))]
-    tries += [(0, True, False, False), (plain, True, True, True), (0, True, True, True), (-1, True, False, True)]
+    tries += [
+        (0, True, False, False),
+        (plain, True, True, True),
+        (0, True, True, True),
+        (-1, True, False, True),
+    ]
     for rank, loops, scores, parts in tries:
         flow = _merged(nodes, alive, letters, rank, loops, scores, parts)
         if len(flow.boxes) <= most:
             return flow
-    return replace(flow, note="Only a part of what happens is drawn.") if len(flow.boxes) <= 2 * most else flow
+    return (
+        replace(flow, note="Only a part of what happens is drawn.") if len(flow.boxes) <= 2 * most else flow
+    )
 
 
 def _alive(nodes: Sequence[Node]) -> set[int]:
@@ -415,7 +436,9 @@ def _merged(
         label = key[1].replace(".", " ") if key[0] == "module" else first.label
         if key[0] == "part" and first.kind == "learnt" and len({nodes[i].place for i in those}) > 1:
             label = key[1].replace(".", " ")
-        kind: Kind = "learnt" if key[0] == "module" and any(nodes[i].kind == "learnt" for i in those) else first.kind
+        kind: Kind = (
+            "learnt" if key[0] == "module" and any(nodes[i].kind == "learnt" for i in those) else first.kind
+        )
         times = 1 if key[0] == "module" else len(those)
         boxes.append(Box(label, kind, last.axes or spelled_out(last.shape, letters), times))
     return Flow(tuple(boxes), frozenset((number[a], number[b]) for a, b in arrows))
