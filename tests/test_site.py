@@ -38,7 +38,7 @@ const wide = document.documentElement.clientWidth;
 const shown = e => e.getClientRects().length > 0;
 const images = [...document.images];
 return {
-  unlabelled: images.filter(i => !i.hasAttribute("alt") || (!i.alt && !i.closest("a"))).map(i => i.src),
+  unlabelled: images.filter(i => !i.hasAttribute("alt") || (!i.alt && !i.closest("a, .sphx-glr-thumbcontainer"))).map(i => i.src),
   broken: images.filter(i => i.complete && !i.naturalWidth).map(i => i.src),
   wide: document.documentElement.scrollWidth > wide ?
     [...document.querySelectorAll("body *")].filter(e => shown(e) && e.getBoundingClientRect().right > wide + 1)
@@ -55,7 +55,7 @@ const box = title.getBoundingClientRect();
 const over = document.elementFromPoint(box.left + 5, box.top + box.height / 2);
 if (!over || !(title.contains(over) || over.contains(title))) return "over the title lies " + (over && over.outerHTML.slice(0, 80));
 const gone = [...document.querySelectorAll("article p, article pre, article img, article table")]
-  .filter(e => !e.closest("details:not([open]), [hidden]") && e.innerText !== "" && !e.getClientRects().length);
+  .filter(e => !e.closest("details:not([open]), [hidden], form") && e.innerText !== "" && !e.getClientRects().length);
 const hidden = gone.filter(e => !e.closest(".sphx-glr-download-link-note"));
 return hidden.length ? "hidden: " + hidden[0].outerHTML.slice(0, 80) : "";
 """
