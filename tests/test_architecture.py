@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "hf": {*NOUNS, "zoo", "recipe", "alone", "hf"},
     "parallel": NOUNS,
     "inference": NOUNS,
-    "catalogue": {*NOUNS, "zoo", "recipe", "alone", "catalogue"},
+    "catalogue": {*NOUNS, "zoo", "hosts", "recipe", "alone", "catalogue"},
     "bench": {
         *NOUNS,
         "plot",
@@ -60,7 +60,24 @@ MAY_IMPORT = {
     "probes": {*NOUNS, "functional", "hosts", "lab", "plot", "probes"},
     "interventions": {*NOUNS, "functional"},
     "grafting": {*NOUNS, "files", "zoo", "hosts", "recipe", "data", "train", "grafting"},
-    "gallery": {*NOUNS, "version", "files", "zoo", "recipe", "catalogue", "bench", "train", "gallery"},
+    "gallery": {
+        *NOUNS,
+        "version",
+        "files",
+        "plot",
+        "workers",
+        "zoo",
+        "hosts",
+        "recipe",
+        "alone",
+        "catalogue",
+        "data",
+        "train",
+        "bench",
+        "lab",
+        "testing",
+        "gallery",
+    },
     "scaffold": {"errors", "attnzoo"},
     "cli": {
         *NOUNS,
@@ -130,7 +147,12 @@ MAY_NEED = {
     "interventions": set(),
     "lab": {"timm"},
     "grafting": {"timm", "pydantic"},
-    "gallery": {"sphinx", "docutils", "latex2mathml"},  # the extra `docs`, only when pages are made
+    "gallery": {
+        "matplotlib",
+        "sphinx",
+        "docutils",
+        "latex2mathml",
+    },  # the extra `docs`, only when pages are made
     "scaffold": set(),
     "cli": {"typer"},
 }

@@ -194,10 +194,10 @@ class _Line:
             return "above", r"\prime ", 1
         if char in _SYMBOLS:
             return "symbol", _SYMBOLS[char], 1
-        if char in {*_SUMS, *_SIGNS, *_TIMES, *_RELATIONS, *_STOPS, *_BRACKETS, *_CLOSING, *"/_^√∂∇"}:
-            return char, char, 1
-        name = unicodedata.name(char, "a character without a name").lower()
-        self._refuse(f"`{char}` ({name}) is not in the notation of equations", at + 1)
+        if char not in {*_SUMS, *_SIGNS, *_TIMES, *_RELATIONS, *_STOPS, *_BRACKETS, *_CLOSING, *"/_^√∂∇"}:
+            name = unicodedata.name(char, "a character without a name").lower()
+            self._refuse(f"`{char}` ({name}) is not in the notation of equations", at + 1)
+        return char, char, 1
 
     def _next(self, ahead: int = 0) -> _Token | None:
         return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else None

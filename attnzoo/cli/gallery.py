@@ -54,6 +54,9 @@ def gallery(
         say_json(data | {"warnings": built.warnings})
         return
     say(f"{spaced(len(written.pages))} pages, {built.size / 1e6:.1f} MB: {built.index}")
-    for name, reasons in written.left_out.items():
-        say(f"{name}: " + "; ".join(f"no {what}: {why}" for what, why in reasons.items()), "dim")
+    if written.left_out:
+        say(
+            f"{len(written.left_out)} of them lack a picture or a check: their pages, and --json, say why",
+            "dim",
+        )
     say_next(f"open {built.index} in a browser")

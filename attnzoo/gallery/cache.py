@@ -36,8 +36,8 @@ DAY = 86400.0
 class Cache:
     """A folder of files, each named by what it depends on.
 
-    A file appears whole or not at all: it is written aside, synced and renamed. So a killed build leaves nothing that is
-    found, and two builds in one folder write the same files.
+    A file appears whole or not at all: it is written aside, synced and renamed. So a killed build leaves nothing that
+    is found, and two builds in one folder write the same files.
 
     Args:
         folder: Where; is made.

@@ -1,6 +1,5 @@
 """A component held to its card once more, with few examples: what its page says of laws and masks."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version

@@ -90,11 +90,9 @@ def _layer(
     """A layer on the meta device, and what it takes."""
     card = entry.value.card
     wanted = getattr(card, "grid", None)
-    grid = (
-        {1: (side**2,), 3: (side // 7, 7 * side // 2, 2)}.get(wanted, (side, side))
-        if wanted in LINES
-        else (side, side)
-    )
+    grid: tuple[int, ...] = (side, side)
+    if wanted in LINES:
+        grid = (side**2,) if wanted == 1 else (side // 7, 7 * side // 2, 2)
     context: dict[str, Any] = {"context_dim": DIM, "context_grid": grid} if reads_context(entry) else {}
     error: ZooError | None = None
     for prefix in (0, 1):
@@ -124,10 +122,11 @@ def draw(found: Cost) -> Picture:
     Args:
         found: Has FLOPs or times.
     """
-    panels = [
+    panels: list[tuple[str, Mapping[int, float], Mapping[int, float]]] = [
         (title, own, other)
-        for title, own, other in zip(
-            NAMES, (found.flops, found.times), (found.baseline, found.baseline_times), strict=True
+        for title, own, other in (
+            (NAMES[0], found.flops, found.baseline),
+            (NAMES[1], found.times, found.baseline_times),
         )
         if any(own.values())
     ]

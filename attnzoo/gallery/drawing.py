@@ -67,11 +67,11 @@ class Drawn:
     Args:
         name: `plugin/name`.
         pictures: Of `flow`, `influence`, `maps` and `cost` those that there are.
-        numbers: `accuracy`, `tested`, `steps` and `params` of the network of 32 channels, `layer_params` and `flops` (by
-            tokens) of a layer of 384; those that there are.
+        numbers: `accuracy`, `tested`, `steps` and `params` of the network of 32 channels, `layer_params` and `flops`
+            (by tokens) of a layer of 384; those that there are.
         checked: What the checks found, as `attnzoo.gallery.checked.Checked` has it; None when they could not run.
         missing: What was not drawn, and why.
-        seconds: How long it took.
+        seconds: Of processor time that it took.
     """
 
     name: str
@@ -207,13 +207,13 @@ def _unhandable(job: _Job) -> str:
 
 def _drawn(job: _Job) -> Drawn:
     """One component, in this process, by one thread."""
-    started, threads = time.perf_counter(), torch.get_num_threads()
+    started, threads = time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         found = _Work(job.entry, Cache(job.cache), job.measured).all()
     finally:
         torch.set_num_threads(threads)
-    return replace(found, seconds=time.perf_counter() - started)
+    return replace(found, seconds=time.process_time() - started)
 
 
 # One component
@@ -356,7 +356,8 @@ def _influence_text(found: influences.Influence) -> str:
     reached = 100 * float((found.first > 0).double().mean())
     tokens = found.first[0].numel()
     whose = "the one output" if found.pools else "four outputs"
-    text = f"Influence of {tokens} tokens on {whose} of {found.name}: at initialisation {reached:.0f} % of them have any"
+    text = f"Influence of {tokens} tokens on {whose} of {found.name}: "
+    text += f"at initialisation {reached:.0f} % of them have any"
     if found.trained is not None:
         text += f", trained on digits half of it comes from {_half(found):.0f} %"
     return f"{text}."

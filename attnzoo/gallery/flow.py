@@ -1,6 +1,5 @@
 """The data flow of a component, drawn from one forward of it: nobody draws it by hand."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -98,7 +97,7 @@ def _unseen(entry: Entry, reason: str) -> Flow:
 def _traced(entry: Entry, side: int, prefix: int, dim: int) -> Flow:
     cls, card = entry.value, entry.value.card
     wanted = getattr(card, "grid", None)
-    layout = Layout(GRIDS.get(wanted, (side, side)), prefix)
+    layout = Layout(GRIDS.get(wanted, (side, side)), prefix)  # type: ignore[arg-type]
     site = Site("flow", dim, HEADS, layout)
     reads = getattr(card, "context_grid", None) is not None or getattr(card, "context", False) == "beside"
     if reads:
@@ -239,7 +238,7 @@ def draw(found: Flow) -> Picture:
         if box.shape:
             axes.text(x, y + HIGH / 2 + 9, box.shape, ha="center", va="center", fontsize=points(SMALL),
                       color="#55555c", zorder=4)  # fmt: skip
-    at, line = MARGIN, MARGIN + len(rows) * step - BETWEEN + 20
+    at, line = float(MARGIN), MARGIN + len(rows) * step - BETWEEN + 20
     for kind in legend:
         axes.add_patch(
             FancyBboxPatch((at + 1, line - 5), 11, 10, boxstyle="round,pad=0,rounding_size=2",
@@ -268,8 +267,8 @@ def _rows(found: Flow) -> tuple[list[list[Any]], list[list[Any]]]:
     chains = []
     for i, j in forward:
         passing = [(i, j, at) for at in range(level[i] + 1, level[j])]
-        for place in passing:
-            rows[place[2]].append(place)
+        for passes in passing:
+            rows[passes[2]].append(passes)
         chains.append([i, *passing, j])
     above: dict[Any, list[Any]] = {}
     below: dict[Any, list[Any]] = {}

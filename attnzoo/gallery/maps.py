@@ -23,7 +23,8 @@ class Looks:
 
     Args:
         image: The digit, 0 to 255, (1 y x).
-        heads: Of each branch by its name: how much the tokens look at each token, the mean over those that look, (h y x).
+        heads: Of each branch by its name: how much the tokens look at each token, the mean over those that look,
+            (h y x).
         absent: Why branches have none, by name.
     """
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from attnzoo.alone.build import create
 from attnzoo.core import Fusion, Pool
 from attnzoo.data.digits import load_digits
+from attnzoo.data.images import Split
 from attnzoo.errors import ZooError
 from attnzoo.hosts.given import stand_ins
 from attnzoo.zoo import Entry
@@ -53,10 +54,12 @@ def digits(side: int) -> tuple[Digits, Digits]:
     """
     data = load_digits(PATCH * side)
     mean, std = data.mean[0] * 255, data.std[0] * 255
-    train, test = (
-        Digits((split.images[:, :1].float() - mean) / std, split.labels) for split in (data.train, data.test)
-    )
-    return train, test
+
+    def half(split: Split) -> Digits:
+        images, labels = split.batch(torch.arange(len(split)))
+        return Digits((images[:, :1].float() - mean) / std, labels)
+
+    return half(data.train), half(data.test)
 
 
 def spec_of(entry: Entry) -> str | dict[str, Any]:
@@ -101,9 +104,9 @@ class DigitNetwork(nn.Module):
         card = entry.value.card
         self.pools, self.reads = issubclass(entry.value, Pool), reads_context(entry)
         self.side, self.prefix = side, prefix
-        self.grid = LINES.get(getattr(card, "grid", None), (side, side))  # type: ignore[arg-type]
+        self.grid: tuple[int, ...] = LINES.get(getattr(card, "grid", None), (side, side))  # type: ignore[arg-type]
         self.given = dict(getattr(card, "given", {}))
-        context = {"context_dim": DIM, "context_grid": self.grid} if self.reads else {}
+        context: dict[str, Any] = {"context_dim": DIM, "context_grid": self.grid} if self.reads else {}
         self.patches = nn.Conv2d(1, DIM, PATCH, PATCH)
         self.positions = nn.Parameter(torch.randn(side * side, DIM))
         self.register = nn.Parameter(torch.randn(prefix, DIM))
@@ -131,7 +134,7 @@ class DigitNetwork(nn.Module):
             images: (b 1 y x).
         """
         x = self.embed(torch.zeros_like(images) if self.reads else images)
-        tokens = (self.norm(x + self.mlp(x) if self.pools else x),)
+        tokens: tuple[Tensor, ...] = (self.norm(x + self.mlp(x) if self.pools else x),)
         if self.reads:
             tokens += (self.norm(self.embed(images)[:, self.prefix :]),)
         maps = stand_ins(F.avg_pool2d(images, PATCH), self.given)

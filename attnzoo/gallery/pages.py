@@ -301,8 +301,8 @@ def _explained(kind: str, numbers: Mapping[str, Any]) -> list[str]:
     trained = ""
     if numbers.get("accuracy") is not None:
         trained = (
-            f" It was trained for {numbers['steps']} steps, and then named {numbers['accuracy']:.1%} of "
-            f"{numbers['tested']} digits that it had not seen rightly."
+            f" Then it was trained for {numbers['steps']} steps, after which it named {numbers['accuracy']:.1%} of "
+            f"{numbers['tested']} other digits rightly."
         )
     return [f"{TEXTS[kind]}{trained} {prose(numbers.get('network') or '')}".rstrip()]
 

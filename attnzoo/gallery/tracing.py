@@ -408,7 +408,7 @@ def _merged(
         node = nodes[i]
         if node.kind in ("input", "output"):
             return (i,)
-        if parts and node.module and not (node.kind == "tap"):
+        if parts and node.module and node.kind != "tap":
             return ("module", node.module.partition(".")[0])
         if parts and node.kind == "learnt" and node.place[:1] == ("part",):
             return ("module", node.place[1].partition(".")[0])
