@@ -2,7 +2,7 @@
 Ten minutes
 ===========
 
-attnzoo has some ninety attention mechanisms, each in one file, each with a *card* of claims (masks,
+attnzoo has about a hundred attention mechanisms, each in one file, each with a *card* of claims (masks,
 symmetries, cost, paper) to which a test suite holds it. A *recipe* puts them into a backbone, and what
 comes out is a timm model like any other.
 
