@@ -105,6 +105,8 @@ for sentence in outcome.sentences():
 
 page = attnzoo.plot.comparison_curves(outcome.logs)
 
+scratch.cleanup()
+
 # %%
 # What can be said, and what not
 # ------------------------------
@@ -124,5 +126,3 @@ page = attnzoo.plot.comparison_curves(outcome.logs)
 # * :doc:`/docs/training`: comparing, sweeping, equal budgets
 # * :doc:`/docs/benchmarks`: speed, memory, and how they were measured
 # * :doc:`05_what_is_my_model_looking_at`: what the winner does differently
-
-scratch.cleanup()
