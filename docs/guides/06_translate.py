@@ -191,6 +191,7 @@ from attnzoo.lab.text_sheet import text_notes, text_sheet, text_view
 example = translated_example(model, run.vocabularies(), "two hundred forty seven", name="numbers")
 maps = collect_text(model, *example.inputs).only("cross")
 blocks = text_view(maps, example, "mechanism")
+# sphinx_gallery_thumbnail_number = 2
 sheet = text_sheet(blocks, "mechanism", "numbers", example.lines, text_notes(maps, blocks, "mechanism"))
 
 # %%
