@@ -40,7 +40,9 @@ def mirrored() -> Iterator[tuple[Path, bytes]]:
     yield Path("index.rst"), (ROOT / "docs" / "index.rst").read_bytes()
     for name, page in pages().items():
         yield Path("docs/api", f"{name}.rst"), page.encode()
-    elsewhere = {ROOT / "docs" / name for name in ("_build", "__pycache__", "guides", "reference", "index.rst")}
+    elsewhere = {
+        ROOT / "docs" / name for name in ("_build", "__pycache__", "guides", "reference", "index.rst")
+    }
     for file in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*")]:
         if file.is_file() and elsewhere.isdisjoint([file, *file.parents]):
             yield file.relative_to(ROOT), file.read_bytes()

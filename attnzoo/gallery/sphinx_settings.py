@@ -152,4 +152,9 @@ def setup(app: "Sphinx") -> dict[str, Any]:
     app.connect("html-page-context", _mend_page, priority=400)  # before the theme
     app.connect("build-finished", _look_for_targets)
     made_by = crc32(Path(__file__).read_bytes())  # another one makes all pages anew
-    return {"version": VERSION, "env_version": made_by, "parallel_read_safe": True, "parallel_write_safe": True}
+    return {
+        "version": VERSION,
+        "env_version": made_by,
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }
