@@ -17,6 +17,7 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = re.compile(r"(Args|Returns|Raises|Yields|Attributes|Example|Examples|Note|Notes):$")
@@ -190,7 +191,7 @@ def setup(app: Any) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", read_docstring, priority=100)  # before napoleon
     app.connect("html-page-context", list_parameters)
     app.connect("autodoc-process-signature", read_signature)
-    return {"parallel_read_safe": True}
+    return {"env_version": crc32(Path(__file__).read_bytes()), "parallel_read_safe": True}
 
 
 if __name__ == "__main__":

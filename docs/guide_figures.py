@@ -2,7 +2,11 @@
 
 In Sphinx's configuration, before sphinx-gallery's own:
 
-    sphinx_gallery_conf = {"image_scrapers": ("guide_figures.scraper", "matplotlib"), ...}
+    sphinx_gallery_conf = {
+        "image_scrapers": ("guide_figures.scraper", "matplotlib"),
+        "remove_config_comments": True,
+        ...
+    }
 """
 
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The site, as HTML: python docs/website.py
+"""The site, as HTML: python docs/website.py [--quick]
+
+`--quick` is for those who write: the zoo without pictures, and no guide is run.
 
 Sphinx reads a mirror of the repository, docs/_build/source, so that a relative link means the same on GitHub and on the
 site. There docs/api/ is made from the public names, docs/guides/ from the scripts of that folder by running them, and
@@ -13,9 +15,13 @@ from pathlib import Path
 from api_pages import pages
 from sphinx.cmd.build import main as sphinx
 
+from attnzoo import gallery
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "docs" / "_build"
 SOURCE = BUILD / "source"
+GUIDES, REFERENCE = Path("docs/guides"), Path("docs/reference")
+"""Of the mirror: what sphinx-gallery and the gallery of components look after themselves."""
 LINKED = (
     "attnzoo",
     "plugins",
@@ -34,7 +40,9 @@ def mirrored() -> Iterator[tuple[Path, bytes]]:
     yield Path("index.rst"), (ROOT / "docs" / "index.rst").read_bytes()
     for name, page in pages().items():
         yield Path("docs/api", f"{name}.rst"), page.encode()
-    elsewhere = {ROOT / "docs" / name for name in ("_build", "__pycache__", "guides", "index.rst")}
+    elsewhere = {
+        ROOT / "docs" / name for name in ("_build", "__pycache__", "guides", "reference", "index.rst")
+    }
     for file in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*")]:
         if file.is_file() and elsewhere.isdisjoint([file, *file.parents]):
             yield file.relative_to(ROOT), file.read_bytes()
@@ -43,9 +51,15 @@ def mirrored() -> Iterator[tuple[Path, bytes]]:
 def mirror() -> None:
     """Brings the mirror up to date. A file that has not changed keeps its time, by which Sphinx knows it."""
     wanted = dict(mirrored())
-    for file in SOURCE.rglob("*.*"):
+    guides = {file.stem for file in (ROOT / "docs" / "guides").glob("*.py")} | {"index"}
+    for file in [file for file in SOURCE.rglob("*") if file.is_file()]:
         path = file.relative_to(SOURCE)
-        if path not in wanted and path.parts[:2] not in (("docs", "guides"), ("docs", "reference")):
+        stale = path.suffix == ".rst" and path.stem not in guides
+        if (
+            path not in wanted
+            and path.parts[:2] != REFERENCE.parts
+            and (path.parts[:2] != GUIDES.parts or stale)
+        ):
             file.unlink()
     for path, content in wanted.items():
         file = SOURCE / path
@@ -57,8 +71,30 @@ def mirror() -> None:
             (SOURCE / name).symlink_to(ROOT / name)
 
 
+def without_source() -> Iterator[Path]:
+    """Pages of an earlier time, of which Sphinx knows nothing any more."""
+    for file in (BUILD / "html").rglob("*.html"):
+        page = file.relative_to(BUILD / "html")
+        found = any((SOURCE / page).with_suffix(suffix).exists() for suffix in (".md", ".rst"))
+        if not found and page.name not in ("genindex.html", "py-modindex.html", "search.html"):
+            yield file
+
+
+def say(line: str) -> None:
+    """Progress."""
+    sys.stderr.write(f"{line}\n")
+
+
 if __name__ == "__main__":
+    quick = "--quick" in sys.argv
     mirror()
-    strict = ["--fail-on-warning", "--keep-going", "--quiet"]
+    from_docs = {"plugin": "attnzoo", "docs": ROOT / "docs", "cache": BUILD / "drawn"}
+    gallery.write(SOURCE / REFERENCE, **from_docs, pictures=not quick, report=say)
+    for file in list(without_source()):
+        file.unlink()
+    say("guides and pages")
+    strict = ["--fail-on-warning", "--keep-going", "--quiet", "-D", f"plot_gallery={not quick:d}"]
     settings = ["-c", str(ROOT / "docs"), "-d", str(BUILD / "doctrees")]
-    sys.exit(sphinx([*strict, *settings, str(SOURCE), str(BUILD / "html")]))
+    failed = sphinx([*strict, *settings, str(SOURCE), str(BUILD / "html")])
+    say("failed" if failed else f"built: {BUILD / 'html' / 'index.html'}")
+    sys.exit(failed)

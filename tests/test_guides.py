@@ -42,6 +42,7 @@ def run(tmp_path, monkeypatch):
     for folder in folders:
         folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folders[1]))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torch"))  # torch's own, which it keeps
 
     def run(name: str) -> str:
         guide = ROOT / "docs" / "guides" / f"{name}.py"

@@ -9,12 +9,16 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from attnzoo.gallery.links import Page
+from attnzoo.zoo import load_zoo
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "docs" / "_build" / "html"
@@ -36,7 +40,7 @@ const wide = document.documentElement.clientWidth;
 const shown = e => e.getClientRects().length > 0;
 const images = [...document.images];
 return {
-  unlabelled: images.filter(i => !i.hasAttribute("alt") || (!i.alt && !i.closest("a"))).map(i => i.src),
+  unlabelled: images.filter(i => !i.hasAttribute("alt") || (!i.alt && !i.closest("a, .sphx-glr-thumbcontainer"))).map(i => i.src),
   broken: images.filter(i => i.complete && !i.naturalWidth).map(i => i.src),
   wide: document.documentElement.scrollWidth > wide ?
     [...document.querySelectorAll("body *")].filter(e => shown(e) && e.getBoundingClientRect().right > wide + 1)
@@ -53,7 +57,7 @@ const box = title.getBoundingClientRect();
 const over = document.elementFromPoint(box.left + 5, box.top + box.height / 2);
 if (!over || !(title.contains(over) || over.contains(title))) return "over the title lies " + (over && over.outerHTML.slice(0, 80));
 const gone = [...document.querySelectorAll("article p, article pre, article img, article table")]
-  .filter(e => !e.closest("details:not([open]), [hidden]") && e.innerText !== "" && !e.getClientRects().length);
+  .filter(e => !e.closest("details:not([open]), [hidden], form") && e.innerText !== "" && !e.getClientRects().length);
 const hidden = gone.filter(e => !e.closest(".sphx-glr-download-link-note"));
 return hidden.length ? "hidden: " + hidden[0].outerHTML.slice(0, 80) : "";
 """
@@ -89,7 +93,7 @@ class Browser:
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-        self.driver.set_script_timeout(120)
+        self.driver.set_script_timeout(600)
         self.address = address
         self.axe = axe_script()
 
@@ -115,10 +119,16 @@ class Browser:
         )
         self.driver.execute_async_script(loaded)
 
-    def violations(self, **options: Any) -> list[str]:
-        """What axe finds of serious and critical things."""
+    def violations(self, without: str, **options: Any) -> list[str]:
+        """What axe finds of serious and critical things.
+
+        Args:
+            without: A selector of what is not looked at.
+            **options: Of `axe.run`.
+        """
         self.driver.execute_script(f"if (!window.axe) {{ {self.axe} }}")
-        run = f"axe.run({json.dumps({'resultTypes': ['violations'], **options})}).then(arguments[0])"
+        what = json.dumps({"exclude": [[without]] if without else []})
+        run = f"axe.run({what}, {json.dumps({'resultTypes': ['violations'], **options})}).then(arguments[0])"
         found = self.driver.execute_async_script(run)["violations"]
         return [
             f"{each['id']}: {each['nodes'][0]['html'][:120]} {each['nodes'][0]['failureSummary'][:200]}"
@@ -133,9 +143,10 @@ class Browser:
         self.width(1280)
         self.open(page)
         visit = Visit(**self.driver.execute_script(LOOK))
-        visit.light = self.violations()
+        side = "" if page in ("index.html", "search.html") else ".sidebar-drawer"  # is the same on every page
+        visit.light = self.violations(side)
         self.media(scheme="dark")
-        visit.dark = self.violations(runOnly=["color-contrast"])  # all else is as in the light
+        visit.dark = self.violations(side, runOnly=["color-contrast"])  # all else is as in the light
         self.media()
         self.width(390)
         visit.wide += self.driver.execute_script(LOOK)["wide"]
@@ -209,10 +220,18 @@ def browser(browse) -> Browser:
 
 
 @pytest.fixture(scope="module")
-def visits(browser) -> dict[str, Visit]:
+def visits(browse) -> dict[str, Visit]:
     """Every page of the site, and what is wrong with it."""
     pages = sorted(str(file.relative_to(SITE)) for file in SITE.rglob("*.html"))
-    return {page: browser.visit(page) for page in pages if not page.startswith("_")}
+    pages = [page for page in pages if not page.startswith("_")]
+
+    def visited(browser: Browser, pages: list[str]) -> dict[str, Visit]:
+        return {page: browser.visit(page) for page in pages}
+
+    browsers = [browse(SITE) for _ in range(2)]
+    with ThreadPoolExecutor(len(browsers)) as pool:
+        halves = pool.map(visited, browsers, [pages[0::2], pages[1::2]])
+        return {page: visit for half in halves for page, visit in half.items()}
 
 
 @needs_site
@@ -226,7 +245,10 @@ def test_nothing_is_wrong_with_a_page(visits, what):
 def test_what_is_wrong_is_noticed(browse, tmp_path):
     """A page with one fault of each kind, and the same page without."""
     (tmp_path / "favicon.ico").write_bytes(b"")
-    good = '<!doctype html><html lang="en"><head><title>Page</title></head><body><main><h1>Page</h1>%s</main></body></html>'
+    good = (
+        '<!doctype html><html lang="en"><head><title>Page</title><meta name="viewport" content="width=device-width">'
+        "</head><body><main><h1>Page</h1>%s</main></body></html>"
+    )
     bad = (
         '<img src="none.png" alt="a picture"><img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">'
         '<img src="http://outside.invalid/x.png" alt="">'
@@ -250,6 +272,16 @@ def test_what_is_wrong_is_noticed(browse, tmp_path):
 
 
 @needs_site
+def test_every_public_name_has_its_entry():
+    recorded = json.loads((ROOT / "tests" / "api_surface.json").read_text(encoding="utf-8"))
+    anchors: set[str] = set()
+    for module in recorded:
+        anchors |= Page((SITE / "docs" / "api" / f"{module}.html").read_text(encoding="utf-8")).anchors
+    public = {f"{module}.{name}" for module, names in recorded.items() for name in names}
+    assert {name for name in public if not {name, f"module-{name}"} & anchors} == set()
+
+
+@needs_site
 @pytest.mark.parametrize("name", ["linformer", "cross_covariance", "hadamard", "entropy"])
 def test_search_finds_a_component(browser, name):
     from selenium.webdriver.common.by import By
@@ -264,6 +296,77 @@ def test_search_finds_a_component(browser, name):
     WebDriverWait(browser.driver, 20).until(lambda driver: driver.find_elements(By.CSS_SELECTOR, found))
     first = [each.get_attribute("href") for each in browser.driver.find_elements(By.CSS_SELECTOR, found)][:5]
     assert any(f"/{name}.html" in link for link in first), first
+
+
+def shown(browser: Browser) -> set[str]:
+    """Names on the cards of the overview that can be seen, and the number that is said of them."""
+    names = browser.driver.execute_script(
+        "return [...document.querySelectorAll('.zoo-cards > li')].filter(e => e.getClientRects().length)"
+        ".map(e => e.querySelector('strong').textContent)"
+    )
+    said = browser.driver.execute_script("return document.querySelector('.zoo-filter output').textContent")
+    assert said.split()[0] == str(len(names)), said
+    return set(names)
+
+
+@needs_site
+def test_the_overview_shows_what_is_asked_for(browser):
+    """By words, by a facet and by both, held to the cards; an address shows the same again."""
+    from selenium.webdriver.common.by import By
+
+    zoo = load_zoo()
+    causal = {name for name, entry in zoo.mechanisms.items() if "causal" in entry.value.card.masks}
+    causal |= {name for name, entry in zoo.fusions.items() if "causal" in entry.value.card.masks}
+    browser.media()
+    browser.width(1280)
+    browser.open("docs/reference/index.html")
+    everything = shown(browser)
+    assert {*zoo.mechanisms, *zoo.fusions} <= everything
+    box = browser.driver.find_element(By.CSS_SELECTOR, "input[name=mask][value=causal]")
+    browser.driver.execute_script(
+        "arguments[0].closest('details')?.setAttribute('open', ''); arguments[0].click()", box
+    )
+    assert shown(browser) == causal
+    text = browser.driver.find_element(By.NAME, "text")
+    text.send_keys("retention")
+    both = shown(browser)
+    assert "retention" in both and both < causal
+    address = browser.driver.current_url.split("/", 3)[3]
+    assert "causal" in address and "retention" in address
+    browser.open("index.html")
+    browser.open(address)
+    assert shown(browser) == both
+    browser.driver.find_element(By.NAME, "text").send_keys(" no such thing")
+    assert shown(browser) == set()
+
+
+@needs_site
+def test_the_overview_works_by_the_keyboard(browser):
+    """`/` leads to the words, an arrow from there to the first card, arrows on to the next; Escape clears."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    def press(*keys: str) -> Any:
+        for key in keys:
+            ActionChains(browser.driver).send_keys(key).perform()
+        return browser.driver.switch_to.active_element
+
+    browser.media()
+    browser.width(1280)
+    browser.open("docs/reference/index.html")
+    everything = shown(browser)
+    assert press("/").get_attribute("name") == "text"
+    press(*"linform")
+    assert {"linformer"} <= shown(browser) != everything
+    assert "linformer" in press(Keys.ARROW_DOWN).get_attribute("href")
+    assert press(Keys.ESCAPE).get_attribute("name") == "text"
+    browser.driver.execute_async_script("setTimeout(arguments[0], 50)")
+    assert shown(browser) == everything
+    first = press(Keys.ARROW_DOWN).get_attribute("href")
+    second = press(Keys.ARROW_RIGHT).get_attribute("href")
+    assert first != second and press(Keys.ARROW_LEFT).get_attribute("href") == first
+    press(Keys.ENTER)
+    assert browser.driver.current_url == first
 
 
 @needs_site

@@ -1,4 +1,4 @@
-"""Whether what HTML pages refer to is there: files and anchors beside them, and nothing that would be fetched from outside."""
+"""Whether what HTML pages refer to is there, and whether they fetch anything from outside."""
 
 import re
 from html.parser import HTMLParser

@@ -5,14 +5,15 @@ As Sphinx's configuration:
     globals().update(sphinx_settings.settings())      # in a conf.py
     Sphinx(..., confoverrides=sphinx_settings.settings())
 
-Formulas become MathML, which browsers draw themselves, by latex2mathml: no script, no font, nothing from a network. After
-a build, what the pages refer to is looked for (`attnzoo/gallery/links.py`), and what is not there is a warning.
+Formulas become MathML, which browsers draw themselves, by latex2mathml: no script, no font, nothing from a network.
+After a build, what the pages refer to is looked for (`attnzoo/gallery/links.py`), and what is not there is a warning.
 """
 
 from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree.ElementTree import Element, SubElement, tostring
+from zlib import crc32
 
 from attnzoo.gallery.links import faults
 from attnzoo.version import VERSION
@@ -95,8 +96,11 @@ def _write(translator: "HTML5Translator", node: "nodes.Element", display: str) -
     except ValueError as error:
         getLogger(__name__).warning("formula %r: %s", latex, error, location=node)
         drawn = f"<code>{translator.encode(latex)}</code>"
-    tag = "span" if display == "inline" else "div"
-    translator.body.append(translator.starttag(node, tag, "", CLASS="math") + f"{drawn}</{tag}>")
+    if display == "inline":
+        whole = translator.starttag(node, "span", "", CLASS="math") + f"{drawn}</span>"
+    else:  # a long one scrolls, by keys too
+        whole = translator.starttag(node, "div", "", CLASS="math", tabindex="0") + f"{drawn}</div>\n"
+    translator.body.append(whole)
     raise SkipNode
 
 
@@ -147,4 +151,10 @@ def setup(app: "Sphinx") -> dict[str, Any]:
     app.connect("doctree-read", _link_folders)
     app.connect("html-page-context", _mend_page, priority=400)  # before the theme
     app.connect("build-finished", _look_for_targets)
-    return {"version": VERSION, "parallel_read_safe": True, "parallel_write_safe": True}
+    made_by = crc32(Path(__file__).read_bytes())  # another one makes all pages anew
+    return {
+        "version": VERSION,
+        "env_version": made_by,
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }

@@ -2,7 +2,7 @@
 Ten minutes
 ===========
 
-attnzoo has some ninety attention mechanisms, each in one file, each with a *card* of claims (masks,
+attnzoo has about a hundred attention mechanisms, each in one file, each with a *card* of claims (masks,
 symmetries, cost, paper) to which a test suite holds it. A *recipe* puts them into a backbone, and what
 comes out is a timm model like any other.
 
@@ -138,6 +138,7 @@ data = run.data()
 images, labels = data.test.batch(torch.arange(4))
 maps = collect(run.model(), evaluation(data.image, data.mean, data.std)(images))
 
+# sphinx_gallery_thumbnail_number = 2
 figure, axes = plt.subplots(2, 4, figsize=(8, 4.4), layout="constrained")
 for row, branch in zip(axes, maps.branches(), strict=True):
     for ax, heat, image in zip(row, mean_map(maps, branch), images, strict=True):

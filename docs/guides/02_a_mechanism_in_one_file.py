@@ -168,7 +168,7 @@ print("the reference accepts it:     ", reference.compare(Unscaled).ok)
 
 site = Site("here", dim=6, heads=1, layout=Layout(grid=(6,)))
 six = torch.randn(6, 2, generator=torch.Generator().manual_seed(3))
-axis = torch.linspace(-3, 3, 121)
+axis = torch.linspace(-3, 3, 120)  # without 0, where all scores are equal
 plane = torch.cartesian_prod(axis, axis)  # (n, 2)
 pad = torch.nn.functional.pad  # to six channels, so that one-hot values make the output the weights
 q, k, v = pad(plane, (0, 4))[None, None], pad(six, (0, 4))[None, None], torch.eye(6)[None, None]
@@ -176,7 +176,7 @@ q, k, v = pad(plane, (0, 4))[None, None], pad(six, (0, 4))[None, None], torch.ey
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
 for ax, cls in zip(axes, (attnzoo.load_zoo().mechanisms.find("softmax").value, L2), strict=True):
     weights = cls(site)(q, k, v, layout=site.layout)[0, 0]  # (n, 6)
-    winner = weights.argmax(dim=-1).reshape(121, 121).T
+    winner = weights.argmax(dim=-1).reshape(120, 120).T
     ax.imshow(winner, origin="lower", extent=(-3, 3, -3, 3), cmap="Set2", vmin=0, vmax=7)
     ax.scatter(*six.T, color="black")
     ax.set_title(f"{cls.card.name}: {len(winner.unique())} of 6 keys ever win")

@@ -123,6 +123,8 @@ right.axhline(outcome.donor, color="black", linestyle="--", label="donor")
 right.legend(loc="lower right")
 _ = right.set(ylabel="test accuracy", ylim=(0, 1))
 
+scratch.cleanup()
+
 # %%
 # What this shows, and what not: a graft keeps what it can and says what it could not; after distillation
 # most of the accuracy is back. That it is the distillation that brings it back is *not* shown, since
@@ -134,5 +136,3 @@ _ = right.set(ylabel="test accuracy", ylim=(0, 1))
 # * :doc:`/docs/graft`: donors, the ledger, distillation, frozen queries and keys, mixtures of heads
 # * :doc:`05_what_is_my_model_looking_at`: look into donor and graft
 # * :doc:`/docs/recipes`: what can be put in
-
-scratch.cleanup()

@@ -191,6 +191,7 @@ from attnzoo.lab.text_sheet import text_notes, text_sheet, text_view
 example = translated_example(model, run.vocabularies(), "two hundred forty seven", name="numbers")
 maps = collect_text(model, *example.inputs).only("cross")
 blocks = text_view(maps, example, "mechanism")
+# sphinx_gallery_thumbnail_number = 2
 sheet = text_sheet(blocks, "mechanism", "numbers", example.lines, text_notes(maps, blocks, "mechanism"))
 
 # %%
@@ -205,7 +206,13 @@ sheet = text_sheet(blocks, "mechanism", "numbers", example.lines, text_notes(map
 recipe, settings = prepare(work / "numbers.yaml", ["overrides=[{at: 'decoder.*.cross', put: additive}]"])
 other = train(recipe, settings, work / "additive")
 for name, one in (("softmax", run), ("additive", other)):
-    print(f"{name:9}", *(f"epoch {row['epoch']}: {row['test_accuracy']:.1%} " for row in one.log()[1::2]))
+    print(
+        f"{name:9}",
+        *(f"epoch {row['epoch']}: {row['test_accuracy']:.1%}" for row in one.log()[1::2]),
+        sep="  ",
+    )
+
+scratch.cleanup()
 
 # %%
 # That is one seed and fifty sentences, of a language of forty words and of a rule that can be written down
@@ -218,5 +225,3 @@ for name, one in (("softmax", run), ("additive", other)):
 # * :doc:`/docs/text`: hosts, data, tokenizers, decoding, scores
 # * :doc:`/docs/deep-head`: numbers of heads that change by layer, and layers that hand them on
 # * :doc:`/docs/sequences`: small tasks that show what a mechanism can, and with a proof what it cannot
-
-scratch.cleanup()

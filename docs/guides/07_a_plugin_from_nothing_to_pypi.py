@@ -179,6 +179,8 @@ print("License-Expression:", about["License-Expression"])
 if importlib.util.find_spec("twine"):
     print(subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(wheel)], **how).stdout)
 
+scratch.cleanup()
+
 # %%
 # From here on the network is needed, and an account on PyPI. These are the commands; try
 # https://test.pypi.org first.
@@ -201,5 +203,3 @@ if importlib.util.find_spec("twine"):
 # * :doc:`/docs/writing-a-plugin`: the card, laws, masks, fusions, pools, what each check means
 # * :doc:`/docs/probes`: probes and interventions as plugins
 # * :doc:`/docs/recipes`: what your recipes can say
-
-scratch.cleanup()

@@ -31,6 +31,7 @@ x = torch.randn(2, 65, 64)  # (batch, tokens, channels)
 
 def compared(what: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:
     """How far two results are from each other."""
+    assert theirs.shape == ours.shape
     print(f"{what}: largest difference {(theirs - ours).abs().max():.1e}")
 
 
@@ -166,7 +167,7 @@ if find_spec("x_transformers"):
     with torch.no_grad():
         here.attn.qkv.weight.copy_(torch.cat([there.to_q.weight, there.to_k.weight, there.to_v.weight]))
         here.attn.proj.weight.copy_(there.to_out.weight)
-        compared("x-transformers Attention", there(x)[0], here(x))
+        compared("x-transformers Attention", there(x), here(x))
 else:
     print("x-transformers is not installed here: what stands above is code only")
 
