@@ -382,8 +382,8 @@ def _maps_text(name: str, seen: looks.Looks) -> str:
         ", below 0 what counts against it" if any((heads < 0).any() for heads in seen.heads.values()) else ""
     )
     return (
-        f"Heat maps of {name} on a handwritten digit, after training: a token is looked at {_listed(said)} times as much "
-        f"as if all were alike{against}."
+        f"Heat maps of {name} on a handwritten digit, after training: a token is looked at {_listed(said)} times as "
+        f"much as if all were alike{against}."
     )
 
 
