@@ -26,11 +26,12 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/dev
+docs: $(VENV)/docs
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/website.py
 
 clean:
-	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/_build
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,4 +41,8 @@ $(VENV)/demo: pyproject.toml constraints.txt
 
 $(VENV)/dev: $(VENV)/demo
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/dev
+	$(PIP) --editable ".[dev,docs]"
 	touch $@

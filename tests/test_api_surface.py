@@ -19,6 +19,7 @@ MODULES = (
     "attnzoo",
     "attnzoo.core",
     "attnzoo.functional",
+    "attnzoo.gallery",
     "attnzoo.hf",
     "attnzoo.methods",
     "attnzoo.parallel",

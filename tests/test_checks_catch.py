@@ -1,5 +1,7 @@
 """The checks themselves: every one catches a part that is broken in its way, and lets a healthy part pass."""
 
+import runpy
+
 import pytest
 from broken import BROKEN, HEALTHY
 from broken.heads import ForgetsCausality, Healthy, UsesGlobalRandomness
@@ -95,3 +97,24 @@ def test_a_file_is_checked(tmp_path):
 def test_results_do_not_depend_on_the_global_random_state():
     first = run_check(UsesGlobalRandomness, CHECKS["check_no_global_randomness"])
     assert first == run_check(UsesGlobalRandomness, CHECKS["check_no_global_randomness"])
+
+
+@pytest.mark.parametrize("name", ["__main__", "mine"])
+def test_a_script_that_checks_its_own_component_runs_once(name, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from pathlib import Path\n"
+        "from attnzoo.core import Fusion, FusionCard\n"
+        "from attnzoo.testing.checks import CHECKS\n"
+        "from attnzoo.testing.runner import run_check\n"
+        "class Mine(Fusion):\n"
+        "    card = FusionCard(name='mine', summary='Mine.')\n"
+        "    def merge(self, branches, x):\n"
+        "        return sum(branches)\n"
+        f"times = Path({str(tmp_path / 'times')!r})\n"
+        "times.write_text((times.read_text() if times.exists() else '') + 'once ')\n"
+        "result = run_check(Mine, CHECKS['check_instances_apart'], 1)\n"
+    )
+    ran = runpy.run_path(str(file), run_name=name)
+    assert ran["result"].ok
+    assert len((tmp_path / "times").read_text().split()) <= 2

@@ -71,10 +71,11 @@ def test_a_page_of_the_reference_says_what_the_card_says():
         "- **law** `linear_in_values`: for fixed queries and keys the head is linear in the values",
         "| option | type | default | meaning |",
         "attention: linformer",
-        "`digits_linformer`",
+        "As a whole, `digits_linformer`:\n\n```yaml\nrecipe: 1\nname: digits_linformer\n",
         "`attnzoo check linformer`",
         "(../../tests/mechanisms/test_linformer.py)",
-        "[`performer`](performer.md)",
+        "@misc{wang2020linformer,",
+        "- [`efficient`](efficient.md): A softmax over the channels",
     ):
         assert said in text, said
 

@@ -204,6 +204,7 @@ def test_numbers_can_be_read_on_their_colours():
     assert [text.get_text() for text in head_matrix([[0.001, 0.0023]]).texts] == ["0.001", "0.002"]
     assert [text.get_text() for text in head_matrix([[120.0, 480.0]]).texts] == ["120", "480"]
     assert [text.get_text() for text in head_matrix([[0.5, 0.5]], digits=1).texts] == ["0.5", "0.5"]
+    assert [text.get_text() for text in head_matrix([[-0.01, 2.0]]).texts] == ["0.0", "2.0"]  # not -0.0
 
 
 def test_heads_that_are_not_there_are_grey():

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from attnzoo.catalogue.lists import form_of
 from attnzoo.catalogue.text import Sheet, Table, Verbatim
 from attnzoo.core import Head, Layout, Site, evaluate, options_of
@@ -169,6 +171,7 @@ def _counted(component: Any, what: str) -> str:
     if component.card.context_grid is not None:
         site = replace(site, context_dim=384, context_layout=layout)
     text = formula.replace("**2", "²").replace("**3", "³").replace(" * ", " · ")
+    text = text.replace(" ** ", "^").replace("**", "^")
     if issubclass(component, Head) and what == "params":
         text += ", beside the projections"
     try:
@@ -190,12 +193,11 @@ def _type(annotation: Any) -> str:
     if origin is typing.Literal:
         return " | ".join(_yaml(value) for value in inner)
     if origin in (Sequence, list, tuple):
-        return f"list of {_plural(_type(inner[0]))}"
+        return "list" if inner[0] is Any else f"list of {_plural(_type(inner[0]))}"
     if origin in (types.UnionType, typing.Union):
         return " | ".join(_type(arg) for arg in inner)
-    return {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "null"}.get(
-        annotation, str(annotation)
-    )
+    words = {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "null"}
+    return words.get(annotation, "tensor" if annotation is Tensor else str(annotation))
 
 
 def _plural(words: str) -> str:

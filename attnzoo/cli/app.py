@@ -20,6 +20,7 @@ from attnzoo.cli import (
     doctor,
     eval,
     explain,
+    gallery,
     graft,
     heatmap,
     list,
@@ -147,6 +148,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": eval.eval_,
     "translate": translate.translate,
     "probe": probe.probe,
+    "gallery": gallery.gallery,
 }
 for name, verb in VERBS.items():
     app.command(name, cls=Verb)(verb)

@@ -31,6 +31,11 @@ def components(incomplete: str) -> list[str]:
     return _starting([*_names("mechanism"), *_names("fusion")], incomplete)
 
 
+def shown(incomplete: str) -> list[str]:
+    """What has a page in a gallery: mechanisms, fusions, probes and interventions."""
+    return components(incomplete) + probes(incomplete) + interventions(incomplete)
+
+
 def everything(incomplete: str) -> list[str]:
     """Mechanisms, fusions and recipes."""
     names = [*_names("probe"), *_names("intervention"), *_names("recipe")]

@@ -15,7 +15,7 @@ from attnzoo.zoo import load_zoo
 
 
 def probe_of(text: str) -> Probe:
-    """A probe as it is written on the command line: `entropy`, or `entropy(unit="share")`.
+    """A probe as it is written on the command line: `entropy`, or `entropy(tokens="grid")`.
 
     Args:
         text: A name, with options in brackets.

@@ -117,6 +117,6 @@ def _write(axes: Axes, known: np.ma.MaskedArray, image, digits: int | None) -> N
     for (layer, head), value in np.ndenumerate(known.filled(np.nan)):
         red, green, blue, _ = image.cmap(image.norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
         bright = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5
-        text = f"{value:.{places}f}" if np.isfinite(value) else "–"
+        text = f"{value:z.{places}f}" if np.isfinite(value) else "–"
         colour = PALE if not np.isfinite(value) else INK if bright else "white"
         axes.text(head, layer, text, ha="center", va="center", color=colour, fontsize=points(SMALL))

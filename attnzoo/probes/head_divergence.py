@@ -50,7 +50,7 @@ class HeadDivergence(Probe):
             "Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence",
             "He et al.",
             2025,
-            "",
+            "arXiv:2412.13949",
             "§3",
         ),
         needs={"heads"},

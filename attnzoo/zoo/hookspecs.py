@@ -25,12 +25,19 @@ import pluggy
 if TYPE_CHECKING:
     from attnzoo.core import Fusion, Head, Intervention, Mechanism, Probe
 
+__all__ = [
+    "API", "PROJECT", "attnzoo_fusions", "attnzoo_interventions", "attnzoo_mechanisms", "attnzoo_probes",
+    "attnzoo_recipes",
+]  # fmt: skip
+
 PROJECT = "attnzoo"
+"""Name of the group of entry points, and of the hooks' project."""
 API = 2
 """Version of the hooks. It grows when a hook changes its meaning; plugins for another version are refused."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function of a plugin as one of the hooks of attnzoo."""
 
 
 @hookspec
