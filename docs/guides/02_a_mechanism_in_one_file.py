@@ -15,6 +15,7 @@ The example is L2 attention of Kim, Papamakarios and Mnih, "The Lipschitz Consta
 """
 
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ from attnzoo.functional import attention_from_scores
 from attnzoo.testing import against, check
 
 command = [sys.executable, "-m", "attnzoo"]  # the command `attnzoo`, of this Python
+scratch = tempfile.TemporaryDirectory()
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = scratch.name  # of hypothesis, which makes failures small
 
 # %%
 # The class
@@ -208,11 +211,12 @@ print("later tokens have no influence:", torch.allclose(whole[:, :5], shorter, a
 #     $ attnzoo new mechanism tempered --family dot_product
 #     $ attnzoo check tempered.py
 
-with tempfile.TemporaryDirectory() as folder:
-    new = ["new", "mechanism", "tempered", "--family", "dot_product"]
-    for words in (new, ["check", "tempered.py", "--examples", "3"]):
-        done = subprocess.run([*command, *words], cwd=folder, check=True, capture_output=True, text=True)
-        print(done.stdout)
+new = ["new", "mechanism", "tempered", "--family", "dot_product"]
+for words in (new, ["check", "tempered.py", "--examples", "3"]):
+    done = subprocess.run([*command, *words], cwd=scratch.name, check=True, capture_output=True, text=True)
+    print(done.stdout)
+
+scratch.cleanup()
 
 # %%
 # What to read next
