@@ -18,6 +18,7 @@ MODULES = (
     "attnzoo",
     "attnzoo.core",
     "attnzoo.functional",
+    "attnzoo.gallery",
     "attnzoo.hf",
     "attnzoo.methods",
     "attnzoo.parallel",

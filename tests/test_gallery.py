@@ -96,6 +96,7 @@ def test_every_paper_is_an_entry_under_a_key_of_its_own():
 PAPERS = [
     (Paper("A {b_c} \\ 50 % & more", "Ng, A., Li, F.-F. and Xu, B.", 2020, "doi:10.1109/34.192463"), "ng2020bc", "misc"),
     (Paper("Swin Transformer V2: Scaling Up", "Liu et al.", 2021, "arXiv:2111.09883v2"), "liu2021swintransformerv2", "misc"),
+    (Paper("In Two Places", "Doe", 2022, "ICLR 2023, arXiv:cs/0601001"), "doe2022two", "misc"),
     (Paper("On Something", "Martínez-Marín et al."), "martinezmarinsomething", "misc"),
     (Paper("注意", "王", None, "NeurIPS"), "paper", "misc"),
     (Paper("A Thing", "J. Doe & M. van den Oord", 2019, "ICML 2019"), "doe2019thing", "inproceedings"),
@@ -108,9 +109,11 @@ PAPERS = [
 def test_entries_of_strange_papers(paper, name, kind):
     found, its_key, fields = parsed(bibtex(paper))
     assert (found, its_key) == (kind, name) == (kind, key(paper))
+    if "arXiv:" in paper.ref:
+        assert fields["url"] == f"https://arxiv.org/abs/{paper.ref.rpartition(':')[2]}"
     if "doi" in paper.ref:
         assert fields["doi"] == "10.1109/34.192463"
-    if "." in paper.ref and "/" in paper.ref and "doi" not in paper.ref:
+    if "/" in paper.ref and "doi" not in paper.ref:
         assert fields["url"].startswith("https://")
 
 

@@ -373,14 +373,17 @@ def _half(found: influences.Influence) -> float:
 
 
 def _maps_text(name: str, seen: looks.Looks) -> str:
-    strong = []
+    said = []
     for branch, heads in seen.heads.items():
-        even = heads.flatten(1).double()
-        most = float((even.amax(dim=1) / even.mean(dim=1).clamp(min=1e-30)).max())
-        strong.append(f"{branch} up to {most:.1f}" if len(seen.heads) > 1 else f"up to {most:.1f}")
+        shares = heads.double() * heads[0].numel()
+        between = f"{float(shares.min()):.3g} to {float(shares.max()):.3g}"
+        said.append(f"{branch} {between}" if len(seen.heads) > 1 else between)
+    against = (
+        ", below 0 what counts against it" if any((heads < 0).any() for heads in seen.heads.values()) else ""
+    )
     return (
-        f"Heat maps of {name} on a handwritten digit, after training: a token is looked at {_listed(strong)} times as "
-        "much as on average."
+        f"Heat maps of {name} on a handwritten digit, after training: a token is looked at {_listed(said)} times as "
+        f"much as if all were alike{against}."
     )
 
 

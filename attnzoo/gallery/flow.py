@@ -188,14 +188,8 @@ def draw(found: Flow) -> Picture:
     Args:
         found: What goes where.
     """
-    names = [
-        cut(f"{box.label} ({box.times} ×)" if box.times > 1 else box.label, WIDEST, TEXT)
-        for box in found.boxes
-    ]
-    widths = [
-        max(length(name, TEXT), length(box.shape, SMALL), 34) + 2 * GAP
-        for name, box in zip(names, found.boxes, strict=True)
-    ]
+    names = names_of(found)
+    widths = [wide(name, box) for name, box in zip(names, found.boxes, strict=True)]
     rows, chains = _rows(found)
     centres = _centres(rows, chains, widths)
     half = {item: widths[item] / 2 if isinstance(item, int) else THIN / 2 for item in centres}
@@ -249,6 +243,28 @@ def draw(found: Flow) -> Picture:
     for k, text in enumerate(notes):
         picture.write(MARGIN, line + 20 + 16 * k, text, SMALL, "#55555c")
     return picture
+
+
+def names_of(found: Flow) -> list[str]:
+    """What stands in each box, as much of it as fits.
+
+    Args:
+        found: What goes where.
+    """
+    return [
+        cut(f"{box.label} ({box.times} ×)" if box.times > 1 else box.label, WIDEST, TEXT)
+        for box in found.boxes
+    ]
+
+
+def wide(name: str, box: Box) -> float:
+    """How wide a box is, in pixels.
+
+    Args:
+        name: What stands in it.
+        box: It.
+    """
+    return max(length(name, TEXT), length(box.shape, SMALL), 34) + 2 * GAP
 
 
 def _rows(found: Flow) -> tuple[list[list[Any]], list[list[Any]]]:

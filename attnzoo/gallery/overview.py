@@ -137,6 +137,7 @@ def _form(values: Sequence[Mapping[str, Sequence[str]]]) -> str:
         '<p><label for="zoo-text">Words</label> <input id="zoo-text" type="search" name="text" autocomplete="off" '
         'placeholder="linear, kernel, Vaswani" aria-keyshortcuts="/"> <button type="reset">Clear</button></p>',
     ]
+    lines.append("<details open><summary>Filters</summary>")
     for facet in FACETS:
         there = sorted(
             {one for card in values for one in card.get(facet, ())}, key=lambda v: _order(facet, v)
@@ -152,6 +153,7 @@ def _form(values: Sequence[Mapping[str, Sequence[str]]]) -> str:
         lines.append("</div></fieldset>")
     keys = "<kbd>/</kbd> words · <kbd>Esc</kbd> clears · <kbd>←</kbd> <kbd>→</kbd> <kbd>↑</kbd> <kbd>↓</kbd> cards"
     lines += [
+        "</details>",
         '<p><output role="status" aria-live="polite"></output>',
         f"<small>{keys}</small></p>",
         "</form>",

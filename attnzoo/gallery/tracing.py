@@ -41,6 +41,7 @@ _NAMES = {
     "__truediv__": "÷",
     "div": "÷",
     "linear": "product",
+    "masked_fill": "fill",
     "cat": "join",
     "stack": "join",
     "avg_pool1d": "local mean",
@@ -94,7 +95,7 @@ _RANKS: Sequence[set[str]] = (
         "logsumexp",
     },
     {"×", "÷", "sum", "pick", "norm", "roll", "var", "std", "square"},
-    {"+", "−", "join"},
+    {"+", "−", "join", "fill"},
 )
 """Operations that are shown, those that matter most first: the last go first where there are too many boxes."""
 _RANK = {name: rank for rank, names in enumerate(_RANKS) for name in names}

@@ -101,5 +101,7 @@
   window.addEventListener("hashchange", () => { read(); show(); });
   read();
   form.hidden = false;
+  // on a phone the cards come first, unless a link has chosen
+  form.querySelector("details").open = innerWidth > 480 || boxes.some((box) => box.checked);
   show();
 })();
