@@ -54,12 +54,9 @@ def mirror() -> None:
     guides = {file.stem for file in (ROOT / "docs" / "guides").glob("*.py")} | {"index"}
     for file in [file for file in SOURCE.rglob("*") if file.is_file()]:
         path = file.relative_to(SOURCE)
-        stale = path.suffix == ".rst" and path.stem not in guides
-        if (
-            path not in wanted
-            and path.parts[:2] != REFERENCE.parts
-            and (path.parts[:2] != GUIDES.parts or stale)
-        ):
+        if path in wanted or path.parts[0] in LINKED or path.parts[:2] == REFERENCE.parts:
+            continue
+        if path.parts[:2] != GUIDES.parts or (path.suffix == ".rst" and path.stem not in guides):
             file.unlink()
     for path, content in wanted.items():
         file = SOURCE / path

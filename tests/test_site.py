@@ -49,17 +49,19 @@ return {
 """
 """What a page lacks, as JavaScript that selenium runs in it."""
 PAPER = """
-const title = document.querySelector("article h1, h1");
-if (!title && location.pathname == "/search.html") return "";
-if (!title || !title.getClientRects().length) return "no title";
+const title = document.querySelector("h1"), short = e => e.outerHTML.slice(0, 80);
+if (!title) return location.pathname == "/search.html" ? [] : ["no title"];
 title.scrollIntoView();
-const box = title.getBoundingClientRect();
+const box = title.getBoundingClientRect(), faults = [];
 const over = document.elementFromPoint(box.left + 5, box.top + box.height / 2);
-if (!over || !(title.contains(over) || over.contains(title))) return "over the title lies " + (over && over.outerHTML.slice(0, 80));
-const gone = [...document.querySelectorAll("article p, article pre, article img, article table")]
-  .filter(e => !e.closest("details:not([open]), [hidden], form") && e.innerText !== "" && !e.getClientRects().length);
-const hidden = gone.filter(e => !e.closest(".sphx-glr-download-link-note"));
-return hidden.length ? "hidden: " + hidden[0].outerHTML.slice(0, 80) : "";
+if (!over || !title.contains(over)) faults.push("over the title: " + (over && short(over)));
+const parts = [...document.querySelectorAll(":is(main, [role=main]) *")].filter(e => e.matches("p, pre, img, table, li")
+  && !e.closest("form, details:not([open]), [hidden], .sphx-glr-download-link-note"));
+for (const part of parts) {
+  if (!part.getClientRects().length) faults.push("hidden: " + short(part));
+  if (part.matches("pre") && part.scrollWidth > part.clientWidth + 1) faults.push("cut: " + short(part));
+}
+return faults.slice(0, 5);
 """
 """What is wrong with a page on paper."""
 
@@ -152,7 +154,7 @@ class Browser:
         visit.wide += self.driver.execute_script(LOOK)["wide"]
         self.width(794)  # A4
         self.media("print")
-        visit.paper = list(filter(None, [self.driver.execute_script(PAPER)]))
+        visit.paper = self.driver.execute_script(PAPER)
         visit.console = [
             entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"
         ]
@@ -254,7 +256,8 @@ def test_what_is_wrong_is_noticed(browse, tmp_path):
         '<img src="http://outside.invalid/x.png" alt="">'
         '<p style="width: 500px; background: white; color: #ddd">faint</p>'
         "<style>@media (prefers-color-scheme: dark) { h1 { background: black; color: #222 } }"
-        "@media print { div { position: fixed; inset: 0; background: white } }</style><div></div>"
+        "@media print { div { position: fixed; inset: 0; background: white } p { display: none } }</style><div></div>"
+        '<pre style="width: 2em; overflow: auto">too long for this</pre>'
         "<script>console.error('a fault')</script>"
     )
     (tmp_path / "good.html").write_text(good % "", encoding="utf-8")
@@ -266,7 +269,8 @@ def test_what_is_wrong_is_noticed(browse, tmp_path):
     assert visit.outside == ["http://outside.invalid/x.png"]
     assert [url.partition(":")[0] for url in visit.unlabelled] == ["data", "http"]
     assert any("none.png" in url for url in visit.broken)
-    assert visit.wide and "over the title" in visit.paper[0]
+    assert visit.wide
+    assert [fault.partition(":")[0] for fault in visit.paper] == ["over the title", "hidden", "cut"]
     assert any(fault.startswith("color-contrast: <p") for fault in visit.light)
     assert any("<h1" in fault for fault in visit.dark)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,58 @@ def test_every_page_of_docs_has_its_place():
         for file in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     }
     assert listed == pages | {"docs/api/index", "docs/guides/index", "docs/reference/index"}
+
+
+def test_the_mirror_is_what_there_is(tmp_path, monkeypatch):
+    """Of a small repository: what is copied, what keeps its time, what goes; guides and gallery are left to themselves."""
+    pytest.importorskip("sphinx", reason=needs_sphinx)
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    website = import_module("website")
+    root, source = tmp_path / "repository", tmp_path / "source"
+    for path in (
+        "README.md",
+        "docs/index.rst",
+        "docs/a.md",
+        "docs/b/c.png",
+        "docs/guides/01_x.py",
+        "docs/reference/y.md",
+    ):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(path)
+    (root / "recipes").mkdir()
+    (root / "recipes" / "r.yaml").write_text("recipe: 1")
+    for name, value in {"ROOT": root, "SOURCE": source, "LINKED": ["recipes"]}.items():
+        monkeypatch.setattr(website, name, value)
+    monkeypatch.setattr(website, "pages", lambda: {"attnzoo": "attnzoo"})
+    website.mirror()
+    copied = {str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()}
+    assert copied - {"recipes/r.yaml"} == {
+        "README.md",
+        "index.rst",
+        "docs/a.md",
+        "docs/b/c.png",
+        "docs/api/attnzoo.rst",
+    }
+    assert (source / "recipes" / "r.yaml").read_text() == "recipe: 1"
+    for path in (
+        "docs/guides/01_x.rst",
+        "docs/guides/02_gone.rst",
+        "docs/guides/index.rst",
+        "docs/reference/made.md",
+    ):
+        (source / path).parent.mkdir(exist_ok=True)
+        (source / path).write_text(path)
+    before = (source / "README.md").stat().st_mtime_ns
+    (root / "docs" / "a.md").unlink()
+    (root / "docs" / "b" / "c.png").write_text("new")
+    website.mirror()
+    assert (
+        not (source / "docs" / "a.md").exists() and not (source / "docs" / "guides" / "02_gone.rst").exists()
+    )
+    assert (source / "docs" / "guides" / "01_x.rst").exists() and (
+        source / "docs" / "reference" / "made.md"
+    ).exists()
+    assert (source / "docs" / "guides" / "index.rst").exists()
+    assert (source / "docs" / "b" / "c.png").read_text() == "new"
+    assert (source / "README.md").stat().st_mtime_ns == before
+    assert (root / "recipes" / "r.yaml").exists()
