@@ -1,0 +1,135 @@
+"""The file itself: what it is of, what it imports, what it is made of, how the model is built."""
+
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+
+import timm
+import torch
+import yaml
+from torch import nn
+
+from attnzoo.core import Component, Fused, FusedHeads, Fusion, MultiHead
+from attnzoo.ejecting import construction, hosts
+from attnzoo.ejecting.bundle import PRELUDE, Bundle
+from attnzoo.ejecting.expressions import named, referred, wrapped
+from attnzoo.ejecting.modules import Module, Symbol, top
+from attnzoo.recipe import Composition
+from attnzoo.version import VERSION
+
+RULE = "# " + "-" * 106
+
+
+def text_of(composition: Composition, model: nn.Module, name: str) -> str:
+    """The file of a recipe.
+
+    Args:
+        composition: The recipe, resolved.
+        model: Its model; on the meta device will do.
+        name: Of the function that builds the model.
+    """
+    parts, _ = construction.puts(composition)
+    parts += hosts.vision_transformer(name, composition)
+    parts.append(main(name, composition))
+    packages = {"attnzoo", *(top(entry.value.__module__) for entry in composition.entries)}
+    bundle = Bundle(packages, {}, facts_of(model))
+    bundle.take(referred("\n".join(parts)), set())
+    bundle.name_all({"put", "SITES", "HEADS", "LAYOUT", name})
+    written = [section for module, texts in bundle.written() for section in section_of(module, texts)]
+    built = [
+        construction.laid_out(named(part, lambda symbol: bundle.names[bundle.resolve(symbol)]))
+        for part in parts
+    ]
+    body = [RULE + "\n# The model\n" + RULE, *built]
+    lines = [header(composition, name), "\n".join(bundle.imports())]
+    return "\n\n".join(lines) + "\n\n" + "\n\n\n".join([*written, *body]) + "\n"
+
+
+def section_of(module: Module, texts: list[str]) -> Iterable[str]:
+    """The definitions of a module under a heading that says what it is, and of which paper."""
+    doc = module.doc.split("\n\nSource")[0]
+    lines = [line for part in doc.splitlines() for line in (textwrap.wrap(part, 106) or [""])]
+    heading = "\n".join([RULE, *(f"# {line}".rstrip() for line in lines), RULE])
+    yield heading
+    yield from texts
+
+
+def facts_of(model: nn.Module) -> dict[Symbol, list[str]]:
+    """What the file's classes must know of the cards of a model's components, as attributes."""
+    facts: dict[Symbol, list[str]] = {}
+    taps: dict[type, dict[str, str]] = {}
+    for part in model.modules():
+        cls = type(part)
+        if isinstance(part, MultiHead | Fused | FusedHeads) or not isinstance(part, Component | Fusion):
+            continue
+        lines = facts.setdefault(Symbol(cls.__module__, cls.__qualname__), [])
+        if isinstance(part, Component):
+            own = taps.setdefault(cls, {})
+            own |= dict(part.card.taps)
+            lines[:] = [f"taps = {wrapped(_mapping(own), 4, 7)}"] if own else []
+            if part.card.given:
+                lines.append(
+                    f"given = ({', '.join(repr(name).replace(chr(39), chr(34)) for name in part.card.given)},)"
+                )
+            if part.card.context_grid is not None:
+                lines.append("context_grid = True")
+            if part.card.incremental:
+                lines.append("incremental = True")
+        else:
+            lines[:] = [f"{fact} = True" for fact, holds in _of_fusion(part).items() if holds]
+    return facts
+
+
+def _of_fusion(fusion: Fusion) -> dict[str, bool]:
+    mixes = fusion.card.mixes_tokens
+    return {"mixes_tokens": mixes, "takes_mask": bool(mixes and fusion.card.masks)}
+
+
+def _mapping(taps: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f'"{name}": "{axes}"' for name, axes in taps.items()) + "}"
+
+
+def header(composition: Composition, name: str) -> str:
+    """The docstring of the file."""
+    recipe = composition.loaded.recipe
+    papers = dict.fromkeys(str(entry.card.paper) for entry in composition.entries if entry.card.paper)
+    lines = [
+        f"{composition.loaded.name}: {recipe.summary}" if recipe.summary else f"{composition.loaded.name}.",
+        "",
+        f"Written by attnzoo {VERSION}, whose model of this recipe it is: the same names of parameters, the same numbers.",
+        f"It needs torch and timm; it was written for torch {torch.__version__.split('+')[0]} and timm {timm.__version__}.",
+        "",
+        f"    model = {name}()",
+        '    model.load_state_dict(safetensors.torch.load_file("model.safetensors"))',
+    ]
+    if papers:
+        lines += ["", "Papers:", *(f"    {paper}" for paper in papers)]
+    lines += ["", "Licence: Apache-2.0.", "", "The recipe:", ""]
+    lines += [
+        f"    {line}"
+        for line in yaml.safe_dump(
+            composition.loaded.source.tree, sort_keys=False, allow_unicode=True, width=100
+        ).splitlines()
+    ]
+    text = "\n".join(line for one in lines for line in _folded(one))
+    return f'"""{text}\n"""'.replace("\\", "\\\\")
+
+
+def _folded(line: str) -> list[str]:
+    indent = re.match(r" *", line)[0]  # type: ignore[index]
+    return textwrap.wrap(line, 110, subsequent_indent=indent + "    ", break_long_words=False) or [""]
+
+
+def main(name: str, composition: Composition) -> str:
+    """What the file does when it is run."""
+    nn_torch = "⟦torch:⟧"
+    return (
+        'if __name__ == "__main__":\n'
+        f"    model = {name}().eval()\n"
+        f"    images = {nn_torch}.randn(1, {', '.join(map(str, composition.image[1].image))})\n"  # type: ignore[index]
+        f"    parameters = sum(parameter.numel() for parameter in model.parameters())\n"
+        f'    print(f"{{tuple(images.shape)}} -> {{tuple(model(images).shape)}}, {{parameters:,}} parameters")  # noqa: T201'
+    )
+
+
+__all__ = ["PRELUDE", "text_of"]
