@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from attnzoo.ejecting.modules import ALLOWED, Module, Symbol, is_module, read, top
-from attnzoo.ejecting.rewriting import Source, edited, rewritten, tidied, unread, until_still
+from attnzoo.ejecting.rewriting import Source, edited, refitted, rewritten, tidied, unread, until_still
 from attnzoo.errors import ZooError
 
 PRELUDE = "attnzoo.ejecting.prelude"
@@ -62,6 +62,7 @@ class Bundle:
         packages: Packages whose sources are taken; of others a file imports.
         known: Conditions whose truth is known, by module; see `rewriting.decided`.
         facts: Class attributes that stand for cards, by class: lines of Python.
+        respelled: Patterns with what stands in the place of what they match, by module.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class Bundle:
         packages: set[str],
         known: Mapping[str, Mapping[str, bool]],
         facts: Mapping[Symbol, list[str]],
+        respelled: Mapping[str, Mapping[str, str]],
     ):
-        self.packages, self.known, self.facts = packages, known, facts
+        self.packages, self.known, self.facts, self.respelled = packages, known, facts, respelled
         self.attributes: set[str] = set(CALLED)
         self.raw: dict[Symbol, str] = {}
         self.pieces: dict[Symbol, Piece] = {}
@@ -160,7 +162,7 @@ class Bundle:
         if name in module.defined:
             return self.resolve(Symbol(module.name, name))
         if name not in module.imported:
-            return None
+            return Symbol(PRELUDE, name) if name in read(PRELUDE).defined else None
         symbol = module.imported[name]
         if symbol.module.startswith("attnzoo") and symbol.name in NUMBERS:
             return Symbol("builtins", NUMBERS[symbol.name])
@@ -185,7 +187,10 @@ class Bundle:
     def _text(self, symbol: Symbol) -> str:
         module = read(symbol.module)
         if symbol not in self.raw:
-            text = rewritten(module.source(symbol.name), self.known.get(symbol.module, {}))
+            text = module.source(symbol.name)
+            for old, new in self.respelled.get(symbol.module, {}).items():
+                text = re.sub(old, new, text)
+            text = rewritten(text, self.known.get(symbol.module, {}))
             self.raw[symbol] = with_facts(text, self.facts.get(symbol, []))
         if not isinstance(module.defined[symbol.name], ast.ClassDef):
             return self.raw[symbol]
@@ -217,7 +222,7 @@ class Bundle:
             self.names[symbol] = name = self._alias(symbol, taken)
             taken.add(name)
         for symbol in sorted(self.pieces, key=self._place):
-            name, stem = symbol.name, symbol.module.rpartition(".")[2]
+            name, stem = symbol.name.replace("Zoo", "Sited"), symbol.module.rpartition(".")[2]
             if name in taken:
                 name = f"{stem}_{name.lstrip('_')}"
                 if symbol.name.isupper():
@@ -266,7 +271,7 @@ class Bundle:
             new = self.names[Symbol(piece.module.name, name)]
             if new != name:
                 text = re.sub(rf"^((?:async )?(?:def|class) ){name}\b", rf"\g<1>{new}", text, flags=re.M)
-        return text
+        return tidied(refitted(text))
 
     def _name(self, symbol: Symbol) -> str:
         return symbol.name if symbol.module == "builtins" else self.names[symbol]

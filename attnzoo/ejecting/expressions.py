@@ -10,6 +10,7 @@ from typing import Any
 from attnzoo.core import Layout
 from attnzoo.ejecting.modules import Symbol
 from attnzoo.errors import ZooError
+from attnzoo.hosts.skip import Skip
 
 MARK = re.compile(r"⟦([\w.]*):(\w*)⟧")
 """A reference: module and name."""
@@ -59,6 +60,10 @@ def literal(value: Any) -> str:
             return f"[{', '.join(map(literal, value))}]"
         case tuple():
             return f"({', '.join(map(literal, value))}{',' * (len(value) == 1)})"
+        case frozenset():
+            return f"frozenset({literal(sorted(value))})" if value else "frozenset()"
+        case Skip():
+            return call(ref(Skip), [], {"use": value.use, "at": value.at, "encoders": value.encoders})
         case Mapping():
             return "{" + ", ".join(f"{literal(k)}: {literal(v)}" for k, v in value.items()) + "}"
         case partial():

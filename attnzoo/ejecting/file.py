@@ -9,32 +9,55 @@ import torch
 import yaml
 from torch import nn
 
-from attnzoo.core import Component, Fused, FusedHeads, Fusion, MultiHead
+from attnzoo.core import Component, Fused, FusedHeads, Fusion, Mechanism, MultiHead, Site
 from attnzoo.ejecting import construction, hosts
 from attnzoo.ejecting.bundle import PRELUDE, Bundle
 from attnzoo.ejecting.expressions import named, referred, wrapped
 from attnzoo.ejecting.modules import Module, Symbol, top
+from attnzoo.hosts.info import unallocated
 from attnzoo.recipe import Composition
 from attnzoo.version import VERSION
 
 RULE = "# " + "-" * 106
 
 
-def text_of(composition: Composition, model: nn.Module, name: str) -> str:
+CHANGED = [
+    "",
+    "Args:",
+    "    changed: Arguments of the model that shall be others: `num_classes=10`, `drop_path_rate=0.1`.",
+]
+
+
+class Recorded(Composition):
+    """A composition that remembers the sites at which it put something."""
+
+    def put(self, site: Site) -> Mechanism:
+        vars(self).setdefault("sites", []).append(site)
+        return super().put(site)
+
+
+def text_of(composition: Composition, name: str) -> str:
     """The file of a recipe.
 
     Args:
         composition: The recipe, resolved.
-        model: Its model; on the meta device will do.
         name: Of the function that builds the model.
     """
+    recorded = Recorded(**vars(composition))
+    with unallocated():
+        model = recorded.build()
+    sites: list[Site] = vars(recorded)["sites"]
     parts, _ = construction.puts(composition)
-    parts += hosts.vision_transformer(name, composition)
-    parts.append(main(name, composition))
+    made = hosts.construction(composition)
+    function = construction.function(
+        name, ["The model, with weights as before training.", *CHANGED], made.body
+    )
+    parts += [*hosts.put_pool(composition), *made.before, function, main(name, made.sample)]
     packages = {"attnzoo", *(top(entry.value.__module__) for entry in composition.entries)}
-    bundle = Bundle(packages, {}, facts_of(model))
-    bundle.take(referred("\n".join(parts)), set())
-    bundle.name_all({"put", "SITES", "HEADS", "LAYOUT", name})
+    known = made.known | {PRELUDE: hosts.known_of(sites)}
+    bundle = Bundle(packages, known, facts_of(model), made.respelled)
+    bundle.take(referred("\n".join(parts)), made.attributes)
+    bundle.name_all({"put", "put_pool", "SITES", "HEADS", "LAYOUT", name})
     written = [section for module, texts in bundle.written() for section in section_of(module, texts)]
     built = [
         construction.laid_out(named(part, lambda symbol: bundle.names[bundle.resolve(symbol)]))
@@ -120,16 +143,22 @@ def _folded(line: str) -> list[str]:
     return textwrap.wrap(line, 110, subsequent_indent=indent + "    ", break_long_words=False) or [""]
 
 
-def main(name: str, composition: Composition) -> str:
-    """What the file does when it is run."""
-    nn_torch = "⟦torch:⟧"
-    return (
-        'if __name__ == "__main__":\n'
-        f"    model = {name}().eval()\n"
-        f"    images = {nn_torch}.randn(1, {', '.join(map(str, composition.image[1].image))})\n"  # type: ignore[index]
-        f"    parameters = sum(parameter.numel() for parameter in model.parameters())\n"
-        f'    print(f"{{tuple(images.shape)}} -> {{tuple(model(images).shape)}}, {{parameters:,}} parameters")  # noqa: T201'
-    )
+def main(name: str, sample: list[str]) -> str:
+    """What the file does when it is run.
+
+    Args:
+        name: Of the function that builds the model.
+        sample: Lines that make what the model takes.
+    """
+    lines = [
+        f"model = {name}().eval()",
+        *sample,
+        "outputs = model(**inputs)",
+        "shapes = {key: tuple(value.shape) for key, value in inputs.items()}",
+        "parameters = sum(parameter.numel() for parameter in model.parameters())",
+        'print(f"{shapes} -> {tuple(outputs.shape)}, {parameters:,} parameters")  # noqa: T201',
+    ]
+    return 'if __name__ == "__main__":\n' + "\n".join(f"    {line}" for line in lines)
 
 
 __all__ = ["PRELUDE", "text_of"]

@@ -1,38 +1,255 @@
-"""The function that builds a model, for each kind of host."""
+"""How a model of each kind of host is built, and what is decided about the sources that it is made of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from attnzoo.core import Layout
-from attnzoo.ejecting import vit
-from attnzoo.ejecting.construction import function
+from attnzoo.core import Layout, Site
+from attnzoo.ejecting import sequences, vit
+from attnzoo.ejecting.construction import component
 from attnzoo.ejecting.expressions import call, literal, ref
 from attnzoo.ejecting.modules import Symbol
 from attnzoo.errors import ZooError
-from attnzoo.hosts.vision_transformer import ZooResPostBlock, ZooVisionTransformer, timm_arguments
+from attnzoo.hosts import compact_transformer, dual, pyramid, seq2seq, sequence
+from attnzoo.hosts.dual import DualInfo
+from attnzoo.hosts.info import BackboneInfo, init_normal
+from attnzoo.hosts.pyramid import PyramidInfo
+from attnzoo.hosts.seq2seq import Seq2SeqInfo
+from attnzoo.hosts.sequence import SequenceInfo
+from attnzoo.hosts.vision_transformer import timm_arguments
 from attnzoo.recipe import Composition
 
-CHANGED = [
-    "",
-    "Args:",
-    "    changed: Arguments of the model that shall be others: `num_classes=10`, `drop_path_rate=0.1`.",
-]
+PRELUDE = "attnzoo.ejecting.prelude"
 TIMM = Symbol("timm")
+ANY, NN, TORCH = Symbol("typing", "Any"), Symbol("torch", "nn"), Symbol("torch")
 
 
-def vision_transformer(name: str, composition: Composition) -> list[str]:
-    """Of timm's ViT: timm builds it, with blocks of the file's."""
+@dataclass
+class Construction:
+    """How a model is built.
+
+    Args:
+        body: Lines of the function that builds it, with `changed`, arguments that shall be others.
+        sample: Lines that make what the model takes, as `inputs`.
+        before: What stands before the function.
+        known: Conditions whose truth is known, by module.
+        respelled: Patterns and what stands in their place, by module.
+        attributes: Methods that people call.
+    """
+
+    body: list[str]
+    sample: list[str]
+    before: list[str] = field(default_factory=list)
+    known: dict[str, dict[str, bool]] = field(default_factory=dict)
+    respelled: dict[str, dict[str, str]] = field(default_factory=dict)
+    attributes: set[str] = field(default_factory=set)
+
+
+def construction(composition: Composition) -> Construction:
+    """How the model of a recipe is built."""
+    info = composition.info
+    if isinstance(info, Seq2SeqInfo):
+        return _seq2seq(composition, info)
+    if isinstance(info, SequenceInfo):
+        return _sequence(composition, info)
     assert composition.image is not None
-    host, info = composition.image
-    arguments = dict(timm_arguments(info.base, info.arguments))
-    if composition.skip or composition.pool or composition.given or info.dynamic or info.patch_drop:
-        raise ZooError("AZ974", "not yet")
-    block = ref(vit.SitedBlock)
-    body = [
-        f"block = {ref(partial)}({block}, put, LAYOUT, {info.depth})",
-        f"arguments: dict[str, {ref(Symbol('typing', 'Any'))}] = ⟪{literal(arguments)}⟫",
-        f'return {ref(TIMM)}.create_model("{info.base}", block_fn=block, **(arguments | changed))',
+    host, backbone = composition.image
+    kind: Callable[[Composition, Any], Construction] = {
+        "vit": _vit,
+        "cct": _cct,
+        "dual": _dual,
+        "pyramid": _pyramid,
+    }[host.kind]
+    made = kind(composition, backbone)
+    if host.init == "normal":
+        made.body[-1] = made.body[-1].replace("return ", "model = ", 1)
+        made.body += [f"{ref(init_normal)}(model)", "return model"]
+    return made
+
+
+def _arguments(arguments: Mapping[str, Any]) -> str:
+    return f"arguments: dict[str, {ref(ANY)}] = ⟪{literal(dict(arguments))}⟫"
+
+
+def _images(composition: Composition, info: BackboneInfo) -> list[str]:
+    """Lines that make images, and the maps that are handed over with them."""
+    shape = ", ".join(map(str, info.image))
+    lines = [f'inputs = {{"x": {ref(TORCH)}.randn(2, {shape})}}']
+    rows = ", ".join(map(str, info.image[1:]))
+    for name, kind in composition.given.items():
+        made = f"randint(4, (2, {rows}))" if kind == "labels" else f"rand(2, {rows})"
+        lines.append(f'inputs["{name}"] = {ref(TORCH)}.{made}')
+    for name, shape_of in getattr(info, "inputs", {}).items():
+        lines.append(f'inputs["{name}"] = {ref(TORCH)}.randn(2, {", ".join(map(str, shape_of))})')
+    return lines
+
+
+def put_pool(composition: Composition) -> list[str]:
+    """The function that builds the pool, if there is one."""
+    if composition.pool is None:
+        return []
+    made = component(composition.pool, "site")
+    if composition.image is not None and composition.loaded.recipe.heads is not None:
+        heads = composition.image[1].heads[-1]
+        made = component(
+            composition.pool, call(ref(Symbol("dataclasses", "replace")), ["site"], {"heads": heads})
+        )
+    kind = ref(Symbol(PRELUDE, "Pool"))
+    return [
+        f'def put_pool(site: {ref(Site)}) -> {kind}:\n    """{composition.pool}: one token of all."""\n    return ⟪{made}⟫'
     ]
-    layout = f'LAYOUT = {literal(Layout(info.layout.grid, info.layout.prefix))}\n"""How the tokens of an image are arranged."""'
-    return [layout, function(name, ["The model, with weights as before training.", *CHANGED], body)]
+
+
+# -- timm's ---------------------------------------------------------------------------------------------------------
+
+
+def _vit(composition: Composition, info: BackboneInfo) -> Construction:
+    arguments = timm_arguments(info.base, info.arguments)
+    layout = f"LAYOUT = {literal(Layout(info.layout.grid, info.layout.prefix))}"
+    before = [f'{layout}\n"""How the tokens of an image are arranged."""']
+    sample = _images(composition, info)
+    special = composition.skip or composition.pool or composition.given or info.dynamic or info.patch_drop
+    rolls = any("rollout" in plan.card.given for plan in composition.everything)
+    if not (special or rolls or info.attention):
+        kinds = {type(block).__name__ for block in info.model.blocks}  # type: ignore[union-attr]
+        block = {"Block": vit.SitedBlock, "ResPostBlock": vit.SitedResPostBlock}[kinds.pop()]
+        body = [
+            f"block = {ref(partial)}({ref(block)}, put, LAYOUT, {info.depth})",
+            _arguments(arguments),
+            f'return {ref(TIMM)}.create_model("{info.base}", block_fn=block, **(arguments | changed))',
+        ]
+        return Construction(body, sample, before)
+    raise ZooError("AZ974", "not yet")
+
+
+# -- the zoo's own --------------------------------------------------------------------------------------------------
+
+PUT_IS_SAID = {
+    r"\(put or put_plain\)\(": "put(",
+    r"        put: Put(?: \| None = None| = plain_attention),\n": "        *,\n        put: Put,\n",
+    r"; plain attention if None": "",
+}
+"""Without the plain attention that stands in when nothing is put."""
+UNSKIPPED = {
+    r"x, handed = carried\(layer, handed, (.*)\)": r"x = layer(\1)",
+    r"        handed = None\n": "",
+    r"mask, layout, handed = (.*), None": r"mask, layout = \1",
+    r", skip: Skip": "",
+    r"        skip: What layers hand on\.\n": "",
+}
+"""Where layers hand nothing on."""
+
+
+def _own(
+    composition: Composition, info: BackboneInfo, model: type, bases: Any, more: Mapping[str, str]
+) -> Construction:
+    """A backbone of the zoo's own: its class, with the arguments of its base."""
+    arguments = {**bases[info.base], **info.arguments}
+    parts = ["put=put"]
+    if composition.pool:
+        arguments["global_pool"] = "pool"
+        parts.append("pool=put_pool")
+    parts += [f"{name}={value}" for name, value in more.items()]
+    body = [_arguments(arguments), f"return {ref(model)}({', '.join(parts)}, **(arguments | changed))"]
+    module = model.__module__
+    return Construction(
+        body,
+        _images(composition, info),
+        known={} if composition.pool else {module: {"isinstance(self.pool, Pool)": False}},
+        respelled={module: dict(PUT_IS_SAID)},
+        attributes={"set_grad_checkpointing"},
+    )
+
+
+def _cct(composition: Composition, info: BackboneInfo) -> Construction:
+    more = {"given": literal(composition.given)} if composition.given else {}
+    return _own(composition, info, compact_transformer.CompactTransformer, compact_transformer.BASES, more)
+
+
+def _dual(composition: Composition, info: DualInfo) -> Construction:
+    more = {
+        name: literal(sites)
+        for name, sites in (("left_out", info.left_out), ("beside", info.beside))
+        if sites
+    }
+    made = _own(composition, info, dual.DualTransformer, dual.BASES, more)
+    made.respelled[dual.__name__] |= {
+        r"        b: Mapping\[str, Any\] = BASES.*\n        \*,\n": "        *,\n        b: Mapping[str, Any],\n",
+        r"        for name in self\.inputs:\n            _check_name\(name\)\n": "",
+    }
+    return made
+
+
+def _pyramid(composition: Composition, info: PyramidInfo) -> Construction:
+    more = {"left_out": literal(info.left_out)} if info.left_out else {}
+    return _own(composition, info, pyramid.PyramidTransformer, pyramid.BASES, more)
+
+
+def _form(form: Any) -> str:
+    return f"form = {ref(type(form))}(**(⟪{literal(vars(form))}⟫ | changed))"
+
+
+def _sequence(composition: Composition, info: SequenceInfo) -> Construction:
+    parts = ["form", f"{ref(sequences.layers_of)}(form, {literal(tuple(info.heads))})", "put"]
+    parts += [literal(composition.skip)] if composition.skip else []
+    before: list[str] = []
+    if composition.pool:
+        site = f"{ref(sequences.pool_site)}(form, {literal(info.heads[-1])})"
+        parts.append(f"pool=put_pool({site})")
+    form = info.form
+    length = min(form.max_length, 16)
+    made = f"randint({form.vocab}, (2, {length}))" if form.vocab else f"randn(2, {length}, {form.width})"
+    body = [
+        f"arguments: dict[str, {ref(ANY)}] = ⟪{literal(vars(form))}⟫",
+        f"form = {ref(type(form))}(**(arguments | changed))",
+        f"return ⟪{ref(sequence.SequenceModel)}({', '.join(parts)})⟫",
+    ]
+    result = Construction(body, [f'inputs = {{"x": {ref(TORCH)}.{made}}}'], before)
+    return _unskipped(composition, result, sequence.__name__)
+
+
+def _unskipped(composition: Composition, made: Construction, module: str) -> Construction:
+    if not composition.skip:
+        made.known[module] = {"skip": False}
+        made.respelled[module] = dict(UNSKIPPED)
+    return made
+
+
+def _seq2seq(composition: Composition, info: Seq2SeqInfo) -> Construction:
+    heads = [literal(tuple(side)) for side in (info.encoder_heads, info.decoder_heads)]
+    parts = ["form", f"{ref(sequences.sides_of)}(form, {', '.join(heads)})", "put"]
+    parts += [literal(composition.skip)] if composition.skip else []
+    form = info.form
+    length = min(form.max_length, 8)
+    body = [
+        f"arguments: dict[str, {ref(ANY)}] = ⟪{literal(vars(form))}⟫",
+        f"form = {ref(type(form))}(**(arguments | changed))",
+        f"return ⟪{ref(seq2seq.Seq2Seq)}({', '.join(parts)})⟫",
+    ]
+    sample = [
+        f'inputs = {{"source": {ref(TORCH)}.randint(3, {form.source}, (2, {length}))}}',
+        f'inputs["target"] = {ref(TORCH)}.randint(3, {form.target}, (2, {length}))',
+    ]
+    made = Construction(body, sample, attributes={"start", "step", "encode", "decode", "select"})
+    return _unskipped(composition, made, seq2seq.__name__)
+
+
+def known_of(sites: Sequence[Site]) -> dict[str, bool]:
+    """What is decided about projections, once all sites are known."""
+    known: dict[str, bool] = {}
+
+    def decide(says: Callable[[Site], bool], yes: Sequence[str], no: Sequence[str] = ()) -> None:
+        said = {says(site) for site in sites}
+        if len(said) == 1:
+            holds = said.pop()
+            known.update(dict.fromkeys(yes, holds) | dict.fromkeys(no, not holds))
+
+    decide(
+        lambda site: site.context_dim is None, ["self.context_dim is None"], ["site.context_dim is not None"]
+    )
+    for word in ("qkv_fused", "k_bias", "rotary"):
+        decide(lambda site, word=word: getattr(site, word), [f"site.{word}", f"self.{word}"])
+    for word in ("qk_norm", "scale_norm"):
+        decide(lambda site, word=word: getattr(site, word), [f"site.{word}"])
+    return known

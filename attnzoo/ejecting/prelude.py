@@ -221,20 +221,33 @@ class MultiHead(Mechanism):
 
     def __init__(self, site: Site, head: Head):
         super().__init__(site)
-        self.given, self.context_grid = head.given, head.context_grid
+        self.given, self.context_grid, self.incremental = head.given, head.context_grid, head.incremental
         self.head_dim = site.head_dim
         if site.context_dim is not None:
             self.q = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
             self.kv = nn.Linear(site.context_dim, 2 * site.dim, bias=site.qkv_bias)
+        elif site.qkv_fused:
+            self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=site.qkv_bias and site.k_bias)
+            if not site.k_bias:
+                self.register_parameter(
+                    "q_bias", nn.Parameter(torch.zeros(site.dim)) if site.qkv_bias else None
+                )
+                self.register_parameter(
+                    "v_bias", nn.Parameter(torch.zeros(site.dim)) if site.qkv_bias else None
+                )
         else:
-            self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=site.qkv_bias)
+            self.sharing = site.heads // (site.kv_heads or site.heads)
+            width = site.dim // self.sharing
+            self.q_proj = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
+            self.k_proj = nn.Linear(site.dim, width, bias=site.qkv_bias and site.k_bias)
+            self.v_proj = nn.Linear(site.dim, width, bias=site.qkv_bias)
         self.q_norm = site.norm(site.head_dim) if site.qk_norm else nn.Identity()
         self.k_norm = site.norm(site.head_dim) if site.qk_norm else nn.Identity()
         self.inner = head
         self.norm = site.norm(site.dim) if site.scale_norm else nn.Identity()
         self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
-        self.rotary = site.rotary
-        self.skip: nn.Module = nn.Identity()
+        self.rotary, self.qkv_fused, self.k_bias = site.rotary, site.qkv_fused, site.k_bias
+        self.skip: nn.Module = nn.Identity()  # where what is handed on from layer to layer comes in
 
     def queries(self, x: Tensor) -> Tensor:
         """Queries for a context, (b h n d)."""
@@ -246,16 +259,32 @@ class MultiHead(Mechanism):
         k, v = kv.unbind(0)
         return self.k_norm(k), v
 
-    def project(
-        self, x: Tensor, first: int = 0, layout: Layout | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the tokens themselves, (b h n d) each."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    def project(self, x: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens themselves, (b h n d) each.
+
+        Args:
+            x: (b n c).
+            first: Position of the first token.
+            layout: How all tokens are arranged.
+        """
+        if self.qkv_fused:
+            q, k, v = self.fused(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            layers = self.q_proj, self.k_proj, self.v_proj
+            q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            turn = (layout or Layout((x.shape[1],))).turn
-            q, k = turn(q, first).type_as(v), turn(k, first).type_as(v)
+            q, k = layout.turn(q, first).type_as(v), layout.turn(k, first).type_as(v)
+        if not self.qkv_fused and self.sharing > 1:
+            k, v = (t.repeat_interleave(self.sharing, dim=1) for t in (k, v))
         return q, k, v
+
+    def fused(self, x: Tensor) -> Tensor:
+        """Queries, keys and values by one projection, (b n 3c)."""
+        if self.k_bias or self.q_bias is None:
+            return self.qkv(x)
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return F.linear(x, self.qkv.weight, bias)
 
     def merge(self, heads: Tensor) -> Tensor:
         """Heads (b h n d) as tokens (b n c), projected."""
@@ -263,7 +292,7 @@ class MultiHead(Mechanism):
 
     def mix(self, x, source, *, mask: Mask, layout: Layout, context_layout: Layout | None = None, **given):
         if self.context_dim is None:
-            q, k, v = self.project(x, layout=layout)
+            q, k, v = self.project(x, 0, layout)
         else:
             q, (k, v) = self.queries(x), self.read(source)
             layout = context_layout or Layout((source.shape[1],))

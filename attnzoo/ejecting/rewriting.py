@@ -177,7 +177,7 @@ def unread(keep: Callable[[str, str], bool]) -> Callable[[Source], list[Edit]]:
 def respelled(source: Source) -> list[Edit]:
     """Errors are Python's own, annotations have no axes, claims are attributes."""
     edits: list[Edit] = []
-    for node, parent in nodes(source.tree):
+    for node, _ in nodes(source.tree):
         match node:
             case ast.Raise(exc=ast.Call(func=ast.Name(id=name), args=args)) if name not in (
                 "ValueError",
@@ -191,8 +191,8 @@ def respelled(source: Source) -> list[Edit]:
                 name in DIMENSIONED or name == "Annotated"
             ):
                 edits.append((source.start(node), source.stop(node), source.of(first)))
-            case ast.Attribute(value=ast.Attribute(attr="card") as card):
-                edits.append((source.stop(card.value), source.stop(card), ""))
+            case ast.Attribute(attr="card"):
+                edits.append((source.stop(node.value), source.stop(node), ""))
             case ast.Call(
                 func=ast.Attribute(attr="only", value=mask)
             ):  # `mask.only(...)`, which only refuses
