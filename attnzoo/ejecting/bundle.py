@@ -9,7 +9,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from attnzoo.ejecting.modules import ALLOWED, Module, Symbol, is_module, read, top
-from attnzoo.ejecting.rewriting import Source, edited, refitted, rewritten, tidied, unread, until_still
+from attnzoo.ejecting.rewriting import (
+    Source,
+    edited,
+    refitted,
+    rewritten,
+    tidied,
+    unasked,
+    unread,
+    until_still,
+)
 from attnzoo.errors import ZooError
 
 PRELUDE = "attnzoo.ejecting.prelude"
@@ -31,6 +40,7 @@ CALLED = frozenset(
         "init_weights",
         "attend",
         "mix",
+        "reset_parameters",
         "merge",
         "no_weight_decay",
     }
@@ -63,6 +73,7 @@ class Bundle:
         known: Conditions whose truth is known, by module; see `rewriting.decided`.
         facts: Class attributes that stand for cards, by class: lines of Python.
         respelled: Patterns with what stands in the place of what they match, by module.
+        missing: Choices that the file has not; see `rewriting.absent`.
     """
 
     def __init__(
@@ -71,8 +82,10 @@ class Bundle:
         known: Mapping[str, Mapping[str, bool]],
         facts: Mapping[Symbol, list[str]],
         respelled: Mapping[str, Mapping[str, str]],
+        missing: frozenset[str] = frozenset(),
     ):
-        self.packages, self.known, self.facts, self.respelled = packages, known, facts, respelled
+        self.packages, self.known, self.facts = packages, known, facts
+        self.respelled, self.missing = respelled, missing
         self.attributes: set[str] = set(CALLED)
         self.raw: dict[Symbol, str] = {}
         self.pieces: dict[Symbol, Piece] = {}
@@ -82,7 +95,7 @@ class Bundle:
 
     def take(self, roots: list[Symbol], attributes: set[str] = frozenset()) -> None:  # type: ignore[assignment]
         """Take what is reached from these, with the methods of these names and those that are mentioned anywhere."""
-        self.attributes |= attributes
+        self.attributes |= attributes | {"name", "dim", "heads", "layout"}  # of every site
         wanted = [self.resolve(root) for root in roots]
         size = -1
         while size != len(self.attributes):
@@ -146,6 +159,9 @@ class Bundle:
             self.pieces[Symbol(module.name, name)] = piece
         source = Source(piece.text)
         self.attributes |= {node.attr for node in ast.walk(source.tree) if isinstance(node, ast.Attribute)}
+        for node in source.tree.body:
+            if isinstance(node, ast.ClassDef):  # `fuse = fold`
+                self.attributes |= {name.id for name, _ in free_names(_assigned(node))}
         for name, attribute in free_names(source.tree):
             found = self._meant(module, name.id)
             if found is None:
@@ -190,11 +206,14 @@ class Bundle:
             text = module.source(symbol.name)
             for old, new in self.respelled.get(symbol.module, {}).items():
                 text = re.sub(old, new, text)
-            text = rewritten(text, self.known.get(symbol.module, {}))
+            text = rewritten(text, self.known.get(symbol.module, {}), self.missing)
             self.raw[symbol] = with_facts(text, self.facts.get(symbol, []))
-        if not isinstance(module.defined[symbol.name], ast.ClassDef):
-            return self.raw[symbol]
-        return tidied(until_still(self.raw[symbol] + "\n", unread(lambda _, name: name in self.attributes)))
+        text = self.raw[symbol] + "\n"
+        if "Site(" in text or symbol == Symbol(PRELUDE, "Site"):
+            text = until_still(text, unasked(self.attributes))
+        if isinstance(module.defined[symbol.name], ast.ClassDef):
+            text = until_still(text, unread(lambda _, name: name in self.attributes))
+        return tidied(text)
 
     def _import(self, symbol: Symbol) -> None:
         package = top(symbol.module)
@@ -241,7 +260,7 @@ class Bundle:
         if not symbol.name:
             return symbol.module if "." not in symbol.module else symbol.module.rpartition(".")[2]
         name = symbol.name
-        return name if name not in taken else f"{symbol.module.rpartition('.')[2]}_{name}"
+        return name if name not in taken else f"{top(symbol.module)}_{name}"
 
     def _place(self, symbol: Symbol) -> tuple[int, int, str]:
         return self.order.index(symbol.module), self.pieces[symbol].line, symbol.name
@@ -349,6 +368,11 @@ def free_names(tree: ast.AST) -> Iterator[tuple[ast.Name, str]]:
     yield from _free(tree, frozenset())
 
 
+def _assigned(node: ast.ClassDef) -> ast.AST:
+    """What a class assigns beside its methods."""
+    return ast.Tuple([one.value for one in node.body if isinstance(one, ast.Assign)], ast.Load())
+
+
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -372,6 +396,13 @@ def _free(node: ast.AST, bound: frozenset[str], attribute: str = "") -> Iterator
         body = [node.body] if isinstance(node, ast.Lambda) else node.body
         for one in body:
             yield from _free(one, inner)
+        return
+    if isinstance(node, ast.ClassDef):
+        for one in (*node.bases, *(k.value for k in node.keywords), *node.decorator_list):
+            yield from _free(one, bound)
+        own = bound | {one.name for one in node.body if isinstance(one, ast.FunctionDef)}
+        for one in node.body:  # what a class defines is seen by what stands beside it, not by its methods
+            yield from _free(one, own if isinstance(one, ast.Assign) else bound)
         return
     if isinstance(node, COMPREHENSIONS):
         bound = bound | {

@@ -124,9 +124,7 @@ def _table(builders: Mapping[str, str]) -> str:
         run = _run(names[i:], builders)
         if run is not None:
             pattern, first, count = run
-            entries.append(
-                f'**{{f"{pattern}": {builders[names[i]]} for i in range({first}, {first + count})}}'
-            )
+            entries.append(f'**{{f"{pattern}": {builders[names[i]]} for i in range({_span(first, count)})}}')
             i += count
         else:
             entries.append(f'"{names[i]}": {builders[names[i]]}')
@@ -134,6 +132,10 @@ def _table(builders: Mapping[str, str]) -> str:
     lines = "".join(f"    {entry},\n" for entry in entries)
     kind = f"dict[str, {ref(Symbol('collections.abc', 'Callable'))}[[{ref(Site)}], {ref(Mechanism)}]]"
     return f'SITES: {kind} = {{\n{lines}}}\n"""What is put where."""'
+
+
+def _span(first: int, count: int) -> str:
+    return f"{first}, {first + count}" if first else str(count)
 
 
 def _run(names: Sequence[str], builders: Mapping[str, str]) -> tuple[str, int, int] | None:

@@ -18,7 +18,7 @@ from attnzoo.hosts.info import unallocated
 from attnzoo.recipe import Composition
 from attnzoo.version import VERSION
 
-RULE = "# " + "-" * 106
+WIDTH = 110
 
 
 CHANGED = [
@@ -48,32 +48,39 @@ def text_of(composition: Composition, name: str) -> str:
         model = recorded.build()
     sites: list[Site] = vars(recorded)["sites"]
     parts, _ = construction.puts(composition)
-    made = hosts.construction(composition)
+    made = hosts.construction(composition, model)
     function = construction.function(
         name, ["The model, with weights as before training.", *CHANGED], made.body
     )
     parts += [*hosts.put_pool(composition), *made.before, function, main(name, made.sample)]
     packages = {"attnzoo", *(top(entry.value.__module__) for entry in composition.entries)}
     known = made.known | {PRELUDE: hosts.known_of(sites)}
-    bundle = Bundle(packages, known, facts_of(model), made.respelled)
+    if not any(plan.branches for plan in recorded.everything):
+        made.respelled["attnzoo.hosts.info"] = {r"Component \| Fusion": "Component"}
+    bundle = Bundle(packages, known, facts_of(model), made.respelled, frozenset(made.missing))
     bundle.take(referred("\n".join(parts)), made.attributes)
-    bundle.name_all({"put", "put_pool", "SITES", "HEADS", "LAYOUT", name})
+    bundle.name_all({"put", "put_pool", "SITES", "HEADS", "LAYOUT", "ATTENTION", name})
     written = [section for module, texts in bundle.written() for section in section_of(module, texts)]
     built = [
         construction.laid_out(named(part, lambda symbol: bundle.names[bundle.resolve(symbol)]))
         for part in parts
     ]
-    body = [RULE + "\n# The model\n" + RULE, *built]
-    lines = [header(composition, name), "\n".join(bundle.imports())]
-    return "\n\n".join(lines) + "\n\n" + "\n\n\n".join([*written, *body]) + "\n"
+    body = ["# -- The model ".ljust(WIDTH, "-"), *built]
+    parts = [header(composition, name), "\n".join(bundle.imports())]
+    text = "\n\n".join(parts) + "\n\n" + "\n\n\n".join([*written, *body]) + "\n"
+    return re.sub(r"\bZoo(?=[A-Z])", "Sited", text)
 
 
 def section_of(module: Module, texts: list[str]) -> Iterable[str]:
     """The definitions of a module under a heading that says what it is, and of which paper."""
-    doc = module.doc.split("\n\nSource")[0]
-    lines = [line for part in doc.splitlines() for line in (textwrap.wrap(part, 106) or [""])]
-    heading = "\n".join([RULE, *(f"# {line}".rstrip() for line in lines), RULE])
-    yield heading
+    first, _, rest = module.doc.partition("\n")
+    heading = textwrap.wrap(first.removesuffix("."), WIDTH - 10)
+    lines = [f"# -- {heading[0]} ".ljust(WIDTH, "-"), *(f"# {line}" for line in heading[1:])]
+    for paragraph in rest.strip().split("\n\n") if rest.strip() else ():
+        verse = paragraph.startswith("    ")
+        told = paragraph.splitlines() if verse else textwrap.wrap(paragraph, WIDTH - 2)
+        lines += ["#", *(f"# {line}".rstrip() for line in told)]
+    yield "\n".join(lines)
     yield from texts
 
 
@@ -89,7 +96,7 @@ def facts_of(model: nn.Module) -> dict[Symbol, list[str]]:
         if isinstance(part, Component):
             own = taps.setdefault(cls, {})
             own |= dict(part.card.taps)
-            lines[:] = [f"taps = {wrapped(_mapping(own), 4, 7)}"] if own else []
+            lines[:] = [f"taps = {wrapped(_mapping(own), 0, 7, WIDTH - 4)}"] if own else []
             if part.card.given:
                 lines.append(
                     f"given = ({', '.join(repr(name).replace(chr(39), chr(34)) for name in part.card.given)},)"

@@ -5,15 +5,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from attnzoo.core import Layout, Site
+from attnzoo.core.card import ROLLOUT
 from attnzoo.ejecting import sequences, vit
 from attnzoo.ejecting.construction import component
 from attnzoo.ejecting.expressions import call, literal, ref
 from attnzoo.ejecting.modules import Symbol
-from attnzoo.errors import ZooError
-from attnzoo.hosts import compact_transformer, dual, pyramid, seq2seq, sequence
+from attnzoo.hosts import compact_transformer, dual, pyramid, rollout, seq2seq, sequence, timm_vit
 from attnzoo.hosts.dual import DualInfo
-from attnzoo.hosts.info import BackboneInfo, init_normal
+from attnzoo.hosts.info import BackboneInfo, init_normal, undecayed
 from attnzoo.hosts.pyramid import PyramidInfo
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
 from attnzoo.hosts.sequence import SequenceInfo
@@ -36,6 +38,7 @@ class Construction:
         known: Conditions whose truth is known, by module.
         respelled: Patterns and what stands in their place, by module.
         attributes: Methods that people call.
+        missing: Choices of the host that are not in the file; see `rewriting.absent`.
     """
 
     body: list[str]
@@ -44,9 +47,10 @@ class Construction:
     known: dict[str, dict[str, bool]] = field(default_factory=dict)
     respelled: dict[str, dict[str, str]] = field(default_factory=dict)
     attributes: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)
 
 
-def construction(composition: Composition) -> Construction:
+def construction(composition: Composition, model: nn.Module) -> Construction:
     """How the model of a recipe is built."""
     info = composition.info
     if isinstance(info, Seq2SeqInfo):
@@ -55,13 +59,11 @@ def construction(composition: Composition) -> Construction:
         return _sequence(composition, info)
     assert composition.image is not None
     host, backbone = composition.image
-    kind: Callable[[Composition, Any], Construction] = {
-        "vit": _vit,
-        "cct": _cct,
-        "dual": _dual,
-        "pyramid": _pyramid,
-    }[host.kind]
-    made = kind(composition, backbone)
+    if host.kind == "vit":
+        made = _vit(composition, backbone, model)
+    else:
+        kinds: dict[str, Any] = {"cct": _cct, "dual": _dual, "pyramid": _pyramid}
+        made = kinds[host.kind](composition, backbone)
     if host.init == "normal":
         made.body[-1] = made.body[-1].replace("return ", "model = ", 1)
         made.body += [f"{ref(init_normal)}(model)", "return model"]
@@ -104,23 +106,92 @@ def put_pool(composition: Composition) -> list[str]:
 # -- timm's ---------------------------------------------------------------------------------------------------------
 
 
-def _vit(composition: Composition, info: BackboneInfo) -> Construction:
+def _vit(composition: Composition, info: BackboneInfo, model: nn.Module) -> Construction:
     arguments = timm_arguments(info.base, info.arguments)
     layout = f"LAYOUT = {literal(Layout(info.layout.grid, info.layout.prefix))}"
     before = [f'{layout}\n"""How the tokens of an image are arranged."""']
     sample = _images(composition, info)
+    rolls = any(ROLLOUT in plan.card.given for plan in composition.everything)
     special = composition.skip or composition.pool or composition.given or info.dynamic or info.patch_drop
-    rolls = any("rollout" in plan.card.given for plan in composition.everything)
+    distilled = type(info.model).__name__ == "VisionTransformerDistilled"
+    post = any(type(block).__name__ == "ResPostBlock" for block in info.model.blocks)  # type: ignore[union-attr]
+    made = Construction([_arguments(arguments)], sample, before)
     if not (special or rolls or info.attention):
-        kinds = {type(block).__name__ for block in info.model.blocks}  # type: ignore[union-attr]
-        block = {"Block": vit.SitedBlock, "ResPostBlock": vit.SitedResPostBlock}[kinds.pop()]
-        body = [
-            f"block = {ref(partial)}({ref(block)}, put, LAYOUT, {info.depth})",
-            _arguments(arguments),
-            f'return {ref(TIMM)}.create_model("{info.base}", block_fn=block, **(arguments | changed))',
-        ]
-        return Construction(body, sample, before)
-    raise ZooError("AZ974", "not yet")
+        return _plain_vit(model, info, made, distilled, post)
+    attention = str(info.depth)
+    if info.attention:
+        asked = [literal(dict(one)) for one in info.attention]
+        alike = len(set(asked)) == 1
+        said = f"({asked[0]},) * {info.depth}" if alike else f"({', '.join(asked)},)"
+        made.before.append(f'ATTENTION = {said}\n"""What the attention of each block is asked for."""')
+        attention = "ATTENTION"
+    options = {
+        "given": composition.given,
+        "skip": composition.skip,
+        "dynamic": info.dynamic,
+        "drops": info.patch_drop > 0,
+    }
+    parts = [literal(info.base), "put", "LAYOUT", attention, "arguments | changed"]
+    parts += ["pool=put_pool"] if composition.pool else []
+    parts += [f"{name}={literal(value)}" for name, value in options.items() if value]
+    function = vit.composed_eva if info.attention else vit.composed
+    made.body.append(f"return ⟪{ref(function)}({', '.join(parts)})⟫")
+    made.known = _decided_of(composition, info, rolls)
+    made.respelled[vit.__name__] = {
+        **({r"\bZooPreNormBlock\b": "ZooResPostBlock"} if post else {}),
+        **({r"\bZooVisionTransformer\b": "ZooDistilled"} if distilled else {}),
+    }
+    if not rolls:
+        made.respelled[vit.__name__] |= {r"return rolling\(model\)": "return model"}
+        asks = r"        if not asks\(component\.card\):\n            return self\.given\n.*\n"
+        made.respelled[timm_vit.__name__] = {asks: "        return self.given\n"}
+    else:
+        made.respelled[rollout.__name__] = ROLLS
+    return made
+
+
+ROLLS = {
+    r"card: Card": "card: Component",
+    r"tapped = card\.tapped\(\"weights\"\)": (
+        'tapped = {name: axes for name, axes in card.taps.items() if name.startswith("weights")}'
+    ),
+}
+"""What the rollout asks of cards, asked of components."""
+
+
+def _plain_vit(
+    model: nn.Module, info: BackboneInfo, made: Construction, distilled: bool, post: bool
+) -> Construction:
+    """timm's model whose blocks need to know nothing of each other."""
+    block = vit.SitedResPostBlock if post else vit.SitedBlock
+    built = f'{ref(TIMM)}.create_model("{info.base}", block_fn=block, **(arguments | changed))'
+    made.body.insert(0, f"block = {ref(partial)}({ref(block)}, put, LAYOUT, {info.depth})")
+    if not undecayed(model):
+        made.body.append(f"return {built}")
+        return made
+    made.body += [f"model = {built}", f"model.__class__ = {ref(vit.SitedModel)}", "return model"]
+    if distilled:
+        made.respelled[vit.__name__] = {r"\(VisionTransformer\)": "(VisionTransformerDistilled)"}
+    return made
+
+
+def _decided_of(composition: Composition, info: BackboneInfo, rolls: bool) -> dict[str, dict[str, bool]]:
+    """What is decided about timm's models with more than mechanisms in their blocks."""
+    carries = bool(composition.skip or rolls)
+    choices = {"skip": bool(composition.skip), "pool": composition.pool is not None}
+    ways = {
+        "not self.carries": not carries,
+        "self.drops": info.patch_drop > 0,
+        "not dynamic": not info.dynamic,
+        "self.dynamic_img_size": info.dynamic,
+        "component is None": composition.pool is None,
+    }
+    return {
+        vit.__name__: choices,
+        timm_vit.__name__: {
+            name: holds for name, holds in ways.items() if name != "component is None" or holds
+        },
+    }
 
 
 # -- the zoo's own --------------------------------------------------------------------------------------------------
@@ -151,7 +222,7 @@ def _own(
         arguments["global_pool"] = "pool"
         parts.append("pool=put_pool")
     parts += [f"{name}={value}" for name, value in more.items()]
-    body = [_arguments(arguments), f"return {ref(model)}({', '.join(parts)}, **(arguments | changed))"]
+    body = [_arguments(arguments), f"return ⟪{ref(model)}({', '.join(parts)}, **(arguments | changed))⟫"]
     module = model.__module__
     return Construction(
         body,
@@ -178,12 +249,36 @@ def _dual(composition: Composition, info: DualInfo) -> Construction:
         r"        b: Mapping\[str, Any\] = BASES.*\n        \*,\n": "        *,\n        b: Mapping[str, Any],\n",
         r"        for name in self\.inputs:\n            _check_name\(name\)\n": "",
     }
+    said = {**dual.BASES[info.base], **info.arguments}["b"]["stream"]
+    made.missing = {f"stream == '{one}'" for one in ("scale", "features", "tokens", "given") if one != said}
     return made
+
+
+CHOICES = {
+    "stem": ("kind", ("overlap", "conv")),
+    "merge": ("kind", ("deformable",)),
+    "mlp": ("kind", ("plain", "multi_group", "depthwise")),
+    "block": ("block", ("bottleneck", "frequency")),
+}
+"""What functions of `stages` are asked for, by the argument of the host, with the words that stand in an `if`."""
 
 
 def _pyramid(composition: Composition, info: PyramidInfo) -> Construction:
     more = {"left_out": literal(info.left_out)} if info.left_out else {}
-    return _own(composition, info, pyramid.PyramidTransformer, pyramid.BASES, more)
+    made = _own(composition, info, pyramid.PyramidTransformer, pyramid.BASES, more)
+    said = {"stem": "overlap", "merge": "overlap", "mlp": "plain", "block": "transformer"}
+    said |= {**pyramid.BASES[info.base], **info.arguments}
+    made.missing = {
+        f"{variable} == '{word}'"
+        for argument, (variable, words) in CHOICES.items()
+        for word in words
+        if word not in (said[argument], said["stem"])
+    }
+    if said["merge"] != "deformable":
+        made.respelled[pyramid.__name__] |= {
+            r"        for module in self\.modules\(\):\n            if isinstance\(module, DeformableMerge\):\n.*\n": ""
+        }
+    return made
 
 
 def _form(form: Any) -> str:

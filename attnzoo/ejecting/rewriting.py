@@ -6,8 +6,7 @@ Edits are made by positions in the source, so what stays keeps its comments and 
 import ast
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 WIDTH = 110
 """Columns of code."""
@@ -140,16 +139,52 @@ def _refuses(statement: ast.stmt) -> bool:
 
 
 def unexplained(source: Source) -> list[Edit]:
-    """What was computed right before an error for its explanation alone goes."""
+    """What was computed for the explanation of an error alone goes: nobody reads it any more."""
     edits = []
     for function in (node for node in ast.walk(source.tree) if isinstance(node, ast.FunctionDef)):
         read = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
         for block in blocks(function):
-            for one, following in pairwise(block):
-                match one, following:
-                    case ast.Assign(targets=[ast.Name(id=name)]), ast.Raise() if name not in read:
+            for one in block:
+                match one:
+                    case ast.Assign(targets=[ast.Name(id=name)]) if name not in read:
                         edits.append(without(source, block, one))
     return edits
+
+
+def unasked(attributes: Container[str]) -> Callable[[Source], list[Edit]]:
+    """Fields of a site that nobody asks for go, with what is said of them and where they are set.
+
+    Args:
+        attributes: Names that are asked for.
+    """
+
+    def find(source: Source) -> list[Edit]:
+        edits = []
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.ClassDef) and node.name == "Site":
+                gone = [
+                    one
+                    for one in node.body
+                    if isinstance(one, ast.AnnAssign)
+                    and isinstance(one.target, ast.Name)
+                    and one.target.id not in attributes
+                ]
+                edits += [without(source, node.body, one) for one in gone]
+                for one in gone:
+                    told = re.search(
+                        rf"^        {one.target.id}: .*\n(?:            .*\n)*", source.text, re.M
+                    )  # type: ignore[union-attr]
+                    if told:
+                        edits.append((*told.span(), ""))
+            if isinstance(node, ast.Call) and name_of(node.func) == "Site":
+                values = [*node.args, *(keyword.value for keyword in node.keywords)]
+                for keyword in node.keywords:
+                    if keyword.arg and keyword.arg not in attributes:
+                        before = values[values.index(keyword.value) - 1]
+                        edits.append((source.stop(before), source.stop(keyword.value), ""))
+        return edits
+
+    return find
 
 
 def unread(keep: Callable[[str, str], bool]) -> Callable[[Source], list[Edit]]:
@@ -319,6 +354,28 @@ def _settled(source: Source, block: list[ast.stmt], i: int, node: ast.If, taken:
 # -- all of it --------------------------------------------------------------------------------------------------------
 
 
+def absent(conditions: Container[str]) -> Callable[[Source], list[Edit]]:
+    """Choices that a file has not raise an error.
+
+    Args:
+        conditions: Of the `if` whose body is not there, as `ast.unparse` writes them: `kind == 'patch'`.
+    """
+
+    def find(source: Source) -> list[Edit]:
+        edits = []
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) in conditions:
+                word = ast.unparse(node.test).partition("'")[2].partition("'")[0]
+                start, stop = source.whole_lines(node.body[0].lineno, node.body[-1].end_lineno or 0)
+                indent = " " * node.body[0].col_offset
+                new = f'{indent}raise ValueError("`{word}` is not in this file")\n'
+                if source.text[start:stop] != new:
+                    edits.append((start, stop, new))
+        return edits
+
+    return find
+
+
 def tidied(text: str) -> str:
     """No blank lines where something was taken out."""
     text = re.sub(r"\n{3,}", "\n\n", text)
@@ -351,14 +408,15 @@ def refitted(text: str) -> str:
     return until_still(text + "\n", find)
 
 
-def rewritten(text: str, known: Mapping[str, bool]) -> str:
+def rewritten(text: str, known: Mapping[str, bool], missing: Container[str] = ()) -> str:
     """The source of a definition as an ejected file has it, still with all methods and under its own name.
 
     Args:
         text: Its source.
         known: As for `decided`.
+        missing: As for `absent`.
     """
     text = textwrap.dedent(text) + "\n"
-    for change in (left_out, decided(known), respelled, unexplained):
+    for change in (left_out, absent(missing), decided(known), respelled, unexplained):
         text = until_still(text, change)
     return plainly_documented(tidied(refitted(text)))
