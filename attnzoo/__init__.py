@@ -12,6 +12,7 @@ What most people want:
     show("softmax")                           one of them: equations, options, masks, paper
     describe(model)                           what is in a model, in a few lines
     diff("ham_a", "ham_b")                    what two recipes differ in
+    eject("ham_b").save("ham_b.py")           its model as one Python file that needs torch and timm alone
     accelerate(model)                         a finished model, faster on a CPU
     probe(model, "entropy", inputs=images)    measure something of a model: a table, a CSV, a figure
     intervene(model, 'temperature(value=2.0)')  change what happens inside it for as long as a block runs
@@ -44,6 +45,7 @@ _LAZY = {
     "show": "attnzoo.catalogue.pages",
     "describe": "attnzoo.catalogue.models",
     "diff": "attnzoo.bench.diff",
+    "eject": "attnzoo.ejecting",
     "accelerate": "attnzoo.inference",
     "probe": "attnzoo.lab.probing",
     "intervene": "attnzoo.lab.intervening",

@@ -237,7 +237,9 @@ class Bundle:
             reserved: Names that are taken.
         """
         taken = set(reserved)
-        for symbol in sorted(self.external, key=lambda one: (one.module, one.name)):
+        for symbol in sorted(
+            self.external, key=lambda one: (top(one.module) == "timm", one.module, one.name)
+        ):
             self.names[symbol] = name = self._alias(symbol, taken)
             taken.add(name)
         for symbol in sorted(self.pieces, key=self._place):

@@ -44,7 +44,7 @@ def literal(value: Any) -> str:
     """A value as Python text.
 
     Raises:
-        ZooError: AZ974, when it cannot be written down.
+        TypeError: When it cannot be written down.
     """
     match value:
         case bool() | int() | None:
@@ -70,12 +70,7 @@ def literal(value: Any) -> str:
             return call(ref(partial), [ref(value.func), *map(literal, value.args)], value.keywords)
     if callable(value) and hasattr(value, "__qualname__"):
         return ref(value)
-    raise ZooError(
-        "AZ974",
-        f"{value!r} cannot be written into a file",
-        why="options and arguments are written down as literals",
-        help="use numbers, words, lists and mappings",
-    )
+    raise TypeError(f"{value!r} cannot be written as text")
 
 
 def call(function: str, arguments: Sequence[str], named: Mapping[str, Any]) -> str:
@@ -116,6 +111,11 @@ def wrapped(text: str, indent: int = 0, before: int = 0, width: int = 110) -> st
                 f"{of(k)}: {of(v)}" if k else f"**{of(v)}"
                 for k, v in zip(tree.keys, tree.values, strict=True)
             ]
+        case ast.Lambda():
+            head = text[: len(text) - len(of(tree.body))]
+            return head + wrapped(of(tree.body), indent, before + len(head), width)
+        case ast.BinOp(left=ast.Tuple() as left):
+            return wrapped(of(left), indent, before, 0) + text[len(of(left)) :]
         case ast.List() | ast.Tuple():
             start, stop = ("[", "]") if isinstance(tree, ast.List) else ("(", ")")
             parts = [of(part) for part in tree.elts]

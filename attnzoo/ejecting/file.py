@@ -3,6 +3,7 @@
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 
 import timm
 import torch
@@ -28,6 +29,12 @@ CHANGED = [
 ]
 
 
+RESERVED = frozenset(
+    {"put", "put_pool", "SITES", "HEADS", "LAYOUT", "ATTENTION", "model", "inputs", "outputs"}
+)
+"""Names that the file has for itself."""
+
+
 class Recorded(Composition):
     """A composition that remembers the sites at which it put something."""
 
@@ -36,12 +43,13 @@ class Recorded(Composition):
         return super().put(site)
 
 
-def text_of(composition: Composition, name: str) -> str:
+def text_of(composition: Composition, name: str, trained: bool = False) -> str:
     """The file of a recipe.
 
     Args:
         composition: The recipe, resolved.
         name: Of the function that builds the model.
+        trained: Whether weights lie beside the file.
     """
     recorded = Recorded(**vars(composition))
     with unallocated():
@@ -58,15 +66,17 @@ def text_of(composition: Composition, name: str) -> str:
     if not any(plan.branches for plan in recorded.everything):
         made.respelled["attnzoo.hosts.info"] = {r"Component \| Fusion": "Component"}
     bundle = Bundle(packages, known, facts_of(model), made.respelled, frozenset(made.missing))
-    bundle.take(referred("\n".join(parts)), made.attributes)
-    bundle.name_all({"put", "put_pool", "SITES", "HEADS", "LAYOUT", "ATTENTION", name})
+    said = "\n".join(parts)
+    asked = {one.name for one in fields(Site) if re.search(rf'\.{one.name}\b|"{one.name}":', said)}
+    bundle.take(referred(said), made.attributes | asked)
+    bundle.name_all({*RESERVED, name})
     written = [section for module, texts in bundle.written() for section in section_of(module, texts)]
     built = [
         construction.laid_out(named(part, lambda symbol: bundle.names[bundle.resolve(symbol)]))
         for part in parts
     ]
     body = ["# -- The model ".ljust(WIDTH, "-"), *built]
-    parts = [header(composition, name), "\n".join(bundle.imports())]
+    parts = [header(composition, name, trained), "\n".join(bundle.imports())]
     text = "\n\n".join(parts) + "\n\n" + "\n\n\n".join([*written, *body]) + "\n"
     return re.sub(r"\bZoo(?=[A-Z])", "Sited", text)
 
@@ -119,30 +129,72 @@ def _mapping(taps: Mapping[str, str]) -> str:
     return "{" + ", ".join(f'"{name}": "{axes}"' for name, axes in taps.items()) + "}"
 
 
-def header(composition: Composition, name: str) -> str:
-    """The docstring of the file."""
-    recipe = composition.loaded.recipe
-    papers = dict.fromkeys(str(entry.card.paper) for entry in composition.entries if entry.card.paper)
+def header(composition: Composition, name: str, trained: bool) -> str:
+    """The docstring of the file.
+
+    Args:
+        composition: The recipe.
+        name: Of the function that builds the model.
+        trained: Whether weights lie beside the file.
+    """
+    loaded = composition.loaded
+    torchs, timms = torch.__version__.partition("+")[0], timm.__version__
     lines = [
-        f"{composition.loaded.name}: {recipe.summary}" if recipe.summary else f"{composition.loaded.name}.",
+        f"{loaded.name}: {loaded.recipe.summary}" if loaded.recipe.summary else f"{loaded.name}.",
         "",
-        f"Written by attnzoo {VERSION}, whose model of this recipe it is: the same names of parameters, the same numbers.",
-        f"It needs torch and timm; it was written for torch {torch.__version__.split('+')[0]} and timm {timm.__version__}.",
+        f"The model of this recipe as attnzoo {VERSION} builds it, on its own: it needs torch and timm, and was written "
+        f"with torch {torchs} and timm {timms}. Parameters have the same names, so weights of the one fit the other.",
         "",
-        f"    model = {name}()",
-        '    model.load_state_dict(safetensors.torch.load_file("model.safetensors"))',
     ]
-    if papers:
-        lines += ["", "Papers:", *(f"    {paper}" for paper in papers)]
-    lines += ["", "Licence: Apache-2.0.", "", "The recipe:", ""]
+    if trained:
+        lines += ["    from safetensors.torch import load_file", ""]
+        lines += [f"    model = {name}()", f'    model.load_state_dict(load_file("{name}.safetensors"))']
+    else:
+        lines += [f"    model = {name}()"]
+    lines += _images(composition)
+    if lost := auxiliary(composition):
+        lines += ["", f"Not here, because only training needs it: {lost}"]
+    papers = dict.fromkeys(str(entry.card.paper) for entry in composition.entries if entry.card.paper)
+    plugins = dict.fromkeys(
+        f"{one.plugin} {one.version}" for one in composition.entries if one.plugin != "attnzoo"
+    )
+    for title, entries in (("Papers:", papers), ("With components of plugins:", plugins)):
+        lines += ["", title, *(f"    {entry}" for entry in entries)] if entries else []
     lines += [
-        f"    {line}"
-        for line in yaml.safe_dump(
-            composition.loaded.source.tree, sort_keys=False, allow_unicode=True, width=100
-        ).splitlines()
+        "",
+        "attnzoo's code is under the Apache License 2.0, that of plugins under their own."
+        if plugins
+        else "Apache License 2.0.",
+        "",
+        "The recipe:",
+        "",
     ]
+    recipe = yaml.safe_dump(loaded.source.tree, sort_keys=False, allow_unicode=True, width=100)
+    lines += [f"    {line}" for line in recipe.splitlines()]
     text = "\n".join(line for one in lines for line in _folded(one))
     return f'"""{text}\n"""'.replace("\\", "\\\\")
+
+
+def _images(composition: Composition) -> list[str]:
+    """How images must be prepared."""
+    if composition.image is None:
+        return []
+    channels, rows, columns = composition.image[1].image
+    cfg = composition.model_cfg()
+    mean, std = (", ".join(f"{x:.4g}" for x in cfg[word]) for word in ("mean", "std"))
+    return [
+        "",
+        f"Images have {channels} × {rows} × {columns} numbers, less their mean ({mean}), divided by their standard "
+        f"deviation ({std}).",
+    ]
+
+
+def auxiliary(composition: Composition) -> str:
+    """The losses that components add in training, in words."""
+    cards = {entry.name: entry.card for entry in composition.entries}
+    return "; ".join(
+        f"the loss that `{name}` adds, {card.auxiliary}" for name, card in cards.items() if card.auxiliary
+    )
 
 
 def _folded(line: str) -> list[str]:

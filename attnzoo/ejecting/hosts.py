@@ -1,7 +1,7 @@
 """How a model of each kind of host is built, and what is decided about the sources that it is made of."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -120,10 +120,14 @@ def _vit(composition: Composition, info: BackboneInfo, model: nn.Module) -> Cons
         return _plain_vit(model, info, made, distilled, post)
     attention = str(info.depth)
     if info.attention:
-        asked = [literal(dict(one)) for one in info.attention]
+        usual = {one.name: one.default for one in fields(Site)}
+        asked = [
+            literal({word: value for word, value in one.items() if value != usual[word]})
+            for one in info.attention
+        ]
         alike = len(set(asked)) == 1
         said = f"({asked[0]},) * {info.depth}" if alike else f"({', '.join(asked)},)"
-        made.before.append(f'ATTENTION = {said}\n"""What the attention of each block is asked for."""')
+        made.before.append(f'ATTENTION = ⟪{said}⟫\n"""What the attention of each block is asked for."""')
         attention = "ATTENTION"
     options = {
         "given": composition.given,

@@ -301,11 +301,13 @@ def decided(known: Mapping[str, bool]) -> Callable[[Source], list[Edit]]:
                 )
             elif isinstance(node, ast.BoolOp):
                 left = [value for value in node.values if truth(value) is None]
-                if 0 < len(left) < len(node.values):
+                if (whole := truth(node)) is not None and left:
+                    edits.append((source.start(node), source.stop(node), str(whole)))
+                elif 0 < len(left) < len(node.values):
                     word = " and " if isinstance(node.op, ast.And) else " or "
                     text = word.join(source.of(value) for value in left)
-                    whole = node if len(left) > 1 else left[0]
-                    edits.append((source.start(node), source.stop(node), _fitted(text, whole, parent)))
+                    fits = node if len(left) > 1 else left[0]
+                    edits.append((source.start(node), source.stop(node), _fitted(text, fits, parent)))
         return edits
 
     return find
