@@ -33,7 +33,7 @@ def eject(
     from attnzoo.ejecting import refuse_taken
     from attnzoo.errors import RecipeError
 
-    beside = [out.with_suffix(".safetensors")] if Path(source).is_dir() else []
+    beside = [out.parent / f"{out.stem}.safetensors"] if Path(source).is_dir() else []
     refuse_taken(out, [out, *beside])
     if edits and beside:
         raise RecipeError(

@@ -46,7 +46,7 @@ class Ejected:
             ZooError: AZ970, when it cannot be written, or is there already.
         """
         out = Path(out)
-        beside = out.with_suffix(".safetensors")
+        beside = out.parent / f"{out.stem}.safetensors"
         refuse_taken(out, [out, beside] if self.weights is not None else [out])
         text = self.text.replace(f'"{self.name}.safetensors"', f'"{beside.name}"')
         try:

@@ -2,12 +2,12 @@
 
 import ast
 import builtins
-import importlib
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import attnzoo
 from attnzoo.ejecting.modules import ALLOWED, Module, Symbol, is_module, read, top
 from attnzoo.ejecting.rewriting import (
     Source,
@@ -122,18 +122,9 @@ class Bundle:
             return self.resolve(module.imported[symbol.name])
         if is_module(symbol):
             return Symbol(str(symbol))
-        value = getattr(
-            importlib.import_module(symbol.module), symbol.name, None
-        )  # handed on by `__getattr__`
-        where, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
-        if isinstance(where, str) and name.isidentifier() and (where, name) != (symbol.module, symbol.name):
-            return self.resolve(Symbol(where, name))
-        raise ZooError(
-            "AZ972",
-            f"`{symbol.name}` is not defined at the top of `{symbol.module}`",
-            why="a file is put together from definitions, which must be statements of their own",
-            help="define it there by `def`, `class` or `=`, outside any `if` or `try`",
-        )
+        if symbol.module == "attnzoo" and symbol.name in attnzoo._LAZY:
+            return self.resolve(Symbol(attnzoo._LAZY[symbol.name], symbol.name))
+        raise _undefined(symbol.name, symbol.module)
 
     # -- what is reached ----------------------------------------------------------------------------------------------
 
@@ -158,6 +149,9 @@ class Bundle:
         for name in names:
             self.pieces[Symbol(module.name, name)] = piece
         source = Source(piece.text)
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                self._allow(node, symbol)
         self.attributes |= {node.attr for node in ast.walk(source.tree) if isinstance(node, ast.Attribute)}
         for node in source.tree.body:
             if isinstance(node, ast.ClassDef):  # `fuse = fold`
@@ -178,7 +172,11 @@ class Bundle:
         if name in module.defined:
             return self.resolve(Symbol(module.name, name))
         if name not in module.imported:
-            return Symbol(PRELUDE, name) if name in read(PRELUDE).defined else None
+            if name in read(PRELUDE).defined:
+                return Symbol(PRELUDE, name)
+            if name not in PYTHONS:
+                raise _undefined(name, module.name)
+            return None
         symbol = module.imported[name]
         if symbol.module.startswith("attnzoo") and symbol.name in NUMBERS:
             return Symbol("builtins", NUMBERS[symbol.name])
@@ -209,16 +207,33 @@ class Bundle:
             text = rewritten(text, self.known.get(symbol.module, {}), self.missing)
             self.raw[symbol] = with_facts(text, self.facts.get(symbol, []))
         text = self.raw[symbol] + "\n"
-        if "Site(" in text or symbol == Symbol(PRELUDE, "Site"):
+        if "Site" in text or symbol.name == "Layout":
             text = until_still(text, unasked(self.attributes))
         if isinstance(module.defined[symbol.name], ast.ClassDef):
             text = until_still(text, unread(lambda _, name: name in self.attributes))
         return tidied(text)
 
+    def _allow(self, node: ast.Import | ast.ImportFrom, symbol: Symbol) -> None:
+        """Imports inside a definition stay as they are, so they may be of other packages only."""
+        modules = (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        )
+        if getattr(node, "level", 0) or any(top(module) in self.packages for module in modules):
+            raise ZooError(
+                "AZ972",
+                f"`{symbol.name}` of `{symbol.module}` imports from its own package inside a function",
+                why="what a file takes along is read off the imports at the top of a module",
+                help="import at the top",
+            )
+        for module in modules:
+            self._check(top(module))
+
     def _import(self, symbol: Symbol) -> None:
-        package = top(symbol.module)
-        if package == "builtins":
-            return
+        self._check(top(symbol.module))
+        if symbol.module != "builtins":
+            self.external[symbol] = symbol.name or symbol.module
+
+    def _check(self, package: str) -> None:
         if package not in ALLOWED and package not in sys.stdlib_module_names:
             raise ZooError(
                 "AZ973",
@@ -226,7 +241,6 @@ class Bundle:
                 why=f"an ejected file imports {', '.join(sorted(ALLOWED))} and Python's own modules alone",
                 help="choose other components, or write this one without it",
             )
-        self.external[symbol] = symbol.name or symbol.module
 
     # -- names in the file --------------------------------------------------------------------------------------------
 
@@ -402,9 +416,9 @@ def _free(node: ast.AST, bound: frozenset[str], attribute: str = "") -> Iterator
     if isinstance(node, ast.ClassDef):
         for one in (*node.bases, *(k.value for k in node.keywords), *node.decorator_list):
             yield from _free(one, bound)
-        own = bound | {one.name for one in node.body if isinstance(one, ast.FunctionDef)}
+        own = bound | _stored(node)
         for one in node.body:  # what a class defines is seen by what stands beside it, not by its methods
-            yield from _free(one, own if isinstance(one, ast.Assign) else bound)
+            yield from _free(one, bound if isinstance(one, ast.FunctionDef) else own)
         return
     if isinstance(node, COMPREHENSIONS):
         bound = bound | {
@@ -438,10 +452,21 @@ def _stored(function: ast.AST) -> set[str]:
             continue
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
         if isinstance(node, ast.ExceptHandler) and node.name:
             found.add(node.name)
         stack += ast.iter_child_nodes(node)
     return found
 
 
-PYTHONS = frozenset(dir(builtins))
+PYTHONS = frozenset(dir(builtins)) | {"__file__", "__name__"}
+
+
+def _undefined(name: str, module: str) -> ZooError:
+    return ZooError(
+        "AZ972",
+        f"`{name}` is not defined at the top of `{module}`",
+        why="a file is put together from definitions, which must be statements of their own",
+        help="define it there by `def`, `class` or `=`, outside any `if` or `try`",
+    )

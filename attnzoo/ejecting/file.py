@@ -84,7 +84,7 @@ def text_of(composition: Composition, name: str, trained: bool = False) -> str:
 def section_of(module: Module, texts: list[str]) -> Iterable[str]:
     """The definitions of a module under a heading that says what it is, and of which paper."""
     first, _, rest = module.doc.partition("\n")
-    heading = textwrap.wrap(first.removesuffix("."), WIDTH - 10)
+    heading = textwrap.wrap(first.removesuffix(".") or f"`{module.name}`", WIDTH - 10)
     lines = [f"# -- {heading[0]} ".ljust(WIDTH, "-"), *(f"# {line}" for line in heading[1:])]
     for paragraph in rest.strip().split("\n\n") if rest.strip() else ():
         verse = paragraph.startswith("    ")
@@ -142,8 +142,8 @@ def header(composition: Composition, name: str, trained: bool) -> str:
     lines = [
         f"{loaded.name}: {loaded.recipe.summary}" if loaded.recipe.summary else f"{loaded.name}.",
         "",
-        f"The model of this recipe as attnzoo {VERSION} builds it, on its own: it needs torch and timm, and was written "
-        f"with torch {torchs} and timm {timms}. Parameters have the same names, so weights of the one fit the other.",
+        f"The model of this recipe as attnzoo {VERSION} builds it, on its own: it needs torch and timm, and was "
+        f"written with torch {torchs} and timm {timms}. Parameters have the same names, so weights of the one fit the other.",
         "",
     ]
     if trained:
@@ -169,7 +169,9 @@ def header(composition: Composition, name: str, trained: bool) -> str:
         "The recipe:",
         "",
     ]
-    recipe = yaml.safe_dump(loaded.source.tree, sort_keys=False, allow_unicode=True, width=100)
+    recipe = yaml.safe_dump(
+        loaded.source.tree, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+    )
     lines += [f"    {line}" for line in recipe.splitlines()]
     text = "\n".join(line for one in lines for line in _folded(one))
     return f'"""{text}\n"""'.replace("\\", "\\\\")
@@ -199,7 +201,9 @@ def auxiliary(composition: Composition) -> str:
 
 def _folded(line: str) -> list[str]:
     indent = re.match(r" *", line)[0]  # type: ignore[index]
-    return textwrap.wrap(line, 110, subsequent_indent=indent + "    ", break_long_words=False) or [""]
+    return textwrap.wrap(line, 110, subsequent_indent=indent and f"{indent}    ", break_long_words=False) or [
+        ""
+    ]
 
 
 def main(name: str, sample: list[str]) -> str:

@@ -98,9 +98,8 @@ def put_pool(composition: Composition) -> list[str]:
             composition.pool, call(ref(Symbol("dataclasses", "replace")), ["site"], {"heads": heads})
         )
     kind = ref(Symbol(PRELUDE, "Pool"))
-    return [
-        f'def put_pool(site: {ref(Site)}) -> {kind}:\n    """{composition.pool}: one token of all."""\n    return ⟪{made}⟫'
-    ]
+    head = f'def put_pool(site: {ref(Site)}) -> {kind}:\n    """{composition.pool}: one token of all."""'
+    return [f"{head}\n    return ⟪{made}⟫"]
 
 
 # -- timm's ---------------------------------------------------------------------------------------------------------
@@ -147,10 +146,15 @@ def _vit(composition: Composition, info: BackboneInfo, model: nn.Module) -> Cons
     }
     if not rolls:
         made.respelled[vit.__name__] |= {r"return rolling\(model\)": "return model"}
-        asks = r"        if not asks\(component\.card\):\n            return self\.given\n.*\n"
-        made.respelled[timm_vit.__name__] = {asks: "        return self.given\n"}
+        made.respelled[timm_vit.__name__] = {
+            r"        if not asks\(component\.card\):\n            return self\.given\n.*": "        return self.given"
+        }
     else:
         made.respelled[rollout.__name__] = ROLLS
+    if not composition.given:
+        made.respelled.setdefault(timm_vit.__name__, {})[
+            r"        maps = \{\n(?:            .*\n)*        \}\n"
+        ] = "        maps: dict[str, Tensor] = {}\n"
     return made
 
 

@@ -1,9 +1,11 @@
 """That a file builds the model that it is of, before anybody gets it."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from attnzoo.errors import ZooError
 from attnzoo.hosts.info import unallocated
@@ -11,7 +13,7 @@ from attnzoo.recipe import Composition
 
 
 def prove(text: str, name: str, composition: Composition) -> None:
-    """Build the model of a file on the meta device, and hold its tensors to those of the composed model.
+    """Build and run the model of a file on the meta device, and hold its tensors to those of the composed model.
 
     Args:
         text: The file.
@@ -23,19 +25,45 @@ def prove(text: str, name: str, composition: Composition) -> None:
     """
     module = ModuleType(name)
     try:
-        exec(
-            compile(text, f"{name}.py", "exec"), vars(module)
-        )  # what we wrote, of sources that are installed here
+        exec(compile(text, f"{name}.py", "exec"), vars(module))  # ours, of sources that are installed here
         with unallocated():
-            built, model = vars(module)[name](), composition.build()
+            own = composition.build()
+            its = vars(module)[name]()
+            forward = _forward(composition)
+            shape = _shape(forward, own)
+            same = shape is None or forward(its).shape == shape
     except Exception as error:
         raise _refused(composition, f"its file fails with {type(error).__name__}: {error}") from error
-    own, its = _tensors(model), _tensors(built)
-    if own != its:
-        differing = [key for key in {**own, **its} if own.get(key) != its.get(key)]
-        raise _refused(
-            composition, f"in its file {', '.join(f'`{key}`' for key in differing[:3])} is another tensor"
-        )
+    differing = [
+        key for key in {**_tensors(own), **_tensors(its)} if _tensors(own).get(key) != _tensors(its).get(key)
+    ]
+    if differing or not same:
+        what = ", ".join(f"`{key}`" for key in differing[:3]) or "what it gives"
+        raise _refused(composition, f"in its file {what} is not as in the zoo's model")
+
+
+def _forward(composition: Composition) -> Callable[[nn.Module], Tensor]:
+    """A forward of one sample, on the device on which things are made."""
+    sample, named = composition.info.sample(), {}
+    for name, kind in composition.given.items():
+        whole = (1, *sample[0].shape[2:])
+        named[name] = torch.zeros(whole, dtype=torch.long if kind == "labels" else None)
+    for name, shape in getattr(composition.info, "inputs", {}).items():
+        named[name] = torch.zeros(1, *shape)
+
+    def forward(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model.eval()(*sample, **named)
+
+    return forward
+
+
+def _shape(forward: Callable[[nn.Module], Tensor], model: nn.Module) -> torch.Size | None:
+    """Of what a model gives; None of one that looks at numbers, which are not there on the meta device."""
+    try:
+        return forward(model).shape
+    except Exception:
+        return None
 
 
 def _tensors(model: nn.Module) -> dict[str, Any]:

@@ -148,11 +148,22 @@ def unexplained(source: Source) -> list[Edit]:
                 match one:
                     case ast.Assign(targets=[ast.Name(id=name)]) if name not in read:
                         edits.append(without(source, block, one))
+                    case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)):
+                        kept = [
+                            (name, value)
+                            for name, value in zip(names, values, strict=False)
+                            if not isinstance(name, ast.Name) or name.id in read
+                        ]
+                        if kept and len(kept) < len(names) == len(values):
+                            left, right = (
+                                ", ".join(map(source.of, side)) for side in zip(*kept, strict=True)
+                            )
+                            edits.append((source.start(one), source.stop(one), f"{left} = {right}"))
     return edits
 
 
 def unasked(attributes: Container[str]) -> Callable[[Source], list[Edit]]:
-    """Fields of a site that nobody asks for go, with what is said of them and where they are set.
+    """Fields of sites and layouts that nobody asks for go, with what is said of them and where they are set.
 
     Args:
         attributes: Names that are asked for.
@@ -161,7 +172,7 @@ def unasked(attributes: Container[str]) -> Callable[[Source], list[Edit]]:
     def find(source: Source) -> list[Edit]:
         edits = []
         for node in ast.walk(source.tree):
-            if isinstance(node, ast.ClassDef) and node.name == "Site":
+            if isinstance(node, ast.ClassDef) and node.name in ("Layout", "Site"):
                 gone = [
                     one
                     for one in node.body
