@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from runpy import run_path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -14,10 +16,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-import attnzoo
 from attnzoo.cli.app import app
 from attnzoo.core import Card, Family, Head
-from attnzoo.ejecting import eject
+from attnzoo.ejecting import Ejected, eject
 from attnzoo.ejecting.rewriting import decided, left_out, refitted, respelled, until_still
 from attnzoo.errors import ZooError
 from attnzoo.recipe import Composition, compose_file, load, resolve
@@ -236,14 +237,39 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def in_bare_process(tmp_path_factory) -> dict[str, list[str]]:
+DAILY = [
+    "plain",
+    "fused_heads",
+    "pool",
+    "map",
+    "cct",
+    "dual",
+    "pyramid",
+    "sequence",
+    "seq2seq_skip",
+    "plugin",
+]
+"""Cases for every day."""
+GROUPS = {"daily": DAILY, "slow": [case for case in (*CASES, *TEXTS) if case not in DAILY]}
+EVERY = [
+    pytest.param(group, case, marks=pytest.mark.slow if group == "slow" else (), id=case)
+    for group, cases in GROUPS.items()
+    for case in cases
+]
+
+
+@cache
+def made_of(case: str) -> tuple[Composition, Ejected]:
+    composition = composed(case)
+    return composition, eject(composition)
+
+
+@cache
+def in_bare_process(group: str, folder: Path) -> dict[str, list[str]]:
     """What differs between models and their files, in a process that can import neither the zoo nor a plugin."""
-    folder = tmp_path_factory.mktemp("ejected")
-    cases = [*CASES, *TEXTS, "plugin"]
+    cases = GROUPS[group]
     for case in cases:
-        composition = composed(case)
-        made = eject(composition)
+        composition, made = made_of(case)
         (folder / f"{case}.py").write_text(made.text)
         model = built(composition.build)
         inputs = inputs_of(composition, model)
@@ -260,21 +286,27 @@ def in_bare_process(tmp_path_factory) -> dict[str, list[str]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", [*CASES, *TEXTS, "plugin"])
-def test_same_keys_and_bits_where_the_zoo_cannot_be_imported(case, in_bare_process):
-    assert in_bare_process[case] == []
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ejected")
+
+
+@pytest.mark.parametrize(("group", "case"), EVERY)
+def test_same_keys_and_bits_where_the_zoo_cannot_be_imported(group, case, folder):
+    assert in_bare_process(group, folder)[case] == []
 
 
 def test_a_banned_package_is_noticed():
     """The process of the test above runs no file that imports the zoo."""
-    code = BARE.format(banned=set(BANNED), cases=[], folder="", functions="") + "\nimport attnzoo.core"
+    code = BARE.format(banned=set(BANNED), cases=[], folder="", functions="") + "\nimport attnzoo.errors"
+    code = code.replace(", torch\nfrom torch import nn", "").replace("torch.set_num_threads(1)", "")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 1 and "attnzoo is banned" in done.stderr
 
 
-@pytest.mark.parametrize("case", [*CASES, *TEXTS, "plugin"])
-def test_the_file_is_short_and_as_ruff_has_it(case):
-    looks_well(eject(composed(case)).text)
+@pytest.mark.parametrize(("group", "case"), EVERY)
+def test_the_file_is_short_and_as_ruff_has_it(group, case):
+    looks_well(made_of(case)[1].text)
 
 
 CHANGES = {
@@ -287,6 +319,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("recipe", CHANGES)
 def test_a_changed_constant_changes_bits(recipe):
     old, new, seen = CHANGES[recipe]
@@ -307,8 +340,7 @@ def test_a_file_has_nothing_of_what_others_use():
 
 def test_steps_of_a_decoding_are_those_of_the_zoo():
     """With what is kept of the tokens before; the model of the file is all that a search asks."""
-    composition = composed("seq2seq")
-    made = eject(composition)
+    composition, made = made_of("seq2seq_skip")
     model, other = built(composition.build).eval(), built(executed(made.text).__dict__[made.name]).eval()
     inputs = inputs_of(composition, model)
     with torch.no_grad():
@@ -339,17 +371,17 @@ def test_arguments_can_be_others():
 
 
 def test_what_an_optimiser_must_not_decay_is_the_same():
-    for recipe in ("digits_relative_conv", "digits_softmax", "digits_map_pool", "dual_tokens"):
-        composition = compose_file(RECIPES[recipe])
-        made = eject(composition)
+    for case in ("undecayed", "plain", "pool", "dual"):
+        composition, made = made_of(case)
         model, other = composition.build(), executed(made.text).__dict__[made.name]()
-        assert model.no_weight_decay() == other.no_weight_decay(), recipe
+        assert model.no_weight_decay() == other.no_weight_decay(), case
 
 
 # -- what is written --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_written_with_its_weights(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_run_is_written_with_its_weights(tmp_path):
     from attnzoo.train import train
     from attnzoo.train.settings import prepare
 
@@ -371,14 +403,14 @@ def test_a_run_is_written_with_its_weights(tmp_path, monkeypatch):
     assert torch.equal(torch.load(tmp_path / "out" / "logits.pt"), run.model()(images).detach())
 
 
-def test_the_verb(tmp_path):
+def test_the_verb(tmp_path, capsys):
     out = tmp_path / "mine.py"
     done = CliRunner().invoke(app, ["eject", "digits_softmax", "--out", str(out), "--json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
     assert said == {"name": "digits_softmax", "lines": out.read_text().count("\n"), "written": [str(out)]}
-    shown = subprocess.run([sys.executable, str(out)], capture_output=True, text=True, check=True).stdout
-    assert shown == "{'x': (2, 3, 32, 32)} -> (2, 10), 29,418 parameters\n"
+    run_path(str(out), run_name="__main__")
+    assert capsys.readouterr().out == "{'x': (2, 3, 32, 32)} -> (2, 10), 29,418 parameters\n"
     edits = ["--set", "attention=cosine", "--out", str(tmp_path / "other.py")]
     done = CliRunner().invoke(app, ["eject", "digits_softmax", *edits])
     assert done.exit_code == 0 and "next: python" in done.stdout
@@ -410,7 +442,7 @@ def test_wrong_input_is_refused_and_nothing_is_lost(source, out, code, tmp_path,
 
 
 def test_weights_of_a_run_do_not_overwrite_either(tmp_path):
-    made = attnzoo.ejecting.Ejected("mine", "", {"w": torch.ones(1)})
+    made = Ejected("mine", "", {"w": torch.ones(1)})
     (tmp_path / "mine.safetensors").write_text("mine")
     with pytest.raises(ZooError, match="exists already"):
         made.save(tmp_path / "mine.py")

@@ -6,12 +6,13 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import attnzoo
 from attnzoo.ejecting.modules import ALLOWED, Module, Symbol, is_module, read, top
 from attnzoo.ejecting.rewriting import (
-    Source,
     edited,
+    parsed,
     refitted,
     rewritten,
     tidied,
@@ -148,7 +149,7 @@ class Bundle:
         piece = Piece(module, names, self._text(symbol), statement.lineno)
         for name in names:
             self.pieces[Symbol(module.name, name)] = piece
-        source = Source(piece.text)
+        source = parsed(piece.text)
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self._allow(node, symbol)
@@ -204,7 +205,7 @@ class Bundle:
             text = module.source(symbol.name)
             for old, new in self.respelled.get(symbol.module, {}).items():
                 text = re.sub(old, new, text)
-            text = rewritten(text, self.known.get(symbol.module, {}), self.missing)
+            text = _rewritten(text, frozenset(self.known.get(symbol.module, {}).items()), self.missing)
             self.raw[symbol] = with_facts(text, self.facts.get(symbol, []))
         text = self.raw[symbol] + "\n"
         if "Site" in text or symbol.name == "Layout":
@@ -291,7 +292,7 @@ class Bundle:
 
     def renamed(self, piece: Piece) -> str:
         """A definition under the names of the file."""
-        source = Source(piece.text)
+        source = parsed(piece.text)
         edits = []
         for node, attribute in free_names(source.tree):
             key = f"{node.id}.{attribute}"
@@ -351,6 +352,11 @@ def _from(module: str, names: list[str]) -> str:
     if len(line) <= 110:
         return line
     return f"from {module} import (\n" + "".join(f"    {name},\n" for name in names) + ")"
+
+
+@lru_cache(4096)
+def _rewritten(text: str, known: frozenset[tuple[str, bool]], missing: frozenset[str]) -> str:
+    return rewritten(text, dict(known), missing)
 
 
 def with_facts(text: str, facts: list[str]) -> str:

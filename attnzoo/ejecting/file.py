@@ -153,7 +153,7 @@ def header(composition: Composition, name: str, trained: bool) -> str:
         lines += [f"    model = {name}()"]
     lines += _images(composition)
     if lost := auxiliary(composition):
-        lines += ["", f"Not here, because only training needs it: {lost}"]
+        lines += ["", f"Not here, because only training needs it: {lost}."]
     papers = dict.fromkeys(str(entry.card.paper) for entry in composition.entries if entry.card.paper)
     plugins = dict.fromkeys(
         f"{one.plugin} {one.version}" for one in composition.entries if one.plugin != "attnzoo"

@@ -34,9 +34,8 @@ def prove(text: str, name: str, composition: Composition) -> None:
             same = shape is None or forward(its).shape == shape
     except Exception as error:
         raise _refused(composition, f"its file fails with {type(error).__name__}: {error}") from error
-    differing = [
-        key for key in {**_tensors(own), **_tensors(its)} if _tensors(own).get(key) != _tensors(its).get(key)
-    ]
+    wanted, found = _tensors(own), _tensors(its)
+    differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if differing or not same:
         what = ", ".join(f"`{key}`" for key in differing[:3]) or "what it gives"
         raise _refused(composition, f"in its file {what} is not as in the zoo's model")

@@ -7,6 +7,7 @@ import ast
 import re
 import textwrap
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from functools import lru_cache
 
 WIDTH = 110
 """Columns of code."""
@@ -50,6 +51,12 @@ class Source:
         return self.starts[first - 1], self.starts[last]
 
 
+@lru_cache(4096)
+def parsed(text: str) -> Source:
+    """Text with its syntax tree, which nobody changes; the same text comes again and again."""
+    return Source(text)
+
+
 def edited(text: str, edits: Iterable[Edit]) -> str:
     """The text with edits, of which those inside others wait for the next pass."""
     done, kept = -1, []
@@ -64,7 +71,7 @@ def edited(text: str, edits: Iterable[Edit]) -> str:
 
 def until_still(text: str, find: Callable[[Source], list[Edit]]) -> str:
     """Edits, as long as there are any to make."""
-    while edits := find(Source(text)):
+    while edits := find(parsed(text)):
         text = edited(text, edits)
     return text
 
