@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "probes": {*NOUNS, "functional", "hosts", "lab", "plot", "probes"},
     "interventions": {*NOUNS, "functional"},
     "grafting": {*NOUNS, "files", "zoo", "hosts", "recipe", "data", "train", "grafting"},
+    "ejecting": {*NOUNS, "attnzoo", "version", "hosts", "recipe", "train", "ejecting"},
     "scaffold": {"errors", "attnzoo"},
     "cli": {
         *NOUNS,
@@ -74,6 +75,7 @@ MAY_IMPORT = {
         "train",
         "eval",
         "grafting",
+        "ejecting",
         "lab",
         "plot",
         "testing",
@@ -128,6 +130,7 @@ MAY_NEED = {
     "interventions": set(),
     "lab": {"timm"},
     "grafting": {"timm", "pydantic"},
+    "ejecting": {"timm", "yaml"},
     "scaffold": set(),
     "cli": {"typer"},
 }

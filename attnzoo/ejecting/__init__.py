@@ -109,7 +109,7 @@ def eject(
             AZ974 a file that does not build the model; what is wrong with the recipe or the run.
     """
     if isinstance(source, str | os.PathLike) and Path(source).is_dir():
-        source = open_run(source)
+        source = open_run(Path(source))
     if isinstance(source, Run):
         composition = resolve(source.loaded)
         model = source.model(which)  # type: ignore[arg-type]

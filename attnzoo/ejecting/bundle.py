@@ -157,15 +157,15 @@ class Bundle:
         for node in source.tree.body:
             if isinstance(node, ast.ClassDef):  # `fuse = fold`
                 self.attributes |= {name.id for name, _ in free_names(_assigned(node))}
-        for name, attribute in free_names(source.tree):
-            found = self._meant(module, name.id)
+        for spelled, attribute in free_names(source.tree):
+            found = self._meant(module, spelled.id)
             if found is None:
                 continue
             if not found.name and top(found.module) in self.packages and attribute:
                 found = self.resolve(Symbol(found.module, attribute))
-                piece.used[f"{name.id}.{attribute}"] = found
+                piece.used[f"{spelled.id}.{attribute}"] = found
             else:
-                piece.used[name.id] = found
+                piece.used[spelled.id] = found
             self._reach(found, (*on_the_way, module.name))
 
     def _meant(self, module: Module, name: str) -> Symbol | None:
@@ -411,7 +411,8 @@ def _free(node: ast.AST, bound: frozenset[str], attribute: str = "") -> Iterator
         outside: list[ast.AST] = [*node.args.defaults, *(d for d in node.args.kw_defaults if d)]
         outside += [a.annotation for a in _arguments(node.args) if a.annotation]
         outside += [*getattr(node, "decorator_list", ())]
-        outside += [node.returns] if getattr(node, "returns", None) else []
+        returns = getattr(node, "returns", None)
+        outside += [returns] if returns else []
         for one in outside:
             yield from _free(one, bound)
         inner = bound | {a.arg for a in _arguments(node.args)} | _stored(node)

@@ -79,7 +79,8 @@ def puts(composition: Composition) -> tuple[list[str], str]:
     for name, plan in composition.plans.items():
         by_plan.setdefault(component(plan, "site"), (plan, []))[1].append(name)
     taken: set[str] = set()
-    parts, builders = [], {}
+    parts: list[str] = []
+    builders: dict[str, str] = {}
     for expression, (plan, sites) in by_plan.items():
         name = "put" if len(by_plan) == 1 and not _heads(composition) else builder_name(plan, taken)
         builders |= dict.fromkeys(sites, name)

@@ -143,7 +143,8 @@ def header(composition: Composition, name: str, trained: bool) -> str:
         f"{loaded.name}: {loaded.recipe.summary}" if loaded.recipe.summary else f"{loaded.name}.",
         "",
         f"The model of this recipe as attnzoo {VERSION} builds it, on its own: it needs torch and timm, and was "
-        f"written with torch {torchs} and timm {timms}. Parameters have the same names, so weights of the one fit the other.",
+        f"written with torch {torchs} and timm {timms}. Parameters have the same names, so weights of the one fit the "
+        "other.",
         "",
     ]
     if trained:

@@ -1,6 +1,6 @@
 """What remains of the core once everything is decided: sites, taps, and what mechanisms derive from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -105,7 +105,7 @@ class Component(nn.Module):
     """
 
     taps: Mapping[str, str] = {}  # axes by name
-    given: Sequence[str] = ()  # names of the maps on the grid that it reads
+    given: Collection[str] = ()  # names of the maps on the grid that it reads
     context_grid = False  # whether it reads how the context is arranged
     incremental = False  # whether the newest queries may be asked alone
 
@@ -127,6 +127,8 @@ class Component(nn.Module):
 class Head(Component):
     """What each query (b h n d) receives of keys and values (b h m d), between shared projections: `attend`."""
 
+    attend: Callable[..., Tensor]
+
     def forward(
         self,
         q: Tensor,
@@ -147,6 +149,8 @@ class Mechanism(Component):
     Args:
         site: Where it is put.
     """
+
+    mix: Callable[..., Tensor]
 
     def __init__(self, site: Site):
         super().__init__(site)
@@ -195,6 +199,8 @@ class Pool(Component):
         site: Where it is put.
     """
 
+    pool: Callable[..., Tensor]
+
     def __init__(self, site: Site):
         super().__init__(site)
         self.proj_drop = nn.Dropout(site.proj_drop)
@@ -218,6 +224,9 @@ class MultiHead(Mechanism):
         site: Where it is put.
         head: What happens inside the heads, built for the same site.
     """
+
+    q_bias: nn.Parameter
+    v_bias: nn.Parameter
 
     def __init__(self, site: Site, head: Head):
         super().__init__(site)
@@ -283,8 +292,8 @@ class MultiHead(Mechanism):
         """Queries, keys and values by one projection, (b n 3c)."""
         if self.k_bias or self.q_bias is None:
             return self.qkv(x)
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return F.linear(x, self.qkv.weight, bias)
+        bias = [self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]
+        return F.linear(x, self.qkv.weight, torch.cat(bias))
 
     def merge(self, heads: Tensor) -> Tensor:
         """Heads (b h n d) as tokens (b n c), projected."""
@@ -331,6 +340,7 @@ class Fusion(nn.Module):
     """
 
     gamma: nn.Parameter
+    merge: Callable[..., Tensor]
     mixes_tokens = False  # whether a token of the output may depend on other tokens of the branches
     takes_mask = False
 
@@ -403,11 +413,10 @@ class FusedHeads(Head):
         self.fusion.head_axis = 1
         sites = self.fusion.sites(site, len(branches))
         self.branches = built_branches(sites, list(branches), list(branches.values()))
-        self.given = {name for branch in self.branches.values() for name in branch.given}
-        self.context_grid = any(branch.context_grid for branch in self.branches.values())
-        self.incremental = not self.fusion.mixes_tokens and all(
-            branch.incremental for branch in self.branches.values()
-        )
+        parts: list[Any] = list(self.branches.values())
+        self.given = {name for part in parts for name in part.given}
+        self.context_grid = any(part.context_grid for part in parts)
+        self.incremental = not self.fusion.mixes_tokens and all(part.incremental for part in parts)
 
     def attend(self, q, k, v, *, mask: Mask, layout: Layout, **given: Tensor):
         parts = zip(*(self.fusion.split(t, 1) for t in (q, k, v)), masks_of(self.fusion, mask), strict=True)
@@ -432,8 +441,9 @@ class Fused(Mechanism):
         self.fusion = fusion(site, len(branches))
         sites = self.fusion.sites(site, len(branches))
         self.branches = built_branches(sites, list(branches), list(branches.values()))
-        self.given = {name for branch in self.branches.values() for name in branch.given}
-        self.context_grid = any(branch.context_grid for branch in self.branches.values())
+        parts: list[Any] = list(self.branches.values())
+        self.given = {name for part in parts for name in part.given}
+        self.context_grid = any(part.context_grid for part in parts)
 
     def mix(self, x, source, *, mask: Mask, layout: Layout, context_layout: Layout | None = None, **given):
         context = None if self.context_dim is None else source
@@ -459,7 +469,8 @@ class Fused(Mechanism):
         where: dict[str, Any] = {"layout": layout, "context_layout": context_layout}
         if self.fusion.mixes_tokens:
             return super().step(x, cache, context, mask=mask, **where)
-        split = zip(self.branches.items(), self.fusion.split(x, -1), masks_of(self.fusion, mask), strict=True)
+        branches: Any = self.branches.items()
+        split = zip(branches, self.fusion.split(x, -1), masks_of(self.fusion, mask), strict=True)
         outs: list[Tensor] = []
         for (name, branch), x_i, mask_i in split:
             newest, own = self.fusion.feed(x_i, outs), cache.branch(name)
@@ -536,7 +547,7 @@ def reduce(t: Tensor, pattern: str, how: str, /, **sizes: int) -> Tensor:
     gone = [axis for axis in before if axis not in after]
     t = rearrange(t, f"{left} -> {' '.join([*after, *gone])}", **sizes)
     over = tuple(range(len(after), t.ndim))
-    t = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}[how](t, dim=over)
+    t = getattr(t, {"sum": "sum", "mean": "mean", "max": "amax"}[how])(dim=over)
     return rearrange(t, f"{' '.join(after)} -> {right}")
 
 

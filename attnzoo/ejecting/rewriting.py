@@ -180,20 +180,14 @@ def unasked(attributes: Container[str]) -> Callable[[Source], list[Edit]]:
         edits = []
         for node in ast.walk(source.tree):
             if isinstance(node, ast.ClassDef) and node.name in ("Layout", "Site"):
-                gone = [
-                    one
-                    for one in node.body
-                    if isinstance(one, ast.AnnAssign)
-                    and isinstance(one.target, ast.Name)
-                    and one.target.id not in attributes
-                ]
-                edits += [without(source, node.body, one) for one in gone]
-                for one in gone:
-                    told = re.search(
-                        rf"^        {one.target.id}: .*\n(?:            .*\n)*", source.text, re.M
-                    )  # type: ignore[union-attr]
-                    if told:
-                        edits.append((*told.span(), ""))
+                for one in node.body:
+                    match one:
+                        case ast.AnnAssign(target=ast.Name(id=name)) if name not in attributes:
+                            edits.append(without(source, node.body, one))
+                            told = re.search(
+                                rf"^        {name}: .*\n(?:            .*\n)*", source.text, re.M
+                            )
+                            edits += [(*told.span(), "")] if told else []
             if isinstance(node, ast.Call) and name_of(node.func) == "Site":
                 values = [*node.args, *(keyword.value for keyword in node.keywords)]
                 for keyword in node.keywords:
