@@ -15,7 +15,7 @@ def eject(
         typer.Argument(
             help="A recipe's name (ham_b) or file, or the folder of a run.",
             metavar="RECIPE|RUN",
-            autocompletion=completion.recipes,
+            autocompletion=completion.runs_and_recipes,
         ),
     ],
     out: Annotated[Path, typer.Option(help="The Python file; weights of a run lie beside it.")],
