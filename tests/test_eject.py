@@ -368,6 +368,12 @@ def test_maps_of_attention_can_be_seen_in_a_file():
 def test_arguments_can_be_others():
     model = executed(eject("digits_softmax").text).digits_softmax(num_classes=3, drop_path_rate=0.1)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    for name, value in (
+        ("qk_norm", True),
+        ("img_size", 64),
+    ):  # decided: it would be ignored, or would not fit
+        with pytest.raises(TypeError, match=name):
+            executed(eject("digits_softmax").text).digits_softmax(**{name: value})
 
 
 def test_what_an_optimiser_must_not_decay_is_the_same():

@@ -208,7 +208,7 @@ class Bundle:
             text = _rewritten(text, frozenset(self.known.get(symbol.module, {}).items()), self.missing)
             self.raw[symbol] = with_facts(text, self.facts.get(symbol, []))
         text = self.raw[symbol] + "\n"
-        if "Site" in text or symbol.name == "Layout":
+        if "Site" in text or "replace(" in text or symbol.name == "Layout":
             text = until_still(text, unasked(self.attributes))
         if isinstance(module.defined[symbol.name], ast.ClassDef):
             text = until_still(text, unread(lambda _, name: name in self.attributes))

@@ -116,6 +116,8 @@ def wrapped(text: str, indent: int = 0, before: int = 0, width: int = 110) -> st
             return head + wrapped(of(tree.body), indent, before + len(head), width)
         case ast.BinOp(left=ast.Tuple() as left):
             return wrapped(of(left), indent, before, 0) + text[len(of(left)) :]
+        case ast.Set():
+            start, stop, parts = "{", "}", [of(part) for part in tree.elts]
         case ast.List() | ast.Tuple():
             start, stop = ("[", "]") if isinstance(tree, ast.List) else ("(", ")")
             parts = [of(part) for part in tree.elts]

@@ -13,7 +13,7 @@ from torch import nn
 from attnzoo.core import Component, Fused, FusedHeads, Fusion, Mechanism, MultiHead, Site
 from attnzoo.ejecting import construction, hosts
 from attnzoo.ejecting.bundle import PRELUDE, Bundle
-from attnzoo.ejecting.expressions import named, referred, wrapped
+from attnzoo.ejecting.expressions import literal, named, referred, wrapped
 from attnzoo.ejecting.modules import Module, Symbol, top
 from attnzoo.hosts.info import unallocated
 from attnzoo.recipe import Composition
@@ -22,15 +22,8 @@ from attnzoo.version import VERSION
 WIDTH = 110
 
 
-CHANGED = [
-    "",
-    "Args:",
-    "    changed: Arguments of the model that shall be others: `num_classes=10`, `drop_path_rate=0.1`.",
-]
-
-
 RESERVED = frozenset(
-    {"put", "put_pool", "SITES", "HEADS", "LAYOUT", "ATTENTION", "model", "inputs", "outputs"}
+    {"put", "put_pool", "SITES", "HEADS", "LAYOUT", "ATTENTION", "FREE", "model", "inputs", "outputs"}
 )
 """Names that the file has for itself."""
 
@@ -57,14 +50,21 @@ def text_of(composition: Composition, name: str, trained: bool = False) -> str:
     sites: list[Site] = vars(recorded)["sites"]
     parts, _ = construction.puts(composition)
     made = hosts.construction(composition, model)
-    function = construction.function(
-        name, ["The model, with weights as before training.", *CHANGED], made.body
-    )
-    parts += [*hosts.put_pool(composition), *made.before, function, main(name, made.sample)]
+    doc = ["The model, with weights as before training.", "", "Args:"]
+    doc += ["    changed: Arguments that shall be others than in the recipe, of `FREE`."]
+    body = [
+        "if strange := changed.keys() - FREE:",
+        '    raise TypeError(f"{sorted(strange)}: more than an argument hangs on it; change the file")',
+        *made.body,
+    ]
+    function = construction.function(name, doc, body)
+    free = f'FREE = ⟪{{{", ".join(map(literal, made.free))}}}⟫\n"""Arguments that may be others than in the recipe."""'
+    parts += [*hosts.put_pool(composition), *made.before, free, function, main(name, made.sample)]
     packages = {"attnzoo", *(top(entry.value.__module__) for entry in composition.entries)}
     known = made.known | {PRELUDE: hosts.known_of(sites)}
     if not any(plan.branches for plan in recorded.everything):
         made.respelled["attnzoo.hosts.info"] = {r"Component \| Fusion": "Component"}
+    made.respelled[PRELUDE] = hosts.projections_of(sites)
     bundle = Bundle(packages, known, facts_of(model), made.respelled, frozenset(made.missing))
     said = "\n".join(parts)
     asked = {one.name for one in fields(Site) if re.search(rf'\.{one.name}\b|"{one.name}":', said)}
@@ -81,9 +81,19 @@ def text_of(composition: Composition, name: str, trained: bool = False) -> str:
     return re.sub(r"\bZoo(?=[A-Z])", "Sited", text)
 
 
+HEADINGS = {
+    "attnzoo.core.mask": "Who may attend to whom. True means may attend",
+    "attnzoo.ejecting.prelude": "What mechanisms, heads, pools and fusions derive from, and where they are put",
+    "attnzoo.hosts.backbone": "What backbones have in common",
+    "attnzoo.hosts.info": "What models have in common: the initialisation of their parts, what is not decayed",
+    "attnzoo.hosts.vision_transformer": "timm's vision transformer with mechanisms in its blocks",
+}
+"""Of sections whose modules say more than is left of them."""
+
+
 def section_of(module: Module, texts: list[str]) -> Iterable[str]:
     """The definitions of a module under a heading that says what it is, and of which paper."""
-    first, _, rest = module.doc.partition("\n")
+    first, _, rest = HEADINGS.get(module.name, module.doc).partition("\n")
     heading = textwrap.wrap(first.removesuffix(".") or f"`{module.name}`", WIDTH - 10)
     lines = [f"# -- {heading[0]} ".ljust(WIDTH, "-"), *(f"# {line}" for line in heading[1:])]
     for paragraph in rest.strip().split("\n\n") if rest.strip() else ():
@@ -187,7 +197,7 @@ def _images(composition: Composition) -> list[str]:
     mean, std = (", ".join(f"{x:.4g}" for x in cfg[word]) for word in ("mean", "std"))
     return [
         "",
-        f"Images have {channels} × {rows} × {columns} numbers, less their mean ({mean}), divided by their standard "
+        f"It takes images (b, {channels}, {rows}, {columns}), normalised by the mean ({mean}) and the standard "
         f"deviation ({std}).",
     ]
 

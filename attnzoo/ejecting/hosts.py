@@ -27,6 +27,18 @@ TIMM = Symbol("timm")
 ANY, NN, TORCH = Symbol("typing", "Any"), Symbol("torch", "nn"), Symbol("torch")
 
 
+RATES = (
+    "num_classes",
+    "in_chans",
+    "drop_rate",
+    "pos_drop_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
+    "drop_path_rate",
+)
+"""Arguments of backbones on which nothing else hangs."""
+
+
 @dataclass
 class Construction:
     """How a model is built.
@@ -39,6 +51,7 @@ class Construction:
         respelled: Patterns and what stands in their place, by module.
         attributes: Methods that people call.
         missing: Choices of the host that are not in the file; see `rewriting.absent`.
+        free: Arguments that may be others than the recipe's: nothing that was decided hangs on them.
     """
 
     body: list[str]
@@ -48,6 +61,7 @@ class Construction:
     respelled: dict[str, dict[str, str]] = field(default_factory=dict)
     attributes: set[str] = field(default_factory=set)
     missing: set[str] = field(default_factory=set)
+    free: tuple[str, ...] = RATES
 
 
 def construction(composition: Composition, model: nn.Module) -> Construction:
@@ -65,7 +79,9 @@ def construction(composition: Composition, model: nn.Module) -> Construction:
         kinds: dict[str, Any] = {"cct": _cct, "dual": _dual, "pyramid": _pyramid}
         made = kinds[host.kind](composition, backbone)
     if host.init == "normal":
-        made.body[-1] = made.body[-1].replace("return ", "model = ", 1)
+        last = made.body.pop()
+        if last != "return model":
+            made.body.append(last.replace("return ", "model = ", 1))
         made.body += [f"{ref(init_normal)}(model)", "return model"]
     return made
 
@@ -128,6 +144,7 @@ def _vit(composition: Composition, info: BackboneInfo, model: nn.Module) -> Cons
         said = f"({asked[0]},) * {info.depth}" if alike else f"({', '.join(asked)},)"
         made.before.append(f'ATTENTION = ⟪{said}⟫\n"""What the attention of each block is asked for."""')
         attention = "ATTENTION"
+        made.free = tuple(name for name in RATES if name not in ("proj_drop_rate", "attn_drop_rate"))
     options = {
         "given": composition.given,
         "skip": composition.skip,
@@ -274,6 +291,7 @@ CHOICES = {
 def _pyramid(composition: Composition, info: PyramidInfo) -> Construction:
     more = {"left_out": literal(info.left_out)} if info.left_out else {}
     made = _own(composition, info, pyramid.PyramidTransformer, pyramid.BASES, more)
+    made.free = tuple(name for name in RATES if name != "pos_drop_rate")
     said = {"stem": "overlap", "merge": "overlap", "mlp": "plain", "block": "transformer"}
     said |= {**pyramid.BASES[info.base], **info.arguments}
     made.missing = {
@@ -308,7 +326,8 @@ def _sequence(composition: Composition, info: SequenceInfo) -> Construction:
         f"form = {ref(type(form))}(**(arguments | changed))",
         f"return ⟪{ref(sequence.SequenceModel)}({', '.join(parts)})⟫",
     ]
-    result = Construction(body, [f'inputs = {{"x": {ref(TORCH)}.{made}}}'], before)
+    free = ("vocab" if form.vocab else "width", "outputs", "dropout")
+    result = Construction(body, [f'inputs = {{"x": {ref(TORCH)}.{made}}}'], before, free=free)
     return _unskipped(composition, result, sequence.__name__)
 
 
@@ -335,7 +354,21 @@ def _seq2seq(composition: Composition, info: Seq2SeqInfo) -> Construction:
         f'inputs["target"] = {ref(TORCH)}.randint(3, {form.target}, (2, {length}))',
     ]
     made = Construction(body, sample, attributes={"start", "step", "encode", "decode", "select"})
+    made.free = ("source", "target", "dropout")
     return _unskipped(composition, made, seq2seq.__name__)
+
+
+def projections_of(sites: Sequence[Site]) -> dict[str, str]:
+    """What `MultiHead` need not remember, once all sites are known: patterns and what stands in their place."""
+    known = known_of(sites)
+    gone = {
+        rf"        self\.{word} = site\.{word}\n": ""
+        for word in ("rotary", "qkv_fused", "k_bias")
+        if f"self.{word}" in known
+    }
+    if known.get("self.k_bias"):
+        gone[r"    [qv]_bias: nn\.Parameter\n"] = ""
+    return gone
 
 
 def known_of(sites: Sequence[Site]) -> dict[str, bool]:

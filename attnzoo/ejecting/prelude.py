@@ -255,7 +255,9 @@ class MultiHead(Mechanism):
         self.inner = head
         self.norm = site.norm(site.dim) if site.scale_norm else nn.Identity()
         self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
-        self.rotary, self.qkv_fused, self.k_bias = site.rotary, site.qkv_fused, site.k_bias
+        self.rotary = site.rotary
+        self.qkv_fused = site.qkv_fused
+        self.k_bias = site.k_bias
         self.skip: nn.Module = nn.Identity()  # where what is handed on from layer to layer comes in
 
     def queries(self, x: Tensor) -> Tensor:

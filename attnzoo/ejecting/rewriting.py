@@ -7,7 +7,10 @@ import ast
 import re
 import textwrap
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import fields
 from functools import lru_cache
+
+from attnzoo.core import Site
 
 WIDTH = 110
 """Columns of code."""
@@ -18,6 +21,8 @@ CLAIMS = frozenset({"card", "claims", "auxiliary", "renamed", "takes_tensors", "
 """What classes say of themselves for the zoo alone, and methods that it alone calls."""
 CHECKS = frozenset({"_check_arity", "admit", "lies_on", "named"})
 """Calls, standing alone, that only refuse."""
+FIELDS = frozenset(field.name for field in fields(Site))
+"""Of a site."""
 DIMENSIONED = frozenset({"Bool", "Complex", "Float", "Int", "Integer", "Num", "Real", "Shaped"})
 """Annotations of jaxtyping's: `Float[Tensor, "b n c"]`."""
 
@@ -188,10 +193,10 @@ def unasked(attributes: Container[str]) -> Callable[[Source], list[Edit]]:
                                 rf"^        {name}: .*\n(?:            .*\n)*", source.text, re.M
                             )
                             edits += [(*told.span(), "")] if told else []
-            if isinstance(node, ast.Call) and name_of(node.func) == "Site":
+            if isinstance(node, ast.Call) and name_of(node.func) in ("Site", "replace"):
                 values = [*node.args, *(keyword.value for keyword in node.keywords)]
                 for keyword in node.keywords:
-                    if keyword.arg and keyword.arg not in attributes:
+                    if keyword.arg in FIELDS and keyword.arg not in attributes:
                         before = values[values.index(keyword.value) - 1]
                         edits.append((source.stop(before), source.stop(keyword.value), ""))
         return edits
