@@ -264,7 +264,10 @@ def _plain_error(source: Source, node: ast.Raise, args: list[ast.expr]) -> str:
     text, indent = source.of(texts[0]) if texts else '""', " " * node.col_offset
     if "\n" not in text and len(f"{indent}raise ValueError({text})") <= WIDTH:
         return f"raise ValueError({text})"
-    inner = "\n".join(f"{indent}    {line.strip()}" for line in text.splitlines())
+    inner = f"{indent}    {text}"  # further lines stand where they stood
+    for found in re.finditer(r"^(.*\()\n\s*(.*)\n\s*(\).*)$", inner, re.M):
+        line = "".join(found.groups())  # without the comma that followed, it may fit
+        inner = inner.replace(found[0], line) if len(line) <= WIDTH else inner
     return f"raise ValueError(\n{inner}\n{indent})"
 
 
