@@ -13,6 +13,7 @@ What most people want:
     describe(model)                           what is in a model, in a few lines
     diff("ham_a", "ham_b")                    what two recipes differ in
     explain("ham_b")                          the equations of a recipe, layer by layer, as text and LaTeX
+    eject("ham_b").save("ham_b.py")           its model as one Python file that needs torch and timm alone
     accelerate(model)                         a finished model, faster on a CPU
     probe(model, "entropy", inputs=images)    measure something of a model: a table, a CSV, a figure
     intervene(model, 'temperature(value=2.0)')  change what happens inside it for as long as a block runs

@@ -39,6 +39,7 @@ from .core import (
     find_taps,
     watch,
 )
+from .ejecting import eject
 from .errors import ZooError
 from .grafting import distil, graft, save_graft, ungraft
 from .hf import register_with_transformers
@@ -91,6 +92,7 @@ __all__ = [
     "describe",
     "diff",
     "distil",
+    "eject",
     "explain",
     "find_taps",
     "graft",

@@ -78,6 +78,7 @@ MAY_IMPORT = {
         "testing",
         "gallery",
     },
+    "ejecting": {*NOUNS, "attnzoo", "version", "hosts", "recipe", "train", "ejecting"},
     "scaffold": {"errors", "attnzoo"},
     "cli": {
         *NOUNS,
@@ -93,6 +94,7 @@ MAY_IMPORT = {
         "eval",
         "gallery",
         "grafting",
+        "ejecting",
         "lab",
         "plot",
         "testing",
@@ -153,6 +155,7 @@ MAY_NEED = {
         "docutils",
         "latex2mathml",
     },  # the extra `docs`, only when pages are made
+    "ejecting": {"timm", "yaml"},
     "scaffold": set(),
     "cli": {"typer"},
 }
