@@ -1,4 +1,4 @@
-"""Makes a corpus of short sentence pairs from the catalogues of a machine: `python docs/make_corpus.py FOLDER --out FILE.tsv`.
+"""Makes a corpus of short sentence pairs from the catalogues of programs.
 
     python docs/make_corpus.py /usr/share/locale/fr --out runs/en-fr.tsv
     attnzoo train transformer --data tsv:runs/en-fr.tsv
@@ -12,12 +12,13 @@ message and its translation:
 - one pair for all messages that differ in case, digits and punctuation alone, so that no near copy of a sentence
   that is trained on is tested on.
 
-A `_` or `&` before a letter, which marks the key of a menu, goes. The corpus is not committed: each catalogue is under the
-licence of its program.
+A `_` or `&` before a letter, which marks the key of a menu, goes. The corpus is not committed: each catalogue is under
+the licence of its program.
 """
 
 import argparse
 import re
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def main() -> None:
     pairs = short_pairs(read_corpus(f"gettext:{asked.folder}").lines, asked.words)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text("".join(f"{source}\t{target}\n" for source, target in pairs), encoding="utf-8")
-    print(f"{len(pairs):,} pairs in {asked.out}")
+    sys.stdout.write(f"{len(pairs):,} pairs in {asked.out}\n")
 
 
 if __name__ == "__main__":
