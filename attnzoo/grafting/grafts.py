@@ -283,7 +283,7 @@ def _on_donor(loaded: Loaded, arguments: dict[str, Any], donor: Donor) -> Compos
     """The recipe, resolved on the donor's host.
 
     Raises:
-        GraftError: AZ941, when the donor can be no host: nobody wrote that host, so a place in the recipe would mislead.
+        GraftError: AZ941, when the donor can be no host: nobody wrote that host, so there is no place to show.
         RecipeError: what does not fit the donor.
     """
     try:
