@@ -20,8 +20,8 @@ class MixtureOfHeads(Mechanism):
     0. (α₁, α₂) = 2 softmax(W₀ x) where there are heads of both kinds, otherwise 1. A softmax over one head is 1 and has
     no weights. The shared heads come first.
 
-    Without parameters, `router: query_norm`, the a heads with the longest queries ‖q_e‖₂ are active, as projected, before
-    norms. g is 1 for shared and active heads and 0 for the others, and has no gradient.
+    Without parameters, `router: query_norm`, the a heads with the longest queries ‖q_e‖₂ are active, as projected,
+    before norms. g is 1 for shared and active heads and 0 for the others, and has no gradient.
 
     Args:
         site: Where the mechanism is put.
