@@ -24,6 +24,7 @@ from pathlib import Path
 
 from attnzoo.data.parallel import read_corpus
 from attnzoo.data.parallel.corpus import Line, clean
+from attnzoo.errors import ZooError
 
 KEY = re.compile(r"(?<!\w)[_&](?=\w)")
 LETTERS = re.compile(r"[^\W\d_]")
@@ -62,7 +63,10 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=12, help="most words of a side (default: 12)")
     parser.add_argument("--out", type=Path, required=True, help="the file of pairs, tab-separated")
     asked = parser.parse_args()
-    pairs = short_pairs(read_corpus(f"gettext:{asked.folder}").lines, asked.words)
+    try:
+        pairs = short_pairs(read_corpus(f"gettext:{asked.folder}").lines, asked.words)
+    except ZooError as error:
+        sys.exit(str(error))
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text("".join(f"{source}\t{target}\n" for source, target in pairs), encoding="utf-8")
     sys.stdout.write(f"{len(pairs):,} pairs in {asked.out}\n")
