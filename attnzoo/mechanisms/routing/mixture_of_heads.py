@@ -32,8 +32,7 @@ class MixtureOfHeads(Mechanism):
             router changes: only a balance loss would teach it.
         scaling: `code` has the gates above, the authors', which start at about 1; `paper` has α₁ softmax(W_s x) and
             α₂ p_e with α = softmax(W₀ x). Of the linear routers.
-        router: `linear` has W_r, W_s and W₀; `query_norm` has no parameters, so that a trained model goes on with its
-            heads as they are.
+        router: `linear` has W_r, W_s and W₀; `query_norm` has no parameters.
 
     Raises:
         OptionError: AZ214, when there are not so many heads, or some could never be active, or a `scaling` has nothing
@@ -93,11 +92,8 @@ class MixtureOfHeads(Mechanism):
         super().__init__(site)
         heads, d, linear = site.heads, site.head_dim, router == "linear"
         if scaling == "paper" and not linear:
-            raise OptionError(
-                "`mixture_of_heads`: `scaling: paper` scales the gates of linear routers",
-                why="with `router: query_norm` a gate is 0 or 1",
-                help="leave `scaling` out, or choose `router: linear`",
-            )
+            what, why = "`scaling: paper` with `router: query_norm`", "its gates are 0 or 1"
+            raise OptionError(f"`mixture_of_heads`: {what}", why=why, help="choose one of the two")
         if shared is None:
             shared = heads if active == 0 else heads // (4 if linear else 2)
         if active is None:
