@@ -337,7 +337,7 @@ class Subject:
             raise ZooError(
                 "AZ926",
                 "the true classes are needed, and are not known",
-                help="hand over targets: Subject.of(model, images, labels), or name a run",
+                help="hand over targets: Subject.of(model, images, labels); on the command line name a run, or --data",
             )
         return batch.targets
 
