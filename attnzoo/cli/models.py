@@ -144,7 +144,7 @@ def image_model(
     if run:
         data, model = run.data(), run.model(which)
         state = f"{run.loaded.name}, {which} epoch"
-        name = run.folder.resolve().name
+        name = Path(name).resolve().name
         return ImageModel(name, state, model, data.image, data.mean, data.std, data.classes, data.test)
     if loaded:
         model, state = from_recipe(loaded, init_from, seed)
