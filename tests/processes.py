@@ -1,8 +1,10 @@
 """Processes for tests that need one of their own but not an interpreter that starts from nothing."""
 
 import atexit
+import ctypes
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
@@ -78,3 +80,21 @@ def run(
     if check:
         done.check_returncode()
     return done
+
+
+def begun(*arguments: str, **options: Any) -> subprocess.Popen:
+    """A process of Python's in a session of its own. It ends when the tests end, killed or not; so do its workers.
+
+    Args:
+        arguments: As for `run`.
+        options: Of `subprocess.Popen`.
+    """
+    return subprocess.Popen(
+        [sys.executable, *arguments], start_new_session=True, preexec_fn=_ends_with_the_tests, **options
+    )
+
+
+def _ends_with_the_tests() -> None:
+    """Linux kills this process when the one that started it is no more."""
+    if hasattr(ctypes.CDLL(None), "prctl"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

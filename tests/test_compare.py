@@ -3,13 +3,12 @@
 import json
 import re
 import statistics
-import subprocess
-import sys
 import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 from test_workers import of_session
 from typer.testing import CliRunner
@@ -217,27 +216,18 @@ def test_faults(arguments, text, tmp_path, monkeypatch):
 @pytest.mark.slow  # three processes import torch and train; tests/test_workers.py holds what they rest on
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are counted in /proc")
 def test_a_killed_comparison_leaves_nothing_behind(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "attnzoo",
-        "compare",
-        "ham_classic",
-        "ham_b",
-        "--seeds",
-        "2",
-        "--workers",
-        "2",
-    ]
+    command = ["compare", "ham_classic", "ham_b", "--seeds", "2", "--workers", "2"]
     edits = sets(*TINY, "train.epochs=10000")
-    parent = subprocess.Popen([*command, "--out", str(tmp_path / "c"), *edits], start_new_session=True)
-    deadline = time.monotonic() + 120
-    while len(list((tmp_path / "c").glob("*/log.csv"))) < 2:
-        assert parent.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    assert len(of_session(parent.pid)) >= 3
-    parent.kill()
-    parent.wait()
+    parent = processes.begun("-m", "attnzoo", *command, "--out", str(tmp_path / "c"), *edits)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list((tmp_path / "c").glob("*/log.csv"))) < 2:
+            assert parent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        assert len(of_session(parent.pid)) >= 3
+    finally:
+        parent.kill()
+        parent.wait()
     time.sleep(GRACE + 2)
     assert of_session(parent.pid) == []
     for folder in (tmp_path / "c").iterdir():  # nothing is lost, and nothing locked

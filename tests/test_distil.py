@@ -108,6 +108,43 @@ def test_the_donor_teaches_when_nobody_else_is_named():
     assert one.stages == two.stages and not changed(kept(made), other)
 
 
+def test_one_block_after_the_other():
+    """Each learns alone, on what those before it have become; what comes after it has no say."""
+    model, events = donor(depth=3), []
+    recipe = {**ELU, "attention": "softmax", "overrides": [{"at": "blocks.[02]", "put": "elu_linear"}]}
+    made, _ = attnzoo.graft(model, recipe)
+    state = kept(made)
+
+    def tell(event):
+        if event.get("text", "").endswith("learn"):
+            events.append((event["text"], changed(state, made)))
+
+    attnzoo.distil(made, settings(), teacher=model, finetune=0, at_once=1, report=tell)
+    assert [text for text, _ in events] == ["blocks.0 learn", "blocks.2 learn"]
+    assert not events[0][1] and {name[:14] for name in events[1][1]} == {"blocks.0.attn."}
+    assert {name[:14] for name in changed(state, made)} == {"blocks.0.attn.", "blocks.2.attn."}
+
+    other, _ = attnzoo.graft(model, recipe)
+    with torch.no_grad():
+        other.blocks[2].attn.proj.weight.mul_(-3)  # of a block that learns later
+    first = {name: tensor for name, tensor in made.state_dict().items() if name.startswith("blocks.0.attn.")}
+    attnzoo.distil(other, settings(), teacher=model, finetune=0, at_once=1)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in first.items())
+
+    together, parallel = (attnzoo.graft(model, recipe)[0] for _ in range(2))
+    attnzoo.distil(together, settings(), teacher=model, finetune=0, at_once=2)
+    attnzoo.distil(parallel, settings(), teacher=model, finetune=0)
+    assert not changed(kept(together), parallel)
+
+
+@pytest.mark.parametrize(
+    "how, code", [({"at_once": 0}, "AZ944"), ({"at_once": -1}, "AZ944"), ({"at_once": 1, "ce": 1.0}, "AZ928")]
+)
+def test_parts_that_cannot_be_are_refused(how, code):
+    with pytest.raises(ZooError, match=code):
+        attnzoo.distil(attnzoo.graft(donor(), ELU)[0], settings(), **how)
+
+
 @pytest.mark.parametrize("extra", [{"mse": 1.0}, {"ce": 1.0}])
 def test_more_losses_give_other_weights(extra):
     plain, other = (attnzoo.graft(donor(), ELU)[0] for _ in range(2))

@@ -646,7 +646,7 @@ def test_what_cannot_be_shown_is_told(arguments, code, said, folder, monkeypatch
 
 
 def test_a_recipe_comes_before_a_timm_model(monkeypatch):
-    from attnzoo.cli.heatmap import _opened
+    from attnzoo.cli.models import opened
 
     monkeypatch.setattr(timm, "is_model", lambda name: True)
-    assert _opened("ham_a", None)[1].name == "ham_a" and _opened("vit_tiny_patch16_224", None) == (None, None)
+    assert opened("ham_a", None)[1].name == "ham_a" and opened("vit_tiny_patch16_224", None) == (None, None)

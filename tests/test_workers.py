@@ -3,10 +3,10 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 from attnzoo.errors import RunError
@@ -76,10 +76,9 @@ def started(job: str, tmp_path: Path) -> tuple[subprocess.Popen, list[int]]:
     """A process with two workers in the middle of a job."""
     files = [tmp_path / "a", tmp_path / "b"]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT.format(job=job), *map(str, files)],
+    parent = processes.begun(
+        "-c", PARENT.format(job=job), *map(str, files),
         env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not all(file.exists() and file.read_text() for file in files):
@@ -122,6 +121,29 @@ def test_nothing_is_left_of_a_killed_process(number, tmp_path):
         time.sleep(0.05)
     assert of_session(parent.pid) == []
     parent.wait()
+
+
+@linux
+def test_what_tests_start_ends_with_them(tmp_path):
+    """A run of tests that is killed leaves no comparison behind that would go on for hours."""
+    code = f"""
+import pathlib, processes, time
+child = processes.begun("-c", "import time; time.sleep(600)")
+pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
+time.sleep(600)
+"""
+    tests = processes.begun("-c", code, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)})
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "child").exists() and (tmp_path / "child").read_text()):
+        assert tests.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    child = int((tmp_path / "child").read_text())
+    assert alive(child)
+    tests.kill()
+    tests.wait()
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(child)
 
 
 @linux

@@ -58,6 +58,14 @@ def graft(
     ] = "model",
     mse: Annotated[float, typer.Option(min=0.0, help="Weight of squared errors in the first stage.")] = 0.0,
     ce: Annotated[float, typer.Option(min=0.0, help="Weight of the labels in the first stage.")] = 0.0,
+    at_once: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="New blocks that learn at a time in the first stage, from the first on, --epochs each.",
+            show_default="all",
+        ),
+    ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Where data sets lie.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -93,9 +101,8 @@ def graft(
     if settings:
         with progress(quiet=as_json) as tell:
             first = 0 if epochs == 0 else None
-            report = learn(
-                made, settings, first=first, finetune=finetune, tune=tune, mse=mse, ce=ce, report=tell
-            )
+            how = {"tune": tune, "mse": mse, "ce": ce, "at_once": at_once}
+            report = learn(made, settings, first=first, finetune=finetune, report=tell, **how)
     if out:
         save_graft(made, out)
     if as_json:

@@ -11,6 +11,7 @@ import typer
 from attnzoo.cli import completion
 from attnzoo.cli.eval import With
 from attnzoo.cli.list import AsJson
+from attnzoo.cli.models import ImageModel, from_recipe, image_model, only_for, opened
 
 
 def heatmap(
@@ -85,10 +86,10 @@ def heatmap(
     changed = f"; with {', '.join(map(str, changes))}" if changes else ""
     if out is not None:
         check_file(out)
-    run, loaded = _opened(model, init_from)
+    run, loaded = opened(model, init_from)
     name = Path(model).resolve().name if run else loaded.name if loaded else model
     if loaded and loaded.recipe.host.kind in ("seq2seq", "sequence"):
-        _only_for(
+        only_for(
             "images",
             f"`{name}` is a model of sequences",
             ("IMAGE", files, "`--text TEXT` says what is shown of a run"),
@@ -105,7 +106,7 @@ def heatmap(
             examples = text.examples(texts, targets, count, seed)
             _draw_text(text, examples, what, layer, site, out, npy, as_json)
     else:
-        _only_for(
+        only_for(
             "models of text",
             f"`{name}` looks at images",
             ("--text", texts, "`--images` names images"),
@@ -113,10 +114,7 @@ def heatmap(
             ("--site", site, "leave it out, or choose a layer with --layer"),
         )
         what = what or "model"
-        if run:
-            seen = _from_run(run, name, which)
-        else:
-            seen = _from_recipe(loaded, init_from, seed) if loaded else _from_timm(model, init_from, seed)
+        seen = image_model(model, run, loaded, init_from, seed, which)
         chosen = seen.images(pictures, count or (1 if what == "heads" else 8), seed)
         seen = replace(seen, state=seen.state + changed)
         with intervene(seen.model, *changes):
@@ -125,57 +123,8 @@ def heatmap(
         say_next(f"attnzoo heatmap {model} --what {'mechanism' if what == 'heads' else 'heads'}")
 
 
-LOCAL = "local-dir:"
-"""What timm writes before a folder with weights and `config.json`."""
-
-
-def _opened(name: str, init_from: Path | None) -> tuple[Any, Any]:
-    """The run that is meant, or None, and its recipe, or None for a model of timm's: a recipe comes first."""
-    from attnzoo.errors import RecipeError, ZooError, did_you_mean
-    from attnzoo.recipe.loading import load
-    from attnzoo.train import open_run
-
-    is_run = _is_run(name)
-    if init_from is not None and (is_run or name.startswith(LOCAL)):
-        kind = "a folder of timm's" if name.startswith(LOCAL) else "a run"
-        raise ZooError(
-            "AZ907",
-            f"`{name}` is {kind}, which has weights of its own",
-            help="leave --init-from out, or name the recipe",
-        )
-    if is_run:
-        run = open_run(name)
-        return run, run.loaded
-    if name.startswith(LOCAL):
-        return None, None
-    try:
-        return None, load(name)
-    except RecipeError as error:
-        unknown = error.diagnostics[0]
-        if unknown.code != "AZ204" or unknown.place is not None:  # a place in a recipe that there is
-            raise
-    import timm
-
-    if timm.is_model(name):
-        return None, None
-    raise ZooError(
-        "AZ204",
-        f"there is no recipe and no timm model called `{name[:200]}`",
-        help=f"{unknown.help}; of timm's models, {did_you_mean(name[:200], timm.list_models()) or 'none is near'}",
-    )
-
-
-def _only_for(kind: str, but: str, *options: tuple[str, Any, str]) -> None:
-    """Refuse options that belong to models of another kind: the first that was given, with what to do instead."""
-    from attnzoo.errors import ZooError
-
-    for option, given, help in options:
-        if given:
-            raise ZooError("AZ908", f"`{option}` is for {kind}, and {but}", help=help)
-
-
 def _draw_images(
-    seen: "_Subject",
+    seen: ImageModel,
     chosen: tuple[Any, list[str], list[int] | None],
     what: Literal["model", "rollout", "mechanism", "heads"],
     layer: int | None,
@@ -279,143 +228,6 @@ def _draw_text(
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """What is looked into, and the images that it has itself.
-
-    Args:
-        name: For the title and the file.
-        state: How it was trained.
-        model: In eval mode.
-        size: Channels, rows and columns of its images.
-        mean: By channel, of images from 0 to 1.
-        std: By channel, of images from 0 to 1.
-        classes: Names of its classes; None where they have none.
-        test: The test images of a run.
-    """
-
-    name: str
-    state: str
-    model: Any
-    size: tuple[int, int, int]
-    mean: Sequence[float]
-    std: Sequence[float]
-    classes: Sequence[str] | None = None
-    test: Any = None
-
-    def images(self, paths: Sequence[Path], count: int, seed: int) -> tuple[Any, list[str], list[int] | None]:
-        """Images from 0 to 255 (b c y x), their names, and their classes where these are known."""
-        import torch
-
-        from attnzoo.bench.composition import default_image
-        from attnzoo.data.chance import drawn
-        from attnzoo.lab.heatmap import image_files, read_image
-
-        if self.test is not None and not paths:
-            indices = drawn(len(self.test), count, seed)
-            images, truths = self.test.batch(torch.tensor(indices))
-            return images, [f"test image {i}" for i in indices], truths.tolist()
-        files = image_files(paths or [default_image()], count, seed)
-        return torch.stack([read_image(file, self.size) for file in files]), [f.name for f in files], None
-
-
-def _is_run(name: str) -> bool:
-    """Whether a folder is meant; a recipe of the zoo comes first, `./name` is always a folder."""
-    from attnzoo.zoo import load_zoo
-
-    return Path(name).is_dir() and name not in load_zoo().recipes
-
-
-def _from_run(run: Any, name: str, which: Literal["best", "last"]) -> _Subject:
-    data, model = run.data(), run.model(which)
-    state = f"{run.loaded.name}, {which} epoch"
-    return _Subject(name, state, model, data.image, data.mean, data.std, data.classes, data.test)
-
-
-def _from_recipe(loaded: Any, init_from: Path | None, seed: int) -> _Subject:
-    import torch
-
-    from attnzoo.recipe.composing import build
-    from attnzoo.recipe.weights import init_model
-
-    torch.manual_seed(seed)
-    model = build(loaded, {}).eval()
-    state = f"untrained, seed {seed}"
-    if init_from is not None:
-        ledger = init_model(model, init_from)
-        new = f", {len(ledger['new'])} tensors untrained" if ledger["new"] else ""
-        state = f"weights of {init_from.name}{new}"
-    cfg: Any = model.pretrained_cfg
-    size = tuple(cfg["input_size"])
-    return _Subject(loaded.name, state, model, size, cfg["mean"][: size[0]], cfg["std"][: size[0]])
-
-
-def _from_timm(name: str, init_from: Path | None, seed: int) -> _Subject:
-    import timm
-    import torch
-
-    from attnzoo.recipe.weights import init_model
-
-    folder = name.removeprefix(LOCAL) if name.startswith(LOCAL) else None
-    torch.manual_seed(seed)
-    model = _built(name, folder).eval()
-    state = f"untrained, seed {seed}" if folder is None else f"weights of {folder}"
-    if init_from is not None:
-        ledger = init_model(model, init_from)
-        new = f", {len(ledger['new'])} tensors untrained" if ledger["new"] else ""
-        state = f"weights of {init_from.name}{new}"
-    cfg: Any = timm.data.resolve_model_data_config(model)
-    labels = model.pretrained_cfg.get("label_names")
-    classes = labels if folder is not None and labels and len(labels) == model.num_classes else None
-    size = tuple(cfg["input_size"])
-    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return _Subject(
-        Path(folder).resolve().name if folder is not None else name,
-        state,
-        model,
-        (size[0], *(built or size[1:])),
-        cfg["mean"][: size[0]],
-        cfg["std"][: size[0]],
-        classes,
-    )
-
-
-def _built(name: str, folder: str | None) -> Any:
-    """A model of timm's: first looked at without allocating it, so that nobody waits for what is refused.
-
-    Args:
-        name: As `timm.create_model` takes it.
-        folder: The folder that it names, whose weights are loaded; None where it names none.
-
-    Raises:
-        ZooError: AZ903, when it has no maps; AZ935, when timm cannot build it.
-        RecipeError: AZ311, when it is too large for this machine.
-    """
-    import timm
-
-    from attnzoo.errors import ZooError
-    from attnzoo.hosts.info import unallocated
-    from attnzoo.lab.timm_models import tapped
-
-    try:
-        with unallocated():
-            shell = timm.create_model(name, pretrained=False)
-        with tapped(shell):
-            pass
-        return timm.create_model(name, pretrained=folder is not None)
-    except ZooError:
-        raise
-    except Exception as error:  # whatever timm makes of a folder: its files may hold anything
-        raise ZooError(
-            "AZ935",
-            f"timm cannot build `{name}`",
-            why=f"{type(error).__name__}: {error}".splitlines()[0],
-            help="a folder needs `config.json` and `model.safetensors`, as `timm.models.save_for_hf` writes them"
-            if folder is not None
-            else "`timm.create_model` says the same",
-        ) from None
-
-
-@dataclass(frozen=True)
 class _TextSubject:
     """A model of sequences that is looked into.
 
@@ -442,12 +254,10 @@ class _TextSubject:
         from attnzoo.lab.text_maps import pair_example, random_example, sequence_example, translated_example
 
         single = f"`{self.name}` is one stack"
-        _only_for("pairs", single, ("--target", targets and not self.pairs, "leave it out"))
-        _only_for(
-            "examples that are drawn", "--text names them", ("--count", texts and count, "leave it out")
-        )
+        only_for("pairs", single, ("--target", targets and not self.pairs, "leave it out"))
+        only_for("examples that are drawn", "--text names them", ("--count", texts and count, "leave it out"))
         untrained = f"`{self.name}` is a recipe without a vocabulary"
-        _only_for(
+        only_for(
             "runs", untrained, ("--text", texts and self.run is None, "leave it out: random ids are shown")
         )
         if targets and len(targets) != len(texts):
@@ -477,10 +287,5 @@ def _text_of_run(run: Any, name: str, which: Literal["best", "last"]) -> _TextSu
 
 
 def _text_of_recipe(loaded: Any, seed: int) -> _TextSubject:
-    import torch
-
-    from attnzoo.recipe.composing import build
-
-    torch.manual_seed(seed)
-    model = build(loaded, {}).eval()
-    return _TextSubject(loaded.name, f"untrained, seed {seed}", model, loaded.recipe.host.kind == "seq2seq")
+    model, state = from_recipe(loaded, None, seed)
+    return _TextSubject(loaded.name, state, model, loaded.recipe.host.kind == "seq2seq")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import auxiliary_losses
 from attnzoo.data import Augment, ImageData, Step, evaluation, load_images, step_seeds
+from attnzoo.errors import ZooError
 from attnzoo.grafting.donor import GraftError, seeded
 from attnzoo.grafting.grafts import ungraft
 from attnzoo.hosts.given import stand_ins, taken
@@ -93,31 +94,45 @@ def distil(
     tune: Tuned = "model",
     mse: float = 0.0,
     ce: float = 0.0,
+    at_once: int | None = None,
     report: Report | None = None,
 ) -> Distillation:
     """Let a graft learn what its donor does.
 
     First stage: everything is frozen but the attention that was replaced, and Σ_l (1 − cos(s_l, t_l)) is minimised, the
     outputs s and t of the blocks l of graft and donor, the mean over tokens. The graft works on its own activations.
+    With `at_once` the replaced blocks learn so many at a time, from the first on, while those before them stay as they
+    have become; l counts the blocks before the next one that has not learnt.
     Second stage: cross-entropy, with a tenth of the learning rate; alone, as in continue-tuning, with all of it.
 
     Args:
         graft: What `attnzoo.graft` gave; it is changed.
         settings: Data, augmentation, optimiser, schedule, batch size and seed of both stages.
         teacher: What it learns from; its donor when None.
-        first: Epochs of the first stage, 0 for none; those of the settings when None.
+        first: Epochs of the first stage, with `at_once` of each part; 0 for none; those of the settings when None.
         finetune: Epochs of the second stage; 0 for none.
         tune: What the second stage changes.
         mse: Weight of Σ_l ‖s_l − t_l‖² / ‖t_l‖² in the first stage: a cosine says nothing of lengths.
         ce: Weight of the cross-entropy in the first stage (the paper's "combine").
+        at_once: How many replaced blocks learn at a time (the paper's "sequential"); all when None ("parallel").
         report: Told what happens, as `attnzoo.train.train` does.
 
     Raises:
         GraftError: AZ942 for a model that is no graft, AZ944 for data that the model has no classes for or nothing that
-            was replaced, AZ945 where a loss is not finite.
+            was replaced or learns, AZ945 where a loss is not finite.
+        ZooError: AZ928, for `ce` and `at_once` together.
         DataError: AZ7xx, when the data cannot be had.
         RunError: AZ806, for an optimiser that timm has not.
     """
+    if ce and at_once:
+        raise ZooError(
+            "AZ928",
+            "`ce` and `at_once` do not go together",
+            why="what the model says depends on blocks that have not learnt yet",
+            help="leave one of the two out",
+        )
+    if at_once is not None and at_once < 1:
+        raise GraftError("AZ944", f"with `at_once={at_once}` no block learns", help="say 1 or more")
     teacher = ungraft(graft).eval() if teacher is None else teacher
     teacher = deepcopy(teacher).eval() if teacher.training else teacher  # the caller's keeps its mode
     replaced = replaced_blocks(graft)
@@ -133,9 +148,14 @@ def distil(
     stages = [lesson.stage("graft")]
     try:
         if first:
-            attention = [f"blocks.{number}.attn." for number in replaced]
-            with seeded(settings.seed), _only(graft, attention):
-                lesson.learn(settings, first, cosine=1.0, mse=mse, ce=ce)
+            size = at_once or len(replaced)
+            for start in range(0, len(replaced), size):
+                names = [f"blocks.{number}" for number in replaced[start : start + size]]
+                if at_once:
+                    lesson.report({"event": "note", "text": f"{', '.join(names)} learn"})
+                until = (*replaced, len(lesson.graft.blocks))[min(start + size, len(replaced))]
+                with seeded(settings.seed), _only(graft, [f"{name}.attn." for name in names]):
+                    lesson.learn(settings, first, cosine=1.0, mse=mse, ce=ce, until=until)
             stages.append(lesson.stage("distilled"))
         if finetune:
             rate = settings.optimizer.lr * (LOWER if first else 1)
@@ -270,8 +290,10 @@ class _Lesson:
             self.graft.train(was_training)
         return tuple((sums / count).tolist())
 
-    def learn(self, settings: Settings, epochs: int, *, cosine: float, mse: float, ce: float) -> None:
-        """One stage."""
+    def learn(
+        self, settings: Settings, epochs: int, *, cosine: float, mse: float, ce: float, until: int = 0
+    ) -> None:
+        """One stage, or a part of it: the outputs of the blocks before `until` are compared."""
         examples = len(self.data.train)
         steps = sampler.steps_per_epoch(examples, settings.batch_size)
         optimizer = make_optimizer(self.graft, settings.optimizer)
@@ -286,7 +308,7 @@ class _Lesson:
                 seeds = step_seeds(settings.seed, epoch, chosen)
                 x, targets = (t.to(self.device) for t in self.augment(*self.data.train.batch(chosen), seeds))
                 self.graft.train()
-                loss = self._loss(settings, x, targets, cosine, mse, ce)
+                loss = self._loss(settings, x, targets, cosine, mse, ce, until)
                 if not bool(loss.isfinite()):
                     raise GraftError(
                         "AZ945",
@@ -303,7 +325,14 @@ class _Lesson:
                 self._tell(epoch, step, epochs, steps, total / (step + 1), time.perf_counter() - begun)
 
     def _loss(
-        self, settings: Settings, x: Tensor, targets: Tensor, cosine: float, mse: float, ce: float
+        self,
+        settings: Settings,
+        x: Tensor,
+        targets: Tensor,
+        cosine: float,
+        mse: float,
+        ce: float,
+        until: int,
     ) -> Tensor:
         with block_outputs(self.graft) as mine, auxiliary_losses(self.graft) as extra:
             logits = self.graft(x, **stand_ins(x, self.taken))
@@ -311,7 +340,7 @@ class _Lesson:
         if cosine or mse:
             with torch.no_grad(), block_outputs(self.teacher) as theirs:
                 self.teacher(x, **stand_ins(x, taken(self.teacher)))
-            for s, t in zip(mine, theirs, strict=True):
+            for s, t in zip(mine[:until], theirs[:until], strict=True):
                 loss = loss + cosine * cosine_distance(s, t)
                 if mse:
                     loss = loss + mse * relative_error(s, t)

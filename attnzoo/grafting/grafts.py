@@ -83,7 +83,7 @@ def graft(
         The graft, where the donor is and in its mode; and its ledger.
 
     Raises:
-        GraftError: AZ940 for a donor that cannot be built again exactly, AZ941 for a recipe of another kind.
+        GraftError: AZ940 for a donor that cannot be built again exactly, AZ941 for a donor or a recipe of another kind.
         RecipeError: what is wrong with the recipe, or does not fit the donor.
     """
     model, notes = donor_model(donor, weights, pretrained=pretrained, seed=seed)
@@ -92,7 +92,7 @@ def graft(
     if loaded.recipe.pool is not None:  # the norm before the head stays where the donor has it
         arguments["fc_norm"] = not isinstance(getattr(model, "fc_norm", None), nn.Identity | None)
     loaded, told = started(loaded, start)
-    composition = resolve(loaded, arguments)
+    composition = _on_donor(loaded, arguments, found)
     cfg = composition.model_cfg()
     cfg |= {key: found.pretrained_cfg[key] for key in _STATISTICS if key in found.pretrained_cfg}
     with seeded(seed):
@@ -278,6 +278,27 @@ def for_donor(loaded: Loaded, donor: Donor) -> tuple[Loaded, dict[str, Any]]:
         arguments.pop("global_pool", None)
         host["model"] = {k: v for k, v in host.get("model", {}).items() if k != "global_pool"}
     return load({**tree, "host": host, "name": loaded.name}), arguments
+
+
+def _on_donor(loaded: Loaded, arguments: dict[str, Any], donor: Donor) -> Composition:
+    """The recipe, resolved on the donor's host.
+
+    Raises:
+        GraftError: AZ941, when the donor can be no host: nobody wrote that host, so there is no place to show.
+        RecipeError: what does not fit the donor.
+    """
+    try:
+        return resolve(loaded, arguments)
+    except RecipeError as error:
+        (fault, *_) = error.diagnostics
+        if fault.code != "AZ310":
+            raise
+        raise GraftError(
+            "AZ941",
+            f"the donor `{donor.name}` cannot be grafted",
+            why=fault.why,
+            help=fault.help,
+        ) from None
 
 
 def started(loaded: Loaded, start: Start) -> tuple[Loaded, list[str]]:

@@ -111,11 +111,38 @@ class Subject:
             seed: Of the draw.
             data: Other data of the same kind.
         """
-        there = run.data(data)
-        cut = {"images": _images, "pairs": _pairs, "sequences": _sequences}[run.kind]
-        sides = [cut(there, side, drawn(len(side), count, seed)) for side in (there.test, there.train)]
-        names = getattr(there, "classes", None)
-        return cls(run.model(which), sides[0], run.kind, names, run.folder.resolve().name, sides[1])
+        name = run.folder.resolve().name
+        return cls.of_data(run.model(which), run.data(data), run.kind, count=count, seed=seed, name=name)
+
+    @classmethod
+    def of_data(
+        cls,
+        model: nn.Module,
+        data: Any,
+        kind: Kind,
+        *,
+        count: int = 256,
+        seed: int = 0,
+        name: str = "model",
+        labelled: bool = True,
+    ) -> "Subject":
+        """A model and examples of the test side of a data set, drawn at random; as many of its training side.
+
+        Args:
+            model: It.
+            data: `ImageData`, `PairData` or `SequenceData`, as the model knows it.
+            kind: Which of them.
+            count: Most examples of each side.
+            seed: Of the draw.
+            name: What the model is called.
+            labelled: Whether their classes are those of the model.
+        """
+        cut = {"images": _images, "pairs": _pairs, "sequences": _sequences}[kind]
+        sides = [cut(data, side, drawn(len(side), count, seed)) for side in (data.test, data.train)]
+        if not labelled:
+            sides = [[Batch(batch.inputs) for batch in side] for side in sides]
+        classes = getattr(data, "classes", None) if labelled else None
+        return cls(model, sides[0], kind, classes, name, sides[1])
 
     def about(self, leaf: Leaf, head: int | None = None) -> dict[str, Any]:
         """The first columns of a row about a leaf: layer, site, branch (empty where there is one only), head.
@@ -310,7 +337,7 @@ class Subject:
             raise ZooError(
                 "AZ926",
                 "the true classes are needed, and are not known",
-                help="hand over targets: Subject.of(model, images, labels), or name a run",
+                help="hand over targets: Subject.of(model, images, labels); on the command line name a run, or --data",
             )
         return batch.targets
 
@@ -323,7 +350,8 @@ class Subject:
 def _images(data: Any, side: Any, chosen: Sequence[int]) -> list[Batch]:
     transform = evaluation(data.image, data.mean, data.std)
     parts = (side.batch(indices) for indices in torch.tensor(chosen).split(AT_ONCE))
-    return [Batch((transform(images),), labels) for images, labels in parts]
+    # grey images in as many channels as the model takes
+    return [Batch((transform(images.expand(-1, data.image[0], -1, -1)),), labels) for images, labels in parts]
 
 
 def _pairs(data: Any, side: Any, chosen: Sequence[int]) -> list[Batch]:

@@ -21,19 +21,24 @@ def linear(layer, x):
     return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
 
 
-def split_of(heads, shared, active):
+def split_of(heads, shared, active, router="linear"):
     """How many heads are shared and how many routed ones are active; options that are left out are filled in."""
+    quarter, least = (heads // 4, 2) if router == "linear" else (heads // 2, 1)
     if shared is None:
-        shared = heads if active == 0 else heads // 4
+        shared = heads if active == 0 else quarter
     if active is None:
-        active = min(heads - shared, max(2, 3 * heads // 4 - shared))
+        active = min(heads - shared, max(least, 3 * heads // 4 - shared))
     return (0, heads) if active == 0 else (shared, active)
 
 
-def gates_of(component, options, x):
-    """The gates of one token, head by head."""
+def gates_of(component, options, x, q):
+    """The gates of one token, head by head, whose query is q."""
     heads, code = component.heads, options["scaling"] == "code"
-    shared, active = split_of(heads, options["shared"], options["active"])
+    shared, active = split_of(heads, options["shared"], options["active"], options["router"])
+    if options["router"] == "query_norm":
+        length = torch.stack([(part**2).sum().sqrt() for part in q.chunk(heads)[shared:]])
+        best = sorted(range(heads - shared), key=lambda e: -float(length[e].detach()))[:active]
+        return [1] * shared + [int(e in best) for e in range(heads - shared)]
     one, routed = torch.ones(1).double(), heads - shared
     p = one if routed == 1 else linear(component.route, x).softmax(0)
     best = sorted(range(routed), key=lambda e: -float(p[e].detach()))[:active]
@@ -59,7 +64,7 @@ def test_oracle(component, options, x, source, allowed):
     merged = torch.zeros_like(x)
     for s in range(b):
         for i in range(n):
-            gates = gates_of(component, options, x[s, i])
+            gates = gates_of(component, options, x[s, i], q[s, i])
             for h in range(heads):
                 see, mine = allowed[s, h, i], slice(h * d, (h + 1) * d)
                 if see.any():
@@ -82,8 +87,34 @@ def mixed(
     over=-1,
     keys=False,
     scale=False,
+    least=False,
+    whole=False,
+    of_keys=False,
 ):
     """The equations with a fault."""
+    if part.context_dim is None:
+        q, k, v = part.qkv(x).chunk(3, -1)
+    else:
+        q, (k, v) = part.q(x), part.kv(source).chunk(2, -1)
+    q, k, v = (split_heads(t, part.heads) for t in (q, k, v))
+    if part.router == "linear":
+        gates = linear_gates(part, x, fewer, renormed, times, alphas, swapped, last, over)
+    else:
+        asked = k if of_keys and k.shape == q.shape else q
+        length = asked.square().sum(-1)[:, 0 if whole else part.shared :].mT
+        best = length.topk(max(1, part.active - fewer), -1, largest=not least).indices
+        gates = torch.zeros_like(length).scatter(-1, best, 1.0)
+        gates = gates[..., -(part.heads - part.shared) :]
+        parts = [torch.ones_like(gates[..., :1]).expand(*gates.shape[:2], part.shared), gates]
+        gates = torch.cat(parts[::-1] if last else parts, -1)
+    q, gates = q * q.shape[-1] ** (0.5 if scale else 0.0), gates.mT[..., None]
+    if keys and gates.shape[2] == v.shape[2]:
+        return part.proj(merge_heads(dot_product_attention(part, q, k, v * gates, mask)))
+    return part.proj(merge_heads(dot_product_attention(part, q, k, v, mask) * gates))
+
+
+def linear_gates(part, x, fewer, renormed, times, alphas, swapped, last, over):
+    """The gates of linear routers with a fault."""
     code, ones = part.scaling == "code", torch.ones_like(x[..., :1])
     p = ones if part.route is None else part.route(x).softmax(over)
     best = p.topk(max(1, part.active - fewer), -1).indices
@@ -92,22 +123,13 @@ def mixed(
         if renormed:
             routed = routed / routed.sum(-1, keepdim=True)
         routed = routed * (part.active if times else 1)
-    gates = routed
-    if part.divide is not None:
-        alpha = part.divide(x).softmax(-1) * (alphas if code else 1)
-        one, two = alpha.flip(-1).split(1, -1) if swapped else alpha.split(1, -1)
-        always = ones if part.weigh is None else part.weigh(x).softmax(-1) * (part.shared if code else 1)
-        parts = [one * always, two * routed]
-        gates = torch.cat(parts[::-1] if last else parts, -1)
-    if part.context_dim is None:
-        q, k, v = part.qkv(x).chunk(3, -1)
-    else:
-        q, (k, v) = part.q(x), part.kv(source).chunk(2, -1)
-    q, k, v = (split_heads(t, part.heads) for t in (q, k, v))
-    q, gates = q * q.shape[-1] ** (0.5 if scale else 0.0), gates.mT[..., None]
-    if keys and gates.shape[2] == v.shape[2]:
-        return part.proj(merge_heads(dot_product_attention(part, q, k, v * gates, mask)))
-    return part.proj(merge_heads(dot_product_attention(part, q, k, v, mask) * gates))
+    if part.divide is None:
+        return routed
+    alpha = part.divide(x).softmax(-1) * (alphas if code else 1)
+    one, two = alpha.flip(-1).split(1, -1) if swapped else alpha.split(1, -1)
+    always = ones if part.weigh is None else part.weigh(x).softmax(-1) * (part.shared if code else 1)
+    parts = [one * always, two * routed]
+    return torch.cat(parts[::-1] if last else parts, -1)
 
 
 def with_fault(**fault):
@@ -134,6 +156,9 @@ MUTANTS = {
     "softmax over the batch": with_fault(over=0),
     "no scale": with_fault(scale=True),
     "gates of the keys": with_fault(keys=True),
+    "the shortest queries": with_fault(least=True),
+    "shared heads compete with the routed": with_fault(whole=True),
+    "lengths of the keys": with_fault(of_keys=True),
     "the mask ignored": wrong(
         MixtureOfHeads, mix=lambda self, x, source, *, mask, layout: mixed(self, x, source, Mask())
     ),
@@ -214,6 +239,35 @@ def test_hand_what_is_left_out_is_filled_in():
         assert (
             (part.shared, part.active) == wanted == split_of(8, options.get("shared"), options.get("active"))
         )
+
+
+@pytest.mark.parametrize("heads,shared,active", [(32, 16, 8), (8, 4, 2), (4, 2, 1), (2, 1, 1), (1, 0, 1)])
+def test_hand_without_parameters_half_is_shared(heads, shared, active):
+    """16 and 8 of 32 are MoH-LLaMA3's; as many parameters as a plain model has."""
+    part = MixtureOfHeads(place(32, heads), router="query_norm")
+    assert (part.shared, part.active) == (shared, active)
+    assert count(part) == 4 * (32 * 32 + 32)
+
+
+def test_hand_the_longest_queries():
+    """Lengths 9, 1, 3 and 2, the first shared."""
+    part = moh(4, 4, tokens=1, shared=1, active=2, router="query_norm")
+    near(part.longest(torch.tensor([-9.0, 1.0, -3.0, 2.0]).double().view(1, 4, 1, 1)), [1, 0, 1, 1])
+    near(part.longest(torch.ones(1, 4, 1, 1).double()).sum(), 3)
+
+
+def test_a_scaling_of_gates_of_zero_and_one_is_refused():
+    with pytest.raises(RecipeError, match="AZ214.*scaling: paper"):
+        MixtureOfHeads(place(8, 4), router="query_norm", scaling="paper")
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(causal=True)])
+def test_identity_all_heads_without_parameters_are_multi_head_attention(mask):
+    site = place(24, 6, 5)
+    part, multi = moh(6, shared=2, active=4, router="query_norm"), MultiHead(site, Softmax(site)).double()
+    multi.load_state_dict(part.state_dict())
+    x = normal(2, 5, 24)
+    near(part(x, mask=mask, layout=site.layout), multi(x, mask=mask, layout=site.layout))
 
 
 @pytest.mark.parametrize("shared,active", [(3, 2), (5, None), (None, 4), (None, 5), (2, 0), (0, 0)])

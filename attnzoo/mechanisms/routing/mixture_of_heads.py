@@ -3,6 +3,7 @@
 Jin et al., "MoH: Multi-Head Attention as Mixture-of-Head Attention", 2024, arXiv:2410.11842, §3.2.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -19,17 +20,23 @@ class MixtureOfHeads(Mechanism):
     0. (α₁, α₂) = 2 softmax(W₀ x) where there are heads of both kinds, otherwise 1. A softmax over one head is 1 and has
     no weights. The shared heads come first.
 
+    Without parameters, `router: query_norm`, the a heads with the longest queries ‖q_e‖₂ are active, as projected,
+    before norms. g is 1 for shared and active heads and 0 for the others, and has no gradient.
+
     Args:
         site: Where the mechanism is put.
-        shared: s, how many heads are always active; all of them makes one soft weighting. None takes a quarter.
+        shared: s, how many heads are always active; all of them makes one soft weighting. None takes a quarter, with
+            `router: query_norm` half.
         active: a, how many of the other heads are active for a token. None takes what makes three quarters with the
-            shared ones, at least 2. With `scaling: code` one alone has a gate that no router changes: only a balance
-            loss would teach it.
+            shared ones, at least 2, with `router: query_norm` 1. With `scaling: code` one alone has a gate that no
+            router changes: only a balance loss would teach it.
         scaling: `code` has the gates above, the authors', which start at about 1; `paper` has α₁ softmax(W_s x) and
-            α₂ p_e with α = softmax(W₀ x).
+            α₂ p_e with α = softmax(W₀ x). Of the linear routers.
+        router: `linear` has W_r, W_s and W₀; `query_norm` has no parameters.
 
     Raises:
-        OptionError: AZ214, when there are not so many heads, or some could never be active.
+        OptionError: AZ214, when there are not so many heads, or some could never be active, or a `scaling` has nothing
+            to scale.
     """
 
     card = Card(
@@ -50,11 +57,11 @@ class MixtureOfHeads(Mechanism):
         time="n m c + n c c",
         memory="h n m",
         params="(c + qkv_bias) * c + 2 * (e + qkv_bias) * c + 4 * qk_norm * d + (c + proj_bias) * c "
-        "+ (2 * c if (s := ((h if active == 0 else h // 4) if shared is None else shared) % h) else 0) "
-        "+ (s > 1) * s * c + (h - s > 1) * (h - s) * c",
+        "+ ((2 * c if (s := ((h if active == 0 else h // 4) if shared is None else shared) % h) else 0) "
+        "+ (s > 1) * s * c + (h - s > 1) * (h - s) * c if router == 'linear' else 0)",
         flops="4 * n * c**2 + 4 * m * e * c + 4 * n * m * c "
-        "+ (4 * n * c if (s := ((h if active == 0 else h // 4) if shared is None else shared) % h) else 0) "
-        "+ (s > 1) * 2 * n * s * c + (h - s > 1) * 2 * n * (h - s) * c",
+        "+ ((4 * n * c if (s := ((h if active == 0 else h // 4) if shared is None else shared) % h) else 0) "
+        "+ (s > 1) * 2 * n * s * c + (h - s > 1) * 2 * n * (h - s) * c if router == 'linear' else 0)",
         masks={"keys", "causal", "pairs"},
         context=True,
         honours={"qkv_bias", "proj_bias", "qk_norm"},
@@ -63,10 +70,19 @@ class MixtureOfHeads(Mechanism):
         fidelity="adapted",
         auxiliary="E Σ_e P_e f_e over the E routed heads: P_e the mean of p_e over tokens, f_e how many have e active",
         notes="The authors weigh the balance loss with 0.01. The tap `weights` shows the softmax times the gate. All "
-        "heads are computed: no operation is saved. Ties are broken as PyTorch's topk does.",
+        "heads are computed: no operation is saved. Ties are broken as PyTorch's topk does. `query_norm` is the "
+        "router of MoH-LLaMA3 as it is released, for inference; the paper trains it with gradients that go straight "
+        "through to softmax(‖q_e‖ / std), of which the choice does not depend.",
     )
 
     shares: Tap
+
+    @classmethod
+    def claims(cls, *, router: str, **options) -> Card:
+        if router == "linear":
+            return cls.card
+        taps = {name: cls.card.taps[name] for name in ("gate", "scores", "weights")}
+        return replace(cls.card, taps=taps, auxiliary="")
 
     def __init__(
         self,
@@ -75,13 +91,18 @@ class MixtureOfHeads(Mechanism):
         shared: NonNegativeInt | None = None,
         active: NonNegativeInt | None = None,
         scaling: Literal["code", "paper"] = "code",
+        router: Literal["linear", "query_norm"] = "linear",
     ):
         super().__init__(site)
-        heads, d = site.heads, site.head_dim
+        heads, d, linear = site.heads, site.head_dim, router == "linear"
+        if scaling == "paper" and not linear:
+            what, why = "`scaling: paper` with `router: query_norm`", "its gates are 0 or 1"
+            raise OptionError(f"`mixture_of_heads`: {what}", why=why, help="choose one of the two")
         if shared is None:
-            shared = heads if active == 0 else heads // 4
+            shared = heads if active == 0 else heads // (4 if linear else 2)
         if active is None:
-            active = min(heads - shared, max(2, 3 * heads // 4 - shared)) if shared < heads else 0
+            least = 2 if linear else 1
+            active = min(heads - shared, max(least, 3 * heads // 4 - shared)) if shared < heads else 0
         many = shared + active > heads
         if many or (active == 0 and shared < heads):
             raise OptionError(
@@ -91,11 +112,11 @@ class MixtureOfHeads(Mechanism):
             )
         if active == 0:  # one soft weighting of all heads: all are routed, and all active
             shared, active = 0, heads
-        self.shared, self.active, self.scaling = shared, active, scaling
+        self.shared, self.active, self.scaling, self.router = shared, active, scaling, router
         routed = heads - shared
-        self.route = nn.Linear(site.dim, routed, bias=False) if routed > 1 else None  # W_r
-        self.weigh = nn.Linear(site.dim, shared, bias=False) if shared > 1 else None  # W_s
-        self.divide = nn.Linear(site.dim, 2, bias=False) if shared else None  # W₀
+        self.route = nn.Linear(site.dim, routed, bias=False) if linear and routed > 1 else None  # W_r
+        self.weigh = nn.Linear(site.dim, shared, bias=False) if linear and shared > 1 else None  # W_s
+        self.divide = nn.Linear(site.dim, 2, bias=False) if linear and shared else None  # W₀
         if site.context_dim is None:
             self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=site.qkv_bias)
         else:
@@ -108,8 +129,15 @@ class MixtureOfHeads(Mechanism):
     def auxiliary(self, *, shares):
         return None if self.route is None else balance_loss(shares, self.active)
 
+    def longest(self, q):
+        """g of `router: query_norm`, (b n h), from queries (b h n d)."""
+        length = rearrange(q[:, self.shared :].norm(dim=-1), "b h n -> b n h")
+        chosen = length.topk(self.active, dim=-1).indices
+        routed = torch.zeros_like(length).scatter(-1, chosen, 1.0)
+        return torch.cat([routed.new_ones(*routed.shape[:2], self.shared), routed], dim=-1)
+
     def gates(self, x):
-        """g, (b n h)."""
+        """g of the linear routers, (b n h)."""
         code, one = self.scaling == "code", x[..., :1].softmax(dim=-1)  # 1, whatever the score
         shares = self.shares(one if self.route is None else self.route(x).softmax(dim=-1))  # p, (b n k)
         routed = shares
@@ -130,6 +158,7 @@ class MixtureOfHeads(Mechanism):
         else:
             q, (k, v) = self.q(x), self.kv(source).chunk(2, dim=-1)
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
+        gates = self.gates(x) if self.router == "linear" else self.longest(q)
+        gate = self.gate(rearrange(gates, "b n h -> b h n"))
         q, k = self.q_norm(q), self.k_norm(k)
-        gate = self.gate(rearrange(self.gates(x), "b n h -> b h n"))
         return self.proj(merge_heads(gated_attention(self, q, k, v, gate, mask)))
