@@ -1,47 +1,48 @@
 # Everything from nothing: `make demo` and `make test` need Python >= 3.11 with pip and venv, and make.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: demo test test-all lint format docs clean
 
-demo: .venv/demo
+demo: $(VENV)/demo
 	$(BIN)/attnzoo compose recipes/ham_a.yaml
 
-test: .venv/dev lint
+test: $(VENV)/dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: .venv/dev lint
+test-all: $(VENV)/dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: .venv/dev
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/dev
+format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: .venv/docs
+docs: $(VENV)/docs
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/website.py
 
 clean:
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/_build
+	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/_build
 
-.venv/demo: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+$(VENV)/demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch torchvision
 	$(PIP) --editable .
 	touch $@
 
-.venv/dev: .venv/demo
+$(VENV)/dev: $(VENV)/demo
 	$(PIP) --editable ".[dev]"
 	touch $@
 
-.venv/docs: .venv/dev
+$(VENV)/docs: $(VENV)/dev
 	$(PIP) --editable ".[dev,docs]"
 	touch $@

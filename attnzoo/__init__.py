@@ -19,6 +19,7 @@ What most people want:
     register_with_transformers()              mechanisms as attention implementations of Hugging Face models
     graft(donor, "ham_b")                     a recipe in a trained timm ViT, with its weights and a ledger of them
     ungraft(model)                            the donor again; save_graft and distil belong to it
+    repro("runs/mine")                        train a run again from its record, and name the first difference
     auxiliary_losses(model)                   what its mechanisms add to the loss of your own training loop
     plot.attention_map(heat, image, ax=axes)  pictures: maps, curves, tables of heads, on axes of yours
 
@@ -28,56 +29,11 @@ Those who write mechanisms want the rest: `docs/writing-a-plugin.md`.
 after, the models of all recipes are known to it.
 """
 
-from importlib import import_module
+import lazy_loader
 
 from attnzoo.timm_hook import register_when_timm_is_imported
-from attnzoo.version import VERSION
-from attnzoo.zoo.hookspecs import hookimpl
+from attnzoo.version import VERSION as __version__  # noqa: F401
 
-_LAZY = {
-    "create": "attnzoo.alone.build",
-    "as_mha": "attnzoo.alone.multihead",
-    **dict.fromkeys(["compose", "compose_file"], "attnzoo.recipe"),
-    **dict.fromkeys(
-        ["list_mechanisms", "list_fusions", "list_recipes", "list_probes", "list_interventions"],
-        "attnzoo.catalogue.lists",
-    ),
-    "show": "attnzoo.catalogue.pages",
-    "describe": "attnzoo.catalogue.models",
-    "explain": "attnzoo.catalogue.explain",
-    "diff": "attnzoo.bench.diff",
-    "accelerate": "attnzoo.inference",
-    "probe": "attnzoo.lab.probing",
-    "intervene": "attnzoo.lab.intervening",
-    "Finding": "attnzoo.lab.finding",
-    "register_with_transformers": "attnzoo.hf",
-    "Subject": "attnzoo.lab.subject",
-    **dict.fromkeys(["distil", "graft", "save_graft", "ungraft"], "attnzoo.grafting"),
-    **dict.fromkeys(
-        ["NO_MASK", "AuxiliaryLosses", "Card", "Family", "Fraction", "Fused", "FusedHeads", "Fusion",
-         "FusionCard", "Head", "Here", "InstrumentCard", "Intervention", "Law", "Layout", "Mask",
-         "Mechanism", "MultiHead", "NonNegativeInt", "Paper", "PositiveFloat", "PositiveInt", "Probe",
-         "Site", "Start", "Tap", "auxiliary_losses", "find_taps", "watch"],
-        "attnzoo.core",
-    ),
-    "load_zoo": "attnzoo.zoo",
-    "ZooError": "attnzoo.errors",
-}  # fmt: skip
-
-__all__ = [*_LAZY, "hookimpl", "plot"]
-__version__ = VERSION
-
-
-def __getattr__(name: str):
-    if name == "plot":
-        return import_module("attnzoo.plot")
-    if name not in _LAZY:
-        raise AttributeError(f"module 'attnzoo' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
-
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 register_when_timm_is_imported()

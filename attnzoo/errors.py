@@ -221,6 +221,10 @@ class RunError(ZooError):
     """A run, its settings or its checkpoints are at fault, or the disk they lie on (AZ8xx)."""
 
 
+class VersionWarning(UserWarning):
+    """A plugin is here in another version than a model or a run was made with."""
+
+
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
     """`` did you mean `x`? `` for the nearest candidate, or the empty string.
 

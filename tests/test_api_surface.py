@@ -8,6 +8,7 @@ import enum
 import importlib
 import inspect
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def describe(value: Any) -> Any:
                 members[name] = "property"
         bases = [base.__name__ for base in value.__bases__ if base is not object]
         return {"bases": bases, "signature": signature(value), "members": members}
-    if getattr(value, "__module__", "") == "typing":
+    if typing.get_origin(value) is not None or getattr(value, "__module__", "") == "typing":
         return "type"
     return signature(value) if inspect.isroutine(value) else type(value).__name__
 

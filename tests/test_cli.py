@@ -269,6 +269,6 @@ def test_interrupt_ends_with_130(monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("attnzoo.zoo.manager.load_zoo", interrupted)
+    monkeypatch.setattr("attnzoo.zoo.load_zoo", interrupted)
     assert attnzoo.zoo.load_zoo is interrupted
     assert "interrupted" in run("list", code=130).output

@@ -21,11 +21,11 @@ from attnzoo.errors import RecipeError, ZooError
 from attnzoo.grafting import Graft, save_graft
 from attnzoo.grafting.donor import described, seeded
 from attnzoo.grafting.grafts import FILES, first_difference
-from attnzoo.grafting.ledger import fingerprint
 from attnzoo.hosts.given import stand_ins, taken
 from attnzoo.recipe import load, resolve
 from attnzoo.recipe.schema import VitHost
 from attnzoo.recipe.weights import save
+from attnzoo.train.checkpoint import fingerprint
 from attnzoo.zoo import load_zoo
 
 SMALL = {"depth": 2, "num_classes": 5}

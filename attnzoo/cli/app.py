@@ -2,7 +2,9 @@
 
 import gc
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -26,6 +28,7 @@ from attnzoo.cli import (
     output,
     plugins,
     probe,
+    repro,
     resume,
     run,
     schema,
@@ -34,7 +37,7 @@ from attnzoo.cli import (
     train,
     translate,
 )
-from attnzoo.errors import ZooError
+from attnzoo.errors import VersionWarning, ZooError
 from attnzoo.version import VERSION
 
 PROGRAM = "program"
@@ -48,7 +51,8 @@ class Verb(TyperCommand):
         if ctx.obj is PROGRAM:
             output.reserve()
         try:
-            answer = super().invoke(ctx)
+            with _drawn_warnings():
+                answer = super().invoke(ctx)
         except BaseException as error:  # SystemExit too: a plugin may not end the program
             fault = _fault(error)
             if fault is None:
@@ -56,6 +60,25 @@ class Verb(TyperCommand):
             raise fault from error
         output.stdout().flush()
         return answer
+
+
+@contextmanager
+def _drawn_warnings() -> Iterator[None]:
+    """Warnings about versions of plugins as a line on stderr, without a line of code, each once."""
+    with warnings.catch_warnings():
+        others, told = warnings.showwarning, set[str]()
+
+        def show(message, category, *where, **more):
+            if not issubclass(category, VersionWarning):
+                others(message, category, *where, **more)
+            elif str(message) not in told:
+                from attnzoo.cli.render import warn
+
+                told.add(str(message))
+                warn(f"warning: {message}")
+
+        warnings.showwarning = show
+        yield
 
 
 def _fault(error: BaseException) -> ZooError | None:
@@ -121,6 +144,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "diff": diff.diff,
     "explain": explain.explain,
     "resume": resume.resume,
+    "repro": repro.repro,
     "eval": eval.eval_,
     "translate": translate.translate,
     "probe": probe.probe,

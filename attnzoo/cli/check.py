@@ -83,10 +83,10 @@ def check(
 
 def _classes(names: list[str], plugin: str | None, everything: bool) -> list[Any]:
     from attnzoo.errors import CheckError, RecipeError, did_you_mean
-    from attnzoo.zoo import load_zoo
+    from attnzoo.zoo import Entry, load_zoo
 
     zoo = load_zoo()
-    offers = [*zoo.mechanisms.values(), *zoo.fusions.values()]
+    offers: list[Entry[Any]] = [*zoo.mechanisms.values(), *zoo.fusions.values()]
     if everything:
         return [entry.value for entry in offers]
     classes: list[Any] = []

@@ -122,8 +122,8 @@ def ungraft(
     from attnzoo.cli.render import say, say_json, say_next
     from attnzoo.grafting import ungraft as take_out
     from attnzoo.grafting.grafts import ledger_of, refuse_taken
-    from attnzoo.grafting.ledger import fingerprint
     from attnzoo.recipe.weights import save
+    from attnzoo.train.checkpoint import fingerprint
 
     refuse_taken(out)
     donor, ledger = take_out(folder), ledger_of(folder)

@@ -30,7 +30,7 @@ from attnzoo.plot.picture import Picture, encoded
 from attnzoo.workers import in_processes
 from attnzoo.zoo import Entry, load_zoo
 
-COLOURS, SHARP = 64, 2
+COLOURS, SHARP = 128, 2
 """Of a picture: flat areas need few, and files stay small; its pixels for each that it takes on a page."""
 BUILT = ("alone", "recipe", "hosts", "zoo")
 """Rooms that take part where a component is built by name."""
@@ -334,7 +334,9 @@ def _png(picture: Picture) -> tuple[bytes, tuple[int, int]]:
     picture.set_dpi(SHARP * DPI)
     image = Image.open(io.BytesIO(encoded(picture, "png"))).convert("RGB")
     out = io.BytesIO()
-    image.quantize(COLOURS, dither=Image.Dither.NONE).save(out, format="PNG", optimize=True)
+    # those that are rare too: marks and the ends of scales
+    few = image.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(out, format="PNG", optimize=True)
     return out.getvalue(), (image.width // SHARP, image.height // SHARP)
 
 

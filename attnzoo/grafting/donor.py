@@ -13,13 +13,14 @@ from timm.models._input import get_model_args
 from torch import Tensor, nn
 
 from attnzoo.errors import ZooError, did_you_mean
-from attnzoo.grafting.ledger import Donor, fingerprint
+from attnzoo.grafting.ledger import Donor
 from attnzoo.hosts.info import unallocated
 from attnzoo.recipe import load
 from attnzoo.recipe.resolving import anonymous
 from attnzoo.recipe.timm_models import registered
 from attnzoo.recipe.weights import init_model
 from attnzoo.train import open_run
+from attnzoo.train.checkpoint import fingerprint
 
 IGNORED = {"training", "grad_checkpointing", "fused_attn"}
 """What may differ between a donor and the same model built again: it changes how, not what is computed."""

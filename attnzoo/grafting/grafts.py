@@ -256,6 +256,7 @@ def for_donor(loaded: Loaded, donor: Donor) -> tuple[Loaded, dict[str, Any]]:
     """
     arguments = dict(donor.arguments)
     text = arguments.pop("recipe", None)
+    arguments.pop("made_with", None)  # of the donor; the graft has its own
     own = load(text).source.tree["host"] if text is not None else {"base": donor.architecture}
     wanted, there = loaded.recipe.host.kind, own.get("kind", "vit")
     for kind, what in ((there, f"the donor `{donor.architecture}`"), (wanted, f"the recipe `{loaded.name}`")):

@@ -1,6 +1,5 @@
 """The ledger of a graft: where every tensor of the donor went, and where every tensor of the graft comes from."""
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 Kind = Literal["copied", "reshaped", "new", "dropped"]
 KINDS: tuple[Kind, ...] = ("copied", "reshaped", "new", "dropped")
@@ -48,7 +46,7 @@ class Donor(_Frozen):
         architecture: Its name in timm.
         arguments: Of `timm.create_model`.
         pretrained_cfg: timm's description of its weights.
-        sha256: Of its names and tensors, `fingerprint`.
+        sha256: Of its names and tensors, `attnzoo.train.checkpoint.fingerprint`.
     """
 
     name: str
@@ -163,17 +161,3 @@ def _pattern(block: Mapping[Kind, Sequence[tuple[str, Row]]]) -> Counter:
     return Counter(
         (kind, name, row.donor_shape, row.graft_shape) for kind, pairs in block.items() for name, row in pairs
     )
-
-
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of names, types, shapes and bits of tensors, in hexadecimal.
-
-    Args:
-        state: Tensors by name, in any order.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()

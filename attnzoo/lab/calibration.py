@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -164,7 +164,7 @@ def reinforced_heads(
         ZooError: AZ923, when there is no such site; AZ924, when no mechanism works inside heads; AZ927, for sequences
             without a word on what is left of them.
     """
-    reinforce = load_zoo().interventions.find("reinforce_heads").value
+    reinforce: Any = load_zoo().interventions.find("reinforce_heads").value
     found: list[Intervention] = []
     able = subject.able("heads")
     for leaf in (leaf for leaf in chosen(subject.leaves, at) if leaf in able):

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import Attention, AttentionPoolLatent, AttentionRope
@@ -373,7 +373,7 @@ def _tap(model: nn.Module, stack: ExitStack) -> None:
         if type(child) in KINDS
     ]
     mechanisms: dict[nn.Module, MultiHead] = {}
-    softmax = load_zoo().mechanisms["attnzoo/softmax"].value
+    softmax = cast(type[Head], load_zoo().mechanisms["attnzoo/softmax"].value)
     with torch.device("meta"):  # what it has of its own is never used
         for i, (parent, name, path) in enumerate(places):
             donor = parent.get_submodule(name)

@@ -14,26 +14,6 @@ any number of threads may draw, and the styles of whoever calls hold.
 matplotlib is imported with the first of these names.
 """
 
-from importlib import import_module
+import lazy_loader
 
-_LAZY = {
-    **dict.fromkeys(["Block", "Panel", "Row", "text_sheet", "token_map"], "attnzoo.plot.tokens"),
-    **dict.fromkeys(["Shown", "attention_map", "heat_sheet"], "attnzoo.plot.heat"),
-    **dict.fromkeys(
-        ["comparison_curves", "growth_curves", "learning_curves", "lines"], "attnzoo.plot.curves"
-    ),
-    "head_matrix": "attnzoo.plot.matrix",
-    **dict.fromkeys(["Picture", "check_file", "encoded", "save", "svg"], "attnzoo.plot.picture"),
-}
-
-__all__ = sorted(_LAZY)
-
-
-def __getattr__(name: str):
-    if name not in _LAZY:
-        raise AttributeError(f"module 'attnzoo.plot' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

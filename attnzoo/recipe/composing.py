@@ -9,6 +9,7 @@ from torch import nn
 
 from attnzoo.errors import RecipeError, UnknownArgument
 from attnzoo.recipe.loading import load
+from attnzoo.recipe.made_with import made_with
 from attnzoo.recipe.origin import Origin, ends, second_stream
 from attnzoo.recipe.reading import Loaded
 from attnzoo.recipe.resolving import Composition, resolve
@@ -123,7 +124,8 @@ def build(
     if not changed and not options.get("features_only"):
         check_expectations(loaded, model)
     # what timm writes to config.json, so that it can build it again
-    vars(model)["_model_args"] = {**changed, "recipe": loaded.text}
+    versions = made_with(composition.entries).model_dump(mode="json")
+    vars(model)["_model_args"] = {**changed, "recipe": loaded.text, "made_with": versions}
     return model
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from attnzoo.core import options_of
 from attnzoo.recipe.schema import Recipe
-from attnzoo.zoo import load_zoo
+from attnzoo.zoo import Registry, load_zoo
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -12,7 +12,10 @@ def recipe_schema() -> dict[str, Any]:
     zoo = load_zoo()
     schema = Recipe.model_json_schema(by_alias=True)
     definitions = schema.pop("$defs")
-    components = {"Use": ("use", zoo.mechanisms), "Fuse": ("fuse", zoo.fusions)}
+    components: dict[str, tuple[str, Registry[Any]]] = {
+        "Use": ("use", zoo.mechanisms),
+        "Fuse": ("fuse", zoo.fusions),
+    }
     for model, (key, registry) in components.items():
         definition = definitions[model]
         definition["properties"][key] = {

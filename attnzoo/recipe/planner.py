@@ -10,6 +10,7 @@ from attnzoo.core.fused import fused_card
 from attnzoo.core.options import options_of
 from attnzoo.errors import Diagnostic, Place, RecipeError, did_you_mean
 from attnzoo.recipe.faults import faults_of
+from attnzoo.recipe.made_with import MadeWith, Plugin
 from attnzoo.recipe.plan import Plan, blamed
 from attnzoo.recipe.schema import FUSE, MAX_MECHANISMS, Fuse, Spec, Use, spec_tag
 from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
@@ -22,10 +23,16 @@ def _mechanisms(spec: Spec) -> int:
 
 
 class Planner:
-    """Turns specs into plans and gathers the faults on the way."""
+    """Turns specs into plans and gathers the faults on the way.
 
-    def __init__(self, zoo: Zoo, source: Source):
-        self.zoo, self.source = zoo, source
+    Args:
+        zoo: Where names are looked up.
+        source: The recipe.
+        made_with: What the recipe was made with: a bare name means what it meant there.
+    """
+
+    def __init__(self, zoo: Zoo, source: Source, made_with: MadeWith | None = None):
+        self.zoo, self.source, self.made_with = zoo, source, made_with
         self.faults: list[Diagnostic] = []
         self.notes: list[Diagnostic] = []
 
@@ -159,6 +166,8 @@ class Planner:
         """The entry, or a fault; names of the other kind and of absent plugins get their own."""
         registry: Registry = self.zoo.mechanisms if key == "use" else self.zoo.fusions
         other: Registry = self.zoo.fusions if key == "use" else self.zoo.mechanisms
+        if owner := self.made_with.owner(registry.kind, name) if self.made_with else "":
+            name = f"{owner}/{name}"
         try:
             return registry.find(name, place)
         except RecipeError as error:
@@ -176,6 +185,14 @@ class Planner:
                 self.faults += error.diagnostics
             elif slash and (provider is None or not provider.works):
                 self.absent(name, plugin, provider, place)
+            elif slash and provider and (made := self.made(plugin)):
+                self.fault(
+                    "AZ830",
+                    f"the plugin `{plugin}` offers no {registry.kind} `{name.partition('/')[2]}` any more",
+                    place,
+                    f"this was made with {made}; here is {provider.dist} {provider.version}",
+                    made.how_to_get,
+                )
             elif slash:
                 names = [entry.full_name for entry in registry.values() if entry.plugin == plugin]
                 hint = did_you_mean(name, names) or f"`attnzoo list {registry.kind}s` shows what there is"
@@ -186,17 +203,23 @@ class Planner:
 
     def absent(self, name: str, plugin: str, provider: Provider | None, place: Place) -> None:
         """A name of a plugin that is not installed, switched off or broken."""
-        names = [provider.name for provider in self.zoo.providers]
+        made, names = self.made(plugin), [provider.name for provider in self.zoo.providers]
         if provider is None:
             what = "which is not installed"
             shown = ", ".join(f"`{name}`" for name in names)
-            help = did_you_mean(plugin, names) or f"`pip install attnzoo-{plugin}`; installed are {shown}"
+            hint = did_you_mean(plugin, names) or f"`pip install attnzoo-{plugin}`; installed are {shown}"
+            help = made.how_to_get if made else hint
         else:
             what = (
                 "which is switched off" if provider.status == "switched off" else "which could not be loaded"
             )
             help = "`attnzoo plugins` says why"
-        self.fault("AZ205", f"`{name}` belongs to the plugin `{plugin}`, {what}", place, help=help)
+        message = f"`{name}` belongs to the plugin `{plugin}`, {what}"
+        self.fault("AZ205", message, place, f"this was made with {made}" if made else "", help)
+
+    def made(self, plugin: str) -> Plugin | None:
+        """What a plugin was when the recipe was made, if that is known."""
+        return self.made_with.plugins.get(plugin) if self.made_with else None
 
     def fault(self, code: str, message: str, place: Place, why: str = "", help: str = "") -> None:
         self.faults.append(Diagnostic(code, message, place, why, help))

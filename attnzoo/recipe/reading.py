@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from attnzoo.core.fact_sheet import fact_sheet
 from attnzoo.errors import Place, RecipeError, did_you_mean
 from attnzoo.recipe.faults import faults_of
+from attnzoo.recipe.made_with import MadeWith
 from attnzoo.recipe.schema import Recipe
 from attnzoo.recipe.source import PROSE, Loc, Source, from_data, parse, read_text
 
@@ -32,12 +33,14 @@ class Loaded:
         recipe: What it says.
         source: Its text, for faults.
         edited: Whether it differs from its file.
+        made_with: Of a saved model or a run: the versions and plugins that it was made with.
     """
 
     name: str
     recipe: Recipe
     source: Source
     edited: bool = False
+    made_with: MadeWith | None = None
 
     @property
     def text(self) -> str:

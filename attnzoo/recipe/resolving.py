@@ -32,8 +32,11 @@ from attnzoo.recipe.schema import TAGGED, ImageHost, Spec, host_tag
 from attnzoo.recipe.source import MAX_FAULTS, Loc, Source
 from attnzoo.recipe.trial import try_out
 from attnzoo.zoo import Entry, Zoo, load_zoo
-from attnzoo.zoo.blame import blaming
+from attnzoo.zoo.blame import OURS, blaming
 from attnzoo.zoo.contract import watching
+
+registered: dict[str, str] = {}
+"""The models that are known to timm through us: model name to recipe name; no name for those of `anonymous`."""
 
 
 def anonymous(kind: str) -> str:
@@ -104,7 +107,10 @@ class Composition:
         if self.image is None:
             return {}
         host, _ = self.image
-        name = host.registers or anonymous(host.kind)
+        own = load_zoo().recipes.get(registered.get(host.registers or "", ""))
+        # elsewhere timm knows the names of recipes that ship with attnzoo, and no others
+        travels = own is not None and own.plugin == OURS
+        name = host.registers if host.registers and travels else anonymous(host.kind)
         return HOSTS[host.kind].model_cfg(name, host.base, host.arguments, host.mean, host.std)
 
     def build(
@@ -188,7 +194,7 @@ def resolve(
         RecipeError: AZ2xx, AZ3xx, all of them at once; AZ311 only when nothing else is wrong.
     """
     recipe, source = loaded.recipe, loaded.source
-    planner = Planner(zoo or load_zoo(), source)
+    planner = Planner(zoo or load_zoo(), source, loaded.made_with)
     main = planner.whole(recipe.attention, ("attention",))
     puts = [
         planner.whole(override.put, ("overrides", i, "put")) if override.put else None

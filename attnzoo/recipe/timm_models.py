@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import timm.models
@@ -20,14 +21,12 @@ from attnzoo.errors import RecipeError, ZooError
 from attnzoo.hosts.kinds import HOSTS
 from attnzoo.recipe.composing import build
 from attnzoo.recipe.loading import load
+from attnzoo.recipe.made_with import read_made_with, warn_of_others
 from attnzoo.recipe.reading import Loaded, is_text
-from attnzoo.recipe.resolving import anonymous
+from attnzoo.recipe.resolving import anonymous, registered
 from attnzoo.recipe.schema import ImageHost
 from attnzoo.zoo import Problem, Provider, Zoo, load_zoo
 from attnzoo.zoo.blame import OURS, details, short
-
-registered: dict[str, str] = {}
-"""The models that are known to timm through us: model name to recipe name."""
 
 
 def register_models() -> None:
@@ -102,6 +101,7 @@ def _entry_point(name: str, kind: str, loaded: Loaded | None) -> Callable[..., n
         pretrained: bool = False,
         *,
         recipe: str | Mapping[str, Any] | None = None,
+        made_with: Mapping[str, Any] | None = None,
         pretrained_cfg: str | PretrainedCfg | Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> nn.Module:
@@ -123,6 +123,9 @@ def _entry_point(name: str, kind: str, loaded: Loaded | None) -> Callable[..., n
             load_zoo().recipes.find(recipe)
         source = loaded if recipe is None else load(recipe)
         assert source is not None
+        if made_with is not None:
+            source = replace(source, made_with=read_made_with(made_with))
+            warn_of_others(source.made_with, 4)  # who called timm.create_model
         if isinstance(cfg, str):  # a tag
             cfg = get_pretrained_cfg(f"{name}.{cfg}", allow_unregistered=False) if cfg else None
         return build(source, arguments, pretrained=pretrained, pretrained_cfg=cfg)

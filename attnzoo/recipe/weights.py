@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from attnzoo.errors import RecipeError
 from attnzoo.files import open_file
+from attnzoo.recipe.loading import load
+from attnzoo.recipe.made_with import made_with
+from attnzoo.recipe.resolving import resolve
 
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys of the weights in checkpoints, of timm's training script and others; the first that is there is taken."""
@@ -171,8 +174,11 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
         raise RecipeError(
             "AZ607", f"`{folder}` already holds {' and '.join(taken)}", help="name another folder"
         )
+    recipe = vars(model).get("_model_args", {}).get("recipe")
+    # of a model that was loaded timm hands on the versions of where it came from
+    here = {"made_with": made_with(resolve(load(recipe)).entries).model_dump(mode="json")} if recipe else {}
     try:
-        save_for_hf(model, str(folder), safe_serialization=True)
+        save_for_hf(model, str(folder), model_args=here, safe_serialization=True)
     except OSError as error:
         raise RecipeError(
             "AZ607", f"cannot write to `{folder}`: {(error.strerror or str(error)).lower()}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from attnzoo.errors import RunError
@@ -94,6 +95,20 @@ def save(
     except OSError as error:
         raise unwritable(folder, error) from None
     return Checkpoint(folder, step)
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of names, types, shapes and bits of tensors, in hexadecimal.
+
+    Args:
+        state: Tensors by name, in any order.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
 
 
 def unwritable(path: Path, error: OSError) -> RunError:

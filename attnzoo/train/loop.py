@@ -39,20 +39,23 @@ from torch.nn.utils import get_total_norm
 
 from attnzoo.core import auxiliary_losses
 from attnzoo.errors import RunError
-from attnzoo.recipe import Loaded, build, load
+from attnzoo.recipe import Loaded, build, load, resolve
+from attnzoo.recipe.made_with import made_with
 from attnzoo.train import checkpoint, sampler
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.curve import draw_curve
 from attnzoo.train.kinds import task_of
 from attnzoo.train.lock import held
 from attnzoo.train.optimizer import make_optimizer
+from attnzoo.train.record import FIRST, Record, record_of
 from attnzoo.train.run import Run, newest, reading, usable
 from attnzoo.train.settings import Settings, kind_of
 from attnzoo.train.state import Progress
 from attnzoo.train.task import Inputs
 
 Report = Callable[[dict[str, Any]], None]
-"""Told what happens: `event` is `step`, `epoch` (with the row of the log) or `note` (with a `text`)."""
+"""Told what happens: `event` is `step`, `epoch` (with the row of the log, and the SHA-256 of the `weights` after a
+whole one) or `note` (with a `text`)."""
 
 REDRAW = 20.0
 """Seconds between two drawings of the learning curve, at least; the last one is drawn when training ends."""
@@ -111,7 +114,12 @@ class Batch(NamedTuple):
 
 
 def train(
-    recipe: str | Path | Loaded, settings: Settings, folder: str | Path, *, report: Report | None = None
+    recipe: str | Path | Loaded,
+    settings: Settings,
+    folder: str | Path,
+    *,
+    report: Report | None = None,
+    until: int | None = None,
 ) -> Run:
     """Train a model, or go on where a run of the same recipe and settings stopped.
 
@@ -122,6 +130,7 @@ def train(
         settings: How to train.
         folder: Of the run.
         report: Told what happens.
+        until: End after this step, as if the run were stopped there: it is saved, and can be gone on with.
 
     Raises:
         RecipeError: what is wrong with the recipe.
@@ -139,7 +148,7 @@ def train(
     with held(folder) if accelerator.process_index == 0 else nullcontext():
         training = _Training(loaded, settings, folder, report or (lambda event: None), accelerator)
         with _deterministic(settings, training.device), _stop_signals() as stopping:
-            training.run(stopping)
+            training.run(stopping, until)
     return training.as_run()
 
 
@@ -169,13 +178,18 @@ class _Training:
         for note in () if found else self.task.notes:
             self._note(note)
         self._prepare_model()
+        self.record: Record | None = None
         if found:
             self._restore(found)
+        elif self.rank == 0:
+            self.record = record_of(self.task, self.composition, self.net, self._environment())
 
     def _prepare_model(self) -> None:
         settings = self.settings
         sampler.reseed(settings.seed)
-        self.net = build(self.loaded, {})
+        self.composition = resolve(self.loaded)
+        self.net = build(self.composition, {})
+        self.plugins = made_with(self.composition.entries).plugins
         self.ema = ModelEmaV3(self.net, decay=settings.ema).to(self.device) if settings.ema else None
         self.raw_optimizer = make_optimizer(self.net, settings.optimizer)
         self.scheduler = make_scheduler(self.raw_optimizer, settings, self.steps)
@@ -200,22 +214,25 @@ class _Training:
         """The run as others see it."""
         return Run(self.folder, self.loaded, self.settings)
 
-    def run(self, stopping: threading.Event) -> None:
-        """All steps that are left."""
+    def run(self, stopping: threading.Event, until: int | None = None) -> None:
+        """All steps that are left, or those up to one."""
         if self.rank == 0:
             checkpoint.sweep(self.folder)
         if self.finished:
             return
         if self.taken == 0:
             self._save()
+        if until is not None and self.taken >= until:
+            return
         self._write_log()
         self.clock = self.drawn = time.perf_counter()
         try:
-            self._take_steps(stopping)
+            self._take_steps(stopping, until)
         finally:
-            self._draw_curve()
+            if until is None:
+                self._draw_curve()
 
-    def _take_steps(self, stopping: threading.Event) -> None:
+    def _take_steps(self, stopping: threading.Event, until: int | None) -> None:
         every = self.settings.checkpoint_every
         for batch in self._batches():
             loss, stop, over = self._step(batch, stopping)
@@ -223,9 +240,10 @@ class _Training:
             ended = self.progress.step == self.steps or over
             if ended:
                 self._close_epoch()
-            if stop or (self.taken % every == 0 if every else ended) or self.finished:
+            reached = self.taken == until
+            if stop or reached or (self.taken % every == 0 if every else ended) or self.finished:
                 self._save()
-            if over:
+            if over or reached:
                 return
             if stop and not self.finished:
                 raise Stopped(self.as_run())
@@ -315,6 +333,8 @@ class _Training:
         at.units += batch.units
         at.images += len(batch.indices)
         at.busy += elapsed
+        if self.record and len(self.record.losses) == self.taken - 1 < FIRST:
+            self.record.losses.append(at.loss / at.units)
         total = self.settings.epochs * self.steps
         left = (total - self.taken) * at.seconds / self.taken
         if self.settings.minutes is not None:
@@ -355,13 +375,17 @@ class _Training:
         if at.best is None or figures["test_accuracy"] > at.best:
             at.best = figures["test_accuracy"]
             self.best = {name: t.detach().cpu().clone() for name, t in net.state_dict().items()}
+        digest = None
         if at.step == self.steps:
+            if self.record and self.rank == 0:
+                digest = checkpoint.fingerprint(self.net.state_dict())
+                self.record.epochs.append(digest)
             self.progress = Progress(at.epoch + 1, seconds=at.seconds, since=at.seconds, best=at.best)
         self._write_log()
         if time.perf_counter() - self.drawn > REDRAW:
             self._draw_curve()
             self._lap()  # the next epoch does not wait for it
-        self.report({"event": "epoch", **row})
+        self.report({"event": "epoch", **row, "weights": digest})
 
     def _write_log(self) -> None:
         if self.rank or not self.log:
@@ -412,17 +436,26 @@ class _Training:
             },
             "scaler": scaler.state_dict() if scaler else None,
             "environment": self._environment(),
+            "record": self.record.model_dump(mode="json") if self.record else None,
         }
 
-    def _environment(self) -> dict[str, Any]:
+    def _environment(self) -> dict[str, str | int]:
         """What bits depend on beside the settings."""
-        return {name: version(name) for name in VERSIONS} | {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "device": self.device.type,
-            "threads": torch.get_num_threads(),
-            "processes": self.world,
-        }
+        plugins = {made.distribution or name: made.version for name, made in self.plugins.items()}
+        gpu = {"gpu": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
+        return (
+            {name: version(name) for name in VERSIONS}
+            | plugins
+            | gpu
+            | {
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+                "cpu": torch.backends.cpu.get_cpu_capability(),
+                "device": self.device.type,
+                "threads": torch.get_num_threads(),
+                "processes": self.world,
+            }
+        )
 
     def _restore(self, found: Checkpoint) -> None:
         state = found.state()
@@ -449,6 +482,7 @@ class _Training:
                 "progress"
             ]  # once all were images
             self.progress, self.log, self.saved = Progress(**progress), state["log"], found.step
+            self.record = Record.model_validate(state["record"]) if state.get("record") else None
             if self.taken != found.step:
                 raise ValueError(f"its progress says step {self.taken}")
         before, now = state["environment"], self._environment()

@@ -17,11 +17,13 @@ from attnzoo.hosts.given import taken
 from attnzoo.hosts.info import BackboneInfo
 from attnzoo.inference import accelerate
 from attnzoo.recipe import Loaded, build, load, resolve
+from attnzoo.recipe.made_with import warn_of_others
 from attnzoo.recipe.schema import ImageHost, Seq2SeqHost, SequenceHost
 from attnzoo.train import checkpoint
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.kinds import load_data, task_of
 from attnzoo.train.metrics import Evaluation, evaluate
+from attnzoo.train.record import Record
 from attnzoo.train.settings import Kind, Settings, kind_of
 from attnzoo.train.state import fault
 
@@ -322,7 +324,10 @@ def newest(folder: Path) -> Checkpoint:
 
 
 def open_run(folder: str | Path) -> Run:
-    """A run by its folder.
+    """A run by its folder. Its log can be read where plugins of its recipe are missing; its model needs them.
+
+    Warns:
+        VersionWarning: when a plugin is here in another version than the run was started with.
 
     Raises:
         RunError: AZ801 when it is no run, AZ802 when what is there is none of a run, AZ805 when no checkpoint is sound.
@@ -342,4 +347,7 @@ def open_run(folder: str | Path) -> Run:
             why=why,
             help="move that folder elsewhere: the one before it is used then",
         ) from None
+    record = Record.model_validate(state["record"]) if state.get("record") else None
+    warn_of_others(record.made_with if record else None)
+    loaded = replace(loaded, made_with=record.made_with if record else None)
     return Run(folder, loaded, Settings.model_validate(state["settings"]))

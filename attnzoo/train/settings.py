@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -209,7 +210,7 @@ def completed(loaded: Loaded, settings: Settings, edits: Sequence[str]) -> Loade
     tree = loaded.source.tree | {"train": {"data": settings.data}}
     if changes or loaded.edited:
         tree.pop("expect", None)
-    return load(json.dumps(tree, ensure_ascii=False), changes)
+    return replace(load(json.dumps(tree, ensure_ascii=False), changes), made_with=loaded.made_with)
 
 
 def default_folder(loaded: Loaded, settings: Settings) -> Path:

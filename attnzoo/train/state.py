@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from attnzoo.files import read_file
 from attnzoo.recipe.reading import is_text
 from attnzoo.train.checkpoint import MOST_STATE, STATE, Checkpoint
+from attnzoo.train.record import Record
 from attnzoo.train.settings import Settings
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -73,6 +74,7 @@ class State(BaseModel):
     optimizer: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], dict[str, Any]]
     scaler: dict[str, Any] | None
     environment: dict[str, str | int]
+    record: Record | None = None  # not said by the first versions
     classes: list[str] | None = None
     vocabularies: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=2)] | None = None
 

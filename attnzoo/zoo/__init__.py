@@ -3,16 +3,6 @@
 Submodules are imported on demand: `attnzoo.zoo.hookspecs` must not wait for torch.
 """
 
-from importlib import import_module
+import lazy_loader
 
-_LAZY = {
-    **dict.fromkeys(["Problem", "Provider", "Zoo", "load_zoo", "when_loaded"], "attnzoo.zoo.manager"),
-    **dict.fromkeys(["Entry", "Registry"], "attnzoo.zoo.registry"),
-}
-__all__ = sorted(_LAZY)
-
-
-def __getattr__(name: str):
-    if name not in _LAZY:
-        raise AttributeError(f"module 'attnzoo.zoo' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -102,6 +102,6 @@
   read();
   form.hidden = false;
   // on a phone the cards come first, unless a link has chosen
-  form.querySelector("details").open = innerWidth > 480 || boxes.some((box) => box.checked);
+  form.querySelector("details").open = !matchMedia("(max-width: 30rem)").matches || boxes.some((box) => box.checked);
   show();
 })();

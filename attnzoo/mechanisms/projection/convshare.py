@@ -64,8 +64,7 @@ class ConvShare(Mechanism):
         form: `valid`, c kernels as large as the map: a Linear; `same`, one kernel, and zeros around the map; `compact`,
             fewer and smaller kernels without zeros; `unshared`, the first author's earlier form: a kernel for each
             token, zeros around the map, heads as wide as the tokens, whose sum is the output, and no biases.
-        kernel: Side of the kernels. None takes 3 for `same`, 7 for `unshared`, and for `compact` what leaves half of
-            each side, or a third, and so on: 5 on maps of 8 × 8.
+        kernel: Side of the kernels. None takes 3 for `same`, 7 for `unshared`, half of the map or less for `compact`.
 
     Raises:
         OptionError: AZ214, when there are no such kernels for this width, or keys and values would be too wide.
