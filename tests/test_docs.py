@@ -13,7 +13,8 @@ from attnzoo.zoo import Zoo
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+    + [page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts]
 )
 
 
