@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import attnzoo
 from attnzoo.ejecting.modules import ALLOWED, Module, Symbol, is_module, read, top
 from attnzoo.ejecting.rewriting import (
     edited,
@@ -123,8 +122,6 @@ class Bundle:
             return self.resolve(module.imported[symbol.name])
         if is_module(symbol):
             return Symbol(str(symbol))
-        if symbol.module == "attnzoo" and symbol.name in attnzoo._LAZY:
-            return self.resolve(Symbol(attnzoo._LAZY[symbol.name], symbol.name))
         raise _undefined(symbol.name, symbol.module)
 
     # -- what is reached ----------------------------------------------------------------------------------------------

@@ -93,7 +93,9 @@ def read(name: str) -> Module:
     text = Path(origin).read_text(encoding="utf-8")
     module = Module(name, text, ast.parse(text))
     is_package = Path(origin).name == "__init__.py"
-    for statement in module.tree.body:
+    stub = Path(origin).with_suffix(".pyi")  # where a package imports on demand, it says what
+    demanded = ast.parse(stub.read_text(encoding="utf-8")).body if stub.is_file() else []
+    for statement in [*(one for one in demanded if isinstance(one, ast.ImportFrom)), *module.tree.body]:
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
             module.defined[statement.name] = statement
         elif isinstance(statement, ast.Assign):

@@ -17,11 +17,9 @@ class MixtureOfHeads(Mechanism):
     """Σ_h g_h(x) softmax(q_h k_hᵀ / √d) v_h W_h: g = α₁ s softmax(W_s x) of s shared heads, α₂ a p_e / Σ p of a routed.
 
     The a routed heads with the greatest p = softmax(W_r x) are active, the sum is over these, the others have a gate of
-    0. (α₁, α₂) = 2 softmax(W₀ x) where there are heads of both kinds, otherwise 1. A softmax over one head is 1 and has
-    no weights. The shared heads come first.
+    0. (α₁, α₂) = 2 softmax(W₀ x) where there are heads of both kinds, otherwise 1. The shared heads come first.
 
-    Without parameters, `router: query_norm`, the a heads with the longest queries ‖q_e‖₂ are active, as projected,
-    before norms. g is 1 for shared and active heads and 0 for the others, and has no gradient.
+    With `router: query_norm` the a longest queries ‖q_e‖₂, before norms, are active: g is 1 or 0, without a gradient.
 
     Args:
         site: Where the mechanism is put.
@@ -35,8 +33,7 @@ class MixtureOfHeads(Mechanism):
         router: `linear` has W_r, W_s and W₀; `query_norm` has no parameters.
 
     Raises:
-        OptionError: AZ214, when there are not so many heads, or some could never be active, or a `scaling` has nothing
-            to scale.
+        OptionError: AZ214, when there are not so many heads, some could never be active, or nothing is to be scaled.
     """
 
     card = Card(
@@ -101,8 +98,8 @@ class MixtureOfHeads(Mechanism):
         if shared is None:
             shared = heads if active == 0 else heads // (4 if linear else 2)
         if active is None:
-            least = 2 if linear else 1
-            active = min(heads - shared, max(least, 3 * heads // 4 - shared)) if shared < heads else 0
+            least = max(2 if linear else 1, 3 * heads // 4 - shared)
+            active = min(heads - shared, least) if shared < heads else 0
         many = shared + active > heads
         if many or (active == 0 and shared < heads):
             raise OptionError(
@@ -113,8 +110,8 @@ class MixtureOfHeads(Mechanism):
         if active == 0:  # one soft weighting of all heads: all are routed, and all active
             shared, active = 0, heads
         self.shared, self.active, self.scaling, self.router = shared, active, scaling, router
-        routed = heads - shared
-        self.route = nn.Linear(site.dim, routed, bias=False) if linear and routed > 1 else None  # W_r
+        routed = heads - shared if linear else 0
+        self.route = nn.Linear(site.dim, routed, bias=False) if routed > 1 else None  # W_r
         self.weigh = nn.Linear(site.dim, shared, bias=False) if linear and shared > 1 else None  # W_s
         self.divide = nn.Linear(site.dim, 2, bias=False) if linear and shared else None  # W₀
         if site.context_dim is None:
