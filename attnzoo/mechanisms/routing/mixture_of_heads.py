@@ -49,7 +49,7 @@ class MixtureOfHeads(Mechanism):
             "Jin et al.",
             2024,
             "arXiv:2410.11842",
-            where="§3.2",
+            "§3.2",
         ),
         time="n m c + n c c",
         memory="h n m",
