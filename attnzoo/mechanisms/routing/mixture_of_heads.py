@@ -68,8 +68,7 @@ class MixtureOfHeads(Mechanism):
         auxiliary="E Σ_e P_e f_e over the E routed heads: P_e the mean of p_e over tokens, f_e how many have e active",
         notes="The authors weigh the balance loss with 0.01. The tap `weights` shows the softmax times the gate. All "
         "heads are computed: no operation is saved. Ties are broken as PyTorch's topk does. `query_norm` is the "
-        "router of MoH-LLaMA3 as it is released, for inference; the paper trains it with gradients that go straight "
-        "through to softmax(‖q_e‖ / std), of which the choice does not depend.",
+        "router of MoH-LLaMA3 as released, for inference; the paper trains it by straight-through gradients.",
     )
 
     shares: Tap
