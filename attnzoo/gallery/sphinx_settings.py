@@ -35,7 +35,7 @@ def settings() -> dict[str, Any]:
         "release": VERSION,
         "extensions": ["myst_parser", "attnzoo.gallery.overview", "attnzoo.gallery.sphinx_settings"],
         # dollars are formulas; headings to the third level are anchors under the names that GitHub gives them
-        "myst_enable_extensions": ["dollarmath", "amsmath"],
+        "myst_enable_extensions": ["dollarmath", "amsmath", "html_image"],
         "myst_heading_anchors": 3,
         "html_math_renderer": "mathml",
         "html_theme": "furo",
