@@ -204,7 +204,11 @@ def looks_well(text: str, formatted: bool = True) -> None:
     config = ["--config", str(ROOT / "pyproject.toml"), "--no-cache", "--stdin-filename", "ejected.py", "-"]
     for command in (["check"], ["format", "--check"]) if formatted else (["check"],):
         done = subprocess.run(
-            ["ruff", *command, *config], input=text, capture_output=True, text=True, check=False
+            [sys.executable, "-m", "ruff", *command, *config],
+            input=text,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -124,6 +124,7 @@ for i in range(40):
 """
 
 
+@pytest.mark.slow  # ten seconds: processes that import torch
 def test_a_killed_build_leaves_nothing_that_is_found(tmp_path):
     dead = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert dead.returncode < 0
@@ -135,6 +136,7 @@ def test_a_killed_build_leaves_nothing_that_is_found(tmp_path):
     assert cache.sweep([whole], older=0) == [aside] and list(tmp_path.iterdir()) == [whole]
 
 
+@pytest.mark.slow  # ten seconds: processes that import torch
 def test_two_builds_in_one_folder(tmp_path):
     both = [
         subprocess.Popen(

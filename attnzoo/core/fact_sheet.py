@@ -16,7 +16,7 @@ def fact_sheet(title: str, summary: str, facts: Mapping[str, str], text: str = "
         text: Below the table, its lines as they are.
     """
     rows = "".join(
-        f"<tr><th {_LEFT}>{escape(name)}</th><td {_LEFT}>{escape(value).replace(chr(10), '<br>')}</td></tr>"
+        f"<tr><th {_LEFT}>{escape(name)}</th><td {_LEFT}>{escape(value).replace(chr(10), '<br/>')}</td></tr>"
         for name, value in facts.items()
         if value
     )
