@@ -242,3 +242,16 @@ def test_where_no_token_exists_nothing_is_nan():
 
 def test_narrow_numbers_stay_near():
     narrow(LambdaLayer, [(2, 12, 12)], site=Site("hand", 12, 3, LAYOUT), depth=4, scope=3)
+
+
+def test_gradients_in_autocast_read_what_was_written():
+    """In bfloat16 on a CPU the gradient of a convolution in three dimensions holds what lay in the memory before."""
+    layout = Layout((5, 5))
+    for _ in range(20):
+        layer, x = LambdaLayer(Site("here", 2, 1, layout)), torch.randn(2, 25, 2)
+        lain = [torch.full((n,), torch.nan) for n in (256, 529, 1058, 1296, 2116, 2592) for _ in range(4)]
+        del lain
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = layer(x, layout=layout)
+        out.float().sum().backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters())

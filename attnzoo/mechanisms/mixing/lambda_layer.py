@@ -6,6 +6,7 @@ timm's `LambdaLayer`.
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.functional import masked_softmax, merge_heads, rearrange
@@ -81,7 +82,11 @@ class LambdaLayer(Mechanism):
             allowed, v = mask.keys[:, None], v.masked_fill(~mask.keys[..., None], 0.0)
         content = self.weights(masked_softmax(scores, allowed)) @ v  # (b d e)
         out, p = q @ content[:, None], layout.prefix
-        image = v[:, p:].unflatten(1, layout.grid)[:, None]  # (b 1 y x e)
-        position = self.layers.conv_lambda(image).flatten(2, 3)  # (b d y*x e)
+        y, e, conv = layout.grid[0], self.widths[2], self.layers.conv_lambda
+        maps = rearrange(v[:, p:], "b (y x) e -> (b e) 1 y x", y=y)
+        # timm's convolution has no extent along e; in two dimensions, because in three the gradient of PyTorch's in
+        # bfloat16 on a CPU reads memory that nobody wrote
+        position = F.conv2d(maps, conv.weight[..., 0], conv.bias, padding=conv.padding[0])
+        position = rearrange(position, "(b e) d y x -> b d (y x) e", e=e)
         near = (q[:, :, p:].transpose(1, 2) @ position.transpose(1, 2)).transpose(1, 2)
         return merge_heads(torch.cat([out[:, :, :p], out[:, :, p:] + near], dim=2))
