@@ -182,8 +182,8 @@ if importlib.util.find_spec("twine"):
 scratch.cleanup()
 
 # %%
-# From here on the network is needed, and an account on PyPI. These are the commands; try
-# https://test.pypi.org first.
+# From here on the network is needed, and an account on PyPI. These are the commands; the index for trying
+# comes first.
 #
 # .. code-block:: console
 #
