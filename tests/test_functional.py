@@ -2,12 +2,14 @@
 
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from attnzoo.core import NO_MASK, Layout, Mask, Site
 from attnzoo.functional import (
@@ -293,9 +295,48 @@ def test_additive_scores_are_the_definition(n, m):
         assert torch.equal(additive_scores(q, k, weight), found)
 
 
+@pytest.mark.parametrize("tile", [1, 4, 5 * 4 - 1, 5 * 4, 2 * 5 * 4 + 1, 7 * 5 * 4, 3 * 7 * 5 * 4 + 2, 10**6])
+def test_additive_scores_in_tiles_of_any_size(tile, monkeypatch):
+    """Tiles of some columns, some rows, some samples, with a rest of each."""
+    monkeypatch.setattr("attnzoo.functional.additive.TILE", tile)
+    test_additive_scores_are_the_definition(7, 5)
+
+
 def test_additive_scores_have_the_right_gradient():
     assert gradcheck(additive_scores, (double(1, 2, 3, 2), double(1, 2, 4, 2), double(2, 2)))
     assert gradcheck(additive_scores, (double(1, 1, ROWS + 1, 1), double(1, 1, 2, 1), double(1, 1)))
+    assert gradgradcheck(additive_scores, (double(1, 2, 3, 2), double(1, 2, 4, 2), double(2, 2)))
+    assert gradgradcheck(additive_scores, (double(1, 1, ROWS + 1, 1), double(1, 1, 2, 1), double(1, 1)))
+
+
+def test_a_frozen_weight_needs_no_gradient():
+    q, k, weight = double(1, 2, 3, 2), double(1, 2, 4, 2), double(2, 2)
+    frozen = partial(additive_scores, weight=weight.detach())
+    assert gradgradcheck(frozen, (q, k))
+    both = torch.autograd.grad(frozen(q, k).sum(), (q, k))
+    for one, two in zip(both, torch.autograd.grad(naive(q, k, weight).sum(), (q, k)), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e4])
+def test_additive_scores_compiled(size):
+    """In one graph, for values of any size, with gradients, without, and checkpointed."""
+    torch._dynamo.reset()
+    compiled = torch.compile(additive_scores, backend="aot_eager", fullgraph=True)
+    q, k, weight = (size * double(2, 3, 5, 4)).detach(), (size * double(2, 3, 7, 4)).detach(), double(3, 4)
+    wanted = naive(q, k, weight)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, k, weight), wanted, rtol=0, atol=1e-13)
+    (slope,) = torch.autograd.grad(wanted.square().sum(), weight)
+    for form in (
+        compiled,
+        torch.compile(partial(checkpoint, additive_scores, use_reentrant=False), backend="aot_eager"),
+    ):
+        found = form(q, k, weight)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            torch.autograd.grad(found.square().sum(), weight)[0], slope, rtol=1e-12, atol=0
+        )
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def _html(source: Path, html: Path, cache: Path) -> list[str]:
         with patch_docutils(), docutils_namespace():
             app = Sphinx(source, cache / "settings", html, cache / "doctrees", "html", None, None, log)
             app.build()
-            pages = {Path(app.builder.get_outfilename(name)) for name in app.env.found_docs}
+            pages = {html / app.builder.get_target_uri(name) for name in app.env.found_docs}
     except Exception as error:  # of Sphinx, its theme, its extensions, docutils: they have no class in common
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ZooError(
