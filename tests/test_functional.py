@@ -21,12 +21,16 @@ from attnzoo.functional import (
     masked_mean,
     masked_softmax,
     merge_heads,
+    multi_head_attention,
     relative_bias,
     split_heads,
     unwindows,
     windows,
 )
 from attnzoo.functional.additive import LIMIT, ROWS
+from attnzoo.functional.distances import by_pair, distances, sinusoids
+from attnzoo.functional.segments import segment_means, segments
+from attnzoo.functional.windows import Patches
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 
 
@@ -104,6 +108,48 @@ def test_relative_bias_is_what_the_table_holds_for_the_way(sides):
     for a in range(i * j):
         for b in range(i * j):
             assert torch.equal(found[:, a, b], table[:, a // j - b // j + 2, a % j - b % j + 3])
+
+
+def test_patches_are_windows_around_the_edges_with_room_for_whole_chunks():
+    """Three rows of two, by windows of 2 × 2 moved a row down and a column to the right; chunks of three: w = 6."""
+    tokens = torch.arange(1.0, 7).reshape(1, 1, 6, 1)
+    patches = Patches((3, 2), (2, 2), 3, True)
+    cut = patches.cut(tokens)
+    assert cut[0, 0, :, :, 0].tolist() == [[4, 3, 6, 5, 0, 0], [2, 1, 0, 0, 0, 0]]
+    assert torch.equal(patches.join(cut), tokens)
+    assert patches._replace(roll=False).cut(tokens)[0, 0, 0, :, 0].tolist() == [1, 2, 3, 4, 0, 0]
+
+
+# Distances along a line
+
+
+def test_distances_are_by_how_much_a_key_lies_before_a_query():
+    q = torch.zeros(1, 1, 3, 2, dtype=torch.float64)
+    assert distances(q).tolist() == [2, 1, 0, -1, -2]
+    rows = 10 * torch.arange(3.0)[:, None] + distances(q)
+    assert by_pair(rows[None, None])[0, 0].tolist() == [[0, -1, -2], [11, 10, 9], [22, 21, 20]]
+
+
+@pytest.mark.parametrize("c", [3, 4])
+def test_sinusoids_are_sines_then_cosines(c):
+    """Of r and of r 10000^{-2/c}, for r = 1, 0, -1; of an odd width the last cosine is left out."""
+    slow = 10_000.0 ** (-2 / c)
+    wanted = [[math.sin(r), math.sin(r * slow), math.cos(r), math.cos(r * slow)][:c] for r in (1, 0, -1)]
+    found = sinusoids(torch.zeros(1, 1, 2, 2, dtype=torch.float64), c)
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+# A line cut into stretches
+
+
+def test_segments_are_as_long_as_each_other_or_one_longer():
+    t = torch.tensor([1.0, 3, 5, 7, 9]).reshape(1, 1, 5, 1)
+    assert segments(t, 2).int().tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]]
+    assert segment_means(t, 2).flatten().tolist() == [2, 7]
+    assert segment_means(t[:, :, :4], 2).flatten().tolist() == [2, 6]
+    assert torch.equal(segment_means(t, 9), t)  # each token is one
+    share = torch.tensor([[1.0, 0, 0, 0, 0], [0, 0, 0.5, 0, 0.5]])[None, None]
+    assert segment_means(t, 2, share).flatten().tolist() == [1, 7]
 
 
 # Means and norms of those who exist
@@ -267,6 +313,15 @@ def test_dot_product_attention_of_nothing_to_attend_to_is_zero():
     out.sum().backward()
     assert not q.grad[1].any() and not v.grad[1].any() and v.grad[0].any()
     assert dot_product_attention(softmax_head(), q, k, v, NO_MASK).all()
+
+
+def test_multi_head_attention_is_that_of_each_head_side_by_side():
+    q, k, v = double(2, 3, 8), double(2, 5, 8), double(2, 5, 8)
+    mask = Mask(keys=torch.rand(2, 5) < 0.5)
+    out = multi_head_attention(softmax_head(5, 2), q, k, v, mask)
+    for h, own in enumerate((slice(0, 4), slice(4, 8))):
+        one = dot_product_attention(softmax_head(5), *(t[:, None, :, own] for t in (q, k, v)), mask)
+        torch.testing.assert_close(out[..., own], one[:, 0], rtol=0, atol=1e-12, msg=f"head {h}")
 
 
 # Additive scores

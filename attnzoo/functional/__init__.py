@@ -12,12 +12,13 @@ from attnzoo.functional.softmax import (
     dot_product_attention,
     gated_attention,
     masked_softmax,
+    multi_head_attention,
 )
 from attnzoo.functional.windows import relative_bias, unwindows, windows
 
 __all__ = [
     "Windows", "additive_scores", "attention_from_scores", "balance_loss", "causal_sums",
     "dot_product_attention", "einsum", "existing", "gated_attention", "masked_group_norm", "masked_mean",
-    "masked_softmax", "mean_token", "merge_heads", "neighbours", "rearrange", "reduce", "relative_bias",
-    "repeat", "split_heads", "tiled_attention", "tiles_save", "unwindows", "windows",
+    "masked_softmax", "mean_token", "merge_heads", "multi_head_attention", "neighbours", "rearrange", "reduce",
+    "relative_bias", "repeat", "split_heads", "tiled_attention", "tiles_save", "unwindows", "windows",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnzoo.core import Component, Mask
+from attnzoo.functional.heads import merge_heads, split_heads
 
 
 def masked_softmax(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -75,3 +76,17 @@ def dot_product_attention(component: Component, q: Tensor, k: Tensor, v: Tensor,
     assert allowed is not None  # the mask is of some kind
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
     return torch.where(allowed.any(dim=-1, keepdim=True), out, 0.0)  # some kernels give NaN for an empty row
+
+
+def multi_head_attention(component: Component, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """softmax(q kᵀ / √d) v in each head of tokens that hold them all, side by side, (b n c).
+
+    Args:
+        component: Whose heads they are, whose taps `scores` and `weights` look on, and whose dropout of weights holds.
+        q: Queries (b n c).
+        k: Keys (b m c).
+        v: Values (b m c).
+        mask: Who may attend to whom; all kinds.
+    """
+    q, k, v = (split_heads(t, component.heads) for t in (q, k, v))
+    return merge_heads(dot_product_attention(component, q, k, v, mask))

@@ -1,6 +1,8 @@
 """A plane of tokens cut into windows, and put together again."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,3 +52,32 @@ def relative_bias(table: Tensor, sides: Sequence[int]) -> Tensor:
     at = Layout(tuple(sides)).coords(table.device)
     down, right = (at[:, None] - at).unbind(-1)
     return table[:, down + table.shape[1] // 2, right + table.shape[2] // 2]
+
+
+class Patches(NamedTuple):
+    """A plane as r windows of w places, of which there are so many that chunks are full.
+
+    Args:
+        grid: How many rows and columns of tokens there are, (y, x).
+        sides: How many rows and columns a window has, (i, j); they need not divide the grid.
+        chunk: How many places a chunk has; w is the least multiple of it that is i j or more.
+        roll: Whether windows are shifted by half their sides, around the edges of the plane.
+    """
+
+    grid: tuple[int, int]
+    sides: tuple[int, int]
+    chunk: int
+    roll: bool
+
+    def cut(self, t: Tensor) -> Tensor:
+        """(b h y*x e) -> (b h r w e); places without a token are filled up with zeros, those of chunks last."""
+        t = windows(self._rolled(t, -1), self.grid, self.sides)
+        return F.pad(t, (0, 0, 0, -math.prod(self.sides) % self.chunk))
+
+    def join(self, t: Tensor) -> Tensor:
+        """The inverse of `cut`, (b h r w e) -> (b h y*x e)."""
+        return self._rolled(unwindows(t[..., : math.prod(self.sides), :], self.grid, self.sides), 1)
+
+    def _rolled(self, t: Tensor, sign: int) -> Tensor:
+        y, x = (sign * self.roll * (side // 2) for side in self.sides)
+        return t.unflatten(2, self.grid).roll((y, x), (2, 3)).flatten(2, 3)

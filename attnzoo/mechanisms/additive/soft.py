@@ -13,6 +13,8 @@ from torch import nn
 from attnzoo.core import Card, Family, Head, Law, Paper, PositiveInt, Site
 from attnzoo.functional import additive_scores, attention_from_scores, masked_softmax
 
+TITLE = "Transformer Architecture Reconfiguration Using Heterogeneous Attention"
+
 
 class Soft(Head):
     """Bahdanau's soft attention over a head's own values.
@@ -34,15 +36,11 @@ class Soft(Head):
         family=Family.ADDITIVE,
         summary="HAM's soft attention: one additive map over the tokens pools each head's values.",
         equation="Σ_j α_j v_j\nα_j = softmax_j(wᵀ tanh(W v_j + b))",
-        paper=Paper(
-            "Transformer Architecture Reconfiguration Using Heterogeneous Attention",
-            "Martínez-Marín et al.",
-            where="§3",
-        ),
+        paper=Paper(TITLE, "Martínez-Marín et al.", where="§3"),
         time="n c d",
         memory="h n d",
         params="(c + 2 * h) * (hidden or d)",
-        flops="2 * m * (c + h) * (hidden or d) + 2 * m * c",
+        flops="2 * m * (c + h) * (hidden or d) + (variant == 'pooled') * 2 * m * c",
         masks={"keys"},
         context=True,
         taps={"scores": "b h m", "weights": "b h m"},
@@ -59,25 +57,22 @@ class Soft(Head):
         if variant == "pooled":
             return card
         if variant == "gated":
-            flops = "2 * m * (c + h) * (hidden or d)"
-            return replace(card, flops=flops, context=False, laws=laws - {Law.BOUNDED})
-        card = replace(card, params="(2 * c + h) * (hidden or d)", laws=laws | {Law.LINEAR_IN_VALUES})
+            return replace(card, context=False, laws=laws - {Law.BOUNDED})
+        params, laws = "(2 * c + h) * (hidden or d)", laws | {Law.LINEAR_IN_VALUES}
+        asking = "n" if variant == "bahdanau" else "1"
+        flops = f"2 * ({asking} + m) * c * (hidden or d) + 2 * {asking} * m * (c + (hidden != 1) * h * (hidden or d))"
+        card = replace(card, params=params, flops=flops, laws=laws)
         if variant == "bahdanau":
             return replace(
                 card,
                 time="n m c + n c d + m c d",
                 memory="h n m + h m d",
-                flops="2 * (n + m) * c * (hidden or d) + 2 * n * m * c"
-                " + (0 if hidden == 1 else 2 * n * m * h * (hidden or d))",
                 masks={"keys", "causal", "pairs"},
                 incremental=True,
                 taps={"scores": "b h n m", "weights": "b h n m"},
             )
-        flops = (
-            "2 * (1 + m) * c * (hidden or d) + (0 if hidden == 1 else 2 * m * h * (hidden or d)) + 2 * m * c"
-        )
         # the first token is special, and no key mask says whether it exists
-        return replace(card, flops=flops, masks=frozenset(), laws=card.laws - {Law.PERMUTATION_EQUIVARIANT})
+        return replace(card, masks=frozenset(), laws=laws - {Law.PERMUTATION_EQUIVARIANT})
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ Features", 2025, arXiv:2503.05995: the feature interaction block of the authors'
 from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mechanism, Paper, Site
-from attnzoo.functional import dot_product_attention, merge_heads, split_heads
+from attnzoo.functional import multi_head_attention
 
 
 class FeatureChat(Mechanism):
@@ -54,5 +54,4 @@ class FeatureChat(Mechanism):
 
     def mix(self, x, source, *, mask, layout):
         q, k, v = self.qkv(self.first(x)).chunk(3, dim=-1)
-        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
-        return self.last(self.proj(merge_heads(dot_product_attention(self, q, k, v, mask))) + x)
+        return self.last(self.proj(multi_head_attention(self, q, k, v, mask)) + x)

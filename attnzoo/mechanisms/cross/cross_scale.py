@@ -1,7 +1,6 @@
-"""Cross-scale token attention: tokens of one patch size ask those of another, of the same image.
+"""Cross-scale token attention (CSTA): tokens of one patch size ask those of another, of the same image.
 
-Yoo et al., "Enriched CNN-Transformer Feature Aggregation Networks for Super-Resolution", 2023, WACV, arXiv:2203.07682;
-its block of cross-scale token attention (CSTA).
+Yoo et al., "Enriched CNN-Transformer Feature Aggregation Networks for Super-Resolution", 2023, WACV, arXiv:2203.07682.
 """
 
 import math
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Layout, Mask, Mechanism, OptionError, Paper, Site
 from attnzoo.errors import LayoutMismatch
-from attnzoo.functional import dot_product_attention, merge_heads, split_heads
+from attnzoo.functional import multi_head_attention
 
 TITLE = "Enriched CNN-Transformer Feature Aggregation Networks for Super-Resolution"
 
@@ -58,29 +57,18 @@ class CrossScale(Mechanism):
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
         fidelity="adapted",
         notes="The paper halves the channels of one stream and makes one half large; here the halves are two streams. "
-        "It has no biases in q, k and v.",
+        "It has no biases in q, k and v. With `large: context`, special tokens of the context lie in no "
+        "neighbourhood and are not read; a neighbourhood exists when any of it does. With `large: tokens`, special "
+        "tokens, and those of a grid with a side of 1, lie in none: they give and receive nothing; in the paper what "
+        "comes out takes the place of the tokens, here a host adds it to them. r counts large tokens.",
     )
 
     @classmethod
     def claims(cls, *, large: str, **options) -> Card:
         if large == "given":
             return cls.card
-        asked = large == "context"
-        axes = "b h n r" if asked else "b h r m"
-        more = (
-            "Special tokens of the context lie in no neighbourhood and are not read; a neighbourhood exists when "
-            "any of it does."
-            if asked
-            else "Special tokens, and those of a grid with a side of 1, lie in no neighbourhood: they give and receive "
-            "nothing. In the paper what comes out takes the place of the tokens; here a host adds it to them."
-        )
-        return replace(
-            cls.card,
-            masks=frozenset({"keys"}),
-            taps={"scores": axes, "weights": axes},
-            laws=frozenset({Law.STOCHASTIC}),
-            notes=f"{cls.card.notes} {more} r counts large tokens.",
-        )
+        taps = dict.fromkeys(cls.card.taps, "b h n r" if large == "context" else "b h r m")
+        return replace(cls.card, masks={"keys"}, taps=taps, laws={Law.STOCHASTIC})
 
     def __init__(self, site: Site, *, large: Literal["given", "context", "tokens"] = "given"):
         super().__init__(site)
@@ -134,8 +122,7 @@ class CrossScale(Mechanism):
 
     def _ask(self, x, source, mask):
         k, v = self.kv(self.kv_norm(source)).chunk(2, dim=-1)
-        q, k, v = (split_heads(t, self.heads) for t in (self.q(self.q_norm(x)), k, v))
-        return self.proj(merge_heads(dot_product_attention(self, q, k, v, mask)))
+        return self.proj(multi_head_attention(self, self.q(self.q_norm(x)), k, v, mask))
 
 
 def _neighbourhoods(layout: Layout) -> int:

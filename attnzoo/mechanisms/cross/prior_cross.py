@@ -1,7 +1,6 @@
 """Prior cross-attention: degraded features ask a prior, a dictionary or a map of what good features look like.
 
-Wang et al., "RestoreFormer++: Towards Real-World Blind Face Restoration from Undegraded Key-Value Pairs", 2023,
-TPAMI, arXiv:2308.07228; the block of multi-head cross-attention.
+Wang et al., "RestoreFormer++", 2023, TPAMI, arXiv:2308.07228; the block of multi-head cross-attention.
 """
 
 import math
@@ -9,23 +8,21 @@ from dataclasses import replace
 from typing import Literal
 
 from torch import nn
-from torch.nn import functional as F
 
 from attnzoo.core import NO_MASK, Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.errors import LayoutMismatch
-from attnzoo.functional import dot_product_attention, masked_group_norm, merge_heads, split_heads
+from attnzoo.functional import masked_group_norm, multi_head_attention
 
 TITLE = "RestoreFormer++: Towards Real-World Blind Face Restoration from Undegraded Key-Value Pairs"
 
 
 class MapNorm(nn.GroupNorm):
-    """Group normalisation of tokens (b n c): the statistics of a group of channels are over all tokens that exist.
+    """Tokens x (b n c), normalised by groups of channels; statistics are over all that exist, as `exists` (b n) says.
 
     A single channel is only scaled and shifted: of one token its normalised value would be 0, whatever it holds.
     """
 
     def forward(self, x, exists=None):
-        """x (b n c) normalised; `exists` (b n) says which tokens count."""
         if self.num_channels == 1:
             return x * self.weight + self.bias
         return masked_group_norm(self, x, exists)
@@ -57,7 +54,7 @@ class PriorCross(Mechanism):
         paper=Paper(TITLE, "Wang et al.", 2023, "arXiv:2308.07228", where="MHCA"),
         time="n m c + n c c + m c c",
         memory="h n m",
-        params="2 * e + (2 * c if context else 0) + (c + qkv_bias) * c + 2 * (e + qkv_bias) * c + (c + proj_bias) * c",
+        params="2 * (e + c * context) + (2 * c + e + (e if queries == 'tokens' else c) + 3 * qkv_bias + proj_bias) * c",
         flops="4 * n * c * c + 4 * m * e * c + 4 * n * m * c",
         masks={"keys"},
         context=True,
@@ -66,10 +63,10 @@ class PriorCross(Mechanism):
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
         fidelity="adapted",
-        notes="In the paper the residual lies on the prior: that is `queries: context`. By default it is the host's, "
+        notes="In the paper the residual lies on the prior: that is `queries: context`; by default it is the host's, "
         "on the tokens that ask. What is hidden counts in no statistics of the prior; those of tokens that ask are "
-        "over all of them, special ones too, so pairs and causal masks are refused, and so is a decoder. The "
-        "dictionary itself and its quantisation are no part of it. The paper has 4 heads, its first version 8.",
+        "over all, special ones too, so pairs, causal masks and decoders are refused. The dictionary itself and its "
+        "quantisation are no part of it. The paper has 4 heads, its first version 8.",
     )
 
     @classmethod
@@ -78,7 +75,6 @@ class PriorCross(Mechanism):
             return cls.card
         return replace(
             cls.card,
-            params="2 * e + 2 * c + (e + 2 * c + 3 * qkv_bias) * c + (c + proj_bias) * c",
             flops="2 * (n - p) * e * c + 4 * n * c * c + 4 * (n - p) * n * c + 2 * (n - p) * c * c",
             masks=frozenset(),
             context_grid="any",
@@ -117,14 +113,13 @@ class PriorCross(Mechanism):
                 help="`prior_cross` with `queries: context` needs two streams on one grid",
             )
         received = self._ask(context_layout.split(source)[1], x, NO_MASK)
-        return F.pad(received, (0, 0, layout.prefix, 0))
+        return nn.functional.pad(received, (0, 0, layout.prefix, 0))
 
     def _ask(self, z, p, mask):
         p = self.kv_norm(p, mask.keys)
         z = p if self.q_norm is None else self.q_norm(z)
         k, v = self.kv(p).chunk(2, dim=-1)
-        q, k, v = (split_heads(t, self.heads) for t in (self.q(z), k, v))
-        return self.proj(merge_heads(dot_product_attention(self, q, k, v, mask)))
+        return self.proj(multi_head_attention(self, self.q(z), k, v, mask))
 
 
 def _norm(width: int, groups: int | None) -> MapNorm:

@@ -8,37 +8,14 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.functional import attention_from_scores, einsum, merge_heads, rearrange, split_heads
+from attnzoo.functional.distances import by_pair, distances, sinusoids
 
-
-def distances(q: Tensor) -> Tensor:
-    """n - 1, ..., 0, ..., 1 - n: by how much a key of n lies before a query of (b h n d)."""
-    n = q.shape[2]
-    return torch.arange(n - 1, -n, -1, device=q.device)
-
-
-def sinusoids(q: Tensor, c: int) -> Tensor:
-    """s_r, the sines and cosines of r 10000^{-2i/c}, for each of `distances`: (2n-1 c)."""
-    r, even = distances(q)[:, None], torch.arange(0, c, 2, device=q.device)
-    exact = torch.promote_types(q.dtype, torch.float32)  # angles lose digits in half precision
-    angles = r.to(exact) * 10_000.0 ** (-even.to(exact) / c)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :c].to(q.dtype)
-
-
-for _name in ("distances", "sinusoids"):
-    fx.wrap(_name)  # symbolic tracing knows no lengths
-
-
-def by_pair(t: Tensor) -> Tensor:
-    """What query i has for each of `distances`, (b h n 2n-1), as what it has for key j, (b h n n)."""
-    n = t.shape[2]
-    # entry n - 1 - i + j of row i is, with a further column, at place (2n - 1) i + (n - 1) + j of all
-    line = F.pad(t, (0, 1)).flatten(2)[..., n - 1 : -1]
-    return line.unflatten(2, (n, 2 * n - 1))[..., :n]
+TITLE = "RCMHA: Relative Convolutional Multi-Head Attention for Natural Language Modelling"
 
 
 class RelativeConv(Mechanism):
@@ -62,15 +39,9 @@ class RelativeConv(Mechanism):
         name="relative_conv",
         family=Family.DOT_PRODUCT,
         summary="Queries, keys and values are convolved along the tokens; scores know how far apart two tokens are.",
-        equation="W_o softmax((q_i·k_j + u·k_j + q_i·R_r + b_r) / √d) v\n"
-        "r = i − j\n"
+        equation="W_o softmax((q_i·k_j + u·k_j + q_i·R_r + b_r) / √d) v\nr = i − j\n"
         "q = conv(W_q x),  k = conv(W_k x),  v = conv(W_v x)",
-        paper=Paper(
-            "RCMHA: Relative Convolutional Multi-Head Attention for Natural Language Modelling",
-            "Sugiharto et al.",
-            2023,
-            "arXiv:2308.03429",
-        ),
+        paper=Paper(TITLE, "Sugiharto et al.", 2023, "arXiv:2308.03429"),
         time="n m c + n c c",
         memory="h n m + n c",
         params="(4 * c + qkv_bias + proj_bias + 1) * c + (9 + 2) * (d if taps == 'shared' else c)"
@@ -152,3 +123,7 @@ class RelativeConv(Mechanism):
             return rearrange(self.position[row], "r (h d) -> h r d", h=self.heads), self.position_bias[row].mT
         keys = rearrange(sinusoids(q, self.width) @ self.position, "r (h d) -> h r d", h=self.heads)
         return keys, einsum(keys, self.position_bias.to(keys.dtype), "h r d, d h -> h r")
+
+
+for _name in ("distances", "sinusoids"):
+    fx.wrap(_name)  # symbolic tracing knows no lengths

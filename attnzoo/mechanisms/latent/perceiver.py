@@ -12,6 +12,7 @@ from torch import nn
 from attnzoo.core import Card, Family, Law, NonNegativeInt, Paper, Pool, PositiveInt, Site
 from attnzoo.functional import existing, masked_softmax, merge_heads, rearrange, repeat
 
+TITLE = "Perceiver: General Perception with Iterative Attention"
 TAPS = {"scores": "b h r m", "weights": "b h r m"}
 
 
@@ -37,18 +38,11 @@ class Perceiver(Pool):
         "Z ← Z + W softmax(q kᵀ / √d) v,  Z ← Z + MLP(norm(Z))\n"
         "Z ← Z + attention(norm(Z)),  Z ← Z + MLP(norm(Z))\n"
         "q = W_q norm(Z),  k = W_k norm'(x),  v = W_v norm'(x)",
-        paper=Paper(
-            "Perceiver: General Perception with Iterative Attention",
-            "Jaegle et al.",
-            2021,
-            "arXiv:2103.03206",
-            where="§3",
-        ),
+        paper=Paper(TITLE, "Jaegle et al.", 2021, "arXiv:2103.03206", where="§3"),
         time="n r c + n c c + r r c + r c c",
         memory="h n r + n c",
-        params="latents * c"
-        " + (min(repeats, 2) if share else repeats) * (6 * c + 3 * qkv_bias + proj_bias + 8) * c"
-        " + (min(repeats, 2) if share else repeats) * depth * (6 * c + 3 * qkv_bias + 3 * proj_bias + 4) * c",
+        params="latents * c + (min(repeats, 2) if share else repeats) * c"
+        " * (6 * c + 3 * qkv_bias + proj_bias + 8 + depth * (6 * c + 3 * qkv_bias + 3 * proj_bias + 4))",
         flops="(min(repeats, 2) if share else repeats) * 4 * n * c * c + repeats * latents"
         " * (8 * c * c + 4 * n * c + depth * (12 * c * c + 4 * latents * c))",
         masks={"keys"},

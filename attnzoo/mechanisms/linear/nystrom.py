@@ -9,19 +9,9 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Head, Law, NonNegativeInt, OptionError, Paper, PositiveInt, Site, Tap
 from attnzoo.functional import masked_softmax
+from attnzoo.functional.segments import segment_means, segments
 
-
-def segments(t: Tensor, most: int) -> Tensor:
-    """Which of the tokens of (b h n d) lie in which of at most `most` stretches, as long as each other or one longer.
-
-    Returns:
-        (r n), r the smaller one of `most` and n.
-    """
-    n = t.shape[2]
-    r = min(most, n)
-    first = torch.arange(r + 1, device=t.device) * n // r
-    at = torch.arange(n, device=t.device)
-    return (at >= first[:-1, None]) & (at < first[1:, None])
+TITLE = "Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention"
 
 
 def pseudo_inverse(a: Tensor, steps: int) -> Tensor:
@@ -33,21 +23,6 @@ def pseudo_inverse(a: Tensor, steps: int) -> Tensor:
         inner = 15 * az - az @ (7 * az - az @ az)
         z = (13 * z - z @ inner) / 4
     return z
-
-
-def means(t: Tensor, most: int, share: Tensor | None) -> Tensor:
-    """The mean of each stretch of (b h n d), (b h r d); by shares (b 1 r n) where some tokens do not exist."""
-    n, r = t.shape[2], min(most, t.shape[2])
-    if share is None and n % r == 0:
-        return t.unflatten(2, (r, n // r)).mean(dim=3)
-    if share is None:
-        belongs = segments(t, most).to(t.dtype)
-        share = belongs / belongs.sum(dim=-1, keepdim=True)
-    return share @ t
-
-
-for _name in ("segments", "means"):
-    fx.wrap(_name)  # symbolic tracing knows no lengths
 
 
 class Nystrom(Head):
@@ -71,19 +46,12 @@ class Nystrom(Head):
         family=Family.LINEAR,
         summary="The softmax map from its rows and columns at a few landmarks: cost linear in the number of tokens.",
         equation="softmax(q k̃ᵀ / √d) softmax(q̃ k̃ᵀ / √d)⁺ softmax(q̃ kᵀ / √d) v + DWConv(v)",
-        paper=Paper(
-            "Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention",
-            "Xiong et al.",
-            2021,
-            "arXiv:2102.03902",
-            where="§3.2, eq. 13-15",
-        ),
+        paper=Paper(TITLE, "Xiong et al.", 2021, "arXiv:2102.03902", where="§3.2, eq. 13-15"),
         time="n r c + h n r² + h r³ + n c",
         memory="h n r + n c",
         params="h * (min(33, 2 * n - 1) if kernel is None else kernel)",
-        flops="(8 + 4 * (n % min(landmarks, n) > 0)) * n * min(landmarks, n) * c + 2 * min(landmarks, n)**2 * c"
-        " + 2 * n * h * min(landmarks, n)**2 + 8 * iterations * h * min(landmarks, n)**3"
-        " + 2 * n * c * (min(33, 2 * n - 1) if kernel is None else kernel)",
+        flops="(8 + 4 * (n % (r := min(landmarks, n)) > 0)) * n * r * c + 2 * r**2 * c + 2 * n * h * r**2"
+        " + 8 * iterations * h * r**3 + 2 * n * c * (min(33, 2 * n - 1) if kernel is None else kernel)",
         masks={"keys"},
         taps={
             "scores": "b h n r",
@@ -135,7 +103,7 @@ class Nystrom(Head):
             belongs, v = segments(k, self.landmarks) & keys, v.masked_fill(~keys.mT, 0.0)
             there = belongs.any(dim=-1)[..., None, :]  # (b 1 1 r)
             share = belongs.to(q.dtype) / belongs.sum(dim=-1, keepdim=True).clamp(min=1)
-        q_mean, k_mean = means(q, self.landmarks, share), means(k, self.landmarks, share)  # (b h r d)
+        q_mean, k_mean = (segment_means(t, self.landmarks, share) for t in (q, k))  # (b h r d)
         middle = masked_softmax(q_mean @ k_mean.mT, there)  # (b h r r)
         if there is not None:
             middle = middle.masked_fill(~there.mT, 0.0)
@@ -147,3 +115,7 @@ class Nystrom(Head):
             kernel = self.local[:, None, :, None].to(v.dtype)  # (h 1 taps 1)
             out = out + F.conv2d(v, kernel, padding=(kernel.shape[2] // 2, 0), groups=kernel.shape[0])
         return out.to(dtype)
+
+
+for _name in ("segments", "segment_means"):
+    fx.wrap(_name)  # symbolic tracing knows no lengths

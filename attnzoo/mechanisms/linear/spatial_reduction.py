@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, OptionError, Paper, PositiveInt, Site
-from attnzoo.functional import dot_product_attention, existing, merge_heads, split_heads, windows
+from attnzoo.functional import existing, multi_head_attention, windows
 
 POOLED = 7
 """Side of the grid that the linear form pools to."""
@@ -92,8 +92,7 @@ class SpatialReduction(Mechanism):
         if self.linear or self.ratio > 1:
             source, mask = self._reduced(x, mask, layout)
         k, v = layers.kv(source).chunk(2, dim=-1)
-        q, k, v = (split_heads(t, self.heads) for t in (layers.q(x), k, v))
-        return layers.proj(merge_heads(dot_product_attention(self, q, k, v, mask)))
+        return layers.proj(multi_head_attention(self, layers.q(x), k, v, mask))
 
     def _reduced(self, x, mask, layout):
         """u (b r c), after the special tokens as they are, and a mask of its tokens."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, MultiGroup, OptionError, Paper, PositiveInt, Site
 from attnzoo.core.multi_group import fold
-from attnzoo.functional import dot_product_attention, masked_mean, merge_heads, split_heads, windows
+from attnzoo.functional import masked_mean, multi_head_attention, windows
 
 
 class Rlmhsa(Mechanism):
@@ -97,8 +97,7 @@ class Rlmhsa(Mechanism):
     def mix(self, x, source, *, mask, layout):
         if self.ratio > 1:
             source, mask = self._pooled(x, mask.keys, layout)
-        q, k, v = (split_heads(t, self.heads) for t in (self.q(x), self.k(source), self.v(source)))
-        return self.proj(merge_heads(dot_product_attention(self, q, k, v, mask)))
+        return self.proj(multi_head_attention(self, self.q(x), self.k(source), self.v(source), mask))
 
     def _pooled(self, x, keys, layout):
         """x' (b r c), of special tokens and means over the tokens of each square that exist, and a mask of its keys."""

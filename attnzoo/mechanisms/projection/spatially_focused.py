@@ -13,6 +13,8 @@ from torch import nn
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.functional import dot_product_attention, existing, masked_group_norm, masked_mean, rearrange
 
+TITLE = "L-SFAN: Lightweight Spatially-focused Attention Network for Pain Behavior Detection"
+
 
 class SpatiallyFocused(Mechanism):
     """u_j + MHSA(u)_j for every token (t, j), u_j = mean over the times t of what the trunk makes of the tokens.
@@ -37,18 +39,13 @@ class SpatiallyFocused(Mechanism):
         family=Family.PROJECTION,
         summary="L-SFAN: 2-D filters over time and joints, a mean over time, and attention between the joints.",
         equation="u_j + MHSA(u)_j\nu_j = mean_t(trunk(x)_tj)",
-        paper=Paper(
-            "L-SFAN: Lightweight Spatially-focused Attention Network for Pain Behavior Detection",
-            "Ortigoso-Narro et al.",
-            2024,
-            "arXiv:2406.16913",
-        ),
+        paper=Paper(TITLE, "Ortigoso-Narro et al.", 2024, "arXiv:2406.16913"),
         time="n c c + x x c",
         memory="n c + h n m",
         params="layers * (kernel_time * kernel_joints * c + 3) * c "
         "+ (1 if orientation == 'both' else 3) * (c + qkv_bias) * c + (c + proj_bias) * c",
-        flops="2 * layers * kernel_time * kernel_joints * (n - p) * c**2 "
-        "+ 8 * sides[1] * c**2 + 4 * sides[1] ** 2 * c",
+        flops="2 * layers * kernel_time * kernel_joints * (n - p) * c**2 + 8 * sides[1] * c**2 "
+        "+ 4 * sides[1] ** 2 * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},

@@ -13,6 +13,8 @@ from attnzoo.core import Card, Family, Law, Mask, Mechanism, Paper, PositiveInt,
 from attnzoo.functional import existing, masked_mean, merge_heads, rearrange, split_heads
 from attnzoo.functional.groups import Groups, read_in_groups, special_rows, with_special
 
+TITLE = "BiFormer: Vision Transformer with Bi-Level Routing Attention"
+
 
 class BiLevelRouting(Mechanism):
     """W_o (softmax(s q kᵀ) v + DWC(v)), keys and values of the K regions whose mean key suits one's region best.
@@ -31,12 +33,8 @@ class BiLevelRouting(Mechanism):
         name="bi_level_routing",
         family=Family.SPARSE,
         summary="BiFormer: each region of the grid chooses few regions, and its tokens attend to theirs.",
-        equation="W_o (softmax(q kᵀ / √c) v + DWC(v))\n"
-        "k, v of regions top_K(q̄ k̄ᵀ)",
-        paper=Paper(
-            "BiFormer: Vision Transformer with Bi-Level Routing Attention", "Zhu et al.", 2023, "arXiv:2303.08810",
-            where="§3.2, eq. 3-8",
-        ),
+        equation="W_o (softmax(q kᵀ / √c) v + DWC(v))\nk, v of regions top_K(q̄ k̄ᵀ)",
+        paper=Paper(TITLE, "Zhu et al.", 2023, "arXiv:2303.08810", where="§3.2, eq. 3-8"),
         time="n m c + n c c",
         memory="h n m + n c",
         params="4 * c**2 + (3 * qkv_bias + proj_bias) * c + (local > 1) * (local**2 + 1) * c",
@@ -52,7 +50,7 @@ class BiLevelRouting(Mechanism):
         "do not exist, and those have no part in means, nor are regions without any chosen; the authors' code fills up "
         "with zeros that are read. Special tokens, which are ours, are keys of all and read all, outside regions and "
         "convolution. Taps show the rows of the grid: special tokens, then those of the chosen regions, best first.",
-    )  # fmt: skip
+    )
 
     def __init__(
         self, site: Site, *, regions: PositiveInt = 7, chosen: PositiveInt = 4, local: PositiveInt = 5,

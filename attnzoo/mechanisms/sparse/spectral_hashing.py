@@ -3,36 +3,16 @@
 Cai et al., "Coarse-to-Fine Sparse Transformer for Hyperspectral Image Reconstruction", 2022, arXiv:2203.04845.
 """
 
-import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mechanism, Paper, PositiveInt, Site
-from attnzoo.functional import einsum, existing, masked_mean, masked_softmax, rearrange, unwindows, windows
+from attnzoo.functional import einsum, existing, masked_mean, masked_softmax, rearrange
+from attnzoo.functional.windows import Patches
 
-
-class Patches(NamedTuple):
-    """A grid as r patches of w places, of which there are so many that chunks are full: (b h x e) to (b h r w e)."""
-
-    grid: tuple[int, int]
-    sides: tuple[int, int]
-    chunk: int
-    roll: bool
-
-    def cut(self, t: Tensor) -> Tensor:
-        t = windows(self._rolled(t, -1), self.grid, self.sides)
-        return F.pad(t, (0, 0, 0, -math.prod(self.sides) % self.chunk))
-
-    def join(self, t: Tensor) -> Tensor:
-        return self._rolled(unwindows(t[..., : math.prod(self.sides), :], self.grid, self.sides), 1)
-
-    def _rolled(self, t, sign):
-        y, x = (sign * self.roll * (side // 2) for side in self.sides)
-        return t.unflatten(2, self.grid).roll((y, x), (2, 3)).flatten(2, 3)
+TITLE = "Coarse-to-Fine Sparse Transformer for Hyperspectral Image Reconstruction"
 
 
 class SpectralHashing(Mechanism):
@@ -55,19 +35,14 @@ class SpectralHashing(Mechanism):
         name="spectral_hashing",
         family=Family.SPARSE,
         summary="SAH-MSA: tokens of a patch are sorted by a random projection, and chunks of them attend.",
-        equation="W_o softmax(q kᵀ) v over near hashes in each round\n"
-        "hash = a_k·[x_h; √(max ‖x_h‖² − ‖x_h‖²)]",
-        paper=Paper(
-            "Coarse-to-Fine Sparse Transformer for Hyperspectral Image Reconstruction", "Cai et al.", 2022,
-            "arXiv:2203.04845",
-        ),
+        equation="W_o softmax(q kᵀ) v over near hashes in each round\nhash = a_k·[x_h; √(max ‖x_h‖² − ‖x_h‖²)]",
+        paper=Paper(TITLE, "Cai et al.", 2022, "arXiv:2203.04845"),
         time="n w c + n c c",
         memory="h n w + n c",
         params="12 * c**2 + 9 * qkv_bias * c",
-        flops="24 * n * c**2 + 12 * p * n * c + rounds * sum("
-        "ceil(sides[0] / i) * ceil(sides[1] / j) * ceil(i * j / g) * g * (2 * (c + h) + 12 * g * c) "
-        "for i, j in [[ceil(s / 2) if screening and patch >= max(sides) else min(patch, s) for s in sides]] "
-        "for g in [min(chunk, i * j)])",
+        flops="24 * n * c**2 + 12 * p * n * c + rounds * sum(ceil(sides[0] / i) * ceil(sides[1] / j) * ceil(i * j / g) "
+        "* g * (2 * (c + h) + 12 * g * c) for i, j in [[ceil(s / 2) if screening and patch >= max(sides) else "
+        "min(patch, s) for s in sides]] for g in [min(chunk, i * j)])",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias"},
@@ -78,7 +53,7 @@ class SpectralHashing(Mechanism):
         "keeps their order. Hidden tokens are sorted last and receive nothing. Special tokens, which are ours, read "
         "all and are read by each other. Taps show the rows of the grid, over all rounds' chunks. The authors' map, of "
         "a network with its own loss, only chooses; here σ of its means multiplies. One patch is cut in four for it.",
-    )  # fmt: skip
+    )
 
     @classmethod
     def claims(cls, *, shifted: bool, screening: bool, **options) -> Card:
@@ -114,11 +89,10 @@ class SpectralHashing(Mechanism):
         rank = order.sort(dim=-2).indices
 
         def sort(t):  # (b h k t n e), of which h and k may be 1, to the chunks of all rounds, (b h k t g w e)
-            t = t.expand(-1, self.heads, rounds, -1, -1, -1)
-            return t.gather(-2, order.expand(*[-1] * 5, t.shape[-1])).unflatten(-2, (-1, patches.chunk))
+            return torch.take_along_dim(t, order, dim=-2).unflatten(-2, (-1, patches.chunk))
 
         def rows(t):  # chunks to rows of the grid, (b h x k e)
-            t = t.flatten(-3, -2).gather(-2, rank.expand(*[-1] * 5, t.shape[-1]))
+            t = torch.take_along_dim(t.flatten(-3, -2), rank, dim=-2)
             return patches.join(rearrange(t, "b h k t n e -> b h t n (k e)")).unflatten(-1, (rounds, -1))
 
         near_q, near_k, near_v = (sort(patches.cut(t[:, :, p:])[:, :, None]) for t in (q, k, v))
@@ -130,7 +104,7 @@ class SpectralHashing(Mechanism):
         out = rows(sort(weights) @ near_v).sum(dim=-2)
         if p:  # special tokens
             weights = masked_softmax(q[:, :, :p] @ k.mT, exists[:, :, None])
-            out = torch.cat([F.dropout(weights, self.attn_drop, self.training) @ v, out], dim=2)
+            out = torch.cat([nn.functional.dropout(weights, self.attn_drop, self.training) @ v, out], dim=2)
         return self.proj(rearrange(out, "b h n e -> b n (h e)"))
 
     def _patches(self, layout):
