@@ -24,6 +24,8 @@ SHOWN = 3
 RANGE = 1000.0
 """The least colour is that of the most influence divided by this; a token without any is grey."""
 PANEL, WIDE = 68, 118
+LEGEND = 42
+"""How high the strip at the bottom is that says what colours mean."""
 """Side of a map in pixels, with several queries and with one."""
 
 
@@ -163,7 +165,7 @@ def draw(found: Influence) -> Picture:
         2 * MARGIN + panels * side + (panels - 1) * GAP, 2 * MARGIN + int(length(blocks[-1][0], TEXT)) + 4
     )
     rows = 1 if together else len(blocks)
-    picture = Picture(width, MARGIN + rows * (side + 26) + 58)
+    picture = Picture(width, MARGIN + rows * (side + 26) + 16 + LEGEND)
     for r, (said, maps) in enumerate(blocks):
         top = MARGIN + 20 + (0 if together else r * (side + 26))
         if not together or not r:

@@ -13,8 +13,9 @@ from attnzoo.catalogue.pages import look_up
 from attnzoo.errors import ZooError
 from attnzoo.gallery import overview
 from attnzoo.gallery.cache import Cache
-from attnzoo.gallery.drawing import Drawn, draw_all
+from attnzoo.gallery.drawing import SHARP, Drawn, draw_all
 from attnzoo.gallery.folder import claimed, put
+from attnzoo.gallery.influence import LEGEND
 from attnzoo.gallery.pages import ALT, Pages, kind_of
 from attnzoo.zoo import Entry, Zoo, load_zoo
 
@@ -147,28 +148,29 @@ def beside(folder: Path) -> Path:
     return named.with_name(f"{named.name}.cache")
 
 
-def thumbnail(picture: Path, name: str, alt: str) -> tuple[overview.Thumbnail, bytes]:
+def thumbnail(picture: Path, name: str, alt: str, below: int = 0) -> tuple[overview.Thumbnail, bytes]:
     """A picture made small for the overview.
 
     Args:
         picture: A PNG file.
         name: Of the file that it becomes.
         alt: What is seen.
+        below: How many rows of pixels at the bottom are left out, such as a legend.
     """
     with Image.open(picture) as whole:
-        small = whole.convert("RGB")
+        small = whole.convert("RGB").crop((0, 0, whole.width, whole.height - below))
     small.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
     out = io.BytesIO()
     small.quantize(COLOURS).save(out, "PNG", optimize=True)
     return overview.Thumbnail(name, alt, (small.width // 2, small.height // 2)), out.getvalue()
 
 
-def _seen_first(entry: Entry, drawn: Drawn | None, docs: Path | None) -> tuple[Path, str, str] | None:
-    """The picture that says most in little room, the name of its thumbnail and what is seen; None without pictures."""
+def _seen_first(entry: Entry, drawn: Drawn | None, docs: Path | None) -> tuple[Path, str, str, int] | None:
+    """The picture that says most in little room, as `thumbnail` takes it; None without pictures."""
     name = f"{entry.full_name.replace('/', '-')}.png"
-    for kind in ("influence", "maps", "flow"):
+    for kind, below in (("influence", SHARP * LEGEND), ("maps", 0), ("flow", 0)):
         if drawn and kind in drawn.pictures:
-            return drawn.pictures[kind].path, name, f"{ALT[kind]} {entry.name}"
+            return drawn.pictures[kind].path, name, f"{ALT[kind]} {entry.name}", below
     if docs is not None and (file := docs / "pictures" / f"{entry.name}.png").is_file():
-        return file, name, f"{entry.name.replace('_', ' ')} of a small model"
+        return file, name, f"{entry.name.replace('_', ' ')} of a small model", 0
     return None
