@@ -17,6 +17,7 @@ from attnzoo.functional import (
     existing,
     greatest,
     masked_group_norm,
+    masked_max,
     masked_mean,
     masked_softmax,
     merge_heads,
@@ -26,9 +27,12 @@ from attnzoo.functional import (
     windows,
 )
 from attnzoo.functional.additive import LIMIT, ROWS
+from attnzoo.functional.causal import stabilised_sums
 from attnzoo.functional.chunks import around_chunks, close, in_a_line, in_blocks, in_chunks, with_places
 from attnzoo.functional.greatest import first_greatest
 from attnzoo.functional.projections import Projected
+from attnzoo.functional.softmax import masked_relu
+from attnzoo.functional.unfolding import at_places, folded, unfolded
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 
 
@@ -124,6 +128,54 @@ def test_chunks_and_what_is_around_them(n, m, window, dilation):
             wanted = {i + step * dilation for i in places.tolist() for step in range(-window, window + 1)}
             assert found <= set(range(m))
             assert {i for i in wanted if 0 <= i < m} <= found
+
+
+def test_stabilised_sums_are_the_definition():
+    q, k, log, v = double(2, 1, 7, 3), double(2, 1, 9, 3), double(2, 1, 9, 1), double(2, 1, 9, 2)
+    found = stabilised_sums(q, k, 40 * log, v, 0.1, 4)
+    for i in range(7):
+        seen = slice(i + 3)  # the last query is where the last key is
+        logs = 40 * log[:, :, seen]
+        keys = k[:, :, seen] * (logs - logs.amax(dim=2, keepdim=True)).exp() + 0.1
+        wanted = (q[:, :, i : i + 1] @ keys.mT @ v[:, :, seen])[:, :, 0]
+        torch.testing.assert_close(found[:, :, i], wanted, rtol=0, atol=1e-12)
+
+
+# Instead of a softmax, and the largest
+
+
+def test_relu_over_how_many_may_be_attended_to():
+    scores = torch.tensor([[3.0, -1, 6], [4, 2, -8]])
+    assert masked_relu(scores).equal(torch.tensor([[1.0, 0, 2], [4 / 3, 2 / 3, 0]]))
+    allowed = torch.tensor([[True, True, False], [False, False, False]])
+    assert masked_relu(scores, allowed).tolist() == [[1.5, 0, 0], [0, 0, 0]]
+
+
+def test_the_largest_that_exists():
+    t, there = torch.tensor([[-3.0, 5, -1], [4, 2, 6]]), torch.tensor([[True, False, True], [False] * 3])
+    assert masked_max(t, None, 1).tolist() == [5, 6] and masked_max(t, None, 0).tolist() == [4, 5, 6]
+    assert masked_max(t, there, 1).tolist() == [-1, 0]
+
+
+# Windows that overlap
+
+
+def test_windows_that_overlap_by_hand():
+    image = torch.arange(1.0, 7).reshape(1, 1, 2, 3)
+    assert unfolded(image, 2, 1)[0, :, 0].tolist() == [1, 2, 4, 5]
+    assert unfolded(image, 3, 2).mT[0].tolist() == [[0, 0, 0, 0, 1, 2, 0, 4, 5], [0, 0, 0, 2, 3, 0, 5, 6, 0]]
+    assert at_places(image, (2, 3), 3, 2).equal(unfolded(image, 3, 2)[0].mT.long())
+    ones = torch.ones(1, 9, 2)  # of windows 3 × 3 around the first and third token
+    assert folded(ones, (2, 3), 3, 2)[0, 0].tolist() == [[1, 2, 1], [1, 2, 1]]
+
+
+@pytest.mark.parametrize("grid,side,stride", [((4, 5), 3, 1), ((5, 4), 4, 2), ((1, 1), 3, 3), ((6, 7), 1, 1)])
+def test_folded_is_the_transpose_of_unfolded(grid, side, stride):
+    image = double(2, 3, *grid)
+    cut = unfolded(image, side, stride)
+    more = double(*cut.shape)
+    (gradient,) = torch.autograd.grad((cut * more).sum(), image)
+    torch.testing.assert_close(folded(more, grid, side, stride), gradient)
 
 
 # Windows
