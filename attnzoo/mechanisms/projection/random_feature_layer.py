@@ -28,14 +28,11 @@ class RandomFeatureLayer(Mechanism):
         qk: What is frozen: `random`, W_h with entries from N(0, 1/4); `biased`, diag(I, 0) + N(0, 1/4); `frozen`, W_Q
             and W_K of the site's heads, with entries from N(0, 1 / channels that come in).
         features: How many W_h there are; None takes 16. The paper's theory is about many, 1000 say.
-        weights: `relu`, the paper's σ, whose mean over the keys is taken; `softmax`. None takes `softmax` with
-            `qk: frozen` and `relu` otherwise.
-        scaled: Whether x̃ and s̃ are brought to length √2, which they have where the paper's inputs lie, on the unit
-            sphere: scores are N(0, 1) there.
+        weights: `relu`, the paper's σ, as a mean over keys, or `softmax`; None: `softmax` for `frozen`, else `relu`.
+        scaled: Whether x̃ and s̃ are brought to length √2, as the paper's, on the unit sphere, are: scores are N(0, 1).
 
     Raises:
-        OptionError: AZ214, when `features` or `scaled` are set where the heads are the site's, or diag(I, 0) is to
-            compare tokens of two widths.
+        OptionError: AZ214, for `features` or `scaled` of the site's heads, and diag(I, 0) for tokens of two widths.
     """
 
     card = Card(

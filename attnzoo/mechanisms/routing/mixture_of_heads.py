@@ -24,8 +24,7 @@ class MixtureOfHeads(Projected):
 
     Args:
         site: Where the mechanism is put.
-        shared: s, how many heads are always active; all of them makes one soft weighting. None takes a quarter, with
-            `router: query_norm` half.
+        shared: s, how many heads are always active; all: one soft weighting. None: a quarter, half for `query_norm`.
         active: a, how many of the other heads are active for a token. None takes what makes three quarters with the
             shared ones, at least 2, with `router: query_norm` 1. With `scaling: code` one alone has a gate that no
             router changes: only a balance loss would teach it.
