@@ -11,13 +11,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from attnzoo.core import NO_MASK, Layout, Mask, Site
+from attnzoo.core import NO_MASK, Layout, Mask, MultiHead, Site
 from attnzoo.functional import (
     additive_scores,
     attention_from_scores,
     dot_product_attention,
     existing,
+    greatest,
     masked_group_norm,
+    masked_max,
     masked_mean,
     masked_softmax,
     merge_heads,
@@ -28,8 +30,14 @@ from attnzoo.functional import (
     windows,
 )
 from attnzoo.functional.additive import LIMIT, ROWS
+from attnzoo.functional.causal import stabilised_sums
+from attnzoo.functional.chunks import around_chunks, close, in_a_line, in_blocks, in_chunks, with_places
 from attnzoo.functional.distances import by_pair, distances, sinusoids
+from attnzoo.functional.greatest import first_greatest
+from attnzoo.functional.projections import Projected
 from attnzoo.functional.segments import segment_means, segments
+from attnzoo.functional.softmax import masked_relu
+from attnzoo.functional.unfolding import at_places, folded, unfolded
 from attnzoo.functional.windows import Patches
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 
@@ -48,6 +56,132 @@ def test_heads_are_split_and_merged():
     assert heads.shape == (2, 4, 3, 2)
     assert torch.equal(heads[1, 2, 0], x[1, 0, 4:6])
     assert torch.equal(merge_heads(heads), x)
+
+
+class Values(Projected):
+    """The sum of keys and values, and what the query adds."""
+
+    def __init__(self, site):
+        super().__init__(site)
+        self.add_projections(site)
+
+    def mix(self, x, source, *, mask, layout):
+        q, k, v = self.projected(x, source)
+        return q + (k + 2 * v).sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("context", [None, 3])
+def test_projections_are_those_of_multi_head(context):
+    site = Site("here", 4, 2, Layout((5,)), context_dim=context, qk_norm=True)
+    part, multi = Values(site), MultiHead(site, Softmax(site))
+    keys = {name for name in multi.state_dict() if not name.startswith("proj.")}
+    assert set(part.state_dict()) == keys
+    part.load_state_dict({name: t for name, t in multi.state_dict().items() if name in keys})
+    x, source = torch.randn(2, 5, 4), torch.randn(2, 7, context or 4)
+    q, k, v = part.projected(x, x if context is None else source)
+    heads = multi.project(x) if context is None else (multi.queries(x), *multi.read(source))
+    found = part.q_norm(split_heads(q, 2)), part.k_norm(split_heads(k, 2)), split_heads(v, 2)
+    for one, two in zip(found, heads, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+# The greatest
+
+
+def test_the_greatest():
+    shares = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.7, 0.0, 0.2, 0.1]])
+    assert greatest(shares, 2).tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]]
+    assert greatest(shares, 4).tolist() == [[1] * 4] * 2
+
+
+def test_of_equal_ones_those_that_come_first():
+    scores = torch.tensor([[1.0, 3, 2, 2, 2], [0, 0, 0, 0, 0], [5, 4, 3, 2, 1]])
+    T, F = True, False
+    assert first_greatest(scores, 3).tolist() == [[F, T, T, T, F], [T, T, T, F, F], [T, T, T, F, F]]
+    assert first_greatest(scores, 9).all() and first_greatest(scores, 1).sum() == 3
+
+
+# Blocks and chunks
+
+
+def test_blocks_overlap_and_are_filled_up():
+    t = torch.arange(1.0, 6).reshape(1, 1, 5, 1)
+    assert in_blocks(t, 3, 2)[0, 0, :, :, 0].tolist() == [[1, 2, 3], [3, 4, 5], [5, 0, 0]]
+    assert in_blocks(t, 2, 2)[0, 0, :, :, 0].tolist() == [[1, 2], [3, 4], [5, 0]]
+    assert in_blocks(t > 0, 2, 2)[0, 0, 2, :, 0].tolist() == [True, False]
+    placed = with_places(in_blocks(t, 2, 2))
+    assert placed.shape == (1, 1, 3, 2, 2) and placed[0, 0, 1].tolist() == [[3, 0], [4, 0.5]]
+
+
+def test_what_is_close():
+    every = torch.ones(1, 1, 1, 4, dtype=torch.bool)
+    assert close(every, 1)[0, 0].equal(torch.eye(4).bool())
+    assert close(every, 2)[0, 0, 1].tolist() == [True, True, True, False]
+    assert not close(~every, 2).any()
+
+
+@pytest.mark.parametrize("n,m,window,dilation", [(5, 5, 1, 1), (40, 40, 3, 2), (7, 9, 2, 3), (1, 6, 20, 1), (35, 35, 0, 5)])  # fmt: skip
+def test_chunks_and_what_is_around_them(n, m, window, dilation):
+    q, k = torch.arange(m - n, m).double().reshape(1, 1, n, 1), torch.arange(m).double().reshape(1, 1, m, 1)
+    at, seen = around_chunks(q, k, window, dilation)
+    chunks = in_chunks(q, at)[0, 0, ..., 0]
+    assert torch.equal(in_a_line(in_chunks(q, at), q), q)
+    there = at >= m - n
+    assert torch.equal(chunks[there], at[there].double()) and not chunks[~there].any()
+    for line, queries in enumerate(at):
+        for chunk, places in enumerate(queries):
+            found = {i for i in seen[line, chunk].tolist() if i >= 0}
+            wanted = {i + step * dilation for i in places.tolist() for step in range(-window, window + 1)}
+            assert found <= set(range(m))
+            assert {i for i in wanted if 0 <= i < m} <= found
+
+
+def test_stabilised_sums_are_the_definition():
+    q, k, log, v = double(2, 1, 7, 3), double(2, 1, 9, 3), double(2, 1, 9, 1), double(2, 1, 9, 2)
+    found = stabilised_sums(q, k, 40 * log, v, 0.1, 4)
+    for i in range(7):
+        seen = slice(i + 3)  # the last query is where the last key is
+        logs = 40 * log[:, :, seen]
+        keys = k[:, :, seen] * (logs - logs.amax(dim=2, keepdim=True)).exp() + 0.1
+        wanted = (q[:, :, i : i + 1] @ keys.mT @ v[:, :, seen])[:, :, 0]
+        torch.testing.assert_close(found[:, :, i], wanted, rtol=0, atol=1e-12)
+
+
+# Instead of a softmax, and the largest
+
+
+def test_relu_over_how_many_may_be_attended_to():
+    scores = torch.tensor([[3.0, -1, 6], [4, 2, -8]])
+    assert masked_relu(scores).equal(torch.tensor([[1.0, 0, 2], [4 / 3, 2 / 3, 0]]))
+    allowed = torch.tensor([[True, True, False], [False, False, False]])
+    assert masked_relu(scores, allowed).tolist() == [[1.5, 0, 0], [0, 0, 0]]
+
+
+def test_the_largest_that_exists():
+    t, there = torch.tensor([[-3.0, 5, -1], [4, 2, 6]]), torch.tensor([[True, False, True], [False] * 3])
+    assert masked_max(t, None, 1).tolist() == [5, 6] and masked_max(t, None, 0).tolist() == [4, 5, 6]
+    assert masked_max(t, there, 1).tolist() == [-1, 0]
+
+
+# Windows that overlap
+
+
+def test_windows_that_overlap_by_hand():
+    image = torch.arange(1.0, 7).reshape(1, 1, 2, 3)
+    assert unfolded(image, 2, 1)[0, :, 0].tolist() == [1, 2, 4, 5]
+    assert unfolded(image, 3, 2).mT[0].tolist() == [[0, 0, 0, 0, 1, 2, 0, 4, 5], [0, 0, 0, 2, 3, 0, 5, 6, 0]]
+    assert at_places(image, (2, 3), 3, 2).equal(unfolded(image, 3, 2)[0].mT.long())
+    ones = torch.ones(1, 9, 2)  # of windows 3 × 3 around the first and third token
+    assert folded(ones, (2, 3), 3, 2)[0, 0].tolist() == [[1, 2, 1], [1, 2, 1]]
+
+
+@pytest.mark.parametrize("grid,side,stride", [((4, 5), 3, 1), ((5, 4), 4, 2), ((1, 1), 3, 3), ((6, 7), 1, 1)])
+def test_folded_is_the_transpose_of_unfolded(grid, side, stride):
+    image = double(2, 3, *grid)
+    cut = unfolded(image, side, stride)
+    more = double(*cut.shape)
+    (gradient,) = torch.autograd.grad((cut * more).sum(), image)
+    torch.testing.assert_close(folded(more, grid, side, stride), gradient)
 
 
 # Windows

@@ -1,10 +1,11 @@
-"""Maths used unchanged by two or more mechanisms, and einops' notation."""
+"""Maths of mechanisms that is no paper's own: what two or more share, what has a name by itself; einops' notation."""
 
 from attnzoo.functional.additive import additive_scores
 from attnzoo.functional.balance import balance_loss
 from attnzoo.functional.causal import causal_sums
 from attnzoo.functional.einops import einsum, rearrange, reduce, repeat
-from attnzoo.functional.existing import existing, masked_group_norm, masked_mean, mean_token
+from attnzoo.functional.existing import existing, masked_group_norm, masked_max, masked_mean, mean_token
+from attnzoo.functional.greatest import greatest
 from attnzoo.functional.heads import merge_heads, split_heads
 from attnzoo.functional.neighbours import Windows, neighbours, tiled_attention, tiles_save
 from attnzoo.functional.softmax import (
@@ -17,8 +18,8 @@ from attnzoo.functional.softmax import (
 from attnzoo.functional.windows import relative_bias, unwindows, windows
 
 __all__ = [
-    "Windows", "additive_scores", "attention_from_scores", "balance_loss", "causal_sums",
-    "dot_product_attention", "einsum", "existing", "gated_attention", "masked_group_norm", "masked_mean",
+    "Windows", "additive_scores", "attention_from_scores", "balance_loss", "causal_sums", "dot_product_attention",
+    "einsum", "existing", "gated_attention", "greatest", "masked_group_norm", "masked_max", "masked_mean",
     "masked_softmax", "mean_token", "merge_heads", "multi_head_attention", "neighbours", "rearrange", "reduce",
     "relative_bias", "repeat", "split_heads", "tiled_attention", "tiles_save", "unwindows", "windows",
 ]  # fmt: skip

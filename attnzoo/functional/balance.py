@@ -1,7 +1,8 @@
 """The balance loss of routers."""
 
-import torch
 from torch import Tensor
+
+from attnzoo.functional.greatest import greatest
 
 
 def balance_loss(shares: Tensor, active: int) -> Tensor:
@@ -15,6 +16,5 @@ def balance_loss(shares: Tensor, active: int) -> Tensor:
         shares: Softmax of the router over the experts, (b n k).
         active: How many experts a token has.
     """
-    best = shares.topk(active, dim=-1).indices
-    chosen = torch.zeros_like(shares).scatter(-1, best, 1.0)
+    chosen = greatest(shares, active)
     return shares.shape[-1] * (shares.mean(dim=(0, 1)) * chosen.mean(dim=(0, 1))).sum()

@@ -1,4 +1,4 @@
-"""Means and norms of those who exist; what others hold has no say, and a mean of nobody is zero."""
+"""Means, maxima and norms of those who exist; what others hold has no say, and the mean of nobody is zero."""
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,20 @@ def masked_mean(t: Tensor, there: Tensor | None, dim: int | tuple[int, ...], kee
     return t.masked_fill(~there, 0.0).sum(dim=dim, keepdim=keepdim) / there.sum(
         dim=dim, keepdim=keepdim
     ).clamp(min=1)
+
+
+def masked_max(t: Tensor, there: Tensor | None, dim: int) -> Tensor:
+    """The largest entry along an axis of those that exist; zero where there are none.
+
+    Args:
+        t: Any shape.
+        there: Boolean that broadcasts to t and is as long along the axis `dim`; None when all exist.
+        dim: The axis.
+    """
+    if there is None:
+        return t.amax(dim=dim)
+    most = t.masked_fill(~there, float("-inf")).amax(dim=dim)
+    return most.masked_fill(~there.any(dim=dim), 0.0)
 
 
 def mean_token(t: Tensor, mask: Mask) -> Tensor:

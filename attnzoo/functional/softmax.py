@@ -1,4 +1,4 @@
-"""Softmax over those who may be attended to; nothing to attend to gives zeros."""
+"""Softmax, or ReLU, over those who may be attended to; nothing to attend to gives zeros."""
 
 import torch
 from torch import Tensor
@@ -21,6 +21,19 @@ def masked_softmax(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
     empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
     # no row is all -inf when the softmax is taken
     return scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty | ~allowed, 0.0)
+
+
+def masked_relu(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """ReLU instead of a softmax, divided by how many may be attended to; entries that are not allowed get 0.
+
+    Args:
+        scores: (... m).
+        allowed: Boolean that broadcasts to the scores and is as long along the last axis; None allows all.
+    """
+    if allowed is None:
+        return scores.relu() / scores.shape[-1]
+    number = allowed.sum(dim=-1, keepdim=True).clamp(min=1)
+    return scores.relu().masked_fill(~allowed, 0.0) / number
 
 
 def attention_from_scores(component: Component, scores: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:

@@ -4,11 +4,10 @@ Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-
 arXiv:1701.06538, §2; Fedus et al., "Switch Transformers", 2021, arXiv:2101.03961, eq. 1-6.
 """
 
-import torch
 from torch import nn
 
 from attnzoo.core import Fusion, FusionCard, Law, OptionError, Paper, PositiveInt, Site, Start, Tap
-from attnzoo.functional import balance_loss
+from attnzoo.functional import balance_loss, greatest
 
 
 class Routed(Fusion):
@@ -72,8 +71,7 @@ class Routed(Fusion):
         shares = self.shares(self.scores(self.router(x)).softmax(dim=-1))  # p, (... n k)
         gate = shares
         if self.active < self.arity:
-            chosen = shares.topk(self.active, dim=-1).indices
-            gate = torch.zeros_like(shares).scatter(-1, chosen, 1.0) * shares
+            gate = greatest(shares, self.active) * shares
         if self.renormalise:
             gate = gate / gate.sum(dim=-1, keepdim=True)
         gate = self.gate(gate)

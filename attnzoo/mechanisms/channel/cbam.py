@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attnzoo.core import Card, Family, Fraction, Mechanism, OptionError, Paper, PositiveInt, Site, Tap
-from attnzoo.functional import masked_mean
+from attnzoo.functional import masked_max, masked_mean
 
 
 class Cbam(Mechanism):
@@ -68,13 +68,8 @@ class Cbam(Mechanism):
     def mix(self, x, source, *, mask, layout):
         channel, spatial = self.channel, self.spatial
         _, tokens = layout.split(x)
-        if mask.keys is None:
-            exists, mean, most = None, tokens.mean(dim=1), tokens.amax(dim=1)
-        else:
-            exists = mask.keys[:, layout.prefix :, None]  # (b n 1)
-            mean = masked_mean(tokens, exists, dim=1)
-            most = tokens.masked_fill(~exists, float("-inf")).amax(dim=1)
-            most = most.masked_fill(~exists.any(dim=1), 0.0)  # of nothing: zero, as the mean
+        exists = None if mask.keys is None else mask.keys[:, layout.prefix :, None]  # (b n 1)
+        mean, most = masked_mean(tokens, exists, dim=1), masked_max(tokens, exists, dim=1)
         logits = sum(channel.fc2(channel.act(channel.fc1(t[..., None, None]))) for t in (mean, most))
         x = x * self.gate_channels(channel.gate(logits)[..., 0, 0])[:, None]  # eq. 2
         prefix, tokens = layout.split(x)

@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Mechanism, OptionError, Paper, PositiveInt, Site, Tap
-from attnzoo.errors import LayoutMismatch
-from attnzoo.functional import existing, masked_mean
+from attnzoo.functional import existing, masked_max, masked_mean
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 RESIZE = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -47,13 +46,10 @@ class ClassSemantics(Mechanism):
         ),
         time="n c + m c c",
         memory="n c + m c",
-        params="sum(((w * e + 1) * r + (r + 1) * r + (r + 1) * c if axes != 'places' else 0) "
-        "+ ((w * e + 1) * r + w * r + 1 if axes != 'channels' else 0) + (2 * c * c if fuse == 'concat' else 0) "
-        "for r in [max(8, c // reduction)] for w in [kernel ** len(context_sides)])",
-        flops="sum((2 * prod(context_sides) * w * e * r + 2 * r * r + 2 * r * c if axes != 'places' else 0) "
-        "+ (2 * prod(context_sides) * w * (e + 1) * r if axes != 'channels' else 0) "
-        "+ (4 * n * c * c if fuse == 'concat' else 0) "
-        "for r in [max(8, c // reduction)] for w in [kernel ** len(context_sides)])",
+        params="(axes != 'places') * (((w := kernel ** len(context_sides)) * e + 1) * (r := max(8, c // reduction)) "
+        "+ (r + 1) * (r + c)) + (axes != 'channels') * ((w * (e + 1) + 1) * r + 1) + (fuse == 'concat') * 2 * c * c",
+        flops="2 * (r := max(8, c // reduction)) * ((axes != 'places') * (r + c + e * (s := prod(context_sides) "
+        "* kernel ** len(context_sides))) + (axes != 'channels') * s * (e + 1)) + (fuse == 'concat') * 4 * n * c * c",
         masks={"keys"},
         context=True,
         grid="any",
@@ -105,13 +101,9 @@ class ClassSemantics(Mechanism):
         self.join = nn.Linear(2 * c, c, bias=False) if fuse == "concat" else None
 
     def mix(self, x, source, *, mask, layout, context_layout=None):
-        if len(context_layout.grid) != self.dims or (self.places and len(layout.grid) != self.dims):
-            raise LayoutMismatch(
-                "AZ401",
-                f"`class_semantics` was built for semantics on {self.dims}-D grids; tokens lie on {layout.grid}, the "
-                f"context on {context_layout.grid}",
-                help="both streams lie on a line, or both on a plane; `axes: channels` leaves the tokens free",
-            )
+        self.lies_on(self.dims, source, context_layout)
+        if self.places:
+            self.lies_on(self.dims, x, layout)
         p = context_layout.prefix
         there = context_layout.to_grid(existing(source, mask)[:, p:, None])  # (b 1 *grid)
         r = context_layout.to_grid(source[:, p:]).masked_fill(~there, 0.0)
@@ -132,15 +124,12 @@ class ClassSemantics(Mechanism):
     def _pooled(self, r, there):
         """What the places hold, (b hidden); of nothing: zero."""
         held, there = self.channel_conv(r).flatten(2), there.flatten(2)
-        if self.pool == "mean":
-            return masked_mean(held, there, dim=2)
-        most = held.masked_fill(~there, float("-inf")).amax(dim=2)
-        return most.masked_fill(~there.any(dim=2), 0.0)
+        return (masked_mean if self.pool == "mean" else masked_max)(held, there, dim=2)
 
     def _place_gates(self, r, there, layout):
         """t for special tokens and places, (b n)."""
         held = self.place_conv(r).relu().masked_fill(~there, 0.0)
         t = self.place_gate(held).sigmoid().masked_fill(~there, 0.0)  # (b 1 *grid)
-        mean = t.flatten(1).sum(dim=1, keepdim=True) / there.flatten(1).sum(dim=1, keepdim=True).clamp(min=1)
+        mean = masked_mean(t.flatten(1), there.flatten(1), dim=1, keepdim=True)
         t = F.interpolate(t, layout.grid, mode=RESIZE[self.dims]).flatten(1)
         return torch.cat([mean.expand(-1, layout.prefix), t], dim=1)

@@ -9,11 +9,12 @@ from typing import Literal
 
 from torch import nn
 
-from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, Site
+from attnzoo.core import Card, Family, Law, OptionError, Paper, Site
 from attnzoo.functional import dot_product_attention, merge_heads, split_heads
+from attnzoo.functional.projections import Projected
 
 
-class GatedAttention(Mechanism):
+class GatedAttention(Projected):
     """W_o (softmax(q kᵀ / √d) v ⊙ σ(W_g x)): between the merged heads and their projection stands a gate.
 
     Args:
@@ -75,23 +76,14 @@ class GatedAttention(Mechanism):
         self.at, self.each = at, 1 if by == "channel" else site.head_dim  # channels that share a gate
         self.rotary = site.rotary and site.context_dim is None
         source = site.context_dim or site.dim
-        if site.context_dim is None:
-            self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=site.qkv_bias)
-        else:
-            self.q = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
-            self.kv = nn.Linear(source, 2 * site.dim, bias=site.qkv_bias)
-        self.q_norm = site.norm(site.head_dim) if site.qk_norm else nn.Identity()
-        self.k_norm = site.norm(site.head_dim) if site.qk_norm else nn.Identity()
+        self.add_projections(site)
         self.gate_proj = nn.Linear(
             source if at == "values" else site.dim, site.dim // self.each, bias=False
         )  # W_g
         self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
 
     def mix(self, x, source, *, mask, layout):
-        if self.context_dim is None:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
-        else:
-            q, (k, v) = self.q(x), self.kv(source).chunk(2, dim=-1)
+        q, k, v = self.projected(x, source)
         gate = self.gate(self.gate_proj(source if self.at == "values" else x).sigmoid())
         gate = gate.repeat_interleave(self.each, dim=-1) if self.each > 1 else gate
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v * gate if self.at == "values" else v))

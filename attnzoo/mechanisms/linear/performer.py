@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Head, Law, Paper, PositiveFloat, PositiveInt, Site
+from attnzoo.functional.causal import stabilised_sums
 
 
 class Performer(Head):
@@ -104,42 +104,11 @@ class Performer(Head):
         if mask.keys is not None:
             log = log.masked_fill(absent, torch.finfo(log.dtype).min)
         if mask.causal and q.shape[2] != 1:  # the newest query alone sees all keys
-            out = causal_sums(q, k, log, v, self.eps, self.chunk)
+            out = stabilised_sums(q, k, log, v, self.eps, self.chunk)
         else:
             out = q @ ((k * (log - log.amax(dim=2, keepdim=True)).exp() + self.eps).mT @ v)
         top, norm = out[..., :-1], out[..., -1:]
         return (top / torch.where(norm > 0, norm, 1.0)).to(dtype)
 
 
-def causal_sums(q: Tensor, k: Tensor, log: Tensor, v: Tensor, eps: float, chunk: int) -> Tensor:
-    """Σ_{j ≤ i} q_iᵀ (k_j exp(log_j - c_i) + ε) v_j for each query i, c_i the greatest log of the keys up to i.
-
-    Args:
-        q, k, log, v: (b h n r), (b h m r), (b h m 1) and (b h m e).
-        eps: ε.
-        chunk: w, how many tokens form pairs; between chunks, t of them, states (r e) are handed on.
-    """
-    n, m, low = q.shape[2], k.shape[2], torch.finfo(log.dtype).min
-    length = -(-max(n, m) // chunk) * chunk
-    # (b h t w ·); what is too few stands in front, as if absent
-    q, k, v = (F.pad(x, (0, 0, length - x.shape[2], 0)).unflatten(2, (-1, chunk)) for x in (q, k, v))
-    log = F.pad(log[..., 0], (length - m, 0), value=low)
-    c = log.cummax(dim=2).values.unflatten(2, (-1, chunk))
-    log, last = log.unflatten(2, (-1, chunk)), c[..., -1]
-    ahead = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
-    scale = (log[..., None, :] - c[..., None]).masked_fill(ahead, -torch.inf).exp()  # (b h t w w)
-    rest = eps * q.sum(dim=-1, keepdim=True)
-    inside = (q @ k.mT * scale + rest.masked_fill(ahead, 0.0)) @ v
-    states = (k * (log - last[..., None]).exp()[..., None]).mT @ v  # (b h t r e), in units of exp(last)
-    step = 1
-    while step < states.shape[2]:  # each has its own and `step` - 1 before; then twice as many
-        fade = (last[..., :-step] - last[..., step:]).exp()[..., None, None]
-        states = torch.cat([states[:, :, :step], states[:, :, step:] + fade * states[:, :, :-step]], dim=2)
-        step *= 2
-    before, units = F.pad(states, (0, 0, 0, 0, 1, -1)), F.pad(last, (1, -1), value=low)
-    sums = F.pad(v.sum(dim=3).cumsum(dim=2), (0, 0, 1, -1))[..., None, :]
-    outside = (q @ before) * (units[..., None] - c).exp()[..., None] + rest * sums
-    return (inside + outside).flatten(2, 3)[:, :, length - n :]
-
-
-fx.wrap("causal_sums")  # symbolic tracing knows no lengths
+fx.wrap("stabilised_sums")  # symbolic tracing knows no lengths

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Head, Law, Mask, NonNegativeInt, Paper, PositiveInt, Site
-from attnzoo.functional import masked_softmax, rearrange
+from attnzoo.functional import masked_softmax
+from attnzoo.functional.chunks import around_chunks, in_a_line, in_chunks
 
 
 class Longformer(Head):
@@ -75,7 +76,7 @@ class Longformer(Head):
         p = layout.prefix
         first, q = apart(q, k, p)
         special = self._special_rows(first, k, v, mask, p) if p else first
-        at, seen = places(q, k[:, :, p:], self.window, self.dilation)
+        at, seen = around_chunks(q, k[:, :, p:], self.window, self.dilation)
         allowed = visible(at, seen, q, k, p, self.reach(), mask)
         near_k, near_v = (t[:, :, p:][:, :, seen.clamp(min=0)] for t in (k, v))  # (b h g t s d)
         q = q * q.shape[-1] ** -0.5
@@ -97,35 +98,10 @@ class Longformer(Head):
         return rows if allowed is None else torch.where(allowed.any(dim=-1, keepdim=True), rows, 0.0)
 
 
-def in_chunks(t: Tensor, at: Tensor) -> Tensor:
-    """(b h n e), filled up in front, as (b h g t c e): the c tokens of t chunks of g interleaved sequences."""
-    g, chunks, c = at.shape
-    t = F.pad(t, (0, 0, g * chunks * c - t.shape[2], 0))
-    return rearrange(t, "b h (t c g) e -> b h g t c e", g=g, c=c)
-
-
-def in_a_line(t: Tensor, q: Tensor) -> Tensor:
-    """The inverse of `in_chunks`, as many tokens as q has."""
-    t = rearrange(t, "b h g t c e -> b h (t c g) e")
-    return t[:, :, t.shape[2] - q.shape[2] :]
-
-
 def apart(q: Tensor, k: Tensor, p: int) -> tuple[Tensor, Tensor]:
     """The queries of special tokens and those of grid tokens, of which the last is the last key's."""
     first = max(0, q.shape[2] - k.shape[2] + p)
     return q[:, :, :first], q[:, :, first:]
-
-
-def places(q: Tensor, k: Tensor, window: int, dilation: int) -> tuple[Tensor, Tensor]:
-    """Where the queries of each chunk are among the keys, (g t c), and keys around the chunk, (g t s); -1 is none."""
-    n, m = q.shape[2], k.shape[2]
-    window = min(window, -(-m // dilation))
-    chunk = max(1, min(-(-n // dilation), max(window, 16)))
-    total = -(-n // (chunk * dilation)) * chunk * dilation
-    at = torch.arange(m - total, m, device=q.device)
-    at = rearrange(at, "(t c g) -> g t c", c=chunk, g=dilation).contiguous()  # it is an index
-    seen = at[..., :1] + dilation * torch.arange(-window, chunk + window, device=q.device)
-    return at, torch.where((seen >= 0) & (seen < m), seen, -1)
 
 
 def visible(at: Tensor, seen: Tensor, q: Tensor, k: Tensor, p: int, reach: int, mask: Mask) -> Tensor:
@@ -146,5 +122,5 @@ def visible(at: Tensor, seen: Tensor, q: Tensor, k: Tensor, p: int, reach: int, 
     return torch.cat([special, in_a_line(near, q)], dim=-1)
 
 
-for _name in ("apart", "places", "visible"):
+for _name in ("apart", "around_chunks", "visible"):
     fx.wrap(_name)  # symbolic tracing knows no lengths

@@ -9,10 +9,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Layout, Mask, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.functional import masked_mean, masked_softmax, rearrange, windows
+from attnzoo.functional.unfolding import at_places, folded, unfolded
 
 
 class Outlook(Mechanism):
@@ -77,19 +77,16 @@ class Outlook(Mechanism):
         return max(self.window - 1, self.window // 2 + self.stride - 1)
 
     def mix(self, x, source, *, mask, layout):
-        layers, p, side, (rows, columns) = self.layers, layout.prefix, self.window, layout.grid
+        layers, p, side = self.layers, layout.prefix, self.window
         v, there = layers.v(x), None if mask.keys is None else mask.keys[:, p:]
-        pieces = cut(layout.to_grid(v[:, p:]), side, self.stride)
+        pieces = unfolded(layout.to_grid(v[:, p:]), side, self.stride)
         pieces = rearrange(pieces, "b (h d w) r -> b h r w d", h=self.heads, w=side**2)
         scores = layers.attn(centres(x[:, p:], there, layout.grid, self.stride))
         scores = rearrange(scores * layers.scale, "b r (h k w) -> b h r k w", h=self.heads, k=side**2)
         allowed = visible(x, layout, mask, side, self.stride, self.hidden)
         weights = masked_softmax(self._shown(self.scores, scores, layout), allowed)
-        out, before = self._shown(self.weights, weights, layout) @ pieces, (side - 1) // 2
-        out = rearrange(out, "b h r w d -> b (h d w) r")
-        out = F.fold(out, canvas(layout.grid, side, self.stride), side, stride=self.stride)
-        out = out[:, :, before : before + rows, before : before + columns].flatten(2).mT
-        return layers.proj(torch.cat([v[:, :p], out], dim=1))
+        out = rearrange(self._shown(self.weights, weights, layout) @ pieces, "b h r w d -> b (h d w) r")
+        return layers.proj(layout.from_grid(v[:, :p], folded(out, layout.grid, side, self.stride)))
 
     def _shown(self, tap, t, layout):
         """What a tap makes of those rows that belong to a token, (b h r k w)."""
@@ -100,19 +97,6 @@ class Outlook(Mechanism):
         return rows.index_copy(2, inside, tap(rows[:, :, inside])).unflatten(2, t.shape[2:4])
 
 
-def canvas(grid: tuple[int, ...], side: int, stride: int) -> tuple[int, ...]:
-    """Rows and columns that all windows cover together."""
-    return tuple((-(-of // stride) - 1) * stride + side for of in grid)
-
-
-def cut(image: Tensor, side: int, stride: int) -> Tensor:
-    """The windows of a map (b c y x), (b c*w r); beyond the border are zeros."""
-    (y, x), before = image.shape[2:], (side - 1) // 2
-    below, beside = canvas((y, x), side, stride)
-    image = F.pad(image, (before, beside - before - x, before, below - before - y))
-    return F.unfold(image, side, stride=stride)
-
-
 def centres(tokens: Tensor, there: Tensor | None, grid: tuple[int, ...], stride: int) -> Tensor:
     """The means of the squares of tokens that exist, (b r c)."""
     if stride == 1:
@@ -120,12 +104,6 @@ def centres(tokens: Tensor, there: Tensor | None, grid: tuple[int, ...], stride:
     there = torch.ones_like(tokens[..., :1], dtype=torch.bool) if there is None else there[..., None]
     squares, there = (windows(t, grid, (stride, stride)) for t in (tokens, there))
     return masked_mean(squares, there, dim=2)
-
-
-def at_places(like: Tensor, grid: tuple[int, ...], side: int, stride: int) -> Tensor:
-    """Which token lies at each place of each window, counted from 1, or 0: (r w)."""
-    numbers = torch.arange(1, grid[0] * grid[1] + 1, device=like.device, dtype=torch.float32)
-    return cut(numbers.reshape(1, 1, *grid), side, stride)[0].mT.long()
 
 
 def visible(x: Tensor, layout: Layout, mask: Mask, side: int, stride: int, hidden: bool) -> Tensor | None:
@@ -145,5 +123,5 @@ def visible(x: Tensor, layout: Layout, mask: Mask, side: int, stride: int, hidde
     return allowed
 
 
-for _name in ("cut", "centres", "at_places", "visible"):
+for _name in ("unfolded", "folded", "centres", "at_places", "visible"):
     fx.wrap(_name)  # symbolic tracing knows no lengths

@@ -1,7 +1,6 @@
 """Random features: what compares queries and keys is drawn once and frozen; only what is made of values is learned.
 
-Fu, Guo, Bai and Mei, "What can a Single Attention Layer Learn? A Study Through the Random Features Lens", 2023,
-arXiv:2307.11353.
+Fu et al., "What can a Single Attention Layer Learn? A Study Through the Random Features Lens", 2023, arXiv:2307.11353.
 """
 
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.functional import einsum, masked_softmax, merge_heads, split_heads
+from attnzoo.functional.softmax import masked_relu
 
 FEATURES = 16
 """Of so many it is as good as certain that one hears a pair of tokens: a ReLU is silent for half of them."""
@@ -28,22 +28,18 @@ class RandomFeatureLayer(Mechanism):
         qk: What is frozen: `random`, W_h with entries from N(0, 1/4); `biased`, diag(I, 0) + N(0, 1/4); `frozen`, W_Q
             and W_K of the site's heads, with entries from N(0, 1 / channels that come in).
         features: How many W_h there are; None takes 16. The paper's theory is about many, 1000 say.
-        weights: `relu`, the paper's σ, whose mean over the keys is taken; `softmax`. None takes `softmax` with
-            `qk: frozen` and `relu` otherwise.
-        scaled: Whether x̃ and s̃ are brought to length √2, which they have where the paper's inputs lie, on the unit
-            sphere: scores are N(0, 1) there.
+        weights: `relu`, the paper's σ, as a mean over keys, or `softmax`; None: `softmax` for `frozen`, else `relu`.
+        scaled: Whether x̃ and s̃ are brought to length √2, as the paper's, on the unit sphere, are: scores are N(0, 1).
 
     Raises:
-        OptionError: AZ214, when `features` or `scaled` are set where the heads are the site's, or diag(I, 0) is to
-            compare tokens of two widths.
+        OptionError: AZ214, for `features` or `scaled` of the site's heads, and diag(I, 0) for tokens of two widths.
     """
 
     card = Card(
         name="random_feature_layer",
         family=Family.PROJECTION,
         summary="Queries and keys compared by frozen random matrices: only what is made of values is learned.",
-        equation="Σ_h V_h Σ_j a_hij s̃_j\n"
-        "a_hij = relu(x̃_iᵀ W_h s̃_j) / m\n"
+        equation="Σ_h V_h Σ_j a_hij s̃_j\na_hij = relu(x̃_iᵀ W_h s̃_j) / m\n"
         "x̃ = √2 [x; 1] / ‖[x; 1]‖,  s̃ = √2 [s; 1] / ‖[s; 1]‖",
         paper=Paper(
             "What can a Single Attention Layer Learn? A Study Through the Random Features Lens",
@@ -53,9 +49,8 @@ class RandomFeatureLayer(Mechanism):
         ),
         time="h n m c + h n c c",
         memory="h n m + h n c",
-        params="(e + qkv_bias + c + proj_bias) * c if qk == 'frozen' "
-        f"else (features or {FEATURES}) * (e + 1) * c",
-        flops="4 * n * c**2 + 4 * m * e * c + 4 * n * m * c if qk == 'frozen' "
+        params=f"(e + qkv_bias + c + proj_bias) * c if qk == 'frozen' else (features or {FEATURES}) * (e + 1) * c",
+        flops="4 * (n * c + m * e + n * m) * c if qk == 'frozen' "
         f"else 2 * (features or {FEATURES}) * (e + 1) * (n * (c + 1) + 2 * n * m + n * c)",
         masks={"keys", "causal", "pairs"},
         one_head=True,
@@ -147,10 +142,5 @@ class RandomFeatureLayer(Mechanism):
 
     def _weigh(self, scores, allowed):
         """a of the scores, (b h n m)."""
-        scores = self.scores(scores)
-        if self.softmax:
-            return self.weights(masked_softmax(scores, allowed))
-        if allowed is None:
-            return self.weights(scores.relu() / scores.shape[-1])
-        number = allowed.sum(dim=-1, keepdim=True).clamp(min=1)
-        return self.weights(scores.relu().masked_fill(~allowed, 0.0) / number)
+        by = masked_softmax if self.softmax else masked_relu
+        return self.weights(by(self.scores(scores), allowed))

@@ -68,12 +68,10 @@ class Reduced(Mechanism):
         ),
         time="n m c + n c c",
         memory="n m",
-        params="{'full': (c + qkv_bias + e) * c, 'shared': (c + qkv_bias) * c, "
-        "'collapsed': (c + qkv_bias) * e}.get(qk, (c + 1) * c // 2) "
-        "+ {'full': (e + qkv_bias + c + proj_bias) * c, 'collapsed': (e + proj_bias) * c, 'identity': 0}[vo]",
-        flops="2 * n * c * (w := e if qk == 'collapsed' else c) + (2 * m * e * c if qk == 'full' else 0) "
-        "+ 2 * n * m * (w + (c if vo == 'full' else e)) "
-        "+ {'full': 2 * m * e * c + 2 * n * c**2, 'collapsed': 2 * n * e * c, 'identity': 0}[vo]",
+        params="{'full': (c + qkv_bias + e) * c, 'shared': (c + qkv_bias) * c, 'collapsed': (c + qkv_bias) * e}"
+        ".get(qk, (c + 1) * c // 2) + (vo != 'identity') * (e + proj_bias + (vo == 'full') * (c + qkv_bias)) * c",
+        flops="2 * n * c * (w := e if qk == 'collapsed' else c) + 2 * n * m * (w + (c if vo == 'full' else e)) "
+        "+ 2 * ((qk == 'full') * m * e + {'full': m * e + n * c, 'collapsed': n * e}.get(vo, 0)) * c",
         masks={"keys", "causal", "pairs"},
         one_head=True,
         honours={"qkv_bias"},
@@ -123,9 +121,8 @@ class Reduced(Mechanism):
         merged = dim if vo == "full" else wide
         self.proj = nn.Identity() if vo == "identity" else nn.Linear(merged, dim, bias=site.proj_bias)
         # scores will be divided by the root of the channels of q, of which a collapsed q has those of the context
-        channels = wide if qk == "collapsed" else dim // self.parts
-        by = (dim if one else site.head_dim) if scaled else 1
-        self.factor = (channels / by) ** 0.5
+        each = dim // self.parts
+        self.factor = ((wide if qk == "collapsed" else each) / (each if scaled else 1)) ** 0.5
 
     def mix(self, x, source, *, mask, layout):
         q = self.q(x)

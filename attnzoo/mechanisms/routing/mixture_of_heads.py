@@ -8,23 +8,23 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from attnzoo.core import Card, Family, Law, Mechanism, NonNegativeInt, OptionError, Paper, Site, Tap
-from attnzoo.functional import balance_loss, gated_attention, merge_heads, rearrange, split_heads
+from attnzoo.core import Card, Family, Law, NonNegativeInt, OptionError, Paper, Site, Tap
+from attnzoo.functional import balance_loss, gated_attention, greatest, merge_heads, rearrange, split_heads
+from attnzoo.functional.projections import Projected
 
 
-class MixtureOfHeads(Mechanism):
+class MixtureOfHeads(Projected):
     """Σ_h g_h(x) softmax(q_h k_hᵀ / √d) v_h W_h: g = α₁ s softmax(W_s x) of s shared heads, α₂ a p_e / Σ p of a routed.
 
     The a routed heads with the greatest p = softmax(W_r x) are active, the sum is over these, the others have a gate of
-    0. (α₁, α₂) = 2 softmax(W₀ x) where there are heads of both kinds, otherwise 1. The shared heads come first.
-
-    With `router: query_norm` the a longest queries ‖q_e‖₂, before norms, are active: g is 1 or 0, without a gradient.
+    0. (α₁, α₂) = 2 softmax(W₀ x) where there are heads of both kinds, otherwise 1. The shared heads come first. With
+    `router: query_norm` the a longest queries ‖q_e‖₂, before norms, are active: g is 1 or 0, without a gradient.
 
     Args:
         site: Where the mechanism is put.
-        shared: s, how many heads are always active; all of them makes one soft weighting. None takes a quarter, with
-            `router: query_norm` half.
+        shared: s, how many heads are always active; all: one soft weighting. None: a quarter, half for `query_norm`.
         active: a, how many of the other heads are active for a token. None takes what makes three quarters with the
             shared ones, at least 2, with `router: query_norm` 1. With `scaling: code` one alone has a gate that no
             router changes: only a balance loss would teach it.
@@ -40,10 +40,8 @@ class MixtureOfHeads(Mechanism):
         name="mixture_of_heads",
         family=Family.ROUTING,
         summary="MoH: shared heads, and routed ones of which each token has the best few, weighed by their routers.",
-        equation="Σ_h g_h W_h softmax(q_h k_hᵀ / √d) v_h\n"
-        "g = α₁ s softmax(W_s x) of shared heads\n"
-        "g_e = α₂ a p_e / (Σ_l p_l) of routed heads e, l ∈ top_a(p)\n"
-        "p = softmax(W_r x),  [α₁; α₂] = 2 softmax(W₀ x)",
+        equation="Σ_h g_h W_h softmax(q_h k_hᵀ / √d) v_h\ng = α₁ s softmax(W_s x) of shared heads\n"
+        "g_e = α₂ a p_e / (Σ_l p_l) of routed heads e, l ∈ top_a(p)\np = softmax(W_r x),  [α₁; α₂] = 2 softmax(W₀ x)",
         paper=Paper(
             "MoH: Multi-Head Attention as Mixture-of-Head Attention",
             "Jin et al.",
@@ -53,12 +51,11 @@ class MixtureOfHeads(Mechanism):
         ),
         time="n m c + n c c",
         memory="h n m",
-        params="(c + qkv_bias) * c + 2 * (e + qkv_bias) * c + 4 * qk_norm * d + (c + proj_bias) * c "
-        "+ ((2 * c if (s := ((h if active == 0 else h // 4) if shared is None else shared) % h) else 0) "
-        "+ (s > 1) * s * c + (h - s > 1) * (h - s) * c if router == 'linear' else 0)",
-        flops="4 * n * c**2 + 4 * m * e * c + 4 * n * m * c "
-        "+ ((4 * n * c if (s := ((h if active == 0 else h // 4) if shared is None else shared) % h) else 0) "
-        "+ (s > 1) * 2 * n * s * c + (h - s > 1) * 2 * n * (h - s) * c if router == 'linear' else 0)",
+        params="(2 * c + 2 * e + 3 * qkv_bias + proj_bias) * c + 4 * qk_norm * d "
+        "+ sum(c * (h + 2 * (s > 0) - (s == 1) - (s == h - 1)) "
+        "for s in [(h // 4 * (active != 0) if shared is None else shared) % h] if router == 'linear')",
+        flops="4 * (n * c + m * e + n * m) * c + 2 * n * sum(c * (h + 2 * (s > 0) - (s == 1) - (s == h - 1)) "
+        "for s in [(h // 4 * (active != 0) if shared is None else shared) % h] if router == 'linear')",
         masks={"keys", "causal", "pairs"},
         context=True,
         honours={"qkv_bias", "proj_bias", "qk_norm"},
@@ -90,7 +87,7 @@ class MixtureOfHeads(Mechanism):
         router: Literal["linear", "query_norm"] = "linear",
     ):
         super().__init__(site)
-        heads, d, linear = site.heads, site.head_dim, router == "linear"
+        heads, linear = site.heads, router == "linear"
         if scaling == "paper" and not linear:
             what, why = "`scaling: paper` with `router: query_norm`", "its gates are 0 or 1"
             raise OptionError(f"`mixture_of_heads`: {what}", why=why, help="choose one of the two")
@@ -113,13 +110,7 @@ class MixtureOfHeads(Mechanism):
         self.route = nn.Linear(site.dim, routed, bias=False) if routed > 1 else None  # W_r
         self.weigh = nn.Linear(site.dim, shared, bias=False) if linear and shared > 1 else None  # W_s
         self.divide = nn.Linear(site.dim, 2, bias=False) if linear and shared else None  # W₀
-        if site.context_dim is None:
-            self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=site.qkv_bias)
-        else:
-            self.q = nn.Linear(site.dim, site.dim, bias=site.qkv_bias)
-            self.kv = nn.Linear(site.context_dim, 2 * site.dim, bias=site.qkv_bias)
-        self.q_norm = site.norm(d) if site.qk_norm else nn.Identity()
-        self.k_norm = site.norm(d) if site.qk_norm else nn.Identity()
+        self.add_projections(site)
         self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
 
     def auxiliary(self, *, shares):
@@ -128,18 +119,13 @@ class MixtureOfHeads(Mechanism):
     def longest(self, q):
         """g of `router: query_norm`, (b n h), from queries (b h n d)."""
         length = rearrange(q[:, self.shared :].norm(dim=-1), "b h n -> b n h")
-        chosen = length.topk(self.active, dim=-1).indices
-        routed = torch.zeros_like(length).scatter(-1, chosen, 1.0)
-        return torch.cat([routed.new_ones(*routed.shape[:2], self.shared), routed], dim=-1)
+        return F.pad(greatest(length, self.active), (self.shared, 0), value=1.0)
 
     def gates(self, x):
         """g of the linear routers, (b n h)."""
         code, one = self.scaling == "code", x[..., :1].softmax(dim=-1)  # 1, whatever the score
         shares = self.shares(one if self.route is None else self.route(x).softmax(dim=-1))  # p, (b n k)
-        routed = shares
-        if self.active < self.heads - self.shared:
-            chosen = shares.topk(self.active, dim=-1).indices
-            routed = torch.zeros_like(shares).scatter(-1, chosen, 1.0) * shares
+        routed = greatest(shares, self.active) * shares
         if code and self.route is not None:
             routed = self.active * routed / routed.sum(dim=-1, keepdim=True)
         if self.divide is None:
@@ -149,11 +135,7 @@ class MixtureOfHeads(Mechanism):
         return torch.cat([first * always, second * routed], dim=-1)
 
     def mix(self, x, source, *, mask, layout):
-        if self.context_dim is None:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
-        else:
-            q, (k, v) = self.q(x), self.kv(source).chunk(2, dim=-1)
-        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
+        q, k, v = (split_heads(t, self.heads) for t in self.projected(x, source))
         gates = self.gates(x) if self.router == "linear" else self.longest(q)
         gate = self.gate(rearrange(gates, "b n h -> b h n"))
         q, k = self.q_norm(q), self.k_norm(k)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Fraction, Law, Mechanism, Paper, Site, Tap
-from attnzoo.functional import gated_attention, merge_heads, rearrange, split_heads
+from attnzoo.functional import gated_attention, greatest, merge_heads, rearrange, split_heads
 
 
 class SelectiveHeads(Mechanism):
@@ -102,7 +102,7 @@ class SelectiveHeads(Mechanism):
         else:
             p = (self.route(x) if self.drawn is None else F.linear(x, self.drawn)).softmax(dim=-1)
         p = p if self.by == "none" else self.shares(p)
-        chosen = torch.zeros_like(p).scatter(-1, p.topk(self.active, dim=-1).indices, 1.0)
+        chosen = greatest(p, self.active)
         if self.by == "none":
             return chosen > 0, chosen
         g = p * chosen

@@ -5,11 +5,10 @@ Csordás et al., "SwitchHead: Accelerating Transformers with Mixture-of-Experts 
 
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site, Tap
-from attnzoo.functional import dot_product_attention, einsum, masked_softmax, rearrange, split_heads
+from attnzoo.functional import dot_product_attention, einsum, greatest, masked_softmax, rearrange, split_heads
 
 
 class SwitchHead(Mechanism):
@@ -99,8 +98,7 @@ class SwitchHead(Mechanism):
         """σ of the best experts of each head, and 0 of the others, (b n h k)."""
         if self.active == self.experts:
             return shares
-        chosen = shares.topk(self.active, dim=-1).indices
-        return torch.zeros_like(shares).scatter(-1, chosen, 1.0) * shares
+        return greatest(shares, self.active) * shares
 
     def mix(self, x, source, *, mask, layout):
         sizes = {"h": self.heads, "k": self.experts}

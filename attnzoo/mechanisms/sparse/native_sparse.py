@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site, Tap
 from attnzoo.functional import existing, masked_mean, masked_softmax, merge_heads, rearrange, split_heads
+from attnzoo.functional.chunks import close, in_blocks, with_places
+from attnzoo.functional.greatest import first_greatest
 
 
 class NativeSparse(Mechanism):
@@ -38,30 +39,25 @@ class NativeSparse(Mechanism):
         name="native_sparse",
         family=Family.SPARSE,
         summary="NSA: queries read compressed blocks, the tokens of the best blocks, and a window, each gated.",
-        equation="W_o Σ_c g_c softmax(q k_cᵀ / √d) v_c\n"
-        "g = σ(W_g x),  c ∈ {compressed, selected, window}",
-        paper=Paper(
-            "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention", "Yuan et al.", 2025,
-            "arXiv:2502.11089", where="§3, eq. 5-12",
-        ),
+        equation="W_o Σ_c g_c softmax(q k_cᵀ / √d) v_c\ng = σ(W_g x),  c ∈ {compressed, selected, window}",
+        paper=Paper("Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention", "Yuan et al.",
+                    2025, "arXiv:2502.11089", "§3, eq. 5-12"),
         time="n m c + n c c",
         memory="h n m + n c",
         params="(c + qkv_bias) * (c + 2 * groups * d + 3 * h) + 4 * qk_norm * d + (c + proj_bias) * c "
         "+ (compress == 'mlp') * (2 * d + 3) * d",
-        flops="4 * n * c**2 + 4 * n * c * groups * d + 6 * n * c * h + 4 * n * (r := ceil(n / stride)) * c "
-        "+ 2 * n * r * groups * ceil(n / (block * stride)) + 6 * n * m * c "
-        "+ (compress == 'mlp') * 4 * groups * r * length * stride * (2 * d + 1) * d",
+        flops="2 * n * c * (2 * c + 2 * groups * d + 3 * h + 2 * (r := ceil(n / stride)) + 3 * m) + 2 * groups * r "
+        "* (n * ceil(n / (block * stride)) + (compress == 'mlp') * 2 * length * stride * (2 * d + 1) * d)",
         masks={"keys", "causal", "pairs"},
         honours={"qkv_bias", "proj_bias", "qk_norm", "rotary"},
         taps={"scores": "b h n m", "weights_compressed": "b h n r", "weights_selected": "b h n m",
               "weights_window": "b h n m", "gate": "b h n k"},
         laws={Law.STOCHASTIC},
         fidelity="adapted",
-        notes="All pairs are formed, as in softmax: what NSA saves needs its kernels. The paper's is causal; without a "
-        "causal mask windows and neighbouring blocks are on both sides, and the last blocks are cut. As in "
-        "flash-linear-attention branches share keys and values, W_g is one layer and φ a mean; in the paper each "
-        "branch has its own, and gates and φ are MLPs that it does not describe. Selection has no gradient; it depends "
-        "on what any head of a group sees.",
+        notes="All pairs are formed: what NSA saves needs its kernels. The paper's is causal; without a causal mask "
+        "windows and neighbouring blocks are on both sides, and the last blocks are cut. As in flash-linear-attention "
+        "branches share keys and values, W_g is one layer and φ a mean; in the paper each has its own, and gates and φ "
+        "are MLPs that it does not describe. Selection has no gradient; it depends on what any head of a group sees.",
     )  # fmt: skip
 
     weights_compressed: Tap
@@ -94,8 +90,8 @@ class NativeSparse(Mechanism):
         if self.rotary:
             q, k = layout.turn(q), layout.turn(k)
         there = existing(x, mask)[:, None, :, None]
-        held, blocks = cut(there, *self.cuts[:2]), (cut(t, *self.cuts[:2]) for t in (k, v))
-        few = (masked_mean(t if self.phi is None else self.phi(placed(t)), held, dim=3) for t in blocks)
+        held, blocks = in_blocks(there, *self.cuts[:2]), (in_blocks(t, *self.cuts[:2]) for t in (k, v))
+        few = (masked_mean(t if self.phi is None else self.phi(with_places(t)), held, dim=3) for t in blocks)
         k, v, few_k, few_v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v, *few))
         allowed = mask.dense(x.shape[1], x.shape[1], x.device)
         allowed = there.mT if allowed is None else allowed
@@ -109,27 +105,10 @@ class NativeSparse(Mechanism):
         return self.proj(merge_heads(out))
 
 
-def cut(t: Tensor, length: int, stride: int) -> Tensor:
-    """Blocks of l tokens, from every s-th on, (b h n e) -> (b h r l e), filled up with zeros, or False, at the end."""
-    return F.pad(t, (0, 0, 0, -t.shape[2] % stride + length - stride)).unfold(2, length, stride).mT
-
-
-def placed(blocks: Tensor) -> Tensor:
-    """With the place of each token in its block, i / l, as one more channel, (b g r l d) -> (b g r l d+1)."""
-    place = torch.arange(blocks.shape[3], dtype=blocks.dtype, device=blocks.device)[:, None] / blocks.shape[3]
-    return torch.cat([blocks, place.expand(*blocks.shape[:-1], 1)], dim=-1)
-
-
-def close(allowed: Tensor, window: int) -> Tensor:
-    """Who sees whom less than w away: broadcasts to (b h n m)."""
-    at = torch.arange(allowed.shape[3], device=allowed.device)
-    return allowed & ((at[:, None] - at).abs() < window)
-
-
 def whole_blocks(there: Tensor, allowed: Tensor, causal: bool, length: int, stride: int) -> Tensor:
     """Which compressed blocks have tokens, all of which a query sees: broadcasts to (b h n r)."""
-    blocks = cut(there, length, stride).any(dim=3).mT
-    blocks = blocks & ~cut((there.mT & ~allowed).mT, length, stride).any(dim=3).mT
+    blocks = in_blocks(there, length, stride).any(dim=3).mT
+    blocks = blocks & ~in_blocks((there.mT & ~allowed).mT, length, stride).any(dim=3).mT
     last = length - 1 + stride * torch.arange(blocks.shape[3], device=there.device)
     return blocks & (last <= torch.arange(there.shape[2], device=there.device)[:, None]) if causal else blocks
 
@@ -137,7 +116,7 @@ def whole_blocks(there: Tensor, allowed: Tensor, causal: bool, length: int, stri
 def selected(p: Tensor, allowed: Tensor, cuts: tuple[int, int, int], groups: int, chosen: int) -> Tensor:
     """Who sees whom in the blocks that a query selects, (b h n m), by the compressed weights p (b h n r), eq. 9-12."""
     (length, stride, size), (_, h, n, r) = cuts, p.shape
-    some = cut(allowed.mT, size, size).any(dim=3).mT  # of which blocks anything is seen, (b h n t)
+    some = in_blocks(allowed.mT, size, size).any(dim=3).mT  # of which blocks anything is seen, (b h n t)
     some = some if some.shape[1] == 1 else some.unflatten(1, (groups, -1)).any(dim=2)
     first, block, at = (torch.arange(t, device=p.device) for t in (r, some.shape[3], n))
     first, block, own = stride * first[:, None], size * block, (at - at % size)[:, None]
@@ -147,11 +126,9 @@ def selected(p: Tensor, allowed: Tensor, cuts: tuple[int, int, int], groups: int
     certain = (block == 0, block == own + size, block == own - size, block == own)
     for value, where in zip((2, 3, 4, 5, -1), (*certain, ~some), strict=True):
         rank = rank.masked_fill(where, value)
-    last = rank.topk(min(chosen, rank.shape[-1]), dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    above, level = rank > last, rank == last  # of equal ones those that come first
-    taken = above | (level & (level.cumsum(dim=-1) <= chosen - above.sum(dim=-1, keepdim=True)))
-    return taken.repeat_interleave(size, dim=-1)[..., :n].repeat_interleave(h // groups, dim=1) & allowed
+    taken = first_greatest(rank, chosen).repeat_interleave(size, dim=-1)[..., :n]
+    return taken.repeat_interleave(h // groups, dim=1) & allowed
 
 
-for _name in ("cut", "placed", "close", "whole_blocks", "selected"):
+for _name in ("in_blocks", "with_places", "close", "whole_blocks", "selected"):
     fx.wrap(_name)  # symbolic tracing knows no lengths
