@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from attnzoo.core import Layout
@@ -40,6 +41,26 @@ def unwindows(t: Tensor, grid: Sequence[int], sides: Sequence[int]) -> Tensor:
     return t[..., :y, :x, :].flatten(-3, -2)
 
 
+def surroundings(t: Tensor, grid: Sequence[int], side: int, step: int = 1, circular: bool = False) -> Tensor:
+    """What lies around each token of a plane, by tap of a square kernel: (... y*x e) -> (... y*x e w), w = (2s + 1)².
+
+    Args:
+        t: What the tokens of the grid have, in row-major order, (... y*x e).
+        grid: How many rows and columns of tokens there are, (y, x).
+        side: s, how many taps there are to each side of a token.
+        step: How many tokens lie between one tap and the next, itself included.
+        circular: Whether what lies beyond the border is that of the opposite one; zeros, or False, otherwise.
+    """
+    far, t = side * step, t.unflatten(-2, tuple(grid))
+    if circular:
+        y, x = ([i % of for i in range(-far, of + far)] for of in grid)
+        t = t[..., y, :, :][..., x, :]
+    else:
+        t = F.pad(t, (0, 0, far, far, far, far))
+    taps = t.unfold(-3, 2 * far + 1, 1).unfold(-3, 2 * far + 1, 1)[..., ::step, ::step]  # (... y x e s' s')
+    return taps.flatten(-2).flatten(-4, -3)
+
+
 def relative_bias(table: Tensor, sides: Sequence[int]) -> Tensor:
     """What a table holds for the way from each place of a window to each other, (h w w), w = i j.
 
@@ -50,3 +71,17 @@ def relative_bias(table: Tensor, sides: Sequence[int]) -> Tensor:
     at = Layout(tuple(sides)).coords(table.device)
     down, right = (at[:, None] - at).unbind(-1)
     return table[:, down + table.shape[1] // 2, right + table.shape[2] // 2]
+
+
+def by_distance(table: Tensor, side: int) -> Tensor:
+    """What a table holds for the way from key to query of a line, (w w e); ways beyond it are its longest.
+
+    Args:
+        table: A row for each way, (2I-1 e), whose middle is for a token itself.
+        side: How many tokens the line has, w.
+    """
+    at, middle = torch.arange(side, device=table.device), len(table) // 2
+    return table[(middle + at[:, None] - at).clamp(0, 2 * middle)]
+
+
+fx.wrap("by_distance")  # symbolic tracing cannot ask for a device
