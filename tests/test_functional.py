@@ -177,6 +177,22 @@ def test_rows_are_picked_by_their_index():
     assert found[..., 0].tolist() == [[4, 0, 0, 2], [8, 8, 10, 6]]
 
 
+class Placed(torch.nn.Module):
+    """Tokens and entries of a table, chosen by places."""
+
+    def forward(self, tokens, table, at, index):
+        near = sample_tokens(tokens, at, (2, 3)), sample_bias(table[:, None], at, (1, 3))
+        return *near, by_distance(table.mT, 4), picked(tokens, index)
+
+
+def test_what_places_choose_is_traced():
+    traced = torch.fx.symbolic_trace(Placed())
+    for b in (2, 3):
+        given = torch.randn(b, 6, 4), torch.randn(2, 5), torch.rand(b, 2, 7, 2), torch.randint(6, (b, 5))
+        for found, wanted in zip(traced(*given), Placed()(*given), strict=True):
+            assert torch.equal(found, wanted)
+
+
 # Associative memories
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional as F
 
 from attnzoo.core import Layout
@@ -39,7 +39,3 @@ def sample_bias(table: Tensor, at: Tensor, grid: Sequence[int]) -> Tensor:
     tables = table.to(at.dtype).unflatten(0, (g, -1)).expand(b, -1, -1, -1, -1).flatten(0, 1)
     found = F.grid_sample(tables, way.flatten(0, 1), padding_mode="border", align_corners=True)
     return found.unflatten(0, (b, g)).flatten(1, 2)
-
-
-for _name in ("sample_tokens", "sample_bias"):
-    fx.wrap(_name)  # symbolic tracing knows no lengths

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional as F
 
 from attnzoo.core import Layout
@@ -95,7 +95,4 @@ def picked(t: Tensor, index: Tensor) -> Tensor:
     line = t.flatten(0, -2)
     first = torch.arange(0, line.shape[0], t.shape[-2], device=t.device)  # of each, in one line of all rows
     at = index.flatten(0, -2) + first[:, None]
-    return line.index_select(0, at.flatten()).view(*index.shape, t.shape[-1])
-
-
-fx.wrap("picked")  # symbolic tracing cannot ask for a device
+    return line.index_select(0, at.flatten()).unflatten(0, index.shape)

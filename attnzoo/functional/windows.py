@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional as F
 
 from attnzoo.core import Layout
@@ -80,8 +80,5 @@ def by_distance(table: Tensor, side: int) -> Tensor:
         table: A row for each way, (2I-1 e), whose middle is for a token itself.
         side: How many tokens the line has, w.
     """
-    at, middle = torch.arange(side, device=table.device), len(table) // 2
+    at, middle = torch.arange(side, device=table.device), table.shape[0] // 2
     return table[(middle + at[:, None] - at).clamp(0, 2 * middle)]
-
-
-fx.wrap("by_distance")  # symbolic tracing cannot ask for a device
