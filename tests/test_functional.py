@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from attnzoo.core import NO_MASK, Layout, Mask, MultiHead, Site
 from attnzoo.functional import (
+    MLPByHead,
     additive_scores,
     attention_from_scores,
+    by_distance,
     dot_product_attention,
     existing,
     greatest,
@@ -24,19 +26,24 @@ from attnzoo.functional import (
     masked_softmax,
     merge_heads,
     multi_head_attention,
+    nearest_factors,
     relative_bias,
     split_heads,
+    surroundings,
     unwindows,
     windows,
 )
 from attnzoo.functional.additive import LIMIT, ROWS
+from attnzoo.functional.associative import recalled
 from attnzoo.functional.causal import stabilised_sums
 from attnzoo.functional.chunks import around_chunks, close, in_a_line, in_blocks, in_chunks, with_places
 from attnzoo.functional.distances import by_pair, distances, sinusoids
 from attnzoo.functional.greatest import first_greatest
 from attnzoo.functional.projections import Projected
+from attnzoo.functional.sampling import sample_bias, sample_tokens
 from attnzoo.functional.segments import segment_means, segments
-from attnzoo.functional.softmax import masked_relu
+from attnzoo.functional.softmax import masked_relu, softmax_and_sums
+from attnzoo.functional.tokens import picked
 from attnzoo.functional.unfolding import at_places, folded, unfolded
 from attnzoo.functional.windows import Patches
 from attnzoo.mechanisms.dot_product.softmax import Softmax
@@ -184,6 +191,31 @@ def test_folded_is_the_transpose_of_unfolded(grid, side, stride):
     torch.testing.assert_close(folded(more, grid, side, stride), gradient)
 
 
+def test_a_small_network_of_each_head():
+    """One channel throughout: head 0 gives 3 relu(2 x - 1) + 4, head 1 -relu(-x), each of its own x or of one."""
+    net = MLPByHead(2, 1, 1, 1)
+    with torch.no_grad():
+        net.first[:, 0, 0], net.first_bias[:, 0] = torch.tensor([2.0, -1]), torch.tensor([-1.0, 0])
+        net.second[:, 0, 0], net.second_bias[:, 0] = torch.tensor([3.0, -1]), torch.tensor([4.0, 0])
+    own = net(torch.tensor([2.0, 0, -5, 5]).reshape(1, 2, 2, 1))
+    assert own.flatten(1).tolist() == [[13, 4, -5, 0]]
+    assert net(torch.tensor([2.0, -5]).reshape(1, 1, 2, 1)).flatten(1).tolist() == [[13, 4, 0, -5]]
+
+
+def test_a_small_network_starts_within_the_root_of_what_comes_in():
+    net = MLPByHead(3, 4, 16, 5)
+    for name, parameter in net.named_parameters():
+        bound = 0.5 if "first" in name else 0.25
+        assert 0.7 * bound < parameter.abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    "number,wanted", [(1, (1, 1)), (7, (1, 7)), (12, (3, 4)), (64, (8, 8)), (192, (12, 16))]
+)
+def test_the_two_factors_that_are_nearest(number, wanted):
+    assert nearest_factors(number) == wanted
+
+
 # Windows
 
 
@@ -284,6 +316,81 @@ def test_segments_are_as_long_as_each_other_or_one_longer():
     assert torch.equal(segment_means(t, 9), t)  # each token is one
     share = torch.tensor([[1.0, 0, 0, 0, 0], [0, 0, 0.5, 0, 0.5]])[None, None]
     assert segment_means(t, 2, share).flatten().tolist() == [1, 7]
+
+
+def test_a_line_reads_its_table_by_distance_and_the_longest_beyond():
+    table = torch.tensor([[10.0], [20], [30], [40], [50]])  # of two to the left, ..., two to the right
+    assert by_distance(table, 2)[..., 0].tolist() == [[30, 20], [40, 30]]
+    assert by_distance(table, 4)[3, :, 0].tolist() == [50, 50, 40, 30]
+
+
+def test_surroundings_are_what_lies_around_by_tap():
+    """Of 1 2 3; 4 5 6: around the first, with zeros beyond the border or around the corner; and two steps away."""
+    x = torch.arange(1.0, 7)[:, None]
+    assert surroundings(x, (2, 3), 1)[0, 0].tolist() == [0, 0, 0, 0, 1, 2, 0, 4, 5]
+    assert surroundings(x, (2, 3), 1)[4, 0].tolist() == [1, 2, 3, 4, 5, 6, 0, 0, 0]
+    assert surroundings(x, (2, 3), 1, circular=True)[0, 0].tolist() == [6, 4, 5, 3, 1, 2, 6, 4, 5]
+    assert surroundings(x, (2, 3), 1, 2)[0, 0].tolist() == [0, 0, 0, 0, 1, 3, 0, 0, 0]
+    assert surroundings(x[None, None] > 3, (2, 3), 1).shape == (1, 1, 6, 1, 9)
+
+
+def test_between_tokens_lie_their_means():
+    """Two groups of one channel with points of their own: 1 3; 5 11 and 0 0; 0 8; beyond the border is the border."""
+    x = torch.tensor([[1.0, 0], [3, 0], [5, 0], [11, 8]])[None]
+    at = torch.tensor([[[0.5, 0], [0, 0.25], [9, 9]], [[0.5, 0.5], [1, 0.5], [0, 0]]])[None]
+    found = sample_tokens(x, at, (2, 2))
+    assert torch.allclose(found, torch.tensor([[3.0, 2], [1.5, 4], [11, 0]])[None])
+
+
+def test_between_the_entries_of_a_table_lie_their_means():
+    """A line of three; the table says 10 times how far a token lies behind a point, and 7 more for the second head."""
+    table = torch.tensor([-20.0, -10, 0, 10, 20]) + torch.tensor([[0.0], [7]])
+    at = torch.tensor([[0.0, 0], [0, 0.5]])[None, None]
+    found = sample_bias(table[:, None], at, (1, 3))
+    assert torch.allclose(found[0, 0], torch.tensor([[0.0, -5], [10, 5], [20, 15]]))
+    assert torch.allclose(found[0, 1], found[0, 0] + 7)
+
+
+def test_rows_are_picked_by_their_index():
+    t, index = torch.arange(12.0).reshape(2, 3, 2), torch.tensor([[2, 0, 0, 1], [1, 1, 2, 0]])
+    found = picked(t, index)
+    assert found.shape == (2, 4, 2)
+    assert found[..., 0].tolist() == [[4, 0, 0, 2], [8, 8, 10, 6]]
+
+
+class Placed(torch.nn.Module):
+    """Tokens and entries of a table, chosen by places."""
+
+    def forward(self, tokens, table, at, index):
+        near = sample_tokens(tokens, at, (2, 3)), sample_bias(table[:, None], at, (1, 3))
+        return *near, by_distance(table.mT, 4), picked(tokens, index)
+
+
+def test_what_places_choose_is_traced():
+    traced = torch.fx.symbolic_trace(Placed())
+    for b in (2, 3):
+        given = torch.randn(b, 6, 4), torch.randn(2, 5), torch.rand(b, 2, 7, 2), torch.randint(6, (b, 5))
+        for found, wanted in zip(traced(*given), Placed()(*given), strict=True):
+            assert torch.equal(found, wanted)
+
+
+# Associative memories
+
+
+@pytest.mark.parametrize(
+    "rule,wanted",
+    [("hebb", [1.0, 2, 5.25]), ("delta", [1.0, 2, 5]), ("oja", [1.0, 2, 1])],
+)
+def test_what_is_recalled_of_keys_that_come_again(rule, wanted):
+    """λ = ½: keys e₁, e₂, e₁ with values 1, 2, 5 are asked for as they come; Oja's has values of 1 throughout."""
+    k = torch.eye(2).double()[[0, 1, 0]][None, None]
+    v = torch.tensor([1.0, 2, 5] if rule != "oja" else [1.0, 1, 1]).double().reshape(1, 1, 3, 1)
+    found = recalled(k, k, v, torch.ones(1, 1, 3).double(), 1.0, 0.5, rule, True)
+    wanted = wanted if rule != "oja" else [1.0, 1, 1]
+    assert torch.allclose(found.flatten(), torch.tensor(wanted).double())
+    last = recalled(k[:, :, :2], k, v, torch.ones(1, 1, 3).double(), 1.0, 0.5, rule, False).flatten()
+    second = {"hebb": 1.0, "delta": 1.0, "oja": 0.0}[rule]  # half of 2, or forgotten
+    assert torch.allclose(last, torch.tensor([wanted[2], second]).double())
 
 
 # Means and norms of those who exist
@@ -400,6 +507,19 @@ def test_what_is_hidden_does_not_matter():
     assert torch.equal(found[:, [0, 3]], wanted) and torch.equal(
         found[:, 1:3], torch.zeros(1, 2, dtype=torch.float64)
     )
+
+
+def test_parts_of_a_softmax_are_weighed_by_their_sums():
+    """Scores ln 1, ln 3 of 4 and 8: 7 and ln 4; with the first hidden 8 and ln 3; with both 0, and nothing beside others."""
+    scores, v = torch.tensor([1.0, 3]).double().log().expand(3, 2), torch.tensor([[4.0], [8]]).double()
+    allowed = torch.tensor([[True, True], [False, True], [False, False]])
+    out, sums = softmax_and_sums(scores, allowed, v, 0.0)
+    assert torch.allclose(out[:, 0], torch.tensor([7.0, 8, 0]).double())
+    assert torch.allclose(sums[:2, 0], torch.tensor([4.0, 3]).double().log()) and sums[2, 0] < -1e300
+    whole, _ = softmax_and_sums(scores[:1], allowed[:1], v, 0.0)
+    parts = [softmax_and_sums(scores[:1, i : i + 1], allowed[:1, :1], v[i : i + 1], 0.0) for i in range(2)]
+    shares = torch.cat([sums for _, sums in parts], dim=1).softmax(dim=1)
+    assert torch.allclose(whole, shares @ torch.cat([out for out, _ in parts]))
 
 
 def softmax_head(tokens: int = 3, heads: int = 1, attn_drop: float = 0.0) -> Softmax:

@@ -69,6 +69,19 @@ class Groups(NamedTuple):
         )
         return (1 + 2 * rows[:, None] + columns).flatten()[:, None]
 
+    def weights(self, scores: Tensor, taps: Sequence[Tap], allowed: Tensor | None) -> Tensor:
+        """softmax(scores), group by group (b h r w s), seen through taps.
+
+        Args:
+            scores: By group (b h r w s).
+            taps: Those that see the scores and the weights of the grid tokens, (b h x s).
+            allowed: Boolean that broadcasts to the scores; None allows all.
+        """
+        if allowed is not None:
+            r, w, s = scores.shape[2:]
+            allowed = self.join(allowed.expand(-1, -1, r, w, s))
+        return self.cut(taps[1](masked_softmax(taps[0](self.join(scores)), allowed)))
+
 
 def attend_in_groups(
     q: Tensor,
@@ -133,10 +146,8 @@ def read_in_groups(
     if not (scores.watched or weights.watched):
         return groups.join(_fused(q, k, v, bias, allowed, weights.dropout if weights.training else 0.0))
     shown = (q * q.shape[-1] ** -0.5) @ k.mT
-    shown = groups.join(shown if bias is None else shown + bias)
-    if allowed is not None:
-        allowed = groups.join(allowed.expand(-1, -1, q.shape[2], q.shape[3], k.shape[3]))
-    return groups.join(groups.cut(weights(masked_softmax(scores(shown), allowed))) @ v)
+    shown = shown if bias is None else shown + bias
+    return groups.join(groups.weights(shown, taps, allowed) @ v)
 
 
 def special_rows(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:

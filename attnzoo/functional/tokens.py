@@ -83,3 +83,16 @@ def on_tokens(
         )
     fitted = F.interpolate(read.reshape(1, number, *read.shape[-axes:]), size=layout.grid)  # nearest
     return F.pad(fitted[0].flatten(1), (layout.prefix, 0))
+
+
+def picked(t: Tensor, index: Tensor) -> Tensor:
+    """Rows of (... n e) by their index (... m), as (... m e).
+
+    Args:
+        t: (... n e).
+        index: Whole numbers below n, (... m).
+    """
+    line = t.flatten(0, -2)
+    first = torch.arange(0, line.shape[0], t.shape[-2], device=t.device)  # of each, in one line of all rows
+    at = index.flatten(0, -2) + first[:, None]
+    return line.index_select(0, at.flatten()).unflatten(0, index.shape)

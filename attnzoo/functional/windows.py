@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +41,26 @@ def unwindows(t: Tensor, grid: Sequence[int], sides: Sequence[int]) -> Tensor:
     (y, x), (i, j) = grid, sides
     t = rearrange(t, "... (y x) (i j) e -> ... (y i) (x j) e", y=-(-y // i), i=i, j=j)
     return t[..., :y, :x, :].flatten(-3, -2)
+
+
+def surroundings(t: Tensor, grid: Sequence[int], side: int, step: int = 1, circular: bool = False) -> Tensor:
+    """What lies around each token of a plane, by tap of a square kernel: (... y*x e) -> (... y*x e w), w = (2s + 1)².
+
+    Args:
+        t: What the tokens of the grid have, in row-major order, (... y*x e).
+        grid: How many rows and columns of tokens there are, (y, x).
+        side: s, how many taps there are to each side of a token.
+        step: How many tokens lie between one tap and the next, itself included.
+        circular: Whether what lies beyond the border is that of the opposite one; zeros, or False, otherwise.
+    """
+    far, t = side * step, t.unflatten(-2, tuple(grid))
+    if circular:
+        y, x = ([i % of for i in range(-far, of + far)] for of in grid)
+        t = t[..., y, :, :][..., x, :]
+    else:
+        t = F.pad(t, (0, 0, far, far, far, far))
+    taps = t.unfold(-3, 2 * far + 1, 1).unfold(-3, 2 * far + 1, 1)[..., ::step, ::step]  # (... y x e s' s')
+    return taps.flatten(-2).flatten(-4, -3)
 
 
 def relative_bias(table: Tensor, sides: Sequence[int]) -> Tensor:
@@ -81,3 +102,14 @@ class Patches(NamedTuple):
     def _rolled(self, t: Tensor, sign: int) -> Tensor:
         y, x = (sign * self.roll * (side // 2) for side in self.sides)
         return t.unflatten(2, self.grid).roll((y, x), (2, 3)).flatten(2, 3)
+
+
+def by_distance(table: Tensor, side: int) -> Tensor:
+    """What a table holds for the way from key to query of a line, (w w e); ways beyond it are its longest.
+
+    Args:
+        table: A row for each way, (2I-1 e), whose middle is for a token itself.
+        side: How many tokens the line has, w.
+    """
+    at, middle = torch.arange(side, device=table.device), table.shape[0] // 2
+    return table[(middle + at[:, None] - at).clamp(0, 2 * middle)]

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from attnzoo.core import Layout, Mask, MultiHead, OptionError
-from attnzoo.functional import masked_softmax, rearrange
+from attnzoo.functional import masked_softmax, nearest_factors, rearrange
 from attnzoo.mechanisms.dot_product.softmax import Softmax
-from attnzoo.mechanisms.projection.convshare import ConvShare, kernels_of, sides_of
+from attnzoo.mechanisms.projection.convshare import ConvShare, kernels_of
 from attnzoo.testing import against
 
 
@@ -247,7 +247,7 @@ def share(dim=64, heads=4, tokens=5, **options) -> ConvShare:
     "width,sides", [(64, (8, 8)), (192, (12, 16)), (1, (1, 1)), (7, (1, 7)), (12, (3, 4)), (18, (3, 6))]
 )
 def test_hand_maps_are_as_square_as_they_can_be(width, sides):
-    assert sides_of(width) == map_of(width) == sides
+    assert nearest_factors(width) == map_of(width) == sides
 
 
 @pytest.mark.parametrize("form,kernel,width,wanted", [
@@ -340,7 +340,7 @@ def test_identity_kernels_as_large_as_the_map_are_multi_head_attention(dim, head
 @pytest.mark.parametrize("dim", [16, 12])
 def test_identity_kernels_as_large_as_the_map_are_convolutions_too(dim):
     part, x = share(dim, 2), normal(2, 5, dim)
-    maps = nn.functional.conv2d(x.reshape(10, 1, *sides_of(dim)), part.q.weight, part.q.bias)
+    maps = nn.functional.conv2d(x.reshape(10, 1, *nearest_factors(dim)), part.q.weight, part.q.bias)
     near(part._project(part.q, x), maps.reshape(2, 5, dim), 1e-11)
 
 

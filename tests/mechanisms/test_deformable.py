@@ -111,21 +111,21 @@ def masked(change):
     return wrong(Deformable, mix=mix)
 
 
-POINTS, SAMPLE, BETWEEN = module.points, module.sample, module.between
+POINTS, SAMPLE, BIAS = module.points, module.sample_tokens, module.sample_bias
 MUTANTS = {
     "no shift": patched(Deformable, "points", lambda shift, *more: POINTS(0 * shift, *more)),
     "rows for columns": patched(Deformable, "points", lambda shift, *more: POINTS(shift.flip(-1), *more)),
     "shifts twice as far": patched(Deformable, "points", lambda shift, grid, coarse, f: POINTS(2 * shift if f is None else shift, grid, coarse, f and 2 * f)),
     "a table from token to point": patched(
-        Deformable, "between", lambda table, *more: BETWEEN(table.flip(1, 2), *more)
+        Deformable, "sample_bias", lambda table, *more: BIAS(table.flip(1, 2), *more)
     ),
     "no table": before(lambda self: setattr(self, "bias", None)),
     "padding is sampled": patched(
-        Deformable, "sample", lambda t, at, grid: SAMPLE(t, at, grid) if t.shape[-1] > at.shape[1] else SAMPLE(torch.ones_like(t), at, grid)
+        Deformable, "sample_tokens", lambda t, at, grid: SAMPLE(t, at, grid) if t.shape[-1] > at.shape[1] else SAMPLE(torch.ones_like(t), at, grid)
     ),
     "the mask ignored": masked(lambda mask: Mask()),
     "the mask inverted": masked(lambda mask: replace(mask, keys=None if mask.keys is None else ~mask.keys)),
-    "points of other groups": patched(Deformable, "between", lambda table, at, grid: BETWEEN(table, at.flip(1), grid)),
+    "points of other groups": patched(Deformable, "sample_bias", lambda table, at, grid: BIAS(table, at.flip(1), grid)),
     "q from k's projection": before(lambda self: self.q.weight.copy_(self.kv.weight[: len(self.q.weight)])),
     "columns first": wrong(
         Deformable,
@@ -172,7 +172,7 @@ def test_hand_points_lie_in_the_middle_of_their_squares():
 
 def test_hand_between_tokens_lies_their_mean():
     at = torch.tensor([[0.5, 0.0], [0.0, 0.25], [1.0, 1.0]]).double().reshape(1, 1, 3, 2)
-    found = module.sample(torch.tensor([1.0, 3, 5, 11]).double().reshape(1, 4, 1), at, (2, 2))
+    found = module.sample_tokens(torch.tensor([1.0, 3, 5, 11]).double().reshape(1, 4, 1), at, (2, 2))
     near(found, [3, 1.5, 11])
 
 
@@ -205,7 +205,7 @@ def test_identity_a_table_without_shifts_is_the_relative_bias():
     layout = Layout((3, 4))
     part = still(deformable(layout))
     at = module.points(torch.zeros(1, 1, 12, 2).double(), (3, 4), (3, 4), 2.0)
-    near(module.between(part.bias, at, (3, 4))[0], relative_bias(part.bias, (3, 4)))
+    near(module.sample_bias(part.bias, at, (3, 4))[0], relative_bias(part.bias, (3, 4)))
 
 
 def test_identity_a_stride_without_shifts_reads_means_of_squares():

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mechanism, Paper, Site, Tap
-from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange
+from attnzoo.functional import by_distance, einsum, merge_heads, rearrange
 from attnzoo.functional.groups import Groups, attend_in_groups, seen_in_groups, special_rows, with_special
 
 
@@ -25,31 +25,25 @@ class Axial(Mechanism):
         site: Where the mechanism is put.
         positions: Whether there are r; without, it is plain attention along each axis.
         merge: Rows read what columns gave (`sequential`), or both read x and are added (`sum`).
-        scale: a, b and c of each head: learned, from d^-½ on, or d^-½, or 1; without positions
-            nothing is learned. d is of queries.
+        scale: a, b and c of each head: learned from d^-½ on, where there are positions; or d^-½, or 1. d is of queries.
     """
 
     card = Card(
         name="axial",
         family=Family.LOCAL,
         summary="Attention along the columns of the grid, then along its rows, by relative position.",
-        equation="W_o rows(columns(x))\n"
-        "in each line o_i = Σ_j w_ij (v_j + r^v_{i−j})\n"
+        equation="W_o rows(columns(x))\nin each line o_i = Σ_j w_ij (v_j + r^v_{i−j})\n"
         "w_ij = softmax_j(a q_i·k_j + b q_i·r^q_{i−j} + c k_j·r^k_{i−j})",
-        paper=Paper(
-            "Axial-DeepLab: Stand-Alone Axial-Attention for Panoptic Segmentation", "Wang et al.", 2020,
-            "arXiv:2003.07853", where="§3, eq. 4",
-        ),
+        paper=Paper("Axial-DeepLab: Stand-Alone Axial-Attention for Panoptic Segmentation", "Wang et al.", 2020,
+                    "arXiv:2003.07853", "§3, eq. 4"),
         time="n m c + n c c",
         memory="h n m + n c",
-        params="sum(2 * (c + qkv_bias) * (c + 2 * h * narrow) + (c + proj_bias) * c "
-        "+ (2 * (sum(sides) - 1) * (d + 2 * narrow) + (6 * h if scale == 'learned' else 0) if positions else 0) "
-        "for narrow in [max(1, d // 2)])",
+        params="2 * (c + qkv_bias) * (c + 2 * h * (narrow := max(1, d // 2))) + (c + proj_bias) * c "
+        "+ (2 * (sum(sides) - 1) * (d + 2 * narrow) + (6 * h if scale == 'learned' else 0) if positions else 0)",
         # over one channel, where queries are so narrow, einsum multiplies element by element
-        flops="sum(4 * n * c * (c + 2 * h * narrow) + 2 * n * c * c "
+        flops="2 * n * c * (3 * c + 4 * h * (narrow := max(1, d // 2))) "
         "+ 2 * h * (d + narrow) * sum((n - p) * (p + s) + p * n for s in sides) "
-        "+ (2 * h * (d + (2 * narrow if narrow > 1 else 0)) * (n - p) * sum(sides) if positions else 0) "
-        "for narrow in [max(1, d // 2)])",
+        "+ (2 * h * (d + (2 * narrow if narrow > 1 else 0)) * (n - p) * sum(sides) if positions else 0)",
         masks={"keys", "causal"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},
@@ -74,16 +68,16 @@ class Axial(Mechanism):
         scale: Literal["learned", "dim", "none"] = "learned",
     ):  # fmt: skip
         super().__init__(site)
-        self.positions, self.sequential, self.scale = positions, merge == "sequential", scale
-        d = site.head_dim
+        self.sequential, self.scale = merge == "sequential", scale
+        c, h, d = site.dim, site.heads, site.head_dim
         self.narrow = max(1, d // 2)
-        c, h, wide = site.dim, site.heads, 2 * self.narrow + d  # of q, k and v
+        self.widths = [self.narrow, self.narrow, d]  # of q, k and v
+        wide = sum(self.widths)
         self.columns, self.rows = (nn.Linear(c, h * wide, bias=site.qkv_bias) for _ in range(2))
         self.of_columns, self.of_rows = (
             nn.Parameter(torch.empty(2 * side - 1, wide)) if positions else None for side in site.layout.grid
         )
-        learned = positions and scale == "learned"
-        self.gains = nn.Parameter(torch.empty(2, 3, h)) if learned else None
+        self.gains = nn.Parameter(torch.empty(2, 3, h)) if positions and scale == "learned" else None
         self.proj = nn.Linear(c, c, bias=site.proj_bias)
         self.init_weights()
 
@@ -92,7 +86,7 @@ class Axial(Mechanism):
         for layer, table in ((self.columns, self.of_columns), (self.rows, self.of_rows)):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             if table is not None:
-                nn.init.normal_(table, std=(table.shape[1] - 2 * self.narrow) ** -0.5)
+                nn.init.normal_(table, std=self.widths[2] ** -0.5)
         if self.gains is not None:
             nn.init.constant_(self.gains, self.narrow**-0.5)
 
@@ -110,21 +104,17 @@ class Axial(Mechanism):
         """What each token receives along one axis, (b n c)."""
         taps = (self.scores, self.weights) if axis else (self.scores_columns, self.weights_columns)
         e, p = self.narrow, layout.prefix
-        qkv = rearrange(layer(x), "b n (h e) -> b h n e", h=self.heads)
-        q, k, v = qkv[..., :e], qkv[..., e : 2 * e], qkv[..., 2 * e :]
+        q, k, v = rearrange(layer(x), "b n (h e) -> b h n e", h=self.heads).split(self.widths, dim=-1)
         if table is None:
             q = q * e**0.5 if self.scale == "none" else q  # the kernel divides by √d
             return merge_heads(attend_in_groups(q, k, v, groups=groups, mask=mask, prefix=p, taps=taps))
         a, b, c = self._gains(axis)
-        r_q, r_k, r_v = by_distance(table, max(groups.sides)).split([e, e, table.shape[1] - 2 * e], dim=-1)
+        r_q, r_k, r_v = by_distance(table, max(groups.sides)).split(self.widths, dim=-1)
         near_q, near_k = groups.cut(q[:, :, p:]), groups.cut(k[:, :, p:])  # (b h r w d)
         near = b * einsum(near_q, r_q, "b h r i d, i j d -> b h r i j")
         near = near + c * einsum(near_k, r_k, "b h r j d, i j d -> b h r i j")
-        shown = taps[0](groups.join(a * (near_q @ with_special(near_k, k, p).mT) + F.pad(near, (p, 0))))
-        allowed = seen_in_groups(q, groups, mask, p)
-        if allowed is not None:
-            allowed = groups.join(allowed.expand(-1, -1, near.shape[2], near.shape[3], -1))
-        shares = groups.cut(taps[1](masked_softmax(shown, allowed)))  # (b h r w p+w)
+        scores = a * (near_q @ with_special(near_k, k, p).mT) + F.pad(near, (p, 0))
+        shares = groups.weights(scores, taps, seen_in_groups(q, groups, mask, p))  # (b h r w p+w)
         out = shares @ with_special(groups.cut(v[:, :, p:]), v, p)
         out = groups.join(out + einsum(shares[..., p:], r_v, "b h r i j, i j d -> b h r i d"))
         if p:
@@ -138,12 +128,3 @@ class Axial(Mechanism):
         if self.gains is not None:
             return self.gains[axis, :, :, None, None, None].unbind(0)
         return [self.narrow**-0.5 if self.scale == "dim" else 1.0] * 3
-
-
-def by_distance(table: Tensor, side: int) -> Tensor:
-    """The rows of a table for the way from key to query of a line, (w w e); its middle is for a token itself."""
-    at, middle = torch.arange(side, device=table.device), len(table) // 2
-    return table[(middle + at[:, None] - at).clamp(0, 2 * middle)]
-
-
-fx.wrap("by_distance")  # symbolic tracing cannot ask for a device

@@ -11,6 +11,7 @@ from attnzoo.core import Card, Family, Law, Layout, Mechanism, Paper, PositiveFl
 from attnzoo.errors import OptionError
 from attnzoo.functional import merge_heads, rearrange, split_heads
 from attnzoo.functional.groups import Groups, read_in_groups
+from attnzoo.functional.sampling import sample_bias, sample_tokens
 
 
 class Deformable(Mechanism):
@@ -43,8 +44,8 @@ class Deformable(Mechanism):
         memory="h n m + n c",
         params="4 * c * c + (3 * qkv_bias + proj_bias) * c + (kernel**2 + 5) * c // groups "
         "+ (h * prod(2 * s - 1 for s in sides) if bias else 0)",
-        flops="4 * n * c * c + 2 * prod(ceil(s / stride) for s in sides) * (kernel**2 + 2) * c "
-        "+ 4 * (p + prod(ceil(s / stride) for s in sides)) * (c + n) * c",
+        flops="4 * n * c * c + 2 * (r := prod(ceil(s / stride) for s in sides)) * (kernel**2 + 2) * c "
+        "+ 4 * (p + r) * (c + n) * c",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},
@@ -85,20 +86,19 @@ class Deformable(Mechanism):
         p, grid = layout.prefix, layout.grid
         exists = None if mask.keys is None else mask.keys[:, p:, None].to(x.dtype)
         q = self.q(x)
-        at = self._points(q[:, p:] if exists is None else q[:, p:] * exists, grid)  # (b g m 2)
-        if exists is None:
-            read, keys = sample(x[:, p:], at, grid), None
-        else:
-            read = sample(x[:, p:] * exists, at, grid)
-            share = sample(exists.expand(-1, -1, self.groups), at, grid)  # (b m g)
-            keys = torch.cat([mask.keys[:, :p], (share > 0).any(dim=-1)], dim=1)
+        asking, tokens = (t[:, p:] if exists is None else t[:, p:] * exists for t in (q, x))
+        at = self._points(asking, grid)  # (b g m 2)
+        read, allowed = sample_tokens(tokens, at, grid), None
+        if exists is not None:
+            share = sample_tokens(exists.expand(-1, -1, self.groups), at, grid)  # (b m g)
+            allowed = torch.cat([mask.keys[:, :p], (share > 0).any(dim=-1)], dim=1)[:, None, None, None]
             share = torch.where(share > 0, share, 1.0)
             read = read / share.repeat_interleave(x.shape[-1] // self.groups, dim=-1)
         k, v = self.kv(torch.cat([x[:, :p], read], dim=1)).chunk(2, dim=-1)
-        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
-        q, k, v = (t[:, :, None] for t in (q, k, v))  # all in one group
-        bias = None if self.bias is None else F.pad(between(self.bias, at, grid), (p, 0, p, 0))[:, :, None]
-        allowed = None if keys is None else keys[:, None, None, None]
+        q, k, v = (split_heads(t, self.heads)[:, :, None] for t in (q, k, v))  # all in one group
+        bias = (
+            None if self.bias is None else F.pad(sample_bias(self.bias, at, grid), (p, 0, p, 0))[:, :, None]
+        )
         whole, taps = Groups((1, layout.length), (1, layout.length)), (self.scores, self.weights)
         out = read_in_groups(q, k, v, groups=whole, taps=taps, allowed=allowed, bias=bias)
         # a kernel may give another order of axes in memory than the one that ONNX is told of
@@ -110,11 +110,9 @@ class Deformable(Mechanism):
         (y, x), (i, j) = grid, (-(-side // self.stride) for side in grid)
         below, beside = ((of - 1) * self.stride + self.kernel - before for of in (i, j))
         image = rearrange(q, "b (y x) (g c) -> b g c y x", y=y, g=self.groups).flatten(0, 1)
-        image = F.pad(image, (before, beside - x, before, below - y))
-        image = image[..., : before + below, : before + beside]
+        image = F.pad(image, (before, beside - x, before, below - y))  # what is negative is cut off
         around = rearrange(self.around(image), "(b g) c i j -> b g (i j) c", g=self.groups)
-        shift = self.shift(F.gelu(self.norm(around)))
-        return points(shift, grid, (i, j), self.factor)
+        return points(self.shift(F.gelu(self.norm(around))), grid, (i, j), self.factor)
 
 
 def points(shift: Tensor, grid: tuple[int, int], coarse: tuple[int, int], factor: float | None) -> Tensor:
@@ -127,24 +125,4 @@ def points(shift: Tensor, grid: tuple[int, int], coarse: tuple[int, int], factor
     return torch.minimum((middles + shift).clamp(min=0), sides - 1)
 
 
-def sample(tokens: Tensor, at: Tensor, grid: tuple[int, int]) -> Tensor:
-    """What lies between the tokens (b n c) at points of each group (b g m 2), (b m c)."""
-    groups, scale = at.shape[1], [2 / max(1, side - 1) for side in grid[::-1]]
-    image = rearrange(tokens, "b (y x) (g c) -> (b g) c y x", y=grid[0], g=groups).to(at.dtype)
-    where = at.flip(-1).flatten(0, 1)[:, None] * torch.tensor(scale, device=at.device, dtype=at.dtype) - 1
-    found = F.grid_sample(image, where, padding_mode="border", align_corners=True)
-    return rearrange(found, "(b g) c 1 m -> b m (g c)", g=groups).to(tokens.dtype)
-
-
-def between(table: Tensor, at: Tensor, grid: tuple[int, int]) -> Tensor:
-    """What a table (h 2i-1 2j-1) holds for the way from each point (b g m 2) to each token, (b h n m)."""
-    (b, g), most = at.shape[:2], [max(1, side - 1) for side in grid[::-1]]
-    way = Layout(grid).coords(at.device)[:, None] - at[:, :, None]  # (b g n m 2)
-    way = way.flip(-1) / torch.tensor(most, device=at.device, dtype=at.dtype)
-    tables = table.to(at.dtype).unflatten(0, (g, -1)).expand(b, -1, -1, -1, -1).flatten(0, 1)
-    found = F.grid_sample(tables, way.flatten(0, 1), padding_mode="border", align_corners=True)
-    return found.unflatten(0, (b, g)).flatten(1, 2)
-
-
-for _name in ("points", "sample", "between"):
-    fx.wrap(_name)  # symbolic tracing knows no lengths
+fx.wrap("points")  # symbolic tracing knows no lengths

@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
-from attnzoo.functional import existing, masked_mean, masked_softmax, rearrange, unwindows, windows
+from attnzoo.functional import existing, masked_mean, masked_softmax, rearrange
+from attnzoo.functional.windows import surroundings, unwindows, windows
 
 
 class MsaConv(Mechanism):
@@ -109,7 +109,9 @@ class MsaConv(Mechanism):
         cut = grid, (self.pool, self.pool)
         q, k, v, seen = (windows(t.flatten(2, 3), *cut) for t in (q, k, v, seen))  # (b h r p² e)
         k, v, seen = masked_mean(k, seen, dim=3), masked_mean(v, seen, dim=3), seen.any(dim=3)
-        k, v, seen = (self._taps(t, grid) for t in (k, v, seen))
+        squares = [-(-side // self.pool) for side in grid]
+        taps = squares, self.side, self.dilation, self.padding == "circular"
+        k, v, seen = (surroundings(t, *taps) for t in (k, v, seen))  # (b h r e w)
         scores = unwindows(q * q.shape[-1] ** -0.5 @ k, *cut).unflatten(2, grid)  # (b h y x w)
         seen = unwindows(seen.expand(-1, -1, -1, self.pool**2, -1), *cut).unflatten(2, grid)
         weights = masked_softmax(self.scores(scores), None if self.padding == "zeros" else seen)
@@ -123,15 +125,3 @@ class MsaConv(Mechanism):
         y, x = (sign * (side // 2 if self.shift == "half" else self.side) for side in grid)
         heads = [t[:, h].roll((h % 2 * y, h // 2 % 2 * x), dims=(1, 2)) for h in range(self.parts)]
         return torch.stack(heads, dim=1)
-
-    def _taps(self, t, grid):
-        """What lies around each square (b h r e), by tap: (b h r e w)."""
-        far, step, grid = self.side * self.dilation, self.dilation, [-(-side // self.pool) for side in grid]
-        t = t.unflatten(2, grid)
-        if self.padding == "circular":
-            y, x = ([i % side for i in range(-far, side + far)] for side in grid)
-            t = t[:, :, y][:, :, :, x]
-        else:
-            t = F.pad(t, (0, 0, far, far, far, far))
-        taps = t.unfold(2, 2 * far + 1, 1).unfold(3, 2 * far + 1, 1)[..., ::step, ::step]
-        return taps.flatten(5).flatten(2, 3)

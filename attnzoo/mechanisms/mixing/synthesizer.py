@@ -7,10 +7,10 @@ import math
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attnzoo.core import Card, Family, Law, Mechanism, Paper, PositiveInt, Site
-from attnzoo.functional import attention_from_scores, merge_heads, rearrange
+from attnzoo.functional import MLPByHead, attention_from_scores, merge_heads, nearest_factors, rearrange
 
 Scores = Literal[
     "dense", "random", "factorised_dense", "factorised_random",
@@ -43,12 +43,9 @@ class Synthesizer(Mechanism):
         name="synthesizer",
         family=Family.MIXING,
         summary="Scores made from each token alone (dense) or learned (random), in the place of q kᵀ.",
-        equation="W softmax(B) v\n"
-        "B_i = W₂ relu(W₁ x_i + b₁) + b₂,  v = W_v x",
-        paper=Paper(
-            "Synthesizer: Rethinking Self-Attention for Transformer Models", "Tay et al.", 2020,
-            "arXiv:2005.00743", where="§3",
-        ),
+        equation="W softmax(B) v\nB_i = W₂ relu(W₁ x_i + b₁) + b₂,  v = W_v x",
+        paper=Paper("Synthesizer: Rethinking Self-Attention for Transformer Models", "Tay et al.", 2020,
+                    "arXiv:2005.00743", "§3"),
         time="n m c + n c c",
         memory="h n m + n c",
         params="2 * c * c + (qkv_bias + proj_bias) * c + (2 * (c + qkv_bias) * c if 'dot' in scores else 0) "
@@ -79,15 +76,14 @@ class Synthesizer(Mechanism):
         self.sources, self.full = scores.split("+"), sees == "full"
         outs = {"dense": [length], "factorised_dense": factors(length)}
         self.nets = nn.ModuleList(
-            ByHead(h, c if self.full else d, d, out) for name in self.sources for out in outs.get(name, [])
+            MLPByHead(h, c if self.full else d, d, out) for name in self.sources for out in outs.get(name, [])
         )
         shapes = {"random": (h, length, length), "factorised_random": (2, h, length, rank)}
-        shape = shapes.get(self.sources[0])
-        table = None if shape is None else nn.Parameter(torch.empty(shape))
+        table = torch.empty(shapes[self.sources[0]]) if self.sources[0] in shapes else None
         if frozen:
-            self.register_buffer("table", None if table is None else table.data)
+            self.register_buffer("table", table)
         else:
-            self.table = table
+            self.table = None if table is None else nn.Parameter(table)
         self.qk = nn.Linear(c, 2 * c, bias=site.qkv_bias) if "dot" in self.sources else None
         self.shares = nn.Parameter(torch.empty(len(self.sources))) if len(self.sources) > 1 else None
         self.v = nn.Linear(c, c, bias=site.qkv_bias)
@@ -125,33 +121,10 @@ class Synthesizer(Mechanism):
         return made[None, :, :n, :n]
 
 
-class ByHead(nn.Module):
-    """W₂ relu(W₁ x + b₁) + b₂ by head: `width` channels, then `hidden`, then `out`."""
-
-    def __init__(self, heads: int, width: int, hidden: int, out: int):
-        super().__init__()
-        self.first = nn.Parameter(torch.empty(heads, width, hidden))
-        self.first_bias = nn.Parameter(torch.empty(heads, hidden))
-        self.second = nn.Parameter(torch.empty(heads, hidden, out))
-        self.second_bias = nn.Parameter(torch.empty(heads, out))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Uniform within 1 / √fan-in."""
-        for name, parameter in self.named_parameters():
-            bound = (self.first if "first" in name else self.second).shape[1] ** -0.5
-            nn.init.uniform_(parameter, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b h n out), of x (b h n width) or (b 1 n width)."""
-        hidden = x @ self.first + self.first_bias[:, None]
-        return hidden.relu() @ self.second + self.second_bias[:, None]
-
-
 def factors(length: int) -> tuple[int, int]:
     """α and β whose product is a length, or, where they would be far apart, a little more."""
-    alpha = max(a for a in range(1, math.isqrt(length) + 1) if length % a == 0)
+    alpha, beta = nearest_factors(length)
     if 4 * alpha**2 >= length:
-        return alpha, length // alpha
+        return alpha, beta
     beta = math.isqrt(length - 1) + 1
     return -(-length // beta), beta

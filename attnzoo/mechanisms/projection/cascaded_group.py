@@ -14,6 +14,8 @@ from attnzoo.core import Card, Family, Layout, Mechanism, MultiGroup, OptionErro
 from attnzoo.core.multi_group import fold
 from attnzoo.functional import masked_softmax, rearrange
 
+TITLE = "EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention"
+
 
 class CascadedGroup(Mechanism):
     """P relu([o_1 ; ... ; o_h]), o_i = softmax(conv(q_i) k_iᵀ / √d + b_i) v_i; q_i, k_i, v_i = P_i (x_i + o_{i-1}).
@@ -38,19 +40,12 @@ class CascadedGroup(Mechanism):
         equation="P relu([o_1; …; o_h])\n"
         "o_i = softmax(conv(q_i) k_iᵀ / √d + b_i) v_i\n"
         "[q_i; k_i; v_i] = P_i (x_i + o_{i−1})",
-        paper=Paper(
-            "EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention",
-            "Liu et al.",
-            2023,
-            "arXiv:2305.07027",
-            where="§3.1, eq. 2-4",
-        ),
+        paper=Paper(TITLE, "Liu et al.", 2023, "arXiv:2305.07027", where="§3.1, eq. 2-4"),
         time="n m c + n c c",
         memory="n m + n c",
         params="h * ((2 * qk + d) * (d + 1 + qkv_bias) + qk * (kernel**2 + qkv_bias) + prod(sides)) "
         "+ (c + 1 + proj_bias) * c",
-        flops="2 * n * (2 * qk + d) * c + 2 * n * h * qk * kernel**2 + 2 * n * m * (h * qk + c) "
-        "+ 2 * n * c**2",
+        flops="2 * n * (2 * qk + d + c) * c + 2 * n * h * qk * kernel**2 + 2 * n * m * (h * qk + c)",
         masks={"keys"},
         grid=2,
         honours={"qkv_bias", "proj_bias"},
@@ -73,9 +68,7 @@ class CascadedGroup(Mechanism):
     ):
         super().__init__(site)
         if kernel % 2 == 0:
-            raise OptionError(
-                f"`cascaded_group`: a kernel of {kernel} has no middle", help="choose an odd one"
-            )
+            raise OptionError(f"`cascaded_group`: a kernel of {kernel} has no middle; choose an odd one")
         w, self.qk = site.head_dim, qk
         self.qkv = nn.ModuleList(MultiGroup(w, 2 * qk + w, 1, bias=site.qkv_bias) for _ in range(site.heads))
         self.convs = nn.ModuleList(

@@ -4,7 +4,6 @@ Ibadulla et al., "ConvShareViT: Enhancing Vision Transformers with Convolutional
 Optical Accelerators", 2025, arXiv:2504.11517.
 """
 
-import math
 from dataclasses import replace
 from typing import Literal
 
@@ -12,37 +11,30 @@ from torch import nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
-from attnzoo.functional import dot_product_attention, merge_heads, rearrange, reduce
+from attnzoo.functional import dot_product_attention, merge_heads, nearest_factors, rearrange, reduce
 
+Form = Literal["valid", "same", "compact", "unshared"]
 USUAL = {"same": 3, "unshared": 7}
-MAPS = "for y in [max(i for i in range(1, c + 1) if c % i == 0 and i**2 <= c)] for x in [c // y]"
-KERNELS = {
-    "compact": "[(y - y // f + 1, x - x // f + 1) for f in range(2, y + 1) if y % f == x % f == 0][:1]",
-    **{form: f"[(min({side}, 2 * y - 1), min({side}, 2 * x - 1))]" for form, side in USUAL.items()},
-}
-"""In formulas: rows and columns of a token's map, and of the kernels of each form."""
-
-
-def sides_of(width: int) -> tuple[int, int]:
-    """Rows and columns of a token's map, as square as its width allows: 8 × 8 of 64, 12 × 16 of 192."""
-    rows = max(side for side in range(1, math.isqrt(width) + 1) if width % side == 0)
-    return rows, width // rows
+KERNELS = (  # in formulas: number and sides of the kernels; a token's map has y rows and x columns
+    "for y in [max(i for i in range(1, c + 1) if c % i == 0 and i**2 <= c)] for x in [c // y] "
+    "for f in [*[f for f in range(2, y + 1) if y % f == x % f == 0], 1][:1] "
+    f"for i, j in [[kernel or min({USUAL}.get(form) or s - s // f + 1, 2 * s - 1) for s in (y, x)]] "
+    "for number in [c // max(1, (y - i + 1) * (x - j + 1)) if form == 'compact' else 1]"
+)
 
 
 def kernels_of(form: str, kernel: int | None, width: int) -> tuple[int, tuple[int, int]]:
     """How many kernels give as many channels as go in, and their sides; refuses what has none."""
-    rows, columns = sides_of(width)
+    rows, columns = nearest_factors(width)  # of a token's map
     if form == "valid" and kernel is None:
         return width, (rows, columns)
     if form in USUAL:
-        sides = (min(USUAL[form], 2 * rows - 1), min(USUAL[form], 2 * columns - 1))
-        sides = sides if kernel is None else (kernel, kernel)
+        sides = kernel or min(USUAL[form], 2 * rows - 1), kernel or min(USUAL[form], 2 * columns - 1)
         if sides[0] // 2 < rows:
             return 1, sides
     if form == "compact":
         factor = next((f for f in range(2, rows + 1) if rows % f == columns % f == 0), columns)
-        sides = (rows - rows // factor + 1, columns - columns // factor + 1)
-        sides = sides if kernel is None else (kernel, kernel)
+        sides = kernel or rows - rows // factor + 1, kernel or columns - columns // factor + 1
         left = max(0, rows - sides[0] + 1) * max(0, columns - sides[1] + 1)
         if left > 1 and width % left == 0:
             return width // left, sides
@@ -98,27 +90,19 @@ class ConvShare(Mechanism):
     )
 
     @classmethod
-    def claims(cls, *, form: str, kernel: int | None, **options) -> Card:
+    def claims(cls, *, form: str, **options) -> Card:
         if form == "valid":
             return cls.card
-        number = "(c // ((y - i + 1) * (x - j + 1)))" if form == "compact" else "1"
-        taps = f"{MAPS} for i, j in {KERNELS[form] if kernel is None else '[(kernel, kernel)]'}"
         if form != "unshared":
-            params = f"sum((4 * i * j + 2 * qkv_bias + proj_bias) * {number} {taps})"
-            flops = f"4 * n * m * c + 4 * (n + m) * c * sum(i * j {taps})"
+            params = f"sum((4 * i * j + 2 * qkv_bias + proj_bias) * number {KERNELS})"
+            flops = f"4 * n * m * c + 4 * (n + m) * c * sum(i * j {KERNELS})"
             return replace(cls.card, params=params, flops=flops)
-        params = f"3 * n * h * sum(i * j {taps})"
-        flops = f"4 * n * m * h * c + 6 * n * h * c * sum(i * j {taps})"
-        card = replace(cls.card, time="h n m c", memory="h n m + h n c", params=params, flops=flops)
-        return replace(card, context=False, fixed_length=True, honours=frozenset(), laws={Law.STOCHASTIC})
+        params = f"3 * n * h * sum(i * j {KERNELS})"
+        flops = f"4 * n * m * h * c + 6 * n * h * c * sum(i * j {KERNELS})"
+        card = replace(cls.card, context=False, fixed_length=True, honours=frozenset(), laws={Law.STOCHASTIC})
+        return replace(card, time="h n m c", memory="h n m + h n c", params=params, flops=flops)
 
-    def __init__(
-        self,
-        site: Site,
-        *,
-        form: Literal["valid", "same", "compact", "unshared"] = "valid",
-        kernel: PositiveInt | None = None,
-    ):
+    def __init__(self, site: Site, *, form: Form = "valid", kernel: PositiveInt | None = None):
         super().__init__(site)
         number, sides = kernels_of(form, kernel, site.dim)
         wide = site.context_dim or site.dim
@@ -127,16 +111,16 @@ class ConvShare(Mechanism):
                 f"`convshare`: with `form: {form}` keys would have {wide} channels as the context has, not {site.dim}",
                 help="choose `form: valid`",
             )
-        self.form, self.rows = form, sides_of(site.dim)[0]
+        self.form, self.rows = form, nearest_factors(site.dim)[0]
         self.pad: nn.Module = nn.Identity()
-        if form in ("same", "unshared"):  # an even kernel has one more tap to the right, and below
+        if form in USUAL:  # an even kernel has one more tap to the right, and below
             (top, left), (below, right) = ((s - 1) // 2 for s in sides), (s // 2 for s in sides)
             self.pad = nn.ZeroPad2d((left, right, top, below))
         if form == "unshared":
             n, h = site.layout.length, site.heads
             self.q, self.k, self.v = (nn.Conv2d(n, n * h, sides, groups=n, bias=False) for _ in "qkv")
             return
-        self.head_dim, read = site.head_dim, sides_of(wide) if form == "valid" else sides
+        self.head_dim, read = site.head_dim, nearest_factors(wide) if form == "valid" else sides
         self.q = nn.Conv2d(1, number, sides, bias=site.qkv_bias)
         self.k = nn.Conv2d(1, number, read, bias=False)
         self.v = nn.Conv2d(1, number, read, bias=site.qkv_bias)

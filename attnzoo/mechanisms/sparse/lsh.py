@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, Paper, PositiveInt, Site
 from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange, split_heads
+from attnzoo.functional.softmax import softmax_and_sums
+from attnzoo.functional.tokens import picked
 
 ITSELF = -5e4
 """The score of a token for itself: it counts only where nothing else is read."""
@@ -33,9 +35,7 @@ class Lsh(Mechanism):
         summary="Reformer: queries that are keys too are sorted by hash, and chunks of them attend.",
         equation="W_o softmax(q k̂ᵀ / √d) v over near buckets in each round\n"
         "k̂ = q / ‖q‖,  bucket = argmax([q R; −q R])",
-        paper=Paper(
-            "Reformer: The Efficient Transformer", "Kitaev et al.", 2020, "arXiv:2001.04451", where="§2"
-        ),
+        paper=Paper("Reformer: The Efficient Transformer", "Kitaev et al.", 2020, "arXiv:2001.04451", "§2"),
         time="n w c + n c c",
         memory="h n w + n w c",
         params="3 * c**2 + (2 * qkv_bias + proj_bias) * c",
@@ -59,10 +59,8 @@ class Lsh(Mechanism):
     ):
         super().__init__(site)
         self.chunk = chunk
-        self.q, self.v, self.proj = (
-            nn.Linear(site.dim, site.dim, bias=bias)
-            for bias in (site.qkv_bias, site.qkv_bias, site.proj_bias)
-        )
+        biases = site.qkv_bias, site.qkv_bias, site.proj_bias
+        self.q, self.v, self.proj = (nn.Linear(site.dim, site.dim, bias=bias) for bias in biases)
         self.register_buffer("directions", torch.empty(rounds, site.head_dim, directions))  # R
         self.init_weights()
 
@@ -104,22 +102,6 @@ class Lsh(Mechanism):
         return self.proj(merge_heads(rows(weights @ near_v).sum(dim=2)))
 
 
-def picked(t: Tensor, index: Tensor) -> Tensor:
-    """Rows of (... n e) by their index (... m), as (... m e)."""
-    line = t.flatten(0, -2)
-    first = torch.arange(0, line.shape[0], t.shape[-2], device=t.device)  # of each, in one line of all rows
-    at = index.flatten(0, -2) + first[:, None]
-    return line.index_select(0, at.flatten()).view(*index.shape, t.shape[-1])
-
-
-def softmax_and_sums(scores: Tensor, allowed: Tensor, v: Tensor, drop: float) -> tuple[Tensor, Tensor]:
-    """What rows of scores (... c w) read of v (... w e), zero where nothing is allowed; and their logsumexp."""
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    sums = scores.logsumexp(dim=-1, keepdim=True)
-    weights = (scores - sums).exp() * allowed
-    return F.dropout(weights, drop) @ v, sums
-
-
 def hashed_order(q: Tensor, directions: Tensor, mask: Mask, more: int) -> Tensor:
     """Positions by bucket and position, (b h k n+more); what does not exist, and what fills up, comes last."""
     n = q.shape[2]
@@ -140,5 +122,5 @@ def existing_places(at: Tensor, mask: Mask, n: int) -> Tensor:
     return keys.gather(1, at.clamp(max=n).flatten(1)).reshape(at.shape)
 
 
-for _name in ("picked", "hashed_order", "existing_places"):
+for _name in ("hashed_order", "existing_places"):
     fx.wrap(_name)  # symbolic tracing cannot ask for a device
