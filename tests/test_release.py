@@ -163,14 +163,14 @@ def test_a_bare_environment_composes_checks_and_trains(built, tmp_path):
     assert "softmax" in run(attnzoo, "check", "softmax", "--examples", "5", cwd=away, env=clean)
     run(attnzoo, "train", "digits_softmax", "--epochs", "1", "--out", "trained", cwd=away, env=clean)
     assert "accuracy" in run(attnzoo, "eval", "trained", cwd=away, env=clean)
-    code = "import timm; print(type(timm.create_model('ham_vit_b', device='meta')).__module__)"
+    code = "import timm, attnzoo; print(type(timm.create_model('ham_vit_b', device='meta')).__module__)"
     assert run(python, "-c", code, cwd=away, env=clean).strip() == "attnzoo.hosts.vision_transformer"
+    run(attnzoo, "eject", "ham_b", "--out", "ejected.py", cwd=away, env=clean)
+    assert "parameters" in run(python, "ejected.py", cwd=away, env=clean)
     missing = subprocess.run(
-        [attnzoo, "translate", "trained", "--text", "x"], cwd=away, env=clean, capture_output=True, text=True
+        [attnzoo, "gallery", "--out", "gallery"], cwd=away, env=clean, capture_output=True, text=True
     )
-    assert (
-        missing.returncode == 2 and "Traceback" not in missing.stderr
-    )  # an extra that is not there, or no such run
+    assert missing.returncode == 2 and 'pip install "attnzoo[docs]"' in missing.stderr
 
 
 @pytest.mark.slow  # a minute and a half each

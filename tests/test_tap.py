@@ -2,14 +2,17 @@
 
 import copy
 import pickle
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import attnzoo
 from attnzoo.core import Layout, MultiHead, Site, Tap, find_taps, watch
 from attnzoo.core.tap import KINDS, kind_of
+from attnzoo.errors import RecipeError
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 from attnzoo.zoo import load_zoo
 
@@ -181,3 +184,35 @@ def test_the_names_are_a_closed_list():
                 assert tap.axes
                 checked += 1
     assert checked > 10
+
+
+@pytest.mark.parametrize("name", attnzoo.list_mechanisms(plugin="attnzoo"))
+def test_whoever_watches_in_half_precision_disturbs_nothing(name):
+    """What is written out while somebody watches mixes no precisions, and says what the fused kernel says."""
+    torch.manual_seed(0)
+    streams = 1
+    try:
+        module = attnzoo.create(name, dim=32, heads=4, grid=(6, 6))
+    except RecipeError:
+        streams = 2
+        where = {"context_dim": 32, "context_grid": (6, 6), "prefix": int(name == "class_cross")}
+        module = attnzoo.create(name, dim=32, heads=4, grid=(6, 6), **where)
+    module, card = module.to(torch.bfloat16).eval(), module.attn.card
+    lengths = module.layout.length, 36
+    tokens = [torch.randn(2, length, 32, dtype=torch.bfloat16) for length in lengths]
+    inputs = dict(zip(("x", "context"), tokens[:streams], strict=False))
+    shapes = {
+        "labels": (torch.zeros, (2, 6, 6), torch.long),
+        "scores": (torch.rand, (2, 6, 6), torch.bfloat16),
+    }
+    for given, what in card.given.items():
+        make, shape, dtype = shapes[what]
+        inputs[given] = make(shape, dtype=dtype)
+    with torch.no_grad():
+        plain = module(**inputs)
+        with ExitStack() as watching:
+            for kind in {kind_of(tap) for tap in card.taps}:
+                watching.enter_context(watch(module, kind, lambda tap, seen: None))
+            watched = module(**inputs)
+    assert watched.dtype == torch.bfloat16
+    torch.testing.assert_close(watched, plain, rtol=0.05, atol=0.05 * float(plain.abs().max()))

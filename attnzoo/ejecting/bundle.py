@@ -43,9 +43,19 @@ CALLED = frozenset(
         "reset_parameters",
         "merge",
         "no_weight_decay",
+        "train",
+        "_apply",
+        "_load_from_state_dict",
+        "_save_to_state_dict",
+        "get_extra_state",
+        "set_extra_state",
+        "setup_context",
+        "backward",
+        "jvp",
+        "vmap",
     }
 )
-"""Methods that are called from outside, or by way of PyTorch and timm."""
+"""Methods that are called from outside, or by way of PyTorch and timm: modules and autograd functions."""
 
 
 @dataclass
@@ -208,7 +218,7 @@ class Bundle:
         if "Site" in text or "replace(" in text or symbol.name == "Layout":
             text = until_still(text, unasked(self.attributes))
         if isinstance(module.defined[symbol.name], ast.ClassDef):
-            text = until_still(text, unread(lambda _, name: name in self.attributes))
+            text = until_still(text, unread(lambda _, name: name in self.attributes or name.startswith("__")))
         return tidied(text)
 
     def _allow(self, node: ast.Import | ast.ImportFrom, symbol: Symbol) -> None:

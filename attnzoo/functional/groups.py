@@ -146,7 +146,7 @@ def read_in_groups(
     if not (scores.watched or weights.watched):
         return groups.join(_fused(q, k, v, bias, allowed, weights.dropout if weights.training else 0.0))
     shown = (q * q.shape[-1] ** -0.5) @ k.mT
-    shown = shown if bias is None else shown + bias
+    shown = shown if bias is None else shown + bias.to(shown.dtype)
     return groups.join(groups.weights(shown, taps, allowed) @ v)
 
 

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, PositiveInt, Site
 from attnzoo.functional import dot_product_attention, merge_heads, nearest_factors, rearrange, reduce
 
+TITLE = ("ConvShareViT: Enhancing Vision Transformers with Convolutional Attention Mechanisms for Free-Space "
+         "Optical Accelerators")  # fmt: skip
 Form = Literal["valid", "same", "compact", "unshared"]
 USUAL = {"same": 3, "unshared": 7}
 KERNELS = (  # in formulas: number and sides of the kernels; a token's map has y rows and x columns
@@ -41,8 +43,7 @@ def kernels_of(form: str, kernel: int | None, width: int) -> tuple[int, tuple[in
     raise OptionError(
         f"`convshare`: there are no kernels for `form: {form}` with `kernel: {kernel}` on maps of {rows} × {columns}",
         why="as many channels must come out as go in, and every tap must meet the map",
-        help="`valid` fits all widths and takes no `kernel`; `same` fits all; `compact` wants M kernels that leave "
-        "channels / M numbers each: 4 of 5 × 5 on maps of 8 × 8",
+        help="`same` fits all, `valid` without `kernel`; `compact` has M kernels that leave channels / M numbers each",
     )
 
 
@@ -67,13 +68,7 @@ class ConvShare(Mechanism):
         family=Family.PROJECTION,
         summary="Attention whose projections convolve each token, its channels as a map, with shared kernels.",
         equation="K_o ⋆ softmax(q kᵀ / √d) v\nq_i = K_q ⋆ X_i,  k_i = K_k ⋆ X_i,  v_i = K_v ⋆ X_i",
-        paper=Paper(
-            "ConvShareViT: Enhancing Vision Transformers with Convolutional Attention Mechanisms for Free-Space "
-            "Optical Accelerators",
-            "Ibadulla et al.",
-            2025,
-            "arXiv:2504.11517",
-        ),  # fmt: skip
+        paper=Paper(TITLE, "Ibadulla et al.", 2025, "arXiv:2504.11517"),
         time="n m c + n c c",
         memory="h n m + n c",
         params="(c + qkv_bias) * c + (2 * e + qkv_bias) * c + (c + proj_bias) * c",
@@ -84,9 +79,8 @@ class ConvShare(Mechanism):
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
         fidelity="inspired",
-        notes="Made from the abstract: we do not know the sizes of the paper's kernels. Maps are as square as the "
-        "width allows: square for 64, 144, 256. Keys have no bias, for a softmax would not see it. In the paper the "
-        "MLP is made of such convolutions too; here it is the host's.",
+        notes="Made from the abstract, without sizes of kernels. Maps are as square as the width allows. Keys have "
+        "no bias: no softmax would see it. The paper's MLP is made of such convolutions too; here it is the host's.",
     )
 
     @classmethod
@@ -117,8 +111,10 @@ class ConvShare(Mechanism):
             (top, left), (below, right) = ((s - 1) // 2 for s in sides), (s // 2 for s in sides)
             self.pad = nn.ZeroPad2d((left, right, top, below))
         if form == "unshared":
-            n, h = site.layout.length, site.heads
-            self.q, self.k, self.v = (nn.Conv2d(n, n * h, sides, groups=n, bias=False) for _ in "qkv")
+            n = site.layout.length
+            self.q, self.k, self.v = (
+                nn.Conv2d(n, n * site.heads, sides, groups=n, bias=False) for _ in "qkv"
+            )
             return
         self.head_dim, read = site.head_dim, nearest_factors(wide) if form == "valid" else sides
         self.q = nn.Conv2d(1, number, sides, bias=site.qkv_bias)

@@ -14,6 +14,7 @@ from attnzoo.core import Card, Family, Law, Mechanism, OptionError, Paper, Posit
 from attnzoo.functional import einsum, masked_softmax, merge_heads, split_heads
 from attnzoo.functional.softmax import masked_relu
 
+TITLE = "What can a Single Attention Layer Learn? A Study Through the Random Features Lens"
 FEATURES = 16
 """Of so many it is as good as certain that one hears a pair of tokens: a ReLU is silent for half of them."""
 
@@ -41,12 +42,7 @@ class RandomFeatureLayer(Mechanism):
         summary="Queries and keys compared by frozen random matrices: only what is made of values is learned.",
         equation="Σ_h V_h Σ_j a_hij s̃_j\na_hij = relu(x̃_iᵀ W_h s̃_j) / m\n"
         "x̃ = √2 [x; 1] / ‖[x; 1]‖,  s̃ = √2 [s; 1] / ‖[s; 1]‖",
-        paper=Paper(
-            "What can a Single Attention Layer Learn? A Study Through the Random Features Lens",
-            "Fu et al.",
-            2023,
-            "arXiv:2307.11353",
-        ),
+        paper=Paper(TITLE, "Fu et al.", 2023, "arXiv:2307.11353"),
         time="h n m c + h n c c",
         memory="h n m + h n c",
         params=f"(e + qkv_bias + c + proj_bias) * c if qk == 'frozen' else (features or {FEATURES}) * (e + 1) * c",
@@ -81,14 +77,9 @@ class RandomFeatureLayer(Mechanism):
         return card
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        qk: Literal["random", "biased", "frozen"] = "random",
-        features: PositiveInt | None = None,
-        weights: Literal["relu", "softmax"] | None = None,
-        scaled: bool = True,
-    ):
+        self, site: Site, *, qk: Literal["random", "biased", "frozen"] = "random",
+        features: PositiveInt | None = None, weights: Literal["relu", "softmax"] | None = None, scaled: bool = True,
+    ):  # fmt: skip
         super().__init__(site)
         dim, wide = site.dim, site.context_dim or site.dim
         if qk == "frozen" and (features is not None or not scaled):

@@ -14,6 +14,8 @@ from attnzoo.core import Card, Family, Law, NonNegativeInt, OptionError, Paper, 
 from attnzoo.functional import balance_loss, gated_attention, greatest, merge_heads, rearrange, split_heads
 from attnzoo.functional.projections import Projected
 
+TITLE = "MoH: Multi-Head Attention as Mixture-of-Head Attention"
+
 
 class MixtureOfHeads(Projected):
     """Σ_h g_h(x) softmax(q_h k_hᵀ / √d) v_h W_h: g = α₁ s softmax(W_s x) of s shared heads, α₂ a p_e / Σ p of a routed.
@@ -42,13 +44,7 @@ class MixtureOfHeads(Projected):
         summary="MoH: shared heads, and routed ones of which each token has the best few, weighed by their routers.",
         equation="Σ_h g_h W_h softmax(q_h k_hᵀ / √d) v_h\ng = α₁ s softmax(W_s x) of shared heads\n"
         "g_e = α₂ a p_e / (Σ_l p_l) of routed heads e, l ∈ top_a(p)\np = softmax(W_r x),  [α₁; α₂] = 2 softmax(W₀ x)",
-        paper=Paper(
-            "MoH: Multi-Head Attention as Mixture-of-Head Attention",
-            "Jin et al.",
-            2024,
-            "arXiv:2410.11842",
-            "§3.2",
-        ),
+        paper=Paper(TITLE, "Jin et al.", 2024, "arXiv:2410.11842", "§3.2"),
         time="n m c + n c c",
         memory="h n m",
         params="(2 * c + 2 * e + 3 * qkv_bias + proj_bias) * c + 4 * qk_norm * d "
@@ -78,14 +74,9 @@ class MixtureOfHeads(Projected):
         return replace(cls.card, taps=taps, auxiliary="")
 
     def __init__(
-        self,
-        site: Site,
-        *,
-        shared: NonNegativeInt | None = None,
-        active: NonNegativeInt | None = None,
-        scaling: Literal["code", "paper"] = "code",
-        router: Literal["linear", "query_norm"] = "linear",
-    ):
+        self, site: Site, *, shared: NonNegativeInt | None = None, active: NonNegativeInt | None = None,
+        scaling: Literal["code", "paper"] = "code", router: Literal["linear", "query_norm"] = "linear",
+    ):  # fmt: skip
         super().__init__(site)
         heads, linear = site.heads, router == "linear"
         if scaling == "paper" and not linear:
