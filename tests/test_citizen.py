@@ -168,7 +168,8 @@ def test_all_that_is_listed_can_be_built():
 
 MECHANISMS = list(load_zoo().mechanisms)
 NEEDS_A_CONTEXT = {
-    "class_cross", "class_semantics", "conv_transformer", "cross_scale", "global_query", "medusa", "prior_cross", "window_cross",
+    "class_cross", "class_semantics", "conv_transformer", "cross_scale", "global_query", "medusa", "pairwise_cross",
+    "prior_cross", "window_cross",
 }  # fmt: skip
 """They read a second stream on a grid, which a ViT has not."""
 IN_A_VIT = [name for name in MECHANISMS if name not in NEEDS_A_CONTEXT]

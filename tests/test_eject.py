@@ -90,6 +90,31 @@ TEXTS = {
                model: {depth: 2, img_size: 32, patch_size: 8, embed_dim: 32, num_heads: 4}}
         attention: softmax
     """,
+    "distilled_undecayed": """
+        recipe: 1
+        name: distilled_undecayed
+        host: {kind: vit, base: deit_tiny_distilled_patch16_224,
+               model: {depth: 2, img_size: 24, patch_size: 8, embed_dim: 16, num_heads: 4}}
+        attention: {use: deformable, with: {stride: 2}}
+    """,
+    "empty_stages": """
+        recipe: 1
+        name: empty_stages
+        host: {kind: pyramid, model: {img_size: 32, patch_size: 4, dims: [8, 16], depths: [1, 2], num_heads: [2, 4],
+               mlp_ratios: [2.0, 2.0], stem: overlap, block: bottleneck, num_classes: 10}}
+        attention: talking_heads
+        overrides: [{at: "stages.*.*", put: null}]
+        pool: slot
+    """,
+    "many_words": """
+        recipe: 1
+        name: many_words
+        host: {kind: vit, base: vit_tiny_patch16_224, model: {depth: 1, img_size: 24, patch_size: 8, embed_dim: 16,
+               num_heads: 4}}
+        attention: {fuse: add, level: tokens, with: {start: identity}, of: [
+          {use: gated_attention, with: {at: values}}, {use: retention, with: {expand: 3, turn: false}},
+          {use: cascaded_group, with: {qk: 2, kernel: 1, start: one}}]}
+    """,
 }
 PLUGIN = """
     recipe: 1

@@ -1,6 +1,7 @@
 """How the model of a recipe is built, as Python text: what is put where, and the host around it."""
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from attnzoo.core import Fused, FusedHeads, Mechanism, MultiHead, Site
 from attnzoo.ejecting.expressions import call, literal, ref, wrapped
 from attnzoo.ejecting.modules import Symbol
+from attnzoo.ejecting.rewriting import WIDTH
 from attnzoo.recipe import Composition, Plan
 
 
@@ -85,18 +87,17 @@ def puts(composition: Composition) -> tuple[list[str], str]:
         name = "put" if len(by_plan) == 1 and not _heads(composition) else builder_name(plan, taken)
         builders |= dict.fromkeys(sites, name)
         parts.append(_builder(name, plan, sites, expression))
-    if list(builders.values()) == ["put"] * len(builders):
+    if set(builders.values()) == {"put"}:
         return parts, "put"
     parts += [_table(builders), _dispatch(composition)]
     return parts, "put"
 
 
 def _builder(name: str, plan: Plan, sites: Sequence[str], expression: str) -> str:
-    return (
-        f"def {name}(site: {ref(Site)}) -> {ref(Mechanism)}:\n"
-        f'    """{str(plan)}."""\n'
-        f"    return ⟪{expression}⟫"
-    )
+    said = textwrap.wrap(f"{plan}.", WIDTH - 10, break_long_words=False, break_on_hyphens=False)
+    end = "\n    " if len(said) > 1 else ""
+    doc = '    """' + "\n    ".join(said) + end + '"""\n'
+    return f"def {name}(site: {ref(Site)}) -> {ref(Mechanism)}:\n{doc}    return ⟪{expression}⟫"
 
 
 def _heads(composition: Composition) -> tuple[int, ...]:
@@ -132,7 +133,8 @@ def _table(builders: Mapping[str, str]) -> str:
             i += 1
     lines = "".join(f"    {entry},\n" for entry in entries)
     kind = f"dict[str, {ref(Symbol('collections.abc', 'Callable'))}[[{ref(Site)}], {ref(Mechanism)}]]"
-    return f'SITES: {kind} = {{\n{lines}}}\n"""What is put where."""'
+    table = f"{{\n{lines}}}" if lines else "{}"
+    return f'SITES: {kind} = {table}\n"""What is put where."""'
 
 
 def _span(first: int, count: int) -> str:

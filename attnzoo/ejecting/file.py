@@ -47,7 +47,7 @@ def text_of(composition: Composition, name: str, trained: bool = False) -> str:
     recorded = Recorded(**vars(composition))
     with unallocated():
         model = recorded.build()
-    sites: list[Site] = vars(recorded)["sites"]
+    sites: list[Site] = vars(recorded).get("sites", [])  # none where `put: null` empties all
     parts, _ = construction.puts(composition)
     made = hosts.construction(composition, model)
     doc = ["The model, with weights as before training.", "", "Args:"]

@@ -7,6 +7,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import named_apply
+from timm.models.deit import VisionTransformerDistilled  # noqa: F401 - of which `SitedModel` is for such a base
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
 

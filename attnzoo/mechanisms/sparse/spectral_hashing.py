@@ -89,10 +89,11 @@ class SpectralHashing(Mechanism):
         rank = order.sort(dim=-2).indices
 
         def sort(t):  # (b h k t n e), of which h and k may be 1, to the chunks of all rounds, (b h k t g w e)
-            return torch.take_along_dim(t, order, dim=-2).unflatten(-2, (-1, patches.chunk))
+            t = t.expand(-1, self.heads, rounds, -1, -1, -1)
+            return t.gather(-2, order.expand(*[-1] * 5, t.shape[-1])).unflatten(-2, (-1, patches.chunk))
 
         def rows(t):  # chunks to rows of the grid, (b h x k e)
-            t = torch.take_along_dim(t.flatten(-3, -2), rank, dim=-2)
+            t = t.flatten(-3, -2).gather(-2, rank.expand(*[-1] * 5, t.shape[-1]))
             return patches.join(rearrange(t, "b h k t n e -> b h t n (k e)")).unflatten(-1, (rounds, -1))
 
         near_q, near_k, near_v = (sort(patches.cut(t[:, :, p:])[:, :, None]) for t in (q, k, v))
