@@ -58,7 +58,8 @@ EQUIVALENT: dict[str, str] = {
     "attnzoo/core/component.py: super().__init_subclass__(**options) -> pass": "`object` has nothing to do there",
     "attnzoo/core/kv_cache.py: stop > self._growing[0].shape[-2] -> stop >= self._growing[0].shape[-2]": "the buffers grow "
     "one token sooner",
-    "attnzoo/functional/additive.py: 1 -> 2": "two pieces at once are the same numbers, in twice the memory of one",
+    "attnzoo/functional/neighbours.py: mask.dense(q.shape[2], k.shape[2], q.device) -> mask.dense(k.shape[2], q.shape[2], "
+    "q.device)": "there are as many keys as queries",
 }
 """`file: line as it stands -> line as it becomes`, with the reason why nobody could notice."""
 

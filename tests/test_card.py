@@ -1,11 +1,13 @@
 """Cards: what can be claimed, and what is refused."""
 
+import re
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
 from attnzoo.core import Card, Family, FusionCard, Law, Paper
 from attnzoo.core.card import FUSION_LAWS, MASK_KINDS, MECHANISM_LAWS
+from attnzoo.zoo import load_zoo
 
 
 def card(**fields) -> Card:
@@ -156,3 +158,10 @@ def test_a_paper_as_text():
         str(Paper("Title", "Hu et al.", 2018, "arXiv:1", where="§3")) == "Hu et al., Title, 2018, arXiv:1, §3"
     )
     assert str(Paper("Title", "Hu", 2018, "arXiv:1")) == "Hu, Title, 2018, arXiv:1"
+
+
+@pytest.mark.parametrize(("context", "said"), [(True, "yes"), ("beside", "beside"), (False, None)])
+def test_a_card_in_a_notebook_says_whether_there_is_a_context(context, said):
+    text = replace(load_zoo().mechanisms["softmax"].card, context=context)._repr_html_()
+    found = re.search(r"context</t[hd]>\s*<td[^>]*>([^<]*)<", text)
+    assert (found and found[1]) == said

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnzoo.core import Layout
-from attnzoo.errors import LayoutMismatch
+from attnzoo.core import Layout, Site
+from attnzoo.errors import LayoutMismatch, RecipeError
 
 GRIDS = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 
@@ -69,3 +69,14 @@ def test_symbolic_tracing_passes_the_check():
     traced = torch.fx.symbolic_trace(shorten)
     x = torch.randn(1, 4, 2)
     assert torch.equal(traced(x), x[:, 1:])
+
+
+@pytest.mark.parametrize(("rotation", "allowed"), [(None, True), ((1, 4), True), ((4, 4), False)])
+def test_keys_may_have_fewer_heads_unless_each_is_turned_in_a_way_of_its_own(rotation, allowed):
+    site = Site("here", 16, 4, Layout((4,)), rotary=rotation is not None, rotation=rotation)
+    assert site.key_heads(4) == 4
+    if allowed:
+        assert site.key_heads(2) == 2
+    else:
+        with pytest.raises(RecipeError, match="each of 4 heads in its own way; there are 2 heads"):
+            site.key_heads(2)
