@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 ROWS = 16  # query rows at a time where nothing is known of values: the largest temporary is (b, h, 16, m, a)
-TILE = 2**18  # entries of a temporary otherwise: it stays in a core's cache
+TILE = 2**18  # entries of a temporary otherwise, for each thread: it stays in a core's cache
 LIMIT = {torch.float32: 20.0, torch.float64: 170.0}
 """Up to here the product of two exponentials neither overflows nor vanishes."""
 
@@ -139,9 +139,10 @@ def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice, Tensor]]
     """Where in (b·h n m) a tile is, and its 1 / (1 + e^{2q} e^{2k}), (z i j a); each is written over the one before."""
     eq, ek = (2 * q).exp().flatten(0, 1), (2 * k).exp().flatten(0, 1)
     (samples, n, a), m = eq.shape, ek.shape[1]
-    columns = min(m, max(1, TILE // a))
-    rows = min(n, max(1, TILE // (a * columns)))
-    several = min(samples, max(1, TILE // (a * columns * rows)))
+    most = TILE * torch.get_num_threads()
+    columns = min(m, max(1, most // a))
+    rows = min(n, max(1, most // (a * columns)))
+    several = min(samples, max(1, most // (a * columns * rows)))
     buffer, one = q.new_empty(several * rows * columns * a), q.new_ones(())
     starts = range(0, samples, several), range(0, n, rows), range(0, m, columns)
     for z, y, x in product(*starts):
