@@ -6,6 +6,7 @@ import typer
 
 from attnzoo.cli import completion
 from attnzoo.cli.list import AsJson
+from attnzoo.cli.render import spaced
 
 
 def diff(
@@ -18,7 +19,7 @@ def diff(
 ) -> None:
     """Show what two recipes differ in: sites, options, parameters, FLOPs, masks and laws lost and won."""
     from attnzoo.bench.diff import diff as difference
-    from attnzoo.cli.render import Column, count, facts, say, say_json, say_next, spaced, table
+    from attnzoo.cli.render import Column, count, facts, say, say_json, say_next, table
     from attnzoo.recipe import load, resolve
 
     found = difference(*(resolve(load(name, edits)) for name in (first, second)))
@@ -27,8 +28,10 @@ def diff(
         return
     one, other = found.names
     if found.changes:
-        columns = [Column("about"), Column("where"), Column(one, wrap=18), Column(other, wrap=18)]
-        table(columns, [[c.about, c.where, c.first, c.second] for c in found.changes])
+        columns = [Column("where"), Column(one, wrap=18), Column(other, wrap=18)]
+        about = [change.about for change in found.changes]
+        above = {i: name for i, name in enumerate(about) if name not in about[:i]}
+        table(columns, [[c.where, c.first, c.second] for c in found.changes], above=above)
     else:
         say("the same model, trained in the same way", style="bold")
     figures = [("parameters", found.params, spaced), ("FLOPs", found.flops, count)]
@@ -41,4 +44,6 @@ def _more(first: int, second: int) -> str:
     if first == second or not first:
         return ""
     ratio = second / first
-    return f" ({100 * (ratio - 1):+.2f} %)" if 0.1 < ratio < 10 else f" (× {ratio:.3g})"
+    if 0.1 < ratio < 10:
+        return f" ({100 * (ratio - 1):+.2f} %)"
+    return f" (× {spaced(round(ratio)) if ratio > 100 else f'{ratio:.3g}'})"
