@@ -217,7 +217,10 @@ def matter_for(file: str) -> tuple[str, ...]:
         file.stem for folder in ("core", "functional") for file in (ROOT / "attnzoo" / folder).glob("*.py")
     }
     own = sorted(f"tests/test_{stem}.py" for stem in stems if (ROOT / f"tests/test_{stem}.py").exists())
-    more = [f"tests/test_{name}.py" for name in ("checks_catch", "functional", "ham", "given", "decode")]
+    more = [
+        f"tests/test_{name}.py"
+        for name in ("checks_catch", "functional", "ham", "given", "decode", "instruments")
+    ]
     return (*own, *more, "tests/mechanisms", "tests/fusions", f"tests/test_conformance.py::{SOME}")
 
 
