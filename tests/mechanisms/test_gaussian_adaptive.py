@@ -188,6 +188,14 @@ def test_hand_a_product_of_wide_gaussians_vanishes_only_when_clamped():
     assert sums[1] < 1e-13
 
 
+def test_hand_one_narrow_gaussian_vanishes_when_clamped():
+    """±1 are y = ±1/√2 of their deviation, and exp(-25) under c = 1/10: over 1e-8, less than their share of 1."""
+    part = GaussianAdaptive(place(1, 1, 2), gaussians=1, combine="sum", clamp=True).double()
+    nn.init.constant_(part.log_scale, math.log(0.1))
+    w = seen(part, line(-1, 1), layout=Layout((2,)))
+    near(w.sum() * 1e-8 / (2 * math.exp(-25)), 1, 1e-6)
+
+
 def test_as_it_starts():
     part = GaussianAdaptive(place(4, 1, 400), gaussians=50, chunks=40)
     assert not part.offset.any() and abs(part.log_scale.std() - 1) < 0.05 and abs(part.log_scale.mean()) < 0.1
