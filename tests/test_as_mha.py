@@ -53,6 +53,41 @@ def copy_weights(theirs, ours):
     attn.proj.load_state_dict(theirs.out_proj.state_dict())
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"cross": True}, {"kdim": 16, "vdim": 16, "cross": True}], ids=str
+)
+def test_weights_of_pytorchs_module_are_loaded(options):
+    theirs, expected = twins(**options)
+    ours = attnzoo.as_mha("softmax", C, H, dtype=torch.float64, **options)
+    assert not ours.load_state_dict(theirs.state_dict()).missing_keys
+    assert ours.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(mine, expected.state_dict()[name]) for name, mine in ours.state_dict().items())
+    ours.load_state_dict(expected.state_dict())  # its own names are good as ever
+
+
+def test_weights_of_pytorchs_encoder_are_loaded_as_a_whole():
+    layer = nn.TransformerEncoderLayer(C, H, 32, 0.0, batch_first=True, dtype=torch.float64)
+    mine = copy.deepcopy(layer)
+    mine.self_attn = attnzoo.as_mha("softmax", C, H, batch_first=True, dtype=torch.float64)
+    given = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).state_dict()
+    stack = nn.TransformerEncoder(mine, 2, enable_nested_tensor=False)
+    before = dict(given)
+    stack.load_state_dict(given)
+    assert given.keys() == before.keys()  # the caller's state dict is his own
+    x = tokens(B, N, C)
+    torch.testing.assert_close(stack.layers[0](x), layer(x), **CLOSE)
+
+
+def test_weights_that_a_mechanism_has_no_place_for_are_named():
+    theirs = nn.MultiheadAttention(C, H)
+    with pytest.raises(RuntimeError, match='Unexpected key.*"in_proj_weight", "in_proj_bias"'):
+        attnzoo.as_mha("additive", C, H).load_state_dict(theirs.state_dict())
+    with pytest.raises(RuntimeError, match=r"size mismatch for attn\.kv\.weight"):
+        attnzoo.as_mha("grouped_query", C, H).load_state_dict(theirs.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key.*score_weight"):
+        attnzoo.as_mha("soft", C, H).load_state_dict(theirs.state_dict())
+
+
 def tokens(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 

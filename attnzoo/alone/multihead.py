@@ -39,7 +39,8 @@ def as_mha(
         layer.self_attn = attnzoo.as_mha("softmax", 512, 8, batch_first=True)
 
     Masks mean what they mean there: True hides. A row with nothing to attend to gives zeros, not NaN. Weights start as
-    PyTorch's Linear layers do.
+    PyTorch's Linear layers do; `load_state_dict` takes those of an `nn.MultiheadAttention` too, where the mechanism
+    projects queries, keys and values as it does.
 
     Args:
         mechanism: As for `create`.
@@ -126,6 +127,7 @@ class MultiheadAttention(nn.Module):
         self.dropout, self.batch_first = dropout, batch_first
         taps = find_taps(attn, "weights")
         self.forms_weights = [tap.axes for tap in taps.values()] == ["b h n m"]
+        self.register_load_state_dict_pre_hook(_from_pytorch)
 
     @property
     def in_proj_weight(self) -> "_NoFastPath":
@@ -288,6 +290,35 @@ class MultiheadAttention(nn.Module):
     def extra_repr(self) -> str:
         context = f", context={self.kdim}" if self.attn.context_dim is not None else ""
         return f"{self.formula}, embed_dim={self.embed_dim}, num_heads={self.num_heads}{context}"
+
+
+def _from_pytorch(module: nn.Module, state: dict[str, Tensor], prefix: str, *_rest: Any) -> None:
+    """Give what a state dict has under the names of `nn.MultiheadAttention` those of the mechanism.
+
+    Rows of `in_proj` are queries, keys, values, as those of `qkv` are. Where a mechanism has neither `qkv` nor `q` and
+    `kv`, names stay, and PyTorch says that nobody expects them.
+    """
+    attn = module.attn
+    for kind in ("weight", "bias"):
+        apart = [f"{prefix}{role}_proj_{kind}" for role in "qkv"]
+        if all(name in state for name in apart):  # keys of another width
+            rows = [state[name] for name in apart]
+        elif f"{prefix}in_proj_{kind}" in state:
+            apart = [f"{prefix}in_proj_{kind}"]
+            rows = list(state[apart[0]].chunk(3))
+        else:
+            continue
+        if hasattr(attn, "qkv"):
+            state[f"{prefix}attn.qkv.{kind}"] = torch.cat(rows)
+        elif hasattr(attn, "q") and hasattr(attn, "kv"):
+            state[f"{prefix}attn.q.{kind}"], state[f"{prefix}attn.kv.{kind}"] = rows[0], torch.cat(rows[1:])
+        else:
+            continue
+        for name in apart:
+            del state[name]
+    for kind in ("weight", "bias"):
+        if f"{prefix}out_proj.{kind}" in state and hasattr(attn, "proj"):
+            state[f"{prefix}attn.proj.{kind}"] = state.pop(f"{prefix}out_proj.{kind}")
 
 
 class _NoFastPath:
