@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.autograd.functional import jacobian
 
-from attnzoo.core import Card, Family, Head, Law, Mechanism
+from attnzoo.core import NO_MASK, Card, Family, Fusion, FusionCard, Head, Law, Mechanism
 from attnzoo.gallery import cache as caches
 from attnzoo.gallery import drawing, flow, network
 from attnzoo.gallery.cache import Cache, dependencies
@@ -403,12 +403,23 @@ class Doubled(Head):
         return 2 * v
 
 
+class Leaking(Fusion):
+    """Adds the mean over all tokens, those that do not exist among them."""
+
+    card = FusionCard("leaking", "a sum and its mean over tokens", masks={"keys"})
+
+    def merge(self, branches, x, mask=NO_MASK):
+        return sum(branches) + sum(branches).mean(dim=-2, keepdim=True)
+
+
 def test_verdicts_of_laws_and_masks():
     found = checked(foreign(Doubled), examples=3)
     assert found.laws == {"linear_in_values": "holds", "bounded": "fails"} and found.masks["keys"] == "fails"
     assert "check_bounded" in found.failed and found.versions["others"] == "1.0"
     good = checked(entry("mean"), examples=2)
     assert set(good.laws.values()) == {"holds"} and not good.failed and good.passed > 20
+    assert good.masks == dict.fromkeys(("causal", "keys", "pairs"), "holds")
+    assert checked(foreign(Leaking), examples=25).masks == {"keys": "fails"}
 
 
 # All together

@@ -78,7 +78,7 @@ def _verdict(results: dict[str, CheckResult], names: list[str]) -> Verdict:
 
 
 def _brought(entry: Entry, law: Law | None = None, mask: str | None = None) -> list[str]:
-    """Names of the checks that a claim brings: those that would not apply without it."""
+    """Names of the checks that a claim brings: those that would not apply without it, or ask nothing of it."""
     card: Any = entry.value.card
     if law is not None:
         lesser = replace(card, laws=card.laws - {law})
@@ -86,7 +86,10 @@ def _brought(entry: Entry, law: Law | None = None, mask: str | None = None) -> l
         more = {"incremental": False} if mask == "causal" and getattr(card, "incremental", False) else {}
         lesser = replace(card, masks=card.masks - {mask}, **more)
     kinds = set(kinds_of(entry.value))
-    return [
+    asked = (
+        ["check_fused_masks"] if mask and "fusion" in kinds else []
+    )  # of all kinds that are claimed at once
+    return asked + [
         name
         for name, one in CHECKS.items()
         if kinds & set(requirement(one).kinds)
