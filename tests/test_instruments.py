@@ -159,6 +159,23 @@ def test_losses_by_hand():
     assert one.losses(torch.tensor([[[3.0], [7.0]]]), numbers).tolist() == [4.0]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"name": "Top-K"}, "snake_case"),
+        ({"summary": ""}, "the summary is one line"),
+        ({"summary": "One line,\nand another."}, "the summary is one line"),
+        ({"fidelity": "close"}, "fidelity is one of exact, adapted, inspired"),
+        ({"fidelity": "adapted"}, "needs notes"),
+        ({"needs": {"labels", "luck"}}, r"\['luck'\] is nothing that can be needed"),
+    ],
+    ids=str,
+)
+def test_cards_that_say_nothing_are_refused(wrong, reason):
+    with pytest.raises(ValueError, match=reason):
+        InstrumentCard(**{"name": "some", "summary": "One line.", **wrong})
+
+
 @dataclass(kw_only=True, eq=False)
 class Odd(Probe):
     """A probe that returns something else."""
