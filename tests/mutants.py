@@ -60,6 +60,7 @@ EQUIVALENT: dict[str, str] = {
     "one token sooner",
     "attnzoo/functional/neighbours.py: mask.dense(q.shape[2], k.shape[2], q.device) -> mask.dense(k.shape[2], q.shape[2], "
     "q.device)": "there are as many keys as queries",
+    "attnzoo/mechanisms/linear/spatial_reduction.py: 1.0 -> 1.5": "where nothing exists, zero is divided",
 }
 """`file: line as it stands -> line as it becomes`, with the reason why nobody could notice."""
 
