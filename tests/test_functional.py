@@ -33,7 +33,7 @@ from attnzoo.functional import (
     unwindows,
     windows,
 )
-from attnzoo.functional.additive import LIMIT, ROWS
+from attnzoo.functional.additive import LIMIT, ROWS, _is_small
 from attnzoo.functional.associative import recalled
 from attnzoo.functional.causal import stabilised_sums
 from attnzoo.functional.chunks import around_chunks, close, in_a_line, in_blocks, in_chunks, with_places
@@ -818,3 +818,13 @@ def test_notation_is_one_node_of_a_traced_graph():
     for n in (3, 5):
         x, y = torch.randn(2, n, 6), torch.randn(2, 4, 3)
         torch.testing.assert_close(graph(x, y), heads(x, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_additive_scores_of_small_entries_go_by_exponentials(dtype):
+    """The quick way is taken where it is exact, and nowhere else."""
+    small, most = torch.ones(1, 1, 2, 3, dtype=dtype), LIMIT[dtype]
+    assert _is_small(small, -small) and _is_small(most * small, -most * small)
+    for other in (1.01 * most, -1.01 * most, float("inf"), float("nan")):
+        assert not _is_small(small, other * small) and not _is_small(other * small, small)
+    assert not _is_small(small.to("meta"), small.to("meta")) and not _is_small(small[:, :, :0], small)

@@ -112,8 +112,13 @@ class MultiHead(Mechanism):
             q, k, v = self.project(x, layout=layout)
         else:
             q, (k, v) = self.queries(x), self.read(source)
-            layout = context_layout or Layout((source.shape[1],))
+            layout = self._of_context(source, context_layout)
         return self.merge(self.inner(q, k, v, mask=mask, layout=layout, given=given))
+
+    def _of_context(self, source: Tensor, layout: Layout | None) -> Layout:
+        """What heads are told of how a context (b m e) lies: a line, unless their card asks for its grid."""
+        asked = layout if self.card.context_grid is not None else None
+        return asked or Layout((source.shape[1],))
 
     def step(
         self,
@@ -134,5 +139,5 @@ class MultiHead(Mechanism):
         else:
             q = self.queries(x)
             k, v = cache.keep(lambda: self.read(source))
-            layout = context_layout or Layout((source.shape[1],))
+            layout = self._of_context(source, context_layout)
         return self.proj_drop(self.merge(self.inner(q, k, v, mask=mask, layout=layout)))
