@@ -17,7 +17,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from typer.testing import CliRunner
 
 import attnzoo
-import attnzoo.lab.maps
 from attnzoo.bench.composition import describe
 from attnzoo.cli.app import app
 from attnzoo.core import Layout, watch
@@ -728,8 +727,6 @@ def test_arguments_are_held_to_the_same_rules():
     assert error.value.code == "AZ113"
     with pytest.raises(TypeError, match="reg_tokens") as error:
         timm.create_model("attnzoo_dual", recipe="dual_scale", reg_tokens=3)
-    with pytest.raises(ZooError, match="two"):
-        attnzoo.lab.maps.collect(made(), images())
 
 
 # --------------------------------------------------------------------------------------------------------------- recipes

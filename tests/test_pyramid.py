@@ -19,7 +19,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from typer.testing import CliRunner
 
 import attnzoo
-import attnzoo.lab.maps
 from attnzoo.bench.composition import describe
 from attnzoo.cli.app import app
 from attnzoo.core import Layout, watch
@@ -664,9 +663,6 @@ def test_devices_and_types():
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 7) and len(model.stages[1].blocks) == 2
     with pytest.raises(TypeError, match="reg_tokens"):
         timm.create_model("attnzoo_pyramid", recipe="pyramid_softmax", reg_tokens=3)
-    with pytest.raises(ZooError, match="a grid for each stage") as error:
-        attnzoo.lab.maps.collect(made(), images())
-    assert error.value.code == "AZ903"
 
 
 # -------------------------------------------------------------------------------------------------------------- refusals

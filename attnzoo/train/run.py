@@ -76,11 +76,6 @@ class Run:
         """What it is trained on."""
         return kind_of(self.loaded, self.settings)
 
-    @property
-    def pictured(self) -> bool:
-        """Whether heat maps can be drawn of it: not of a model with two streams, or in stages."""
-        return self.loaded.recipe.host.kind not in ("dual", "pyramid")
-
     def data(self, name: str | None = None) -> Any:
         """What it is trained and tested on, as the model knows it: `ImageData`, `PairData` or `SequenceData`.
 
