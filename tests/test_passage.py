@@ -389,3 +389,12 @@ def test_what_compares_two_layers_by_place_refuses_several_grids():
     model = made("pyramid_softmax")
     with pytest.raises(ZooError, match="AZ903"):
         salient_tokens(model, images(model))
+
+
+def test_hand_flow_through_a_merge():
+    """Four tokens become one: each is a pipe of its own, unless the layer before lets less through."""
+    from attnzoo.probes.attention_flow import max_flows
+
+    merge = np.array([[0.5, 0.25, 0.15, 0.1]])
+    narrow = np.diag([1, 1, 0.05, 1])
+    assert max_flows([narrow, merge, np.eye(1)], np.ones(1)) == pytest.approx([0.5, 0.25, 0.05, 0.1])
