@@ -697,7 +697,7 @@ REFUSED = {
     ),
     "maps": (pyramid("", 'overrides: [{at: "stages.0.*", put: ⟦region}]\n'), "AZ302 a model of kind pyramid hands none on"),
     "a second stream": (pyramid("", "overrides: [{at: stages.0.0, put: ⟦window_cross}]\n"), "AZ302 the site has none"),
-    "a skip": (pyramid("", "skip: ⟦merged\n"), "AZ314 a model in stages has no place for a skip"),
+    "a skip": (pyramid("", "skip: ⟦merged\n"), "AZ314 not of the next one's tokens | leave `skip:` out"),
     "no such site": (pyramid("", "overrides: [{at: ⟦blocks.0, put: softmax}]\n"), "AZ304 `stages.*` means all"),
 }  # fmt: skip
 

@@ -110,13 +110,8 @@ class DualCrossTransformer(ZooVisionTransformer):
 
     def balanced(self, losses: Sequence[Tensor]) -> Tensor:
         """½ Σ_k (e^{-w_k} L_k + w_k) of the losses of SA, GLCA and PWCA, each of the same shape."""
-        return (
-            sum(
-                (torch.exp(-w) * loss + w for w, loss in zip(self.uncertainty, losses, strict=True)),
-                start=torch.zeros_like(losses[0]),
-            )
-            / 2
-        )
+        weighed = [torch.exp(-w) * loss + w for w, loss in zip(self.uncertainty, losses, strict=True)]
+        return torch.stack(weighed).sum(dim=0) / 2
 
 
 def paired(block: ZooPreNormBlock, own: Tensor, other: Tensor) -> Tensor:
