@@ -159,7 +159,7 @@ def _last(maps: Maps, layer: int | None) -> int:
 
 def _rollouts(maps: Maps, layer: int | None, fusion: HeadFusion, ratio: float) -> View:
     """Steps across, the sets of tokens that came in down."""
-    check_followed("the model", maps)
+    check_followed("this model", maps)
     passage, all_layers = maps.passage, layer_maps(maps, fusion, ratio)
     steps = [i for i, step in enumerate(passage.steps) if step.sites and layer in (None, step.layer)]
     first = passage.steps[0].tokens

@@ -43,7 +43,7 @@ def streams(subject: Subject) -> Iterator[tuple[Batch, Maps]]:
             about = looked.maps, looked.absent, tuple(sites), looked.layouts[0], False, looked.output
             maps = Maps(*about)
         check_some(maps.maps, maps.absent)
-        check_followed(subject.name, maps)
+        check_followed(f"`{subject.name}`", maps)
         yield batch, maps
 
 
@@ -244,7 +244,7 @@ def check_followed(name: str, maps: Maps) -> None:
     """Refuse maps that cannot be followed from layer to layer.
 
     Args:
-        name: Of the model.
+        name: What the model is called in the message.
         maps: From `collect`.
 
     Raises:
@@ -258,7 +258,7 @@ def check_followed(name: str, maps: Maps) -> None:
     if why:
         raise ZooError(
             "AZ924",
-            f"the maps of `{name}` cannot be followed from layer to layer",
+            f"the maps of {name} cannot be followed from layer to layer",
             why=why,
             help="`attnzoo heatmap --what mechanism` shows the map of each site",
         )
