@@ -17,7 +17,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from typer.testing import CliRunner
 
 import attnzoo
-import attnzoo.lab.maps
 from attnzoo.bench.composition import describe
 from attnzoo.cli.app import app
 from attnzoo.core import Layout, watch
@@ -687,8 +686,8 @@ REFUSED = {
         "AZ401 do not tile a grid of (2, 2)",
     ),
     "maps": (puts('{at: "a.*.self", put: ⟦region}'), "AZ302 a model of kind dual hands none on to its sites"),
-    "a pool": (dual("", "⟦pool: map_pool\n"), "AZ318 has no place for a pool"),
-    "a skip": (dual("", "skip: ⟦merged\n"), "AZ314 a dual model has no place for a skip"),
+    "a pool": (dual("", "⟦pool: map_pool\n"), "AZ318 reads both streams"),
+    "a skip": (dual("", "skip: ⟦merged\n"), "AZ314 tokens alone go on | leave `skip:` out"),
     "heads of sides": (dual("", "heads: ⟦{encoder: 4}\n"), "AZ313 belongs to a host of kind seq2seq"),
     "empty in a vit": (
         "recipe: 1\nhost: {kind: vit, base: vit_tiny_patch16_224}\nattention: softmax\noverrides: [{at: blocks.0, put: ⟦null}]\n",
@@ -728,8 +727,6 @@ def test_arguments_are_held_to_the_same_rules():
     assert error.value.code == "AZ113"
     with pytest.raises(TypeError, match="reg_tokens") as error:
         timm.create_model("attnzoo_dual", recipe="dual_scale", reg_tokens=3)
-    with pytest.raises(ZooError, match="two"):
-        attnzoo.lab.maps.collect(made(), images())
 
 
 # --------------------------------------------------------------------------------------------------------------- recipes

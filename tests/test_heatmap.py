@@ -699,8 +699,8 @@ def seen_as(method: str, change: Callable[[torch.Tensor], torch.Tensor], argumen
     """A method of `Maps` is given another tensor, or gives another one."""
     own = getattr(Maps, method)
 
-    def other(self, given):
-        return own(self, change(given)) if argument else change(own(self, given))
+    def other(self, given, *more):
+        return own(self, change(given), *more) if argument else change(own(self, given, *more))
 
     def patched(patch):
         patch.setattr(Maps, method, other)
@@ -717,8 +717,8 @@ MUTANTS: dict[str, tuple[Change, tuple[str, ...], str]] = {
     "maps negated": (other_values(lambda v: -v), EVERY, "colours"),
     "maps by their logarithm": (other_values(lambda v: v.log()), EVERY, "colours"),
     "one grid row further": (other_values(lambda v: v.roll(1, dims=-2)), EVERY, "colours"),
-    "what is given, not what is received": (seen_as("asked", lambda w: w.mT, argument=True), EVERY, "colours"),
-    "the class token forgotten": (seen_as("asked", lambda w: w.roll(1, dims=-2), argument=True), EVERY, "colours"),
+    "what is given, not what is received": (seen_as("read", lambda w: w.mT, argument=True), EVERY, "colours"),
+    "the class token forgotten": (seen_as("read", lambda w: w.roll(1, dims=-2), argument=True), EVERY, "colours"),
     "heads in another order": (seen_as("on_grid", lambda maps: maps.flip(1)), ("heads", "not everywhere"), "colours"),
     "columns of maps exchanged": (other_values(lambda v: torch.stack(exchanged(list(v.unbind(1))), dim=1)), EVERY, "colours"),
     "columns and names exchanged": (
@@ -729,9 +729,11 @@ MUTANTS: dict[str, tuple[Change, tuple[str, ...], str]] = {
     "names of columns exchanged": (redrawn(lambda columns, **_: {"columns": exchanged(columns)}), EVERY, "texts"),
     "names of rows exchanged": (redrawn(lambda rows, **_: {"rows": exchanged(rows)}), TABLES, "texts"),
     "the last row missing": (
-        redrawn(lambda shown, rows, **_: {"rows": rows[:-1], "shown": [replace(s, values=s.values[:-1]) for s in shown]}), TABLES, "panels"),
+        redrawn(lambda shown, rows, unit, **_: {
+            "rows": rows[:-1], "unit": unit[:-1], "shown": [replace(s, values=s.values[:-1]) for s in shown]}), TABLES, "panels"),
     "the last column missing": (
-        redrawn(lambda shown, columns, **_: {"columns": columns[:-1], "shown": [replace(s, values=s.values[:, :-1]) for s in shown]}), EVERY, "panels"),
+        redrawn(lambda shown, columns, unit, **_: {
+            "columns": columns[:-1], "unit": unit[:, :-1], "shown": [replace(s, values=s.values[:, :-1]) for s in shown]}), EVERY, "panels"),
     "the last image missing": (redrawn(lambda shown, **_: {"shown": shown[:-1]}), TWO, "panels"),
     "images exchanged": (redrawn(lambda shown, **_: {"shown": exchanged(shown)}), TWO, "colours"),
     "maps of the other image": (

@@ -135,8 +135,7 @@ def _one(
         ],
     )
     say("95 % interval by Wilson's score; it knows of the test images only, not of other seeds", style="dim")
-    if found.pictured:
-        say_next(f"attnzoo heatmap {run}")
+    say_next(f"attnzoo heatmap {run}")
 
 
 def _figures(run: Any, which: Any, data: str | None, beams: int, what: dict[str, str], as_json: bool) -> None:
@@ -200,5 +199,4 @@ def _committee(
     ]
     table(columns, result.rows())
     say("in brackets: the gain over the mean member; correlation 1 means the same errors", style="dim")
-    if members[0].pictured:
-        say_next(f"attnzoo heatmap {runs[0]}")
+    say_next(f"attnzoo heatmap {runs[0]}")

@@ -70,7 +70,7 @@ def heatmap(
         bool,
         typer.Option(
             "--npy",
-            help="Write the maps beside it: images, rows, columns, y, x; of text rows, columns, n, m.",
+            help="Write the maps beside it, by grid: images, rows, columns, y, x; of text rows, columns, n, m.",
         ),
     ] = False,
     with_: With = [],  # noqa: B006
@@ -137,6 +137,7 @@ def _draw_images(
     """One sheet for all images."""
     from attnzoo.cli.render import say, say_json
     from attnzoo.data import evaluation
+    from attnzoo.hosts.given import taken
     from attnzoo.lab.heatmap import TITLES, captions, heat_sheet, notes, save_sheet, view
     from attnzoo.lab.maps import collect
 
@@ -144,7 +145,10 @@ def _draw_images(
     maps = collect(seen.model, evaluation(seen.size, seen.mean, seen.std)(images))
     shown = view(maps, what, layer=layer, fusion=fusion, ratio=discard)
     lines = captions(maps, names, truths, seen.classes)
-    given = [f"`{name}` is the brightness of the images" for name in getattr(seen.model, "given", {})]
+    given = [
+        f"`{name}` is {'the brightness of the images' if isinstance(wanted, str) else 'the images, averaged'}"
+        for name, wanted in taken(seen.model).items()
+    ]
     sheet = heat_sheet(
         maps,
         shown,
@@ -153,7 +157,7 @@ def _draw_images(
         f"{seen.name}: {TITLES[what]}",
         [seen.state, *given, *notes(maps, what, layer)],
     )
-    written = save_sheet(sheet, out or Path(f"{seen.name}-{what}.png"), shown.values if npy else None)
+    written = save_sheet(sheet, out or Path(f"{seen.name}-{what}.png"), shown.arrays() if npy else None)
     if as_json:
         say_json(
             {
@@ -170,7 +174,7 @@ def _draw_images(
     for path in written:
         say(f"written: {path}")
     branches = ", ".join(maps.branches())
-    say(f"images: {len(images)} · layers: {len(maps.sites)} · branches: {branches} · {seen.state}")
+    say(f"images: {len(images)} · layers: {maps.passage.depth} · branches: {branches} · {seen.state}")
     for line in given:
         say(f"{line}: no data hand it over")
     for absent in {one.branch: one for one in maps.absent}.values():

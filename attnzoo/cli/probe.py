@@ -98,8 +98,7 @@ def probe(
         say_json(said | {"findings": [f.as_dict() for f in findings], "written": [str(p) for p in written]})
         return
     say(f"written: {written[0]}, with {', '.join(path.name for path in written[1:])}")
-    pictured = loaded is None or loaded.recipe.host.kind not in ("dual", "pyramid")
-    say_next(f"attnzoo heatmap {model}" if pictured else "attnzoo list probes", "attnzoo list interventions")
+    say_next(f"attnzoo heatmap {model}", "attnzoo list interventions")
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,7 @@ def carry_out(loaded: Any, settings: Any, folder: Path, as_json: bool) -> None:
         return
     _show(figures)
     say(f"run: {folder}" + (f"   curve: {', '.join(images)}" if images else ""))
-    images = [f"attnzoo heatmap {folder}"] if run.pictured else []
-    further = {"images": images, "pairs": [f"attnzoo translate {folder} TEXT"]}
+    further = {"images": [f"attnzoo heatmap {folder}"], "pairs": [f"attnzoo translate {folder} TEXT"]}
     say_next(*further.get(figures["data_kind"], []), f"attnzoo eval {folder}")
 
 

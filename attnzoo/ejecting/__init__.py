@@ -111,6 +111,13 @@ def eject(
     if isinstance(source, str | os.PathLike) and Path(source).is_dir():
         source = open_run(Path(source))
     if isinstance(source, Run):
+        if source.settings.method is not None:
+            raise ZooError(
+                "AZ973",
+                f"`{source.folder}` was trained by the method `{source.settings.method}`, which cannot be ejected",
+                why="its second classifier is no part of the recipe",
+                help="eject the recipe, without the weights",
+            )
         composition = resolve(source.loaded)
         model = source.model(which)  # type: ignore[arg-type]
         weights = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}

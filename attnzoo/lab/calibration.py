@@ -98,6 +98,13 @@ def salient_tokens(
         ZooError: AZ903, when the model has no grid or no attention; AZ924, when no map is formed in these layers.
     """
     maps = collect(model, images)
+    if len(maps.passage.layouts) > 1:
+        raise ZooError(
+            "AZ903",
+            "tokens of an early layer are told from those of a late one by their place on one grid",
+            why=f"this model has several: {', '.join(f'{k} {v}' for k, v in maps.passage.layouts.items())}",
+            help="take a model with one stream of tokens and no stages",
+        )
     prefix, patches = maps.layout.prefix, maps.layout.length - maps.layout.prefix
 
     def of_layer(layer: int) -> Map:

@@ -1,10 +1,10 @@
 """Heat maps of what a model looks at: which maps are shown, over which images."""
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,18 @@ from attnzoo.data.chance import drawn
 from attnzoo.data.image_file import read_image_file
 from attnzoo.errors import ZooError
 from attnzoo.lab.maps import Maps
-from attnzoo.lab.rollout import HeadFusion, check_layer, check_some, layer_maps, mean_map, roll, rollout
+from attnzoo.lab.passage import Passage
+from attnzoo.lab.rollout import (
+    HeadFusion,
+    check_followed,
+    check_layer,
+    check_some,
+    layer_maps,
+    mean_at,
+    mean_map,
+    roll,
+    rollout,
+)
 from attnzoo.plot import Picture, Shown, save
 from attnzoo.plot import heat_sheet as drawn_sheet
 from attnzoo.plot.palette import GREEN, RED, Line
@@ -38,12 +49,42 @@ class View:
     Args:
         columns: Names of its columns.
         rows: Names of its rows.
-        values: How much the answer looks at each grid token, (b rows columns y x); NaN where there is no map.
+        panels: How much the answer looks at each grid token, row by row, (b y x), or (b m) of tokens that lie in a
+            line and not on the image; NaN where there is no map.
+        units: What each token of a panel had if all had the same, row by row.
     """
 
     columns: tuple[str, ...]
     rows: tuple[str, ...]
-    values: Float[Tensor, "b r k y x"]
+    panels: Sequence[Sequence[Float[Tensor, "b *grid"]]]
+    units: Sequence[Sequence[float]]
+
+    @property
+    def values(self) -> Float[Tensor, "b r k *grid"]:
+        """All panels in one tensor, where all are of one grid."""
+        return torch.stack([torch.stack(list(row), dim=1) for row in self.panels], dim=1)
+
+    def by_image(self) -> Iterable[Any]:
+        """The panels of each image, row by row."""
+        if "" in self.arrays():
+            return self.values
+        images = range(len(self.panels[0][0]))
+        return [[[panel[i] for panel in row] for row in self.panels] for i in images]
+
+    def arrays(self) -> dict[str, Tensor]:
+        """A tensor (b r k *grid) for each grid that there is, named as in `8x8`, with NaN where a panel has another; a
+        single one, without a name, where all are of one grid."""
+        grids = dict.fromkeys(tuple(panel.shape[1:]) for row in self.panels for panel in row)
+        if len(grids) == 1:
+            return {"": self.values}
+        return {"x".join(map(str, grid)): self._of_grid(grid).values for grid in grids}
+
+    def _of_grid(self, grid: tuple[int, ...]) -> "View":
+        panels = [
+            [p if p.shape[1:] == grid else p.new_full((len(p), *grid), torch.nan) for p in row]
+            for row in self.panels
+        ]
+        return replace(self, panels=panels)
 
 
 def view(
@@ -56,8 +97,9 @@ def view(
 ) -> View:
     """The maps to be shown.
 
-    `model`: the mean map of each branch, and the rollout. `rollout`: the rollout up to each layer. `mechanism`: each
-    branch by layer, mean over heads. `heads`: each layer by head.
+    `model`: the mean map of each branch, for each group of sites whose maps lie on one grid, and the rollout.
+    `rollout`: the rollout up to each layer, to each set of tokens that came in. `mechanism`: each branch by site, mean
+    over heads. `heads`: each site by head.
 
     Args:
         maps: From `collect`.
@@ -67,51 +109,101 @@ def view(
         ratio: Share of the smallest entries of each layer that a rollout discards.
 
     Raises:
-        ZooError: AZ903, when there is no map; AZ904, when there is no such layer.
+        ZooError: AZ903, when there is no map; AZ904, when there is no such layer; AZ924, when a rollout is asked for
+            and tokens merge in a way that is not known.
     """
     check_some(maps.maps, maps.absent)
-    check_layer(len(maps.sites), layer)
-    layers = list(range(len(maps.sites))) if layer is None else [layer]
-    branches = maps.branches()
+    check_layer(maps.passage.depth, layer)
     if what == "model":
-        panels = [mean_map(maps, branch, layer) for branch in branches]
-        panels.append(maps.asked(rollout(maps, fusion, ratio, layer)))
-        return View((*branches, "rollout"), ("",), torch.stack(panels, dim=1)[:, None])
+        return _of_model(maps, layer, fusion, ratio)
     if what == "rollout":
-        all_layers = layer_maps(maps, fusion, ratio)
-        panels = [maps.asked(roll(all_layers[: i + 1])) for i in layers]
-        columns = tuple(f"up to {maps.sites[i]}" for i in layers)
-        return View(columns, ("",), torch.stack(panels, dim=1)[:, None])
-    if what == "mechanism":
-        table = [torch.stack([mean_map(maps, branch, i) for i in layers], dim=1) for branch in branches]
-        return View(tuple(maps.sites[i] for i in layers), tuple(branches), torch.stack(table, dim=1))
-    return _by_head(maps, layers)
+        return _rollouts(maps, layer, fusion, ratio)
+    sites = maps.passage.sites(layer)
+    if what == "heads":
+        return _by_head(maps, sites)
+    branches = maps.branches()
+    panels = [[mean_at(maps, branch, [site]) for site in sites] for branch in branches]
+    units = [_unit(maps, maps.passage.looks[site][1]) for site in sites]
+    return View(tuple(sites), tuple(branches), panels, [units] * len(branches))
 
 
-def _by_head(maps: Maps, layers: Sequence[int]) -> View:
-    """Layers down, the heads of each branch across."""
-    here = {(found.layer, found.branch): maps.on_grid(found) for found in maps.maps if found.layer in layers}
+def _unit(maps: Maps, *names: str) -> float:
+    """An even share of these sets of tokens."""
+    return 1 / sum(maps.passage.layouts[name].length for name in names)
+
+
+def _of_model(maps: Maps, layer: int | None, fusion: HeadFusion, ratio: float) -> View:
+    """The branches of each group, then the rollout to each set of tokens that came in, where it is known."""
+    passage, several = maps.passage, len(maps.branches()) > 1
+    shown: list[tuple[str, Tensor, float]] = []
+    for group, sites in passage.groups.items():
+        here = set(sites) & set(passage.sites(layer))
+        for branch in dict.fromkeys(found.branch for found in maps.maps if found.site in here):
+            name = f"{group} {branch}" if group and several else group or branch
+            unit = _unit(maps, passage.looks[sites[0]][1])
+            shown.append((name, mean_map(maps, branch, layer, group), unit))
+    if not passage.unknown:
+        rolled, (first, last) = rollout(maps, fusion, ratio, layer), (passage.steps[0], _last(maps, layer))
+        for name in first.tokens:
+            label = f"rollout {name}" if len(first.tokens) > 1 else "rollout"
+            shown.append((label, maps.asked(rolled, last, name), _unit(maps, *first.tokens)))
+    names, panels, units = zip(*shown, strict=True)
+    return View(names, ("",), [panels], [units])
+
+
+def _last(maps: Maps, layer: int | None) -> int:
+    """The number of the last step of a layer."""
+    steps = maps.passage.steps
+    return max(i for i, step in enumerate(steps) if layer is None or step.layer <= layer)
+
+
+def _rollouts(maps: Maps, layer: int | None, fusion: HeadFusion, ratio: float) -> View:
+    """Steps across, the sets of tokens that came in down."""
+    check_followed("this model", maps)
+    passage, all_layers = maps.passage, layer_maps(maps, fusion, ratio)
+    steps = [i for i, step in enumerate(passage.steps) if step.sites and layer in (None, step.layer)]
+    first = passage.steps[0].tokens
+    rolled = {i: roll(all_layers[: i + 1]) for i in steps}
+    panels = [[maps.asked(rolled[i], i, name) for i in steps] for name in first]
+    columns = tuple(f"up to {passage.steps[i].name}" for i in steps)
+    return View(columns, first, panels, [[_unit(maps, *first)] * len(steps)] * len(first))
+
+
+def _by_head(maps: Maps, sites: Sequence[str]) -> View:
+    """Sites down, the heads of each branch across."""
+    here = {(found.site, found.branch): maps.on_grid(found) for found in maps.maps if found.site in sites}
     heads = {
         branch: max(grid.shape[1] for (_, name), grid in here.items() if name == branch)
         for branch in dict.fromkeys(branch for _, branch in here)
     }
-    blank = torch.full((len(maps.logits), 1, *maps.layout.grid), torch.nan)
 
-    def row(layer: int) -> Tensor:
-        parts = []
+    def row(site: str) -> list[Tensor]:
+        grid = maps.passage.layouts[maps.passage.looks[site][1]].grid
+        blank = torch.full((len(maps.logits), *grid), torch.nan)
+        panels: list[Tensor] = []
         for branch, wanted in heads.items():
-            grid = here.get((layer, branch), blank[:, :0])
-            parts += [grid, blank.expand(-1, wanted - grid.shape[1], -1, -1)]
-        return torch.cat(parts, dim=1)
+            found = list(here[site, branch].unbind(1)) if (site, branch) in here else []
+            panels += found + [blank] * (wanted - len(found))
+        return panels
 
     columns = tuple(f"{branch} {i}" for branch, count in heads.items() for i in range(count))
-    return View(columns, tuple(maps.sites[i] for i in layers), torch.stack([row(i) for i in layers], dim=1))
+    units = [[_unit(maps, maps.passage.looks[site][1])] * len(columns) for site in sites]
+    return View(columns, tuple(sites), [row(site) for site in sites], units)
 
 
 def notes(maps: Maps, what: What = "model", layer: int | None = None) -> list[str]:
     """What must be said about the maps: what was averaged, what is implied, what is missing."""
-    tokens = maps.layout.length
-    heads = {found.branch: found.heads for found in maps.maps}
+    passage = maps.passage
+    tokens = ", ".join(
+        f"{name} 1/{layout.length}" if name else f"1/{layout.length}"
+        for name, layout in passage.layouts.items()
+    )
+    first = passage.steps[0].tokens if passage.steps else ("",)
+    if len(first) > 1 and what in ("model", "rollout"):
+        tokens += f", of a rollout 1/{sum(passage.layouts[name].length for name in first)}"
+    heads: dict[str, int] = {}
+    for found in maps.maps:
+        heads[found.branch] = max(found.heads, heads.get(found.branch, 0))
     count = ", ".join(f"{branch} {n}" for branch, n in heads.items())
     over = {
         "model": "mean over layers and heads",
@@ -120,12 +212,13 @@ def notes(maps: Maps, what: What = "model", layer: int | None = None) -> list[st
         "rollout": "heads fused, branches averaged, residuals added",
     }[what]
     if layer is not None:
-        over += f"; {'up to' if what == 'rollout' else 'only'} {maps.sites[layer]}"
+        over += f"; {'up to' if what == 'rollout' else 'only'} {', '.join(passage.sites(layer))}"
     lines = [
-        f"What {maps.reads} looks at: {over}. {len(maps.sites)} layers; heads: {count}.",
-        f"Numbers: least and most of a map, in even shares (1/{tokens} of the attention).",
+        f"What {maps.reads} looks at: {over}. {passage.depth} layers; heads: {count}.",
+        f"Numbers: least and most of a map, in even shares ({tokens} of the attention).",
         "Below an image: what it is, then what the model says.",
     ]
+    lines += [_of_sets(passage, what)] if len(passage.layouts) > 1 else []
     kinds = {
         "implied": "forms no weights; its map is what it does to values, exactly, for these queries and keys.",
         "gate": "gates: each token keeps its own value, times this.",
@@ -136,6 +229,17 @@ def notes(maps: Maps, what: What = "model", layer: int | None = None) -> list[st
     absent: dict[str, str] = {one.branch: one.reason for one in maps.absent}
     lines += [f"{branch} has no map: {reason}." for branch, reason in absent.items()]
     return lines
+
+
+def _of_sets(passage: Passage, what: What) -> str:
+    """What must be said where there are several sets of tokens."""
+    if what not in ("model", "rollout"):
+        return "Each map lies on the grid of the tokens that are looked at."
+    if passage.unknown:
+        return f"Each map lies on the grid of the tokens that are looked at. There is no rollout: {passage.unknown}."
+    first = passage.steps[0].tokens
+    words = f"the tokens of {' and '.join(first)}, where tokens come in"
+    return f"Each map lies on the grid of the tokens that are looked at, a rollout on {words}."
 
 
 def captions(
@@ -186,9 +290,9 @@ def heat_sheet(
     """
     blocks = [
         Shown(image, captions, values)
-        for image, captions, values in zip(images, lines, shown.values, strict=True)
+        for image, captions, values in zip(images, lines, shown.by_image(), strict=True)
     ]
-    return drawn_sheet(blocks, shown.columns, shown.rows, title, remarks, unit=1 / maps.layout.length)
+    return drawn_sheet(blocks, shown.columns, shown.rows, title, remarks, unit=np.asarray(shown.units))
 
 
 def save_sheet(

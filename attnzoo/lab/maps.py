@@ -29,9 +29,8 @@ from attnzoo.core import (
 )
 from attnzoo.core.component import NOTHING
 from attnzoo.errors import ZooError
-from attnzoo.hosts.dual import DualTransformer
-from attnzoo.hosts.given import stand_ins
-from attnzoo.hosts.pyramid import PyramidTransformer
+from attnzoo.hosts.given import stand_ins, taken
+from attnzoo.lab.passage import Passage, one_line, passage_of
 from attnzoo.lab.sites import sites_of
 from attnzoo.lab.timm_models import is_timms, pool_weights, side_by_side, tapped
 
@@ -160,10 +159,12 @@ class Maps:
         maps: In the order of layers, then of branches.
         absent: The branches that have none, and why.
         sites: Names of the sites, by layer.
-        layout: How the tokens were arranged.
-        class_token: Whether the class is read from token 0; otherwise from the mean of the grid tokens.
+        layout: How the tokens of the image were arranged.
+        class_token: Whether the class is read from token 0, where there is a special one; otherwise from the mean of
+            the grid tokens.
         logits: What the model answered, (b classes).
         readout: What else the answer is read from; None for the two usual ways.
+        course: How tokens pass through the model; None for one set of them, which meets site after site.
     """
 
     maps: tuple[Map, ...]
@@ -173,38 +174,94 @@ class Maps:
     class_token: bool
     logits: Tensor
     readout: Readout | None = None
+    course: Passage | None = None
+
+    @property
+    def passage(self) -> Passage:
+        """How tokens pass through the model."""
+        return self.course or one_line(self.sites, self.layout)
 
     @property
     def reads(self) -> str:
         """From what the answer is read, in words."""
         if self.readout is not None:
             return self.readout.name
-        return "the class token" if self.class_token else "the mean of the grid tokens"
+        passage = self.passage
+        names = passage.steps[-1].tokens if passage.steps else ("",)
+        read = [passage.layouts[name] for name in names if name not in passage.unread]
+        special = [self.class_token and bool(layout.prefix) for layout in read]
+        token, mean = "the class token", "the mean of the grid tokens"
+        if len(read) == 1:
+            return token if special[0] else mean
+        each = [f"{token if own else mean} of {name}" for own, name in zip(special, names, strict=True)]
+        return " and ".join(each)
 
     def branches(self) -> list[str]:
         """Names of the branches that have maps, in order of appearance."""
         return list(dict.fromkeys(found.branch for found in self.maps))
 
-    def asked(self, rows: Float[Tensor, "*b n m"]) -> Float[Tensor, "*b y x"]:
-        """How much the answer looks at each grid token.
+    def shares(self, step: int = -1) -> Float[Tensor, "#b n"]:
+        """How the answer reads the tokens behind a step; rows sum to 1, and streams it reads from count alike.
 
         Args:
-            rows: What token i receives of token j (... n m); the row of the class token is taken, or the mean row of
-                the grid tokens where the class is not read from a class token. With a `readout`, (b ... n m), the mean
-                by its shares.
+            step: Number of the step; the last one counts for the answer itself.
         """
-        prefix = self.layout.prefix
         if self.readout is not None:
-            row = torch.einsum("bn,b...nm->b...m", self.readout.shares.type_as(rows), rows)
-        else:
-            row = rows[..., 0, :] if self.class_token else rows[..., prefix:, :].mean(dim=-2)
-        return row[..., prefix:].unflatten(-1, self.layout.grid)
+            return self.readout.shares
+        passage = self.passage
+        tokens = passage.steps[step].tokens if passage.steps else ("",)
+        read = [name not in passage.unread for name in tokens]
+        rows = [self._row(passage.layouts[name]) * here for name, here in zip(tokens, read, strict=True)]
+        return torch.cat(rows)[None] / sum(read)
 
-    def on_grid(self, found: Map) -> Float[Tensor, "b h y x"]:
-        """A map as the answer sees it: its `asked` row, or the one map that there is."""
-        if found.weights.ndim == 4:
-            return self.asked(found.weights)
-        return found.weights[..., self.layout.prefix :].unflatten(-1, self.layout.grid)
+    def _row(self, layout: Layout) -> Float[Tensor, "n"]:
+        """How a class is read from one set of tokens: from its class token, or from the mean of its grid."""
+        row = torch.zeros(layout.length)
+        if self.class_token and layout.prefix:
+            row[0] = 1.0
+        else:
+            row[layout.prefix :] = 1 / (layout.length - layout.prefix)
+        return row
+
+    def asked(
+        self, rows: Float[Tensor, "b *l n m"], step: int = -1, of: str | None = None
+    ) -> Float[Tensor, "b ..."]:
+        """How much the answer looks at each grid token that came in.
+
+        Args:
+            rows: What token i behind a step receives of token j that came in. The row of the class token is taken, or
+                the mean row of the grid tokens where the class is not read from a class token; of two streams that are
+                read the mean of both. With a `readout` the mean by its shares.
+            step: Number of the step.
+            of: Name of a set of tokens that came in; the first when None.
+        """
+        passage = self.passage
+        row = self.read(rows, self.shares(step))
+        places = passage.places(passage.steps[0]) if passage.steps else {"": slice(None)}
+        name = next(iter(places)) if of is None else of
+        return _on_grid(row[..., places[name]], passage.layouts[name])
+
+    def read(self, rows: Float[Tensor, "b ..."], shares: Float[Tensor, "#b n"]) -> Float[Tensor, "b ..."]:
+        """The mean of rows (b ... n m), by the shares of each."""
+        return torch.einsum("bn,b...nm->b...m", shares.to(rows).expand(rows.shape[0], -1), rows)
+
+    def on_grid(self, found: Map) -> Float[Tensor, "b h *grid"]:
+        """A map as the answer sees it: the row of the class token, or the mean row of the grid tokens, of those that
+        ask; or the one map that there is.
+
+        Args:
+            found: One of the maps.
+        """
+        asks, reads = (self.passage.layouts[name] for name in self.passage.looks[found.site])
+        weights = found.weights
+        if weights.ndim == 4:
+            shares = self._row(asks)[None] if self.readout is None else self.readout.shares
+            weights = self.read(weights, shares)
+        return _on_grid(weights, reads)
+
+
+def _on_grid(row: Float[Tensor, "*b m"], layout: Layout) -> Float[Tensor, "..."]:
+    return row[..., layout.prefix :].unflatten(-1, layout.grid)
 
 
 @dataclass(frozen=True)
@@ -379,7 +436,7 @@ def look(
 
     Args:
         model: It is left as it was.
-        sites: What is put at each, by name; each is called once in a forward.
+        sites: What is put at each, by name; what is called never or several times has no map.
         inputs: What the model is called with.
         given: And what by name.
     """
@@ -392,7 +449,11 @@ def look(
 
     def reading(leaf: _Leaf) -> Callable:
         def hook(_part: nn.Module, args: tuple, context: dict, out: Tensor) -> None:
-            found[leaf] = _read(leaf, weights[leaf], args, context, out), context["layout"]
+            again = Absent(
+                **leaf.where(), reason="it is called several times in a forward, with one map each"
+            )
+            read = again if leaf in found else _read(leaf, weights[leaf], args, context, out)
+            found[leaf] = read, context["layout"]
 
         return hook
 
@@ -407,6 +468,10 @@ def look(
         for part in model.modules():
             stack.callback(setattr, part, "training", part.training)
         output = model.eval()(*inputs, **given)
+    for leaf in leaves:
+        if leaf not in found:
+            reason = "nothing calls it in eval mode"
+            found[leaf] = Absent(**leaf.where(), reason=reason), Layout((0,))
     read, layouts = zip(*(found[leaf] for leaf in leaves), strict=True)
     return Looked(read, layouts, output)
 
@@ -422,32 +487,19 @@ def collect(
         given: The maps that its components ask for, by name; made of the images (`stand_ins`) when None.
 
     Raises:
-        ZooError: AZ903, when there is no mechanism in the model and no taps can be put in, when it has two streams,
-            is one in stages or looks at windows.
+        ZooError: AZ903, when there is no mechanism in the model and no taps can be put in, or when it is one of timm's
+            in stages, or that looks at windows.
     """
-    if isinstance(model, PyramidTransformer):
-        raise ZooError(
-            "AZ903",
-            "heat maps show tokens of one grid; this model has a grid for each stage",
-            why="between stages tokens are merged, so that those of one grid cannot be followed to the next",
-            help="`attnzoo.core.watch` shows the weights of every site",
-        )
-    if isinstance(model, DualTransformer):
-        raise ZooError(
-            "AZ903",
-            "heat maps show one stream of tokens; this model has two",
-            why="what a token of one stream receives comes through both",
-            help="`attnzoo.core.watch` shows the weights of every site",
-        )
     with tapped(model):
         sites = sites_of(model)
         if given is None:
-            given = stand_ins(images, getattr(model, "given", {}))
+            given = stand_ins(images, taken(model))
         with _pooled(model) as pooled:
             looked = look(model, sites, (images,), given)
         if any(is_timms(mechanism) for mechanism in sites.values()):
             _check_one_grid(model, looked, len(images))
-    layout, output = looked.layouts[0], looked.output
+    course, output = passage_of(model, list(sites), looked.layouts[0]), looked.output
+    layout = course.layouts[course.steps[0].tokens[0] if course.steps else next(iter(course.layouts))]
     return Maps(
         maps=looked.maps,
         absent=looked.absent,
@@ -457,6 +509,7 @@ def collect(
         # a model without a classifier answers with features, which are no classes
         logits=output if getattr(model, "num_classes", None) != 0 else output.new_zeros(len(images), 0),
         readout=_readout(model, layout, len(images), pooled),
+        course=course,
     )
 
 

@@ -4,7 +4,7 @@ Abnar and Zuidema, "Quantifying Attention Flow in Transformers", 2020, arXiv:200
 fusions of heads follow Gildenblat's vit-explain, with rows that are normalised as rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Literal
@@ -30,8 +30,8 @@ def streams(subject: Subject) -> Iterator[tuple[Batch, Maps]]:
         subject: A model and its data.
 
     Raises:
-        ZooError: AZ903, when the model has no maps, two streams, or stages; AZ924, when tokens of a layer look at
-            others than those of the layer before.
+        ZooError: AZ903, when the model has no maps; AZ924, when tokens of a layer look at others than those of the
+            layer before, or merge in a way that is not known.
     """
     encoder = {name: module for name, module in subject.sites.items() if name.startswith("encoder.")}
     for batch in subject.batches:
@@ -43,15 +43,7 @@ def streams(subject: Subject) -> Iterator[tuple[Batch, Maps]]:
             about = looked.maps, looked.absent, tuple(sites), looked.layouts[0], False, looked.output
             maps = Maps(*about)
         check_some(maps.maps, maps.absent)
-        n = maps.layout.length
-        for found in maps.maps:
-            if found.weights.shape[2:] not in ((n, n), (n,)):
-                raise ZooError(
-                    "AZ924",
-                    f"the maps of `{subject.name}` cannot be followed from layer to layer",
-                    why=f"at `{found.site}` there are {found.weights.shape[-1]} keys, and {n} tokens came in",
-                    help="`attnzoo.core.watch` shows the weights of every site",
-                )
+        check_followed(f"`{subject.name}`", maps)
         yield batch, maps
 
 
@@ -80,40 +72,56 @@ def discard(weights: Float[Tensor, "b n m"], ratio: float) -> Float[Tensor, "b n
     return torch.cat([flat[:, :1], kept[:, 1:]], dim=1).view_as(weights)
 
 
-def roll(layers: Sequence[Float[Tensor, "b n n"]]) -> Float[Tensor, "b n n"]:
-    """R = Â_L … Â_1 with Â = (A + I) / 2, rows normalised to sum to 1.
+def roll(layers: Sequence[Float[Tensor, "b n m"]]) -> Float[Tensor, "b n m"]:
+    """R = Â_L … Â_1 with Â = (A + I) / 2, rows normalised to sum to 1; where tokens merge Â is A.
 
     Args:
-        layers: A non-negative map for each layer, first layer first, (b n n).
+        layers: A non-negative map for each layer, first layer first, (b n n); one that is not square merges tokens.
     """
 
-    def with_residual(a: Tensor) -> Tensor:
+    def hat(a: Tensor) -> Tensor:
+        if a.shape[-2] != a.shape[-1]:
+            return a
         a = a + torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         return a / a.sum(dim=-1, keepdim=True)
 
-    return reduce(lambda below, a: with_residual(a) @ below, layers[1:], with_residual(layers[0]))
+    return reduce(lambda below, a: hat(a) @ below, layers[1:], hat(layers[0]))
 
 
-def layer_maps(maps: Maps, fusion: HeadFusion = "mean", ratio: float = 0.0) -> list[Float[Tensor, "b n n"]]:
-    """One map per layer: heads fused in each branch, the branches that have maps averaged.
+def layer_maps(maps: Maps, fusion: HeadFusion = "mean", ratio: float = 0.0) -> list[Float[Tensor, "b n m"]]:
+    """One map for each step of the passage: heads fused in each branch, the branches that have maps averaged.
 
     Signed maps enter by their absolute values. A layer without any map enters as 0, so that only its residual counts.
+    Where both streams attend at once, n counts the tokens of the one, then those of the other, and each site's map has
+    its place among them. Where tokens merge it is how.
 
     Args:
         maps: From `collect`.
         fusion: How the heads of a branch are fused.
-        ratio: Share of the smallest entries of each layer that is discarded.
+        ratio: Share of the smallest entries of each layer that is discarded; nothing of what merges tokens is.
 
     Raises:
         ZooError: AZ903, when no layer has a map.
     """
     check_some(maps.maps, maps.absent)
-    layers = []
-    for layer in range(len(maps.sites)):
-        here = [fuse_heads(found.matrix().abs(), fusion) for found in maps.maps if found.layer == layer]
-        n, like = maps.layout.length, maps.maps[0].weights
-        mean = torch.stack(here).mean(dim=0) if here else like.new_zeros(like.shape[0], n, n)
-        layers.append(discard(mean, ratio))
+    passage, like, layers = maps.passage, maps.maps[0].weights, []
+    for step in passage.steps:
+        if step.merge is not None:
+            layers.append(step.merge.to(like).expand(like.shape[0], -1, -1))
+            continue
+        places = passage.places(step)
+        n = sum(passage.layouts[name].length for name in places)
+        joint = like.new_zeros(like.shape[0], n, n)
+        for site in step.sites:
+            asks, reads = passage.looks[site]
+            here = [
+                fuse_heads(found.matrix(passage.layouts[asks].length).abs(), fusion)
+                for found in maps.maps
+                if found.site == site
+            ]
+            if here:
+                joint[:, places[asks], places[reads]] = torch.stack(here).mean(dim=0)
+        layers.append(discard(joint, ratio))
     return layers
 
 
@@ -176,26 +184,39 @@ def rollout(
     Raises:
         ZooError: AZ903, when no layer has a map; AZ904, when there is no such layer.
     """
-    check_layer(len(maps.sites), layer)
+    check_layer(maps.passage.depth, layer)
     layers = layer_maps(maps, fusion, ratio)
-    return roll(layers if layer is None else layers[: layer + 1])
+    steps = zip(maps.passage.steps, layers, strict=True)
+    return roll([each for step, each in steps if layer is None or step.layer <= layer])
 
 
-def mean_map(maps: Maps, branch: str, layer: int | None = None) -> Float[Tensor, "b y x"]:
+def mean_map(
+    maps: Maps, branch: str, layer: int | None = None, group: str | None = None
+) -> Float[Tensor, "b *grid"]:
     """How much the answer looks at each grid token: the mean over layers and heads of one branch.
 
     Args:
         maps: From `collect`.
         branch: Name of the branch.
         layer: One layer only, from 0; None for the mean over all that have the branch. NaN where none has it.
+        group: Which group of sites, whose maps lie on one grid; the first when None.
     """
-    here = [
-        maps.on_grid(found)
-        for found in maps.maps
-        if found.branch == branch and (layer is None or found.layer == layer)
-    ]
+    group = next(iter(maps.passage.groups)) if group is None else group
+    return mean_at(maps, branch, set(maps.passage.groups[group]) & set(maps.passage.sites(layer)))
+
+
+def mean_at(maps: Maps, branch: str, sites: Collection[str]) -> Float[Tensor, "b *grid"]:
+    """How much the answer looks at each grid token at some sites whose maps lie on one grid; NaN where there is none.
+
+    Args:
+        maps: From `collect`.
+        branch: Name of the branch.
+        sites: Names of the sites.
+    """
+    here = [maps.on_grid(found) for found in maps.maps if found.branch == branch and found.site in sites]
     if not here:
-        return torch.full((len(maps.logits), *maps.layout.grid), torch.nan)
+        reads = maps.passage.looks[next(iter(sites))][1] if sites else next(iter(maps.passage.layouts))
+        return torch.full((len(maps.logits), *maps.passage.layouts[reads].grid), torch.nan)
     return torch.cat(here, dim=1).mean(dim=1)
 
 
@@ -216,6 +237,30 @@ def check_some(maps: Sequence[Map], absent: Sequence[Absent]) -> None:
             "no mechanism of this model has an attention map",
             why="; ".join(reasons),
             help="`attnzoo show NAME` says whether a mechanism forms weights",
+        )
+
+
+def check_followed(name: str, maps: Maps) -> None:
+    """Refuse maps that cannot be followed from layer to layer.
+
+    Args:
+        name: What the model is called in the message.
+        maps: From `collect`.
+
+    Raises:
+        ZooError: AZ924, when tokens merge in a way that is not known, or a map is not of the tokens there are.
+    """
+    passage, why = maps.passage, maps.passage.unknown
+    for found in maps.maps:
+        asks, reads = (passage.layouts[tokens].length for tokens in passage.looks[found.site])
+        if found.weights.shape[2:] not in ((asks, reads), (reads,)):
+            why = f"at `{found.site}` there are {found.weights.shape[-1]} keys, and {reads} tokens came in"
+    if why:
+        raise ZooError(
+            "AZ924",
+            f"the maps of {name} cannot be followed from layer to layer",
+            why=why,
+            help="`attnzoo heatmap --what mechanism` shows the map of each site",
         )
 
 

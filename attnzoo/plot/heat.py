@@ -43,12 +43,13 @@ class Shown:
     Args:
         image: Three colours or one, 0 to 255, (c y x).
         captions: Lines below the image, each with its colour; None for the usual ink.
-        values: A map for each row and column of the block, (rows columns y x); NaN where there is none.
+        values: A map for each row and column of the block, (y x), or (m) of tokens in a line, which lie on no
+            image; NaN where there is none.
     """
 
     image: UInt8[Tensor, "c y x"]
     captions: Sequence[Line]
-    values: Float[Tensor, "r k y x"]
+    values: Sequence[Sequence[Tensor]] | Float[Tensor, "r k y x"]
 
 
 def attention_map(
@@ -111,7 +112,7 @@ def heat_sheet(
     rows: Sequence[str],
     title: str,
     notes: Sequence[str] = (),
-    unit: float = 1.0,
+    unit: float | Numbers = 1.0,
 ) -> Picture:
     """A block for each image, the image first, then its maps.
 
@@ -123,20 +124,22 @@ def heat_sheet(
         rows: Names of the rows of maps; not drawn when there is one.
         title: First line.
         notes: Lines below the title, wrapped.
-        unit: What the numbers below the maps are divided by.
+        unit: What the numbers below the maps are divided by; one for all, or one for each, (rows columns).
 
     Raises:
         ZooError: AZ930, when there is no block, or names and maps are not equally many.
     """
     for one in shown:
-        if one.values.shape[:2] != (len(rows), len(columns)):
+        there = len(one.values), max((len(row) for row in one.values), default=0)
+        if there != (len(rows), len(columns)):
             raise ZooError(
                 "AZ930",
                 f"{len(rows)} names of rows and {len(columns)} of columns, "
-                f"but maps in {one.values.shape[0]} rows and {one.values.shape[1]} columns",
+                f"but maps in {there[0]} rows and {there[1]} columns",
             )
     if not shown:
         raise ZooError("AZ930", "a sheet without an image")
+    units = np.broadcast_to(np.asarray(unit, dtype=float), (len(rows), len(columns)))
     height, width = panel_size(shown[0].image.shape[1], shown[0].image.shape[2], len(columns))
     label = int(max(length(name, TEXT) for name in rows)) + GAP if len(rows) > 1 else 0
     first = MARGIN + width + 2 * GAP + label
@@ -156,7 +159,12 @@ def heat_sheet(
         for r, maps in enumerate(one.values):
             for k, heat in enumerate(maps):
                 axes = sheet.panel(lefts[k], top + r * step, width, height)
-                attention_map(heat, one.image, axes, unit=unit)
+                if len(heat.shape) == 1:
+                    attention_map(heat[None], None, axes, unit=units[r, k]).set_aspect("auto")
+                    for strip in axes.images:
+                        strip.set_interpolation("nearest")  # who stands beside whom says nothing
+                else:
+                    attention_map(heat, one.image, axes, unit=units[r, k])
                 if not i and not r:
                     name, how = spelled(cut(columns[k], width, TEXT))
                     axes.set_title(name, color=INK, fontsize=points(TEXT), pad=4, **how)

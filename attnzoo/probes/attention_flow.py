@@ -55,7 +55,9 @@ class AttentionFlow(Probe):
         flows: list[np.ndarray] = []
         rolled: list[np.ndarray] = []
         for _, maps in streams(subject):
-            n, prefix, real = maps.layout.length, maps.layout.prefix, maps.maps[0].real()
+            passage, real = maps.passage, maps.maps[0].real()
+            places = passage.places(passage.steps[0])
+            n, behind = (sum(passage.layouts[x].length for x in passage.steps[i].tokens) for i in (0, -1))
             if n > self.limit:
                 raise ZooError(
                     "AZ924",
@@ -63,33 +65,35 @@ class AttentionFlow(Probe):
                     why="a maximum flow is found for each token, in a graph of all pairs of all layers",
                     help=f"ask with limit={n}, if you have the time, or take `rollout`",
                 )
-            if self.token is not None and self.token >= n:
+            if self.token is not None and self.token >= behind:
                 raise ZooError(
-                    "AZ921", f"`attention_flow`: there is no token {self.token}", why=f"there are {n}"
+                    "AZ921", f"`attention_flow`: there is no token {self.token}", why=f"there are {behind}"
                 )
-            layers = [roll([layer.double()]) for layer in layer_maps(maps)]  # Â, (b n n) each
+            layers = [roll([layer.double()]) for layer in layer_maps(maps)]  # Â, (b n m) each
             for sample in range(min(len(maps.logits), self.samples - len(flows))):
                 hats = [layer[sample].cpu().numpy() for layer in layers]
-                top = np.zeros(n)
-                if self.token is not None or subject.kind != "images" or maps.class_token:
-                    last = int(real[sample].nonzero().max()) if subject.kind != "images" else 0
-                    top[last if self.token is None else self.token] = 1
+                top = np.zeros(behind)
+                if self.token is not None or subject.kind != "images":
+                    top[int(real[sample].nonzero().max()) if self.token is None else self.token] = 1
                 else:
-                    top[prefix:] = 1 / (n - prefix)
+                    shares = maps.shares().double().cpu()
+                    top = shares[sample % len(shares)].numpy()
                 flows.append(max_flows(hats, top))
-                rolled.append(top @ np.linalg.multi_dot([np.eye(n), *reversed(hats)]))
+                rolled.append(top @ np.linalg.multi_dot([np.eye(behind), *reversed(hats)]))
             if len(flows) == self.samples:
                 break
         flow, through = (_wide(rows) for rows in (flows, rolled))
-        spatial = maps.layout if subject.kind == "images" else None
+        spatial = subject.kind == "images"
         table = [
-            {"token": j, "place": _place(j, spatial)}
+            {"token": j, "place": _place(j, passage, places) if spatial else ""}
             | {"flow": float(np.nanmean(flow[:, j])), "rollout": float(np.nanmean(through[:, j]))}
             for j in range(flow.shape[1])
         ]
         arrays = {"flow": flow, "rollout": through}
-        if spatial is not None:
-            arrays["maps"] = flow[:, spatial.prefix :].reshape(-1, *spatial.grid)
+        if spatial:
+            name, place = next(iter(places.items()))
+            layout = passage.layouts[name]
+            arrays["maps"] = flow[:, place][:, layout.prefix :].reshape(-1, *layout.grid)
         alike = np.mean([_rank_correlation(*pair) for pair in zip(flows, rolled, strict=True)])
         figures = {"samples": len(flows), "rank correlation with rollout": float(alike)}
         return Finding.of(table, shows="flow", arrays=arrays, figures=figures)
@@ -114,29 +118,28 @@ class AttentionFlow(Probe):
 
 
 def max_flows(hats: list[np.ndarray], top: np.ndarray) -> np.ndarray:
-    """The maximum flow from one node above all layers to each first token, (n).
+    """The maximum flow from one node above all layers to each first token, (m).
 
     Args:
-        hats: Capacities of each layer, first layer first, (n n): row i is token i behind the layer.
+        hats: Capacities of each layer, first layer first, (n m): row i is token i behind the layer.
         top: Capacities from the node above to the tokens behind the last layer, (n).
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import maximum_flow
 
-    n, depth = len(top), len(hats)
-    edges = [
-        (np.zeros(n, int), 1 + np.arange(n), top)
-    ]  # node 0 above; then n nodes a layer, the last layer first
-    for below, hat in enumerate(reversed(hats), start=1):
-        above, under = np.indices((n, n)).reshape(2, -1)
-        edges.append((1 + (below - 1) * n + above, 1 + below * n + under, hat.ravel()))
+    # node 0 above; then the tokens behind each layer, the last layer first; then the first tokens
+    edges, start = [(np.zeros(len(top), int), 1 + np.arange(len(top)), top)], 1
+    for hat in reversed(hats):
+        above, under = np.indices(hat.shape).reshape(2, -1)
+        edges.append((start + above, start + len(hat) + under, hat.ravel()))
+        start += len(hat)
     tails, heads, capacities = map(np.concatenate, zip(*edges, strict=True))
     units = np.round(capacities * UNITS).astype(np.int32)
     used = units > 0
-    size = 1 + (depth + 1) * n
+    n = hats[0].shape[1]
+    size = start + n
     graph = coo_array((units[used], (tails[used], heads[used])), shape=(size, size)).tocsr()
-    first = 1 + depth * n
-    return np.array([maximum_flow(graph, 0, first + j).flow_value for j in range(n)]) / UNITS
+    return np.array([maximum_flow(graph, 0, start + j).flow_value for j in range(n)]) / UNITS
 
 
 def _wide(rows: list[np.ndarray]) -> np.ndarray:
@@ -147,12 +150,12 @@ def _wide(rows: list[np.ndarray]) -> np.ndarray:
     return found
 
 
-def _place(token: int, layout: Any) -> str:
-    """Where a token is: row and column of an image, or nothing."""
-    if layout is None:
-        return ""
-    at = token - layout.prefix
-    return f"{at // layout.grid[-1]}, {at % layout.grid[-1]}" if at >= 0 else "prefix"
+def _place(token: int, passage: Any, places: dict[str, slice]) -> str:
+    """Where a token is: row and column of an image, behind the name of its stream where there are two."""
+    name = next(name for name, place in places.items() if place.start <= token < place.stop)
+    layout, at = passage.layouts[name], token - places[name].start - passage.layouts[name].prefix
+    there = ", ".join(map(str, np.unravel_index(at, layout.grid))) if at >= 0 else "prefix"
+    return f"{name} {there}" if len(places) > 1 else there
 
 
 def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:

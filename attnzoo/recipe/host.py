@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from attnzoo.core import Layout, Site
 from attnzoo.errors import Diagnostic, Place, RecipeError, UnknownArgument, did_you_mean
 from attnzoo.hosts import seq2seq, sequence
+from attnzoo.hosts.dual import DualInfo
 from attnzoo.hosts.info import BackboneInfo, HostInfo
 from attnzoo.hosts.kinds import HOSTS
 from attnzoo.hosts.seq2seq import Seq2SeqInfo
@@ -326,9 +327,7 @@ def check_pool(recipe: Recipe, info: HostInfo, source: Source) -> None:
             "AZ318",
             f"{f'`{info.base}`' if isinstance(info, BackboneInfo) else 'a seq2seq model'} has no place for a pool",
             place=source.key_place(("pool",)),
-            why="its head reads two tokens"
-            if isinstance(info, BackboneInfo)
-            else "it answers token by token",
+            why=_no_pool(info),
             help="leave `pool:` out, or choose another host",
         )
     loc = ("host", "model", "global_pool")
@@ -341,8 +340,20 @@ def check_pool(recipe: Recipe, info: HostInfo, source: Source) -> None:
         )
 
 
+def _no_pool(info: HostInfo) -> str:
+    """Why a host has no place for a pool."""
+    if isinstance(info, DualInfo):
+        return "its classifier reads both streams, and a pool makes one token of one grid"
+    return "its head reads two tokens" if isinstance(info, BackboneInfo) else "it answers token by token"
+
+
 _NO_SKIP = {"cct": "CCT", "pyramid": "model in stages", "dual": "dual model"}
 """Kinds of host whose layers hand nothing on, in words."""
+_HANDS_NOTHING = {
+    "pyramid": "from stage to stage tokens merge, and what one hands on is not of the next one's tokens",
+    "dual": "a layer has up to four sites, and between them tokens alone go on",
+}
+"""Why, where it is not that nobody asked for it."""
 
 
 def skip_of(recipe: Recipe, info: HostInfo, source: Source) -> Skip:
@@ -371,7 +382,10 @@ def skip_of(recipe: Recipe, info: HostInfo, source: Source) -> Skip:
             "AZ314",
             f"`skip: {said.use}` cannot be put here: {what}",
             place=_place(("skip",), source),
-            help="use `merged`, or another kind of host",
+            why=_HANDS_NOTHING.get(kind, ""),
+            help="leave `skip:` out, or choose a host of kind vit or seq2seq"
+            if kind in _NO_SKIP
+            else "use `merged`, or another kind of host",
         )
     glob = said.at or info.skip_default(said.use)
     at = tuple(fnmatch.filter(names, glob))

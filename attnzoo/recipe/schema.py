@@ -628,6 +628,9 @@ class Train(_Strict):
     )
     optimizer: Optimizer = Field(default_factory=Optimizer, description="The optimiser.")
     schedule: Schedule = Field(default_factory=Schedule, description="Of the learning rate.")
+    method: Literal["dual_cross"] | None = Field(
+        default=None, description="A method of a paper, with classifiers and losses of its own."
+    )
     label_smoothing: Rate = Field(default=0.0, description="Share of a target that goes to all classes.")
     auxiliary: Annotated[float, Field(ge=0, le=1e9)] = Field(
         default=0.01, description="Weight of the losses that mechanisms add; of their mean."

@@ -72,11 +72,12 @@ class ImageTask(Task):
         return (images,), targets
 
     def losses(self, model: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
-        """Cross-entropy of each image, (b,), in nats."""
-        logits = model(*inputs, **stand_ins(inputs[0], self.inputs)).float()
-        return F.cross_entropy(
-            logits, targets, reduction="none", label_smoothing=self.settings.label_smoothing
-        )
+        """Cross-entropy of each image, (b,), in nats; with a method, what that minimises."""
+        given, smoothing = stand_ins(inputs[0], self.inputs), self.settings.label_smoothing
+        if self.settings.method is not None:
+            return model(*inputs, targets=targets, label_smoothing=smoothing, **given)
+        logits = model(*inputs, **given).float()
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
     def tally(
         self, model: nn.Module, *, device: torch.device | str = "cpu", rank: int = 0, world: int = 1

@@ -22,6 +22,7 @@ from attnzoo.recipe.schema import ImageHost, Seq2SeqHost, SequenceHost
 from attnzoo.train import checkpoint
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.kinds import load_data, task_of
+from attnzoo.train.methods import with_method
 from attnzoo.train.metrics import Evaluation, evaluate
 from attnzoo.train.record import Record
 from attnzoo.train.settings import Kind, Settings, kind_of
@@ -65,7 +66,7 @@ class Run:
             ZooError: AZ413, when it cannot be accelerated.
         """
         saved = self._newest()
-        model = build(self.loaded, {})
+        model = with_method(build(self.loaded, {}), self.settings)
         names = {"best": ("best", "ema", "model"), "last": ("ema", "model")}[which]
         with reading(saved):
             model.load_state_dict(saved.tensors(next((name for name in names if saved.has(name)), "model")))
@@ -75,11 +76,6 @@ class Run:
     def kind(self) -> Kind:
         """What it is trained on."""
         return kind_of(self.loaded, self.settings)
-
-    @property
-    def pictured(self) -> bool:
-        """Whether heat maps can be drawn of it: not of a model with two streams, or in stages."""
-        return self.loaded.recipe.host.kind not in ("dual", "pyramid")
 
     def data(self, name: str | None = None) -> Any:
         """What it is trained and tested on, as the model knows it: `ImageData`, `PairData` or `SequenceData`.

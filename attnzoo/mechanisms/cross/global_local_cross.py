@@ -54,8 +54,8 @@ class GlobalLocalCross(Mechanism):
         notes="A host of kind vit makes `rollout` itself, of the layers before; elsewhere it is the caller's. That "
         "special tokens always ask is ours: the class is read from one. The residual keeps tokens that do not ask as "
         "they are; the host's MLP then sees all, the paper's those that ask. The paper's second classifier and its "
-        "losses are left to model and training. In the last layer of a model whose class is read from the class token, "
-        "what patches receive has no say; with `global_pool: avg` it has. In the taps r counts "
+        "losses are those of `train: {method: dual_cross}`. In the last layer of a model whose class is read from the "
+        "class token, what patches receive has no say; with `global_pool: avg` it has. In the taps r counts "
         "special tokens, then chosen ones from the largest score on. The choice has no gradient.",
     )
 

@@ -46,8 +46,8 @@ class PairwiseCross(Mechanism):
         taps={"scores": "b h n w", "weights": "b h n w"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
         notes="A host of kind dual with `b: {stream: pair}` hands the context over at a.i.self, in training alone. The "
-        "paper trains with and without pairs and weighs both losses; that is left to the training. In its taps w "
-        "counts the own tokens, then those of the context.",
+        "paper trains with and without pairs and weighs both losses, as `train: {method: dual_cross}` does with a host "
+        "of kind vit. In its taps w counts the own tokens, then those of the context.",
     )
 
     def __init__(self, site: Site):
