@@ -170,12 +170,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @requires("mechanism", "pool", "fusion", share=0.4)
 def check_tensors_registered(cls: Checkable, scene: Scene) -> None:
-    """No tensor is a plain attribute, before and after a forward: `.to()` and the state dict would miss it."""
+    """No tensor is a plain attribute, before and after a forward: `.to()` and the state dict would miss it.
+
+    PyTorch's own modules move what they keep beside: recurrent ones have their parameters in a list, too.
+    """
     component = scene.build()
     for when in ("built", "run"):
         if when == "run":
             scene.run(component.train(), scene.inputs())
         for path, module in component.named_modules():
+            if type(module).__module__.startswith("torch.nn."):
+                continue
             for name, value in vars(module).items():
                 if name in ("_parameters", "_buffers", "_modules"):
                     continue
