@@ -2,12 +2,20 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import timm
 import torch
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
+from typer.testing import CliRunner
 
-from attnzoo.lab.maps import look
+from attnzoo.bench.composition import default_image
+from attnzoo.cli.app import app
+from attnzoo.errors import ZooError
+from attnzoo.lab.heatmap import view
+from attnzoo.lab.maps import collect, look
+from attnzoo.lab.rollout import rollout
 from attnzoo.lab.sites import sites_of
 from attnzoo.lab.timm_models import tapped
 from attnzoo.lab.windows import Windows
@@ -123,3 +131,94 @@ def test_the_map_is_what_a_block_does(name, size):
         assert float(folded.sum(dim=-1).max()) < 1 + 1e-5
     assert least.get(True, 1.0) > 1 - 1e-5
     assert size == (32, 32) or least[False] < 0.99  # what goes to tokens that are none
+
+
+# Heat maps
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_maps_lie_on_the_grid_of_their_stage(name):
+    model, x = made(name), images(32, 32)
+    with torch.no_grad():
+        plain = model(x)
+    maps = collect(model, x)
+    torch.testing.assert_close(maps.logits, plain, rtol=1e-4, atol=1e-5)
+    assert maps.reads == "the mean of the grid tokens" and maps.passage.depth == 4
+    assert {k: v.grid for k, v in maps.passage.layouts.items()} == {"layers.0": (8, 8), "layers.1": (4, 4)}
+    for found, side, heads in zip(maps.maps, (8, 8, 4, 4), (2, 2, 4, 4), strict=True):
+        assert found.weights.shape[2:] == (16, 16)  # window by window, until somebody asks
+        whole = found.matrix()
+        assert whole.shape == (2, heads, side * side, side * side)
+        torch.testing.assert_close(whole.sum(dim=-1), torch.ones_like(whole[..., 0]))
+        torch.testing.assert_close(maps.on_grid(found), whole.mean(dim=2).unflatten(-1, (side, side)))
+    shown = view(maps, "mechanism")
+    assert [tuple(panel.shape) for panel in shown.panels[0]] == [(2, 8, 8)] * 2 + [(2, 4, 4)] * 2
+    assert view(maps, "model").columns == ("layers.0", "layers.1")
+    with pytest.raises(ZooError, match="four tokens become one, and how much"):
+        view(maps, "rollout")
+
+
+@torch.no_grad()
+def test_a_position_that_is_planted_is_where_it_is():
+    """A table that sends every token to the one at its right, in windows of a shifted block."""
+    model = made(NAMES[0])
+    attn = model.layers[0].blocks[1].attn
+    attn.qkv.weight.zero_(), attn.qkv.bias.zero_(), attn.relative_position_bias_table.zero_()
+    offsets = attn.relative_position_index  # (16 16), numbers of offsets
+    attn.relative_position_bias_table[offsets[0, 1]] = 30.0
+    whole = collect(model, images(32, 32)).maps[1].matrix()
+    for y in range(8):
+        for x in range(8):
+            found = whole[0, 0, 8 * y + x].unflatten(0, (8, 8))
+            edge = x % 4 == 1 or x == 7  # at the right of its window, or of the image: its right is hidden
+            assert edge or found[y, x + 1] > 0.99
+
+
+@torch.no_grad()
+def test_one_layer_is_folded_when_one_is_asked_for(monkeypatch):
+    maps, folded, fold = collect(made(NAMES[0]), images(32, 32)), [], Windows.fold
+    monkeypatch.setattr(Windows, "fold", lambda self, weights: folded.append(1) or fold(self, weights))
+    view(maps, "heads", layer=1)
+    assert len(folded) == 1
+
+
+@torch.no_grad()
+def test_windows_of_one_stage_have_a_rollout():
+    maps = collect(made(NAMES[0], depths=(2,), num_heads=(2,)), images(32, 32))
+    rolled = rollout(maps)
+    torch.testing.assert_close(rolled.sum(dim=-1), torch.ones(2, 64))
+    first, second = (found.matrix().mean(dim=1) + torch.eye(64) for found in maps.maps)
+    torch.testing.assert_close(rolled, second @ first / 4)
+
+
+def test_windows_that_nobody_cut_are_refused():
+    """A block of another class may cut its grid in another way."""
+
+    class Other(SwinTransformerBlock):
+        pass
+
+    model = made(NAMES[0])
+    model.layers[0].blocks[1].__class__ = Other
+    with pytest.raises(ZooError, match="parts of an image"):
+        collect(model, images(32, 32))
+
+
+def test_a_heat_map_of_swin_is_drawn(tmp_path):
+    out = tmp_path / "maps.png"
+    said = CliRunner().invoke(
+        app,
+        [
+            "heatmap",
+            NAMES[0],
+            str(default_image()),
+            "--what",
+            "heads",
+            "--layer",
+            "3",
+            "--out",
+            str(out),
+            "--npy",
+        ],
+    )
+    assert said.exit_code == 0, said.output
+    assert np.load(tmp_path / "maps.npy").shape == (1, 1, 6, 28, 28)
