@@ -172,21 +172,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def check_tensors_registered(cls: Checkable, scene: Scene) -> None:
     """No tensor is a plain attribute, before and after a forward: `.to()` and the state dict would miss it.
 
-    PyTorch's own modules move what they keep beside: recurrent ones have their parameters in a list, too.
+    PyTorch's own recurrent modules keep their parameters in a list, too, and keep it in step.
     """
     component = scene.build()
     for when in ("built", "run"):
         if when == "run":
             scene.run(component.train(), scene.inputs())
         for path, module in component.named_modules():
-            if type(module).__module__.startswith("torch.nn."):
-                continue
+            kept = set(map(id, module.parameters())) if isinstance(module, nn.RNNBase) else set()
             for name, value in vars(module).items():
                 if name in ("_parameters", "_buffers", "_modules"):
                     continue
                 full = f"{path}.{name}" if path else name
                 claim(
-                    next(_tensors(value), None) is None,
+                    all(id(tensor) in kept for tensor in _tensors(value)),
                     "tensors are parameters or buffers, so that `.to()` and the state dict know them",
                     f"`{full}` is a plain attribute once it is {when}",
                 )
