@@ -13,7 +13,6 @@ BROKEN = [
     ("check_tensors_registered", heads.KeepsStateToItself, heads.Healthy),
     ("check_tensors_registered", state.KeepsPlainTensor, heads.Healthy),
     ("check_tensors_registered", state.KeepsLastMap, heads.Healthy),
-    ("check_tensors_registered", state.KeepsBesideItsCell, tokens.HealthyTokens),
     ("check_parameters_train", state.FreezesParameter, heads.Healthy),
     ("check_moves", state.StaysOnCpu, heads.Healthy),
     ("check_no_weight_decay", heads.NamesNoParameter, heads.Healthy),

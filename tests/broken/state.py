@@ -78,18 +78,6 @@ class KeepsPlainTensor(Healthy):
         return super().score(q, k) * self.slopes.to(q)[:, None, None]
 
 
-class KeepsBesideItsCell(HealthyTokens):
-    """A tensor that hangs on a recurrent module of PyTorch's, and is none of its parameters."""
-
-    def __init__(self, site, *, gate="open"):
-        super().__init__(site, gate=gate)
-        self.cell = torch.nn.GRU(site.dim, site.dim, batch_first=True)
-        self.cell.first = torch.ones(site.dim)
-
-    def mean(self, x, mask, layout):
-        return self.cell(super().mean(x, mask, layout) * self.cell.first.to(x))[0]
-
-
 class StaysOnCpu(Healthy):
     def score(self, q, k):
         return super().score(q, k) * (1 + torch.arange(k.shape[2]) * 0)

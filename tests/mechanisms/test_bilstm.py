@@ -15,7 +15,7 @@ from attnzoo.testing import against
 
 def lstm(cell, x, h, c):
     """One step: PyTorch keeps the rows of the gates i, f, g, o below each other."""
-    rows = cell.weight_ih_l0 @ x + cell.bias_ih_l0 + cell.weight_hh_l0 @ h + cell.bias_hh_l0
+    rows = cell.weight_ih @ x + cell.bias_ih + cell.weight_hh @ h + cell.bias_hh
     i, f, g, o = rows.chunk(4)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
@@ -24,8 +24,8 @@ def lstm(cell, x, h, c):
 def gru(cell, x, h, c):
     """One step: r, z, g; r weighs what the state says before the tanh, with its bias."""
     (xr, xz, xg), (hr, hz, hg) = (
-        (cell.weight_ih_l0 @ x + cell.bias_ih_l0).chunk(3),
-        (cell.weight_hh_l0 @ h + cell.bias_hh_l0).chunk(3),
+        (cell.weight_ih @ x + cell.bias_ih).chunk(3),
+        (cell.weight_hh @ h + cell.bias_hh).chunk(3),
     )
     z, g = torch.sigmoid(xz + hz), torch.tanh(xg + torch.sigmoid(xr + hr) * hg)
     return z * h + (1 - z) * g, c
@@ -127,7 +127,7 @@ def test_hand_an_lstm_that_halves():
     """No weights but a bias of 1 for g: c₁ = tanh(1)/2, c₂ = 3/2 c₁, h = tanh(c)/2; W_post adds both ways."""
     part = set_all(BiLSTM(place(1)), 0.0)
     for cell in (*part.onwards, *part.backwards):
-        cell.bias_ih_l0.data[2] = 1.0
+        cell.bias_ih.data[2] = 1.0
     part.post.weight.data.fill_(1.0)
     first, second = (math.tanh(share * math.tanh(1.0)) / 2 for share in (0.5, 0.75))
     near(part(line(5.0, -7.0), **WHERE), [first + second, second + first])
@@ -136,7 +136,7 @@ def test_hand_an_lstm_that_halves():
 def test_hand_a_gru_that_halves():
     """No weights but a bias of 1 for g: h₁ = tanh(1)/2, h₂ = h₁/2 + tanh(1)/2; only the way back is asked for."""
     part = set_all(BiLSTM(place(1), cell="gru"), 0.0)
-    part.backwards[0].bias_ih_l0.data[2] = 1.0
+    part.backwards[0].bias_ih.data[2] = 1.0
     part.post.weight.data.copy_(torch.tensor([[0.0, 1.0]]))
     near(part(line(5.0, -7.0), **WHERE), [0.75 * math.tanh(1.0), 0.5 * math.tanh(1.0)])
 
@@ -164,8 +164,8 @@ def test_identity_one_cell_of_all_channels_without_weights_between_heads(cell):
             bias = torch.zeros(gates, 12).double()
             for i, one in enumerate(cells):
                 at = slice(i * d, (i + 1) * d)
-                weight[:, at, at] = getattr(one, f"weight_{kind}_l0").detach().view(gates, d, d)
-                bias[:, at] = getattr(one, f"bias_{kind}_l0").detach().view(gates, d)
+                weight[:, at, at] = getattr(one, f"weight_{kind}").detach().view(gates, d, d)
+                bias[:, at] = getattr(one, f"bias_{kind}").detach().view(gates, d)
             getattr(whole, f"weight_{kind}_l0{suffix}").data.copy_(weight.flatten(0, 1))
             getattr(whole, f"bias_{kind}_l0{suffix}").data.copy_(bias.flatten())
     near(part(x, layout=Layout((7,))), part.post(whole(part.pre(x))[0]), 1e-10)

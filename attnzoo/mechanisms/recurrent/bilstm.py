@@ -10,7 +10,32 @@ from torch import Tensor, nn
 
 from attnzoo.core import Card, Family, Mechanism, Paper, Site
 
-CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
+
+class Cell(nn.Module):
+    """An LSTM or a GRU from the first token to the last, (b n d) -> (b n d), with PyTorch's names and first values.
+
+    PyTorch's own modules stop `torch.compile`; the functions that they call do not.
+
+    Args:
+        d: Channels of the tokens, and of what is carried.
+        gates: Four for an LSTM, three for a GRU.
+    """
+
+    def __init__(self, d: int, gates: int):
+        super().__init__()
+        self.gates = gates
+        self.weight_ih, self.weight_hh = (nn.Parameter(torch.empty(gates * d, d)) for _ in range(2))
+        self.bias_ih, self.bias_hh = (nn.Parameter(torch.empty(gates * d)) for _ in range(2))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(d**-0.5), d**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, zero = list(self.parameters()), x.new_zeros(1, x.shape[0], x.shape[2])
+        # biases, layers, dropout, gradients, not both ways, batch first
+        how = (True, 1, 0.0, True, False, True)
+        if self.gates == 4:
+            return torch.lstm(x, (zero, zero), weights, *how)[0]
+        return torch.gru(x, zero, weights, *how)[0]
 
 
 class BiLSTM(Mechanism):
@@ -58,10 +83,10 @@ class BiLSTM(Mechanism):
         cell: Literal["lstm", "gru"] = "lstm",
     ):
         super().__init__(site)
-        c, h, d = site.dim, site.heads, site.head_dim
+        c, h, d, gates = site.dim, site.heads, site.head_dim, 3 + (cell == "lstm")
         self.pre = nn.Linear(c, c)
-        self.onwards = nn.ModuleList(CELLS[cell](d, d, batch_first=True) for _ in range(h))
-        self.backwards = nn.ModuleList(CELLS[cell](d, d, batch_first=True) for _ in range(h))
+        self.onwards = nn.ModuleList(Cell(d, gates) for _ in range(h))
+        self.backwards = nn.ModuleList(Cell(d, gates) for _ in range(h))
         self.variant = variant
         if variant == "post":
             self.post = nn.Linear(2 * c, c)
@@ -88,9 +113,8 @@ def carried(cells: nn.ModuleList, x: Tensor, there: Tensor | None) -> Tensor:
         there: Which tokens exist, (b n); None when all do.
     """
     if there is None:
-        return torch.stack([cell(x[:, :, i])[0] for i, cell in enumerate(cells)], dim=2)
-    order = (
-        (~there).byte().argsort(dim=1, stable=True)[:, :, None, None].expand_as(x)
-    )  # those that exist come first
+        return torch.stack([cell(x[:, :, i]) for i, cell in enumerate(cells)], dim=2)
+    # those who exist come first
+    order = (~there).byte().argsort(dim=1, stable=True)[:, :, None, None].expand_as(x)
     heads = carried(cells, x.gather(1, order), None)
     return torch.zeros_like(heads).scatter(1, order, heads).masked_fill(~there[:, :, None, None], 0.0)
