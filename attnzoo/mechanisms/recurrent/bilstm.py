@@ -30,7 +30,7 @@ class Cell(nn.Module):
             nn.init.uniform_(parameter, -(d**-0.5), d**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, zero = list(self.parameters()), x.new_zeros(1, x.shape[0], x.shape[2])
+        weights, zero = tuple(self.parameters()), x.new_zeros(1, x.shape[0], x.shape[2])
         # biases, layers, dropout, gradients, not both ways, batch first
         how = (True, 1, 0.0, True, False, True)
         if self.gates == 4:
