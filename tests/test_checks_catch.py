@@ -6,8 +6,10 @@ import pytest
 from broken import BROKEN, HEALTHY
 from broken.heads import ForgetsCausality, Healthy, UsesGlobalRandomness
 
+from attnzoo.core import Layout, Site
 from attnzoo.errors import CheckError
-from attnzoo.testing import CHECKS, check, load_file
+from attnzoo.mechanisms.channel.squeeze_excite import SqueezeExcite
+from attnzoo.testing import CHECKS, Scene, check, load_file
 from attnzoo.testing.report import as_dict, summary
 from attnzoo.testing.runner import checks_for, run_check
 
@@ -38,6 +40,12 @@ def test_a_healthy_sibling_passes(name, healthy):
 @pytest.mark.parametrize("healthy", HEALTHY, ids=lambda cls: cls.__name__)
 def test_healthy_parts_pass_every_check(healthy):
     assert [str(result) for result in check(healthy, 50) if not result.ok] == []
+
+
+def test_a_rectifier_behind_a_mean_is_given_means_to_learn_of():
+    """Of this scene's eight rectifiers one stays closed for the mean of tokens that are drawn one by one."""
+    site = Site("check", dim=2, heads=1, layout=Layout((3, 5), prefix=2), qkv_bias=False, proj_bias=False)
+    CHECKS["check_every_entry_learns"](SqueezeExcite, Scene(SqueezeExcite, site, batch=2, seed=2440))
 
 
 def test_every_check_catches_something():

@@ -101,6 +101,16 @@ def test_first_the_new_attention_then_all():
     assert found.recovered == pytest.approx(found.stages[-1].accuracy / found.donor)
 
 
+def test_an_lstm_learns_what_attention_gives():
+    """FAR's own mechanism: blocks come nearer to the donor's, and nothing but the LSTM has changed."""
+    made, _ = attnzoo.graft(donor(), {**ELU, "attention": "bilstm"})
+    before = {name: p.clone() for name, p in made.named_parameters()}
+    graft, distilled = attnzoo.distil(made, settings(epochs=3), teacher=donor(), finetune=0).stages
+    assert all(1 - new < 0.8 * (1 - old) for old, new in zip(graft.cosines, distilled.cosines, strict=True))
+    changed = {name for name, p in made.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if ".attn." in name}
+
+
 def test_the_donor_teaches_when_nobody_else_is_named():
     made, other = (attnzoo.graft(donor(), ELU)[0] for _ in range(2))
     one = attnzoo.distil(made, settings(), finetune=0)

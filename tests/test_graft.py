@@ -296,6 +296,16 @@ def test_what_was_drawn_stays_drawn():
     assert not torch.equal(attn.q, model.blocks[0].attn.qkv.weight.chunk(3)[0])
 
 
+def test_an_lstm_keeps_the_output_projection_where_it_has_one():
+    """`bilstm`: in the later version of FAR the donor's; of the first, whose map takes both ways at once, nothing."""
+    model = tiny()
+    made, ledger = attnzoo.graft(model, spec({"use": "bilstm", "with": {"variant": "head_proj"}}))
+    told = kinds(ledger)
+    assert told["proj.weight"] == [("copied", "proj.weight")] and told["pre.weight"] == [("new", None)]
+    assert torch.equal(made.blocks[0].attn.proj.weight, model.blocks[0].attn.proj.weight)
+    assert kinds(attnzoo.graft(model, spec("bilstm"))[1])["post.weight"] == [("new", None)]
+
+
 def test_branches_on_tokens_all_get_the_projections_but_in_a_series():
     model = tiny()
     two = ["softmax", "elu_linear"]

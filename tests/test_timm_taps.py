@@ -486,8 +486,6 @@ def test_the_weights_of_a_pool_are_its_own():
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        ("swin_tiny_patch4_window7_224", {}, "windows"),
-        ("swinv2_tiny_window8_256", {}, "windows"),
         ("vit_small_patch16_18x2_224", {}, "side by side"),
         ("pit_ti_224", {"base_dims": [8, 8, 8], "heads": [1, 2, 4], "depth": [1, 1, 1]}, "merged"),
     ],

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,7 @@ from attnzoo.hosts.given import stand_ins, taken
 from attnzoo.lab.passage import Passage, one_line, passage_of
 from attnzoo.lab.sites import sites_of
 from attnzoo.lab.timm_models import is_timms, pool_weights, side_by_side, tapped
+from attnzoo.lab.windows import InWindows, Windows
 
 Kind = Literal["weights", "pooled", "gate", "implied"]
 
@@ -54,9 +55,10 @@ class Map:
         kind: `weights`, seen by a tap or the product of two, (b h n m). `pooled`, seen by a tap, (b h m): every token
             receives the same weighted sum. `gate`, seen by a tap, (b h m): token j receives its own value times its
             weight. `implied`, (b h n m), of a head without weights that is linear in its values.
-        weights: (b h n m) or (b h m).
+        weights: (b h n m) or (b h m); where attention looks at windows of a grid, those of each window, (b·w h n n).
         stochastic: Whether the card claims that rows are non-negative and sum to 1.
         allowed: Who may attend to whom, broadcasts to (b h n m); None when all may.
+        windows: How the grid is cut into them; None where tokens are not.
     """
 
     site: str
@@ -67,6 +69,7 @@ class Map:
     weights: Tensor
     stochastic: bool
     allowed: Tensor | None = None
+    windows: Windows | None = None
 
     @property
     def heads(self) -> int:
@@ -76,10 +79,14 @@ class Map:
     def matrix(self, queries: int | None = None) -> Float[Tensor, "b h n m"]:
         """What token i receives of token j: a pooled map is the same row n times, a gate a diagonal times m.
 
+        Windows are blocks in the map of their grid, which is made when it is asked for and not kept.
+
         Args:
             queries: How many tokens receive, n; as many as there are keys when None.
         """
         m = self.weights.shape[-1]
+        if self.windows is not None:
+            return self.windows.fold(self.weights)
         if self.kind == "pooled":
             return self.weights[:, :, None].expand(-1, -1, queries or m, -1)
         if self.kind == "gate":
@@ -253,7 +260,7 @@ class Maps:
             found: One of the maps.
         """
         asks, reads = (self.passage.layouts[name] for name in self.passage.looks[found.site])
-        weights = found.weights
+        weights = found.weights if found.windows is None else found.matrix()
         if weights.ndim == 4:
             shares = self._row(asks)[None] if self.readout is None else self.readout.shares
             weights = self.read(weights, shares)
@@ -488,7 +495,7 @@ def collect(
 
     Raises:
         ZooError: AZ903, when there is no mechanism in the model and no taps can be put in, or when it is one of timm's
-            in stages, or that looks at windows.
+            in stages that are not Swin's.
     """
     with tapped(model):
         sites = sites_of(model)
@@ -496,12 +503,14 @@ def collect(
             given = stand_ins(images, taken(model))
         with _pooled(model) as pooled:
             looked = look(model, sites, (images,), given)
-        if any(is_timms(mechanism) for mechanism in sites.values()):
+        cut = [layout.windows if isinstance(layout, InWindows) else None for layout in looked.layouts]
+        if any(is_timms(mechanism) for mechanism in sites.values()) and None in cut:
             _check_one_grid(model, looked, len(images))
-    course, output = passage_of(model, list(sites), looked.layouts[0]), looked.output
+    course = passage_of(model, list(sites), looked.layouts)
+    output = looked.output
     layout = course.layouts[course.steps[0].tokens[0] if course.steps else next(iter(course.layouts))]
     return Maps(
-        maps=looked.maps,
+        maps=tuple(replace(one, windows=cut[one.layer]) for one in looked.maps) if any(cut) else looked.maps,
         absent=looked.absent,
         sites=tuple(sites),
         layout=layout,

@@ -1,7 +1,8 @@
 """How tokens pass through a model of images: which there are, which sites they meet in turn, where they merge.
 
 Most models have one set of tokens, which meets site after site. Both streams of a `dual` model meet the sites of
-self-attention of a layer at once, then those of cross-attention; the tokens of a `pyramid` model merge between stages.
+self-attention of a layer at once, then those of cross-attention; tokens of a `pyramid` model and of timm's Swin merge
+between stages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from attnzoo.core import Layout
 from attnzoo.hosts.dual import DualTransformer
 from attnzoo.hosts.pyramid import PyramidTransformer
+from attnzoo.lab.windows import InWindows, Windows
 
 
 @dataclass(frozen=True)
@@ -92,19 +94,20 @@ def one_line(sites: Sequence[str], layout: Layout) -> Passage:
     return Passage({"": layout}, dict.fromkeys(sites, ("", "")), steps, {"": tuple(sites)})
 
 
-def passage_of(model: nn.Module, sites: Sequence[str], layout: Layout) -> Passage:
+def passage_of(model: nn.Module, sites: Sequence[str], layouts: Sequence[Layout]) -> Passage:
     """How tokens pass through a model in eval mode.
 
     Args:
         model: A model of images.
         sites: Names of its sites that are not left empty.
-        layout: How its tokens are arranged, if it has one set of them.
+        layouts: How the keys of each mechanism were arranged; all alike, if it has one set of tokens.
     """
     if isinstance(model, DualTransformer):
         return _of_two_streams(model, sites)
     if isinstance(model, PyramidTransformer):
         return _of_stages(model, sites)
-    return one_line(sites, layout)
+    cut = [layout.windows for layout in layouts if isinstance(layout, InWindows) and layout.windows]
+    return _of_windows(sites, cut) if cut else one_line(sites, layouts[0])
 
 
 def _of_two_streams(model: DualTransformer, sites: Sequence[str]) -> Passage:
@@ -147,6 +150,17 @@ def _of_stages(model: PyramidTransformer, sites: Sequence[str]) -> Passage:
             steps.append(Step(site, layer, (site,), (stage,)))
             layer += 1
     return Passage(layouts, looks, tuple(steps), groups, unknown=unknown)
+
+
+def _of_windows(sites: Sequence[str], cut: Sequence[Windows]) -> Passage:
+    """The stages of timm's Swin, each with a grid: `layers.0` of `layers.0.blocks.1`."""
+    stages = {site: site.partition(".blocks.")[0] for site in sites}
+    layouts = {stage: Layout(windows.grid) for stage, windows in zip(stages.values(), cut, strict=True)}
+    groups = {own: tuple(site for site in sites if stages[site] == own) for own in layouts}
+    steps = tuple(Step(site, i, (site,), (stages[site],)) for i, site in enumerate(sites))
+    looks = {site: (stage, stage) for site, stage in stages.items()}
+    merges = "between its stages four tokens become one, and how much each of them counts is not known"
+    return Passage(layouts, looks, steps, groups, unknown=merges if len(layouts) > 1 else "")
 
 
 @torch.no_grad()

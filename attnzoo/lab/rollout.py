@@ -104,14 +104,14 @@ def layer_maps(maps: Maps, fusion: HeadFusion = "mean", ratio: float = 0.0) -> l
         ZooError: AZ903, when no layer has a map.
     """
     check_some(maps.maps, maps.absent)
-    passage, like, layers = maps.passage, maps.maps[0].weights, []
+    passage, like, layers, b = maps.passage, maps.maps[0].weights, [], len(maps.logits)
     for step in passage.steps:
         if step.merge is not None:
-            layers.append(step.merge.to(like).expand(like.shape[0], -1, -1))
+            layers.append(step.merge.to(like).expand(b, -1, -1))
             continue
         places = passage.places(step)
         n = sum(passage.layouts[name].length for name in places)
-        joint = like.new_zeros(like.shape[0], n, n)
+        joint = like.new_zeros(b, n, n)
         for site in step.sites:
             asks, reads = passage.looks[site]
             here = [
@@ -253,7 +253,7 @@ def check_followed(name: str, maps: Maps) -> None:
     passage, why = maps.passage, maps.passage.unknown
     for found in maps.maps:
         asks, reads = (passage.layouts[tokens].length for tokens in passage.looks[found.site])
-        if found.weights.shape[2:] not in ((asks, reads), (reads,)):
+        if found.windows is None and found.weights.shape[2:] not in ((asks, reads), (reads,)):
             why = f"at `{found.site}` there are {found.weights.shape[-1]} keys, and {reads} tokens came in"
     if why:
         raise ZooError(

@@ -37,6 +37,7 @@ from attnzoo.core import (
 from attnzoo.errors import ZooError
 from attnzoo.functional import attention_from_scores
 from attnzoo.hosts.timm_vit import from_timm
+from attnzoo.lab.windows import InWindows, Windows
 from attnzoo.zoo import load_zoo
 
 
@@ -155,10 +156,42 @@ class _Cut:
         self.grid.last = tuple(embed.dynamic_feat_size(tuple(args[0].shape[-2:])))
 
 
+class _Parted(threading.local):
+    """The grid that a block of this thread cut into windows last, and their shift; copies begin with none."""
+
+    last: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+@dataclass(frozen=True)
+class _Partition:
+    """A hook before a block that notes how it will cut its tokens (b y x c) into windows for its attention."""
+
+    parted: _Parted
+
+    def __call__(self, block: Any, args: tuple) -> None:
+        self.parted.last = (tuple(args[0].shape[1:3]), tuple(block.shift_size)) if args else None
+
+    def layout(self, windows: int, size: tuple[int, int]) -> InWindows:
+        """How the tokens of a window lie.
+
+        Args:
+            windows: Of all images.
+            size: Rows and columns of a window.
+        """
+        if self.parted.last is None:
+            return InWindows(size)
+        grid, shift = self.parted.last
+        cut = Windows(grid, size, shift)
+        return InWindows(size, windows=None if windows % cut.count else cut)
+
+
 Call = tuple[Mask, Layout]
 """What a mechanism is told beside its tokens."""
 Reading = Callable[..., Call]
-"""Reads a call of timm's: the mechanism, the arrangement, then timm's own arguments."""
+"""Reads a call of timm's: the mechanism, the arrangement or partition, then timm's own arguments."""
 
 
 def _plain(
@@ -187,16 +220,17 @@ def _mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Mask:
     return from_timm(attn_mask, is_causal)
 
 
-def _swin(mech: Any, lie: _Arrangement, x: Tensor, mask: Tensor | None = None) -> Call:
+def _swin(mech: Any, lie: _Partition, x: Tensor, mask: Tensor | None = None) -> Call:
     added = _beside(_table(mech), mask, x.shape[0])
-    return AddedScores(added=added), Layout(tuple(mech.window_size))
+    return AddedScores(added=added), lie.layout(x.shape[0], tuple(mech.window_size))
 
 
-def _swin_v2(mech: Any, lie: _Arrangement, x: Tensor, mask: Tensor | None = None) -> Call:
+def _swin_v2(mech: Any, lie: _Partition, x: Tensor, mask: Tensor | None = None) -> Call:
     table = mech.cpb_mlp(mech.relative_coords_table).view(-1, mech.heads)  # continuous positions, eq. 3
     bias = 16 * torch.sigmoid(table[mech.relative_position_index].permute(2, 0, 1).contiguous())[None]
     added, temperature = _beside(bias, mask, x.shape[0]), mech.logit_scale.clamp(max=math.log(100.0)).exp()
-    return AddedScores(added=added, temperature=temperature), Layout(tuple(mech.window_size))
+    layout = lie.layout(x.shape[0], tuple(mech.window_size))
+    return AddedScores(added=added, temperature=temperature), layout
 
 
 def _beit(mech: Any, lie: _Arrangement, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Call:
@@ -234,10 +268,12 @@ class _Kind:
     Args:
         read: Reads a call of its forward.
         biased: Whether something is added to the scores.
+        windows: Whether the block around it cuts a grid into windows.
     """
 
     read: Reading
     biased: bool = False
+    windows: bool = False
 
 
 KINDS: Mapping[type, _Kind] = {
@@ -246,10 +282,12 @@ KINDS: Mapping[type, _Kind] = {
     EvaAttention: _Kind(_rotary),
     beit.Attention: _Kind(_beit, biased=True),
     vision_transformer_relpos.RelPosAttention: _Kind(_relpos, biased=True),
-    swin_transformer.WindowAttention: _Kind(_swin, biased=True),
-    swin_transformer_v2.WindowAttention: _Kind(_swin_v2, biased=True),
+    swin_transformer.WindowAttention: _Kind(_swin, biased=True, windows=True),
+    swin_transformer_v2.WindowAttention: _Kind(_swin_v2, biased=True, windows=True),
 }
 """timm's classes of attention that can have taps."""
+BLOCKS_OF_WINDOWS = {swin_transformer.SwinTransformerBlock, swin_transformer_v2.SwinTransformerV2Block}
+"""timm's blocks of which it is known how they cut a grid into windows."""
 
 _AT_ONCE = "which projects for attention and MLP at once, so that no attention is there by itself"
 _CHANNELS = "where channels look at channels, and no token at another"
@@ -278,7 +316,7 @@ class _AsTimmCalls:
     """A hook before a mechanism that is called as timm calls its attention."""
 
     read: Reading
-    lie: _Arrangement
+    lie: _Arrangement | _Partition
 
     def __call__(self, mech: nn.Module, args: tuple, said: dict[str, Any]) -> tuple | None:
         if "layout" in said:  # somebody who knows what it is
@@ -377,10 +415,15 @@ def _tap(model: nn.Module, stack: ExitStack) -> None:
     with torch.device("meta"):  # what it has of its own is never used
         for i, (parent, name, path) in enumerate(places):
             donor = parent.get_submodule(name)
-            if donor not in mechanisms:
-                mechanisms[donor] = _around(
-                    donor, softmax, path.rpartition(".")[0] or path, i, len(places), lie
-                )
+            if donor in mechanisms:
+                continue
+            about: _Arrangement | _Partition = lie
+            if KINDS[type(donor)].windows:
+                about = _Partition(_Parted())
+                if type(parent) in BLOCKS_OF_WINDOWS:
+                    stack.callback(parent.register_forward_pre_hook(about).remove)
+            site = path.rpartition(".")[0] or path
+            mechanisms[donor] = _around(donor, softmax, site, i, len(places), about)
     lie.follow(stack)
     for donor, mech in mechanisms.items():
         stack.callback(_give_back, donor, mech, _lend(donor, mech), donor.training)
@@ -393,7 +436,7 @@ def _tap(model: nn.Module, stack: ExitStack) -> None:
 
 
 def _around(
-    donor: Any, softmax: type[Head], name: str, layer: int, depth: int, lie: _Arrangement
+    donor: Any, softmax: type[Head], name: str, layer: int, depth: int, lie: _Arrangement | _Partition
 ) -> MultiHead:
     """A mechanism as timm's attention is, with projections that are still to be lent."""
     kind = KINDS[type(donor)]

@@ -15,13 +15,27 @@ from attnzoo.testing.strategies import Checkable, Scene
 
 LEARNS = 1e-9
 """Least gradient, relative to the largest one of the same tensor, that is more than rounding."""
+TOGETHER = (1.0, 3.0, 10.0)
+"""How far all tokens are moved together, in turn: the mean of many that are not is near 0, and a rectifier behind it
+stays closed or open, whatever is drawn."""
 
 
 def _gradients(
-    scene: Scene, component: torch.nn.Module, stream: int
+    scene: Scene, component: torch.nn.Module, stream: int, together: float = 0.0
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Of some loss: with respect to the inputs, and to the parameters by name; zeros where there is none."""
-    inputs = [x.requires_grad_() for x in scene.inputs(stream)]
+    """Of some loss: with respect to the inputs, and to the parameters by name; zeros where there is none.
+
+    Args:
+        scene: Where.
+        component: It.
+        stream: Which of several independent inputs.
+        together: How far all tokens of an input are moved by the same random vector.
+    """
+    inputs = scene.inputs(stream)
+    if together:
+        random = scene.generator(800 + stream)
+        inputs = [x + together * torch.randn(x[..., :1, :].shape, generator=random).to(x) for x in inputs]
+    inputs = [x.requires_grad_() for x in inputs]
     names = [name for name, _ in component.named_parameters()]
     out = scene.run(component, inputs)
     wanted = [*inputs, *component.parameters()]
@@ -68,17 +82,18 @@ def check_gradients(cls: Checkable, scene: Scene) -> None:
 
 @requires("mechanism", "pool", "fusion", wide=True, share=0.2)
 def check_every_entry_learns(cls: Checkable, scene: Scene) -> None:
-    """Every entry of every parameter learns, beyond rounding; of a bias some entry does.
+    """Every entry of every parameter learns, beyond rounding, at one place at least; of a bias some entry does.
 
     A bias of keys moves all scores of a row alike, which a softmax cannot see; it often is one parameter with others.
+    What is silent is asked again with all tokens of an input moved by one vector, short or long.
     """
     # of 10 rows a window of 7 that is shifted by 3 has all
     grid = not issubclass(cls, Fusion) and cls.card.grid is not None
     scene = scene.roomy(6 if not grid else 10 if Law.LOCAL in scene.card.laws else 8)
     largest: dict[str, Tensor] = {}
-    for stream in range(DRAWS):
-        component = scene.build(stream=stream)
-        for name, gradient in _gradients(scene, component, stream)[1].items():
+    for stream in range(2 * DRAWS):
+        together = TOGETHER[stream % len(TOGETHER)] if stream >= DRAWS else 0.0
+        for name, gradient in _gradients(scene, scene.build(stream=stream), stream, together)[1].items():
             share = gradient.abs() / max(float(gradient.abs().max()), 1e-30)
             if _own(scene, name):
                 largest[name] = share if name not in largest else torch.maximum(largest[name], share)
