@@ -88,9 +88,8 @@ class Performer(Head):
         dots = x @ self.projection.to(x.dtype).T
         if self.kernel == "relu":
             return dots.relu(), torch.zeros_like(x[..., :1])
-        exponents = dots - x.square().sum(dim=-1, keepdim=True) / 2
-        most = exponents.amax(dim=-1, keepdim=True)
-        return (exponents - most).exp(), most
+        most = dots.max(dim=-1, keepdim=True).values  # unlike amax it keeps no (b h n r) for the backward pass
+        return dots.sub_(most).exp_(), most - x.square().sum(dim=-1, keepdim=True) / 2
 
     def attend(self, q, k, v, *, mask, layout):
         dtype = v.dtype
@@ -100,13 +99,15 @@ class Performer(Head):
         if mask.keys is not None:
             absent = ~mask.keys[:, None, :, None]
             k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
-        q, (k, log) = self.features(q)[0] + self.eps, self.features(k)
+        q, (k, log) = self.features(q)[0], self.features(k)
         if mask.keys is not None:
             log = log.masked_fill(absent, torch.finfo(log.dtype).min)
         if mask.causal and q.shape[2] != 1:  # the newest query alone sees all keys
-            out = stabilised_sums(q, k, log, v, self.eps, self.chunk)
-        else:
-            out = q @ ((k * (log - log.amax(dim=2, keepdim=True)).exp() + self.eps).mT @ v)
+            out = stabilised_sums(q + self.eps, k, log, v, self.eps, self.chunk)
+        else:  # ε and the second factor go with v and the sums, which are smaller than the features
+            scaled = v * (log - log.amax(dim=2, keepdim=True)).exp()
+            sums = k.mT @ scaled + self.eps * v.sum(dim=2, keepdim=True)  # (b h r d+1)
+            out = q @ sums + self.eps * sums.sum(dim=2, keepdim=True)
         top, norm = out[..., :-1], out[..., -1:]
         return (top / torch.where(norm > 0, norm, 1.0)).to(dtype)
 
