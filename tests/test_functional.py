@@ -42,7 +42,7 @@ from attnzoo.functional.greatest import first_greatest
 from attnzoo.functional.projections import Projected
 from attnzoo.functional.sampling import sample_bias, sample_tokens
 from attnzoo.functional.segments import segment_means, segments
-from attnzoo.functional.softmax import masked_relu, softmax_and_sums
+from attnzoo.functional.softmax import masked_relu
 from attnzoo.functional.tokens import picked
 from attnzoo.functional.unfolding import at_places, folded, unfolded
 from attnzoo.functional.windows import Patches
@@ -507,19 +507,6 @@ def test_what_is_hidden_does_not_matter():
     assert torch.equal(found[:, [0, 3]], wanted) and torch.equal(
         found[:, 1:3], torch.zeros(1, 2, dtype=torch.float64)
     )
-
-
-def test_parts_of_a_softmax_are_weighed_by_their_sums():
-    """Scores ln 1, ln 3 of 4 and 8: 7 and ln 4; with the first hidden 8 and ln 3; with both 0, and nothing beside others."""
-    scores, v = torch.tensor([1.0, 3]).double().log().expand(3, 2), torch.tensor([[4.0], [8]]).double()
-    allowed = torch.tensor([[True, True], [False, True], [False, False]])
-    out, sums = softmax_and_sums(scores, allowed, v, 0.0)
-    assert torch.allclose(out[:, 0], torch.tensor([7.0, 8, 0]).double())
-    assert torch.allclose(sums[:2, 0], torch.tensor([4.0, 3]).double().log()) and sums[2, 0] < -1e300
-    whole, _ = softmax_and_sums(scores[:1], allowed[:1], v, 0.0)
-    parts = [softmax_and_sums(scores[:1, i : i + 1], allowed[:1, :1], v[i : i + 1], 0.0) for i in range(2)]
-    shares = torch.cat([sums for _, sums in parts], dim=1).softmax(dim=1)
-    assert torch.allclose(whole, shares @ torch.cat([out for out, _ in parts]))
 
 
 def softmax_head(tokens: int = 3, heads: int = 1, attn_drop: float = 0.0) -> Softmax:

@@ -36,23 +36,6 @@ def masked_relu(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
     return scores.relu().masked_fill(~allowed, 0.0) / number
 
 
-def softmax_and_sums(scores: Tensor, allowed: Tensor, v: Tensor, drop: float) -> tuple[Tensor, Tensor]:
-    """What rows of scores read, (... c e), and their logsumexp, (... c 1), by which parts of a softmax are weighed.
-
-    Where nothing is allowed the first is zero, and the second far below all others.
-
-    Args:
-        scores: (... c w).
-        allowed: Boolean that broadcasts to the scores.
-        v: Values (... w e).
-        drop: Dropout of weights.
-    """
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    sums = scores.logsumexp(dim=-1, keepdim=True)
-    weights = (scores - sums).exp() * allowed
-    return F.dropout(weights, drop) @ v, sums
-
-
 def attention_from_scores(component: Component, scores: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     """softmax(scores) v, seen through the component's taps `scores` and `weights`.
 

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, Paper, PositiveInt, Site
 from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange, split_heads
-from attnzoo.functional.softmax import softmax_and_sums
 from attnzoo.functional.tokens import picked
 
 ITSELF = -5e4
@@ -72,28 +71,30 @@ class Lsh(Mechanism):
         n, c = layout.length, self.chunk
         more, rounds = -n % c, self.directions.shape[0]
         q, v = split_heads(self.q(x), self.heads), split_heads(self.v(x), self.heads)
+        kv = torch.cat([F.normalize(q, dim=-1) * q.shape[-1] ** -0.5, v], dim=-1)
         order = hashed_order(q.detach(), self.directions, mask, more)  # (b h k n+more)
         rank = order.argsort(dim=-1)[..., :n]
+        at = order.unflatten(3, (-1, c))  # (b h k r c)
+        near = at if n + more == c else torch.cat([at.roll(1, dims=3), at], dim=4)  # (b h k r w)
 
-        def sort(t):  # (b h n e) to chunks (b h k r c e)
-            return picked(F.pad(t, (0, 0, 0, more)), order.flatten(2)).unflatten(2, (rounds, -1, c))
+        def sort(t, at):  # (b h n e) to places (b h k r · e)
+            return picked(F.pad(t, (0, 0, 0, more)), at.flatten(2)).unflatten(2, at.shape[2:])
 
-        def rows(t):  # chunks to the tokens in their order, (b h k n e)
+        def rows(t):  # chunks (b h k r c e) to the tokens in their order, (b h k n e)
             return picked(t.flatten(3, 4), rank)
 
-        def reach(t):  # a chunk and the one before it, (b h k r w e)
-            return t if n + more == c else torch.cat([t.roll(1, dims=3), t], dim=4)
-
-        near_q, near_v = sort(torch.cat([q, v], dim=-1)).chunk(2, dim=-1)
-        near_k = F.normalize(near_q, dim=-1)
-        near_k, near_v, at = reach(near_k), reach(near_v), order.unflatten(3, (-1, c))[..., None]
-        other = reach(at).mT
-        scores = ((near_q * q.shape[-1] ** -0.5) @ near_k.mT).masked_fill(at == other, ITSELF)
-        there = existing_places(other, mask, n)  # (b h k r 1 w)
-        if not (self.scores.watched or self.weights.watched):  # each round on its own, then their sums
-            out, sums = softmax_and_sums(scores, there, near_v, self.attn_drop if self.training else 0.0)
-            out, sums = rows(torch.cat([out, sums], dim=-1)).split([v.shape[-1], 1], dim=-1)
-            return self.proj(merge_heads((sums.softmax(dim=2) * out).sum(dim=2)))
+        near_k, near_v = sort(kv, near).chunk(2, dim=-1)
+        there = existing_places(near[..., None, :], mask, n)  # (b h k r 1 w)
+        scores = itself_last(sort(q, at) @ near_k.mT)
+        if not (self.scores.watched or self.weights.watched):  # all rounds by their greatest score, then their sums
+            if more or mask.keys is not None:
+                scores = scores.masked_fill_(~there, -torch.inf)
+            most = rows(scores.detach().amax(dim=-1, keepdim=True)).amax(dim=2)  # (b h n 1)
+            most = most.clamp(min=torch.finfo(most.dtype).min)
+            weights = scores.sub_(sort(most, at)).exp_()
+            sums = rows(weights.sum(dim=-1, keepdim=True)).sum(dim=2)
+            out = rows(F.dropout(weights, self.attn_drop, self.training) @ near_v).sum(dim=2)
+            return self.proj(merge_heads(out / torch.where(sums > 0, sums, 1.0)))
         scores = rearrange(rows(scores), "b h k n w -> b h n (k w)")
         allowed = rearrange(rows(there.expand(*[-1] * 4, c, -1)), "b h k n w -> b h n (k w)")
         weights = self.weights(masked_softmax(self.scores(scores), allowed))
@@ -114,6 +115,13 @@ def hashed_order(q: Tensor, directions: Tensor, mask: Mask, more: int) -> Tensor
     return (buckets * (n + more) + torch.arange(n + more, device=q.device)).argsort(dim=-1)
 
 
+def itself_last(scores: Tensor) -> Tensor:
+    """Scores (... c w) with `ITSELF` where a token meets itself: its chunk is the last of those it reads."""
+    itself = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    first = scores.shape[-1] - scores.shape[-2]
+    return scores.masked_fill_(itself.triu(first) & itself.tril(first), ITSELF)
+
+
 def existing_places(at: Tensor, mask: Mask, n: int) -> Tensor:
     """Which of the positions (b h k r 1 w) hold a token that exists."""
     if mask.keys is None:
@@ -122,5 +130,5 @@ def existing_places(at: Tensor, mask: Mask, n: int) -> Tensor:
     return keys.gather(1, at.clamp(max=n).flatten(1)).reshape(at.shape)
 
 
-for _name in ("hashed_order", "existing_places"):
+for _name in ("hashed_order", "itself_last", "existing_places"):
     fx.wrap(_name)  # symbolic tracing cannot ask for a device
