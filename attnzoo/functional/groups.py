@@ -207,15 +207,23 @@ def with_special(near: Tensor, t: Tensor, p: int) -> Tensor:
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, allowed: Tensor | None, dropout: float
 ) -> Tensor:
-    """softmax(q kᵀ / √d + bias) v by PyTorch's kernel, groups beside heads, (b h r w d)."""
+    """softmax(q kᵀ / √d + bias) v, groups beside heads, (b h r w d): by PyTorch's kernel, or in as few passes."""
     h, r = q.shape[1:3]
-    added = some = None
-    if bias is not None:
-        added = bias.to(q.dtype)
+    some = None
     if allowed is not None:
         some = allowed.any(dim=-1, keepdim=True)  # an empty row is opened, and then zero
         allowed = allowed | ~some
-        added = allowed if added is None else torch.where(allowed, added, float("-inf"))
+    if bias is not None and bias.requires_grad and q.device.type == "cpu":
+        # whose kernel has no gradient for a bias: PyTorch would take this way with more passes
+        scores = ((q * q.shape[-1] ** -0.5) @ k.mT).add_(bias)
+        if allowed is not None:  # added too, which takes no pass over the scores backward
+            scores = scores.add_(torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, -torch.inf))
+        out = F.dropout(scores.softmax(dim=-1), dropout) @ v
+        return out if some is None else torch.where(some, out, 0.0)
+    added = allowed
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        added = bias if allowed is None else torch.where(allowed, bias, float("-inf"))
     if added is not None:
         added = added.expand(-1, h, r, -1, -1).flatten(1, 2)
     q, k, v = (t.flatten(1, 2) for t in (q, k, v))

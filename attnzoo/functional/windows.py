@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnzoo.core import Layout
 from attnzoo.functional.einops import rearrange
 
 
@@ -70,9 +69,10 @@ def relative_bias(table: Tensor, sides: Sequence[int]) -> Tensor:
         table: By rows and columns of the way, (h 2I-1 2J-1), whose middle is for a place itself.
         sides: How many rows and columns the window has, (i, j), I and J at most.
     """
-    at = Layout(tuple(sides)).coords(table.device)
-    down, right = (at[:, None] - at).unbind(-1)
-    return table[:, down + table.shape[1] // 2, right + table.shape[2] // 2]
+    (i, j), (y, x) = sides, (table.shape[1] // 2, table.shape[2] // 2)
+    near = table[:, y - i + 1 : y + i, x - j + 1 : x + j]  # the ways that there are, (h 2i-1 2j-1)
+    ways = near.unfold(1, i, 1).unfold(2, j, 1)  # at [y, x, s, u] row y + s, the way from i - 1 - s to y
+    return ways.flip(3, 4).flatten(3).flatten(1, 2)
 
 
 class Patches(NamedTuple):

@@ -74,7 +74,7 @@ def by(name, change):
 
     def mix(self, x, source, *, mask, layout):
         own = getattr(module, name)
-        setattr(module, name, lambda *args: change(own, *args))
+        setattr(module, name, lambda *args, **told: change(own, *args, **told))
         try:
             return Halo.mix(self, x, source, mask=mask, layout=layout)
         finally:
@@ -102,7 +102,7 @@ def swap_keys_and_values(self):
 
 
 MUTANTS = {
-    "no scale": before(lambda self: setattr(self.layers, "scale", 1.0)),
+    "no scale": by("read_in_groups", lambda own, q, k, v, **how: own(q * q.shape[-1] ** 0.5, k, v, **how)),
     "distances from key to query": before(flip_tables),
     "rows for columns": before(swap_tables),
     "keys for values": before(swap_keys_and_values),
@@ -120,21 +120,21 @@ MUTANTS = {
     ),
     "the halo one too narrow": by(
         "visible",
-        lambda own, at, first, mask: own(at, first, mask) & (torch.arange(at.shape[1]) < at.shape[1] - 1),
+        lambda own, at, *more: own(at, *more) & (torch.arange(at.shape[1]) < at.shape[1] - 1),
     ),
     "the mask inverted": by(
         "visible",
-        lambda own, at, first, mask: own(
-            at, first, Mask(None if mask.keys is None else ~mask.keys, mask.pairs, mask.causal)
+        lambda own, at, groups, first, mask: own(
+            at, groups, first, Mask(None if mask.keys is None else ~mask.keys, mask.pairs, mask.causal)
         ),
     ),
-    "the mask ignored": by("visible", lambda own, at, first, mask: own(at, first, Mask())),
+    "the mask ignored": by("visible", lambda own, at, groups, first, mask: own(at, groups, first, Mask())),
     "causal off by one": by(
         "visible",
-        lambda own, at, first, mask: own(at, first, mask)
-        & ((at < first + torch.arange(len(at))[:, None]) | (not mask.causal)),
+        lambda own, at, groups, first, mask: own(at, groups, first, mask)
+        & ((at[:, None] < first + groups.cut(torch.arange(math.prod(groups.grid))[:, None])) | (not mask.causal)),
     ),
-    "rows of pairs off by the special tokens": by("visible", lambda own, at, first, mask: own(at, 0, mask)),
+    "rows of pairs off by the special tokens": by("visible", lambda own, at, groups, first, mask: own(at, groups, 0, mask)),
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ class Performer(Head):
         dots = x @ self.projection.to(x.dtype).T
         if self.kernel == "relu":
             return dots.relu(), torch.zeros_like(x[..., :1])
-        most = dots.max(dim=-1, keepdim=True).values  # unlike amax it keeps no (b h n r) for the backward pass
+        most = dots.max(dim=-1, keepdim=True).values  # amax would keep all dots for backward
         return dots.sub_(most).exp_(), most - x.square().sum(dim=-1, keepdim=True) / 2
 
     def attend(self, q, k, v, *, mask, layout):

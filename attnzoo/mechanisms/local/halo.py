@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Layout, Mask, Mechanism, NonNegativeInt, Paper, PositiveInt, Site
-from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange, unwindows, windows
-from attnzoo.functional.groups import special_rows
+from attnzoo.functional import einsum, merge_heads, rearrange
+from attnzoo.functional.groups import Groups, read_in_groups, special_rows
 
 
 class Halo(Mechanism):
@@ -78,18 +78,19 @@ class Halo(Mechanism):
 
     def mix(self, x, source, *, mask, layout):
         layers, p, tables = self.layers, layout.prefix, self.layers.pos_embed
-        cut = layout.grid, (self.block, self.block)
-        q = rearrange(layers.q(x.mT[..., None]), "b (h d) n 1 -> b h n d", h=self.heads)
-        k, v = rearrange(layers.kv(x.mT[..., None]), "b (h two d) n 1 -> two b h n d", h=self.heads, two=2)
+        groups = Groups(layout.grid, (self.block, self.block))
+        q, kv = (F.linear(x, conv.weight.flatten(1), conv.bias) for conv in (layers.q, layers.kv))
+        q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
+        k, v = rearrange(kv, "b n (h two d) -> two b h n d", h=self.heads, two=2)
+        blocks = groups.cut(q[:, :, p:])  # (b h r s d)
         seen = around(x, layout, self.block, self.halo)  # (r p+w)
         near_k, near_v = (F.pad(t, (0, 0, 0, 1))[:, :, seen] for t in (k, v))  # (b h r p+w d); outside is 0
-        blocks, scaled = (windows(t[:, :, p:], *cut) for t in (q, q * layers.scale))  # (b h r s d)
-        bias = relative(scaled if layers.scale_pos_embed else blocks, tables.height_rel, tables.width_rel)
-        scores = self.scores(unwindows(scaled @ near_k.mT + F.pad(bias, (p, 0)), *cut))
-        seen = unwindows(seen[:, None].expand(-1, self.block**2, -1), *cut)  # (x p+w)
-        allowed = visible(seen, p, mask) | (seen < 0) & self.zeros
-        weights = self.weights(masked_softmax(scores, allowed))
-        out = unwindows(windows(weights, *cut) @ near_v, *cut)
+        scaled = blocks * layers.scale if layers.scale_pos_embed else blocks
+        bias = relative(scaled, tables.height_rel, tables.width_rel)  # (b h r s w)
+        bias = F.pad(bias, (p, 0)) if p else bias
+        allowed = visible(seen, groups, p, mask) | (seen < 0)[:, None] & self.zeros
+        taps = self.scores, self.weights
+        out = read_in_groups(blocks, near_k, near_v, groups=groups, taps=taps, allowed=allowed, bias=bias)
         drop = self.attn_drop if self.training else 0.0
         return merge_heads(torch.cat([special_rows(q[:, :, :p], k, v, mask, drop), out], dim=2) if p else out)
 
@@ -115,10 +116,13 @@ def around(x: Tensor, layout: Layout, block: int, halo: int) -> Tensor:
     return torch.cat([torch.arange(p, device=x.device).expand(len(window), p), window], dim=1)
 
 
-def visible(seen: Tensor, first: int, mask: Mask) -> Tensor:
-    """Which of the keys `seen` (x w) the queries first, first + 1 ... may attend to: broadcasts to (b h x w)."""
-    keys, queries = seen.clamp(min=0), first + torch.arange(len(seen), device=seen.device)[:, None]
-    allowed = (seen >= 0)[None, None]
+def visible(seen: Tensor, groups: Groups, first: int, mask: Mask) -> Tensor:
+    """Which of the keys `seen` (r w) queries of blocks may attend to, the grid being from `first` on: (b h r s w)."""
+    allowed, keys = (seen >= 0)[None, None, :, None], seen.clamp(min=0)[:, None]
+    if mask.free:
+        return allowed
+    end = first + math.prod(groups.grid)
+    queries = groups.cut(torch.arange(first, end, device=seen.device)[:, None])  # (r s 1)
     if mask.keys is not None:
         allowed = allowed & mask.keys[:, None][..., keys]
     if mask.pairs is not None:

@@ -86,7 +86,8 @@ class Lsh(Mechanism):
         near_k, near_v = sort(kv, near).chunk(2, dim=-1)
         there = existing_places(near[..., None, :], mask, n)  # (b h k r 1 w)
         scores = itself_last(sort(q, at) @ near_k.mT)
-        if not (self.scores.watched or self.weights.watched):  # all rounds by their greatest score, then their sums
+        if not (self.scores.watched or self.weights.watched):
+            # exponentials by the greatest score of all rounds, then sums
             if more or mask.keys is not None:
                 scores = scores.masked_fill_(~there, -torch.inf)
             most = rows(scores.detach().amax(dim=-1, keepdim=True)).amax(dim=2)  # (b h n 1)
