@@ -64,9 +64,8 @@ class MultiHead(Mechanism):
 
     def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a context, (b h m d) each."""
-        kv = self.kv(context).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        k, v = kv.unbind(0)
-        return self.k_norm(k), v
+        k, v = self.kv(context).unflatten(-1, (2, -1, self.head_dim)).unbind(2)
+        return self.k_norm(k.transpose(1, 2)), v.transpose(1, 2)
 
     def project(
         self, x: Tensor, first: int = 0, layout: Layout | None = None
@@ -96,7 +95,8 @@ class MultiHead(Mechanism):
             # in one step, as timm does, which rounds otherwise; what somebody put there adds its own
             plain = type(self.qkv) is nn.Linear
             qkv = F.linear(x, self.qkv.weight, bias) if plain else self.qkv(x) + bias
-        return qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)  # backward, one copy to where they lay
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _separate(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values by a projection of each; the last two may have fewer heads."""

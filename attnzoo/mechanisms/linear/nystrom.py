@@ -94,26 +94,26 @@ class Nystrom(Head):
             nn.init.uniform_(self.local, -bound, bound)
 
     def attend(self, q, k, v, *, mask, layout):
-        scale, dtype, keys, there = q.shape[-1] ** -0.25, v.dtype, None, None
+        dtype, scale, keys, there, share = v.dtype, q.shape[-1] ** -0.5, None, None, None
         if dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()  # what the inverse makes large cancels in the end
-        q, k, share = q * scale, k * scale, None
         if mask.keys is not None:
             keys = mask.keys[:, None, None]  # (b 1 1 m)
             belongs, v = segments(k, self.landmarks) & keys, v.masked_fill(~keys.mT, 0.0)
             there = belongs.any(dim=-1)[..., None, :]  # (b 1 1 r)
             share = belongs.to(q.dtype) / belongs.sum(dim=-1, keepdim=True).clamp(min=1)
         q_mean, k_mean = (segment_means(t, self.landmarks, share) for t in (q, k))  # (b h r d)
+        q_mean = q_mean * scale  # landmarks are fewer than tokens
         middle = masked_softmax(q_mean @ k_mean.mT, there)  # (b h r r)
         if there is not None:
             middle = middle.masked_fill(~there.mT, 0.0)
-        left = masked_softmax(self.scores(q @ k_mean.mT), there)
+        left = masked_softmax(self.scores(q @ (k_mean * scale).mT), there)
         weights = self.weights(left @ pseudo_inverse(middle, self.iterations))
         right = self.weights_landmarks(masked_softmax(self.scores_landmarks(q_mean @ k.mT), keys))
         out = weights @ (right @ v)
         if self.local is not None:
             kernel = self.local[:, None, :, None].to(v.dtype)  # (h 1 taps 1)
-            out = out + F.conv2d(v, kernel, padding=(kernel.shape[2] // 2, 0), groups=kernel.shape[0])
+            out = out.add_(F.conv2d(v, kernel, padding=(kernel.shape[2] // 2, 0), groups=kernel.shape[0]))
         return out.to(dtype)
 
 
