@@ -50,10 +50,10 @@ class Groups(NamedTuple):
         t = t.roll((-self.shift[0], -self.shift[1]), (-3, -2))
         return windows(t.flatten(-3, -2), self.filled, self.sides)
 
-    def join(self, t: Tensor) -> Tensor:
-        """The inverse of `cut`, (... r w e) -> (... y*x e)."""
+    def join(self, t: Tensor, heads: bool = False) -> Tensor:
+        """The inverse of `cut`, (... r w e) -> (... y*x e); `heads` as `unwindows` has it."""
         if not (self.strided or any(self.shift)):
-            return unwindows(t, self.grid, self.sides)
+            return unwindows(t, self.grid, self.sides, heads)
         (y, x), (i, j), (below, _) = self.grid, self.sides, self.filled
         if self.strided:
             t = rearrange(t, "... (y x) (i j) e -> ... (i y) (j x) e", y=below // i, i=i, j=j)
@@ -144,7 +144,8 @@ def read_in_groups(
     """
     scores, weights = taps
     if not (scores.watched or weights.watched):
-        return groups.join(_fused(q, k, v, bias, allowed, weights.dropout if weights.training else 0.0))
+        out = _fused(q, k, v, bias, allowed, weights.dropout if weights.training else 0.0)
+        return groups.join(out, heads=True)
     shown = (q * q.shape[-1] ** -0.5) @ k.mT
     shown = shown if bias is None else shown + bias.to(shown.dtype)
     return groups.join(groups.weights(shown, taps, allowed) @ v)

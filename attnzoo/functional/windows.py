@@ -29,15 +29,19 @@ def windows(t: Tensor, grid: Sequence[int], sides: Sequence[int]) -> Tensor:
     return rearrange(t, "... (y i) (x j) e -> ... (y x) (i j) e", i=i, j=j)
 
 
-def unwindows(t: Tensor, grid: Sequence[int], sides: Sequence[int]) -> Tensor:
+def unwindows(t: Tensor, grid: Sequence[int], sides: Sequence[int], heads: bool = False) -> Tensor:
     """The inverse of `windows`, (... r w e) -> (... y*x e): what was filled up is left out.
 
     Args:
         t: What the places of the windows have, (... r w e).
         grid: How many rows and columns of tokens there are, (y, x).
         sides: How many rows and columns a window has, (i, j).
+        heads: Whether t is (b h r w e) and heads shall lie beside channels in memory, so that merging copies nothing.
     """
     (y, x), (i, j) = grid, sides
+    if heads:
+        t = rearrange(t, "b h (y x) (i j) e -> b (y i) (x j) h e", y=-(-y // i), i=i, j=j)
+        return t[:, :y, :x].flatten(1, 2).transpose(1, 2)
     t = rearrange(t, "... (y x) (i j) e -> ... (y i) (x j) e", y=-(-y // i), i=i, j=j)
     return t[..., :y, :x, :].flatten(-3, -2)
 
