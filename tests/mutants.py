@@ -32,10 +32,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("core", "functional", "mechanisms", "fusions")
-LONGER, GRACE = (
-    5,
-    30,
-)  # a mutant hangs when its tests take so many times as long as without it, and so many seconds
+# a mutant hangs when its tests take so many times as long as without it, and so many seconds
+LONGER, GRACE = 5, 30
+EMPTY = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
+"""git's empty tree: since then everything has changed."""
+THOROUGH = "tests/test_conformance.py::test_conformance_of_what_is_touched"
+"""The same checks in more scenes."""
 FIRST = 25  # as many of the quickest tests run before the others are looked for
 SOME = "softmax soft agent linformer map_pool region window_cross add gated head_split"
 """Whose conformance matters for what all components share."""
@@ -93,7 +95,7 @@ def _changes(node: ast.AST) -> Iterator[ast.AST]:
         case ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in SWAPS:
             yield _with(node, op=SWAPS[type(op)]())
         case ast.UnaryOp(operand=operand):
-            yield operand
+            yield copy.copy(operand)
         case ast.Constant(value=bool(value)):
             yield _with(node, value=not value)
         case ast.Constant(value=int(value)):
@@ -263,11 +265,23 @@ class Recorded:
 
 
 def _pytest(arguments: Sequence[str], *plugins: object) -> int:
-    """pytest's exit status; 0 when there were no tests."""
+    """pytest's exit status; 0 when there were no tests. Every check and oracle is asked, as CI does of what changed."""
     import pytest
 
     sys.dont_write_bytecode = True
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+    os.environ["ATTNZOO_SINCE"] = EMPTY
+    options = [
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-m",
+        "not slow",
+        "--deselect",
+        THOROUGH,
+    ]
     return pytest.main([*options, *arguments], list(plugins)) % 5  # 5: there are none
 
 

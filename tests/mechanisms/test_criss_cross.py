@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from by_hand import caught, count, line, narrow, near, normal, seen, set_all, spread, wrong
+from torch import fx
 
+import attnzoo
 from attnzoo.core import Layout, Mask, Site
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 from attnzoo.mechanisms.local.criss_cross import CrissCross
@@ -224,6 +226,12 @@ def test_no_pairs_are_formed_and_each_round_has_its_taps():
     for tap in ("weights_1", "weights_2", "weights"):
         assert seen(part, x, layout=layout, tap=tap).shape == (1, 1, 108, 1 + 9 + 12)
     assert set(part.card.masks) == {"keys", "causal"} and "pairs" in cross(layout, rounds=1).card.masks
+
+
+def test_symbolic_tracing_follows_it():
+    layout, x = Layout((2, 3), 1), normal(2, 7, 8)
+    part = spread(attnzoo.create("criss_cross", dim=8, heads=1, grid=layout.grid, prefix=1, rounds=1)).eval()
+    near(fx.symbolic_trace(part)(x), part(x))
 
 
 def test_dropout_drops_weights_of_special_tokens_too():

@@ -225,6 +225,12 @@ def test_identity_constant_tokens_stay_constant():
     near(part(x, mask=Mask(keys=keys), layout=layout), part.proj(part.kv(x)[..., 8:]))
 
 
+def test_hand_the_table_starts_on_both_sides_of_zero():
+    """From N(0, 0.01²), cut at twice that: a standard deviation of 0.0088."""
+    table = Deformable(Site("hand", 8, 2, Layout((20, 20)))).bias
+    assert table.abs().max() <= 0.02 and abs(table.mean()) < 5e-4 and abs(table.std() - 0.0088) < 2e-4
+
+
 def test_points_number_a_stride_squareth_of_the_tokens():
     layout, x = Layout((8, 8), 1), normal(1, 65, 8)
     assert seen(deformable(layout, stride=2), x, layout=layout).shape == (1, 2, 65, 1 + 16)

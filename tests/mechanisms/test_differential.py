@@ -265,5 +265,24 @@ def test_dropout_meets_the_difference():
     near(shown[0], shown[1])
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_dropout_drops_entries_of_the_difference(watched):
+    """Of a token alone the one entry is 1 - λ > 0, and dropped as a whole: heads look where they do without
+    dropout, or are zero."""
+    torch.manual_seed(0)
+    site = Site("hand", 12, 3, Layout((1,)), attn_drop=0.5)
+    part, x = spread(Differential(site), 0.1), normal(1, 1, 12).expand(64, -1, -1)
+    used, keep = [], lambda module, args, out: used.append(out.detach())
+    part.sub_norm.register_forward_hook(keep)
+    if watched:
+        part.weights.register_forward_hook(lambda module, args, out: None)
+    for module in (part.eval(), part.train()):
+        module(x, layout=site.layout)
+    whole, found = used
+    kept = found.abs().amax(dim=-1, keepdim=True) > 0
+    assert 0 < kept.float().mean() < 1
+    assert (found * whole >= 0).all()
+
+
 def test_narrow_numbers_stay_near():
     narrow(Differential, [(2, 7, 24)], site=place(24, 3, 7))

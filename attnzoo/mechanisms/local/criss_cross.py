@@ -93,9 +93,9 @@ class CrissCross(Mechanism):
         near = [line.join(i @ j.mT) for line, i, j in zip(lines, at_q, at_k, strict=True)]  # (b 1 x w)
         scores = self.get_submodule(f"scores{end}")(torch.cat([q[:, :, p:] @ k[:, :, :p].mT, *near], dim=-1))
         weights = self.get_submodule(f"weights{end}")(masked_softmax(scores, allowed))
-        special, *near = weights.split([p, *lines[0].grid], dim=-1)
+        special, down, along = weights.split([p, *lines[0].grid], dim=-1)
         out = special @ v[:, :, :p]
-        for line, share, value in zip(lines, near, at_v, strict=True):
+        for line, share, value in zip(lines, (down, along), at_v, strict=True):
             out = out + line.join(line.cut(share) @ value)
         if p:
             drop = self.attn_drop if self.training else 0.0
