@@ -106,7 +106,8 @@ def with_fault(**fault):
     """The mechanism with one fault."""
 
     def mix(self, x, source, *, mask, layout, context_layout=None):
-        GlobalQuery.mix(self, x, source, mask=mask, layout=layout, context_layout=context_layout)  # may refuse
+        # refuses what it refuses
+        GlobalQuery.mix(self, x, source, mask=mask, layout=layout, context_layout=context_layout)
         return asked(self, x, source, layout, context_layout, **fault)
 
     return wrong(GlobalQuery, mix=mix)
