@@ -15,7 +15,8 @@ test: $(VENV)/dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(VENV)/dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	@echo "All tests, the slow ones too: about an hour and three quarters on two cores"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
