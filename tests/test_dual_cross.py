@@ -9,16 +9,20 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import attnzoo
+from attnzoo.cli.app import app
 from attnzoo.core import Layout, Site
-from attnzoo.errors import ZooError
+from attnzoo.errors import RecipeError, ZooError
 from attnzoo.lab.heatmap import view
 from attnzoo.lab.maps import collect
 from attnzoo.mechanisms.cross.pairwise_cross import PairwiseCross
 from attnzoo.methods import DualCrossTransformer, dual_cross
 from attnzoo.methods.dual_cross import paired
+from attnzoo.recipe import load
 from attnzoo.train import open_run, train
+from attnzoo.train.check import checked
 from attnzoo.train.settings import prepare
 
 LABELS = torch.arange(4)
@@ -274,3 +278,23 @@ def test_a_method_that_does_not_fit_is_no_run(recipe, tmp_path):
     with pytest.raises(ZooError) as caught:
         train(*prepare(name, ["train.method=dual_cross", *edits]), tmp_path / "run")
     assert caught.value.code == "AZ326" and not any((tmp_path / "run").glob("step_*"))
+
+
+def test_compose_and_train_say_where_a_recipe_asks_for_a_method_that_does_not_fit(tmp_path):
+    recipe = tmp_path / "other.yaml"
+    recipe.write_text(
+        "recipe: 1\nname: other\nextends: digits_softmax\ntrain: {method: dual_cross, data: synthetic}\n"
+    )
+    for verb in (["compose"], ["train", "--out", str(tmp_path / "run")]):
+        result = CliRunner().invoke(app, [verb[0], str(recipe), *verb[1:]])
+        assert result.exit_code == 2, result.output
+        assert "error[AZ326]" in result.output and "other.yaml:4:17" in result.output
+    assert not (tmp_path / "run").exists()
+    assert CliRunner().invoke(app, ["compose", "dcal"]).exit_code == 0
+
+
+def test_an_unfit_method_is_told_beside_the_other_faults_of_training():
+    with pytest.raises(RecipeError) as caught:
+        checked(load("digits_softmax", ["train.method=dual_cross", "train.data=digitz"]))
+    assert {(fault.code, fault.place.line) for fault in caught.value.diagnostics} >= {("AZ326", 1)}
+    assert len(caught.value.diagnostics) == 2

@@ -12,6 +12,7 @@ from attnzoo.data.sequences import check_sequences
 from attnzoo.errors import Diagnostic, RecipeError, ZooError
 from attnzoo.recipe import Composition, Loaded, resolve
 from attnzoo.recipe.source import MAX_FAULTS, Loc
+from attnzoo.train.methods import learner
 from attnzoo.train.optimizer import check_optimizer
 from attnzoo.train.settings import Kind, kind_of
 
@@ -32,9 +33,11 @@ def checked(loaded: Loaded) -> Composition:
     Raises:
         RecipeError: what is wrong with it, all at once.
     """
-    faults, composition = train_faults(loaded), None
+    faults, composition, train = train_faults(loaded), None, loaded.recipe.train
     try:
         composition = resolve(loaded)
+        if train.method is not None:
+            learner(composition, train, device="meta")
     except RecipeError as error:
         faults = [*error.diagnostics, *faults]
     if composition is None or faults:
