@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from attnzoo.core import Card, Family, Head, Law, Mask, NonNegativeInt, PositiveInt, Site, Tap
+from attnzoo.core import Card, Family, Head, Law, Mask, NonNegativeInt, OptionError, PositiveInt, Site, Tap
 from attnzoo.functional import masked_softmax
 
 
@@ -219,6 +219,21 @@ class AlignsFirstQuery(Healthy):
 
 class ClaimsLinearCost(Healthy):
     card = claims(Healthy, time="n c d")
+
+
+class HealthyWithClassToken(Healthy):
+    """It reads a second stream on a grid, of which only tokens with a special one may ask."""
+
+    card = claims(Healthy, grid="any", context_grid="any", incremental=False)
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        if site.context_dim is not None and not site.layout.prefix:
+            raise OptionError("there is no class token", help="give the site one")
+
+
+class ClaimsLinearCostWithClassToken(HealthyWithClassToken):
+    card = claims(HealthyWithClassToken, time="n c d", memory="n c")
 
 
 class SigmoidWeights(Healthy):

@@ -3,6 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -97,7 +98,7 @@ def _flat(value: Any) -> list[Any]:
 
 
 @lru_cache(maxsize=256)  # time and memory are of the same forwards
-def _measure(scene: Scene, tokens: int, heads: int, head_dim: int) -> _Spent:
+def _measure(scene: Scene, prefix: int, tokens: int, heads: int, head_dim: int) -> _Spent:
     """What one forward costs, taps watched; of a head without projections.
 
     Raises:
@@ -106,7 +107,7 @@ def _measure(scene: Scene, tokens: int, heads: int, head_dim: int) -> _Spent:
     dims = scene.card.grid if isinstance(scene.card.grid, int) else 1
     grid = {1: (tokens,), 2: (16, tokens // 16), 3: (8, 8, tokens // 64)}[dims]
     many = replace(scene, batch=1, site=replace(scene.site, heads=heads, dim=heads * head_dim)).with_layout(
-        grid, 0
+        grid, prefix
     )
     bare = issubclass(many.component, Head)
     component, meter = many.build(torch.float32, bare=bare), _Meter()
@@ -127,18 +128,28 @@ GROWTHS: dict[str, tuple[str, tuple[int, int, int], tuple[int, int, int]]] = {
 """Which letters grow, and from which tokens, heads and channels per head to which; tokens are many beside channels."""
 
 
+def _measured(scene: Scene) -> dict[str, list[_Spent]]:
+    """What forwards of both sizes cost, by what grows; empty where they cannot be built.
+
+    There are special tokens only where it cannot be without.
+    """
+    for prefix in (0, 1):
+        with suppress(ZooError):
+            return {
+                name: [_measure(scene, prefix, *size) for size in sizes]
+                for name, (_, *sizes) in GROWTHS.items()
+            }
+    return {}
+
+
 def _grows(cls: Checkable, scene: Scene, what: str, cost: Callable[[_Spent], float]) -> None:
     """Fail where something grows faster than the card says, under any setting without numbers."""
     tried = 0
     for options in settings_of(cls):
         if any(type(value) in (int, float) for value in options.values()):
             continue  # numbers change cost by a factor, not a power
-        try:
-            one = replace(scene, options=options).alone()
-            measured = {
-                name: [_measure(one, *size) for size in sizes] for name, (_, *sizes) in GROWTHS.items()
-            }
-        except ZooError:
+        one = replace(scene, options=options)
+        if not (measured := _measured(one.alone())):
             continue  # options that do not go together, or with such a site
         tried += 1
         claimed = getattr(one.card, what)
