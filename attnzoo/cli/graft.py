@@ -1,6 +1,8 @@
 """`attnzoo graft DONOR`: a recipe in a trained timm model, with its weights; `attnzoo ungraft DIR`: the model again."""
 
 import json
+import re
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -191,12 +193,13 @@ def _ledger(ledger: Any) -> None:
 
 
 def _modules(names: tuple[str, ...]) -> list[str]:
-    """Names of tensors, those of one layer as one: `attn.qkv` for its weight and its bias."""
-    return list(
-        dict.fromkeys(
-            name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in names
-        )
-    )
+    """Names of tensors, those of one layer as one, and numbered layers too: `attn.qkv`, `attn.onwards.0 … 2`."""
+    layers = dict.fromkeys(re.sub(r"\.(weight|bias)(_\w+)?$", "", name) for name in names)
+    out = []
+    for row, found in groupby(layers, key=lambda layer: re.sub(r"(?<=\.)\d+$", "", layer)):
+        first, *others = found
+        out.append(f"{first} … {others[-1].removeprefix(row)}" if others else first)
+    return out
 
 
 def _learnt(report: Any) -> None:
