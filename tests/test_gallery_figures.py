@@ -205,6 +205,15 @@ def test_flow_of_linformer():
     assert found.boxes[found.named("weights")[0]].shape == "b h n r"
 
 
+def test_flow_of_parts_with_several_parameters():
+    """Each LSTM is one box, called after its part; the eight heads are eight times of it."""
+    found = trace(entry("bilstm"))
+    assert found.leads("pre", "onwards") and found.leads("pre", "backwards") and found.leads("post", "output")
+    assert not found.leads("onwards", "backwards") and not found.leads("pre", "post")
+    assert {found.boxes[found.named(name)[0]].times for name in ("onwards", "backwards")} == {8}
+    assert trace(entry("convshare")).leads("product", "proj") and trace(entry("convshare")).named("q")
+
+
 def test_flow_of_fusions():
     serial, by_depth = trace(entry("serial")), trace(entry("by_depth"))
     assert named(serial) == {("x", "branch 1"), ("branch 1", "branch 2"), ("branch 2", "output")}

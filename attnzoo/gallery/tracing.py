@@ -307,7 +307,7 @@ class Recorder(TorchFunctionMode):
         kind: Kind = "operation"
         if learnt:
             kind, rank = "learnt", 1 if label in ("product", "convolution") else 3
-            label = f"{learnt[0].replace('.', ' ')}"
+            label = _part(learnt)
         self._add(
             Node(
                 label, kind, before, tuple(outputs[0].shape), "", rank, _place(), ".".join(self._path), learnt
@@ -341,6 +341,16 @@ class Stand(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Something of its own, of the same shape."""
         return x * self.weight
+
+
+def _part(names: Sequence[str]) -> str:
+    """What parameters that go in together are called: their part, if they have the same; else the first of them."""
+    words = [name.removesuffix(".weight").split(".") for name in names]
+    if len(names) == 1:
+        return " ".join(words[0])
+    shared = [first for first, *others in zip(*words, strict=False) if set(others) <= {first}]
+    own = [word for word in shared if not word.isdecimal()]  # of a list each is like the others
+    return " ".join(own or words[0])
 
 
 def _place() -> tuple:
