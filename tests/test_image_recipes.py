@@ -17,6 +17,9 @@ NAMES = [
 ]
 """`third_party` names a plugin that is not installed here; `test_plugins.py` has it."""
 
+RATES = {"lit_small": 0.0001}
+"""Of those that diverge at the others' rate when a step has eight images: the authors' is as low for so few."""
+
 
 def test_every_image_recipe_is_trained_somewhere():
     """Their tests name them by these prefixes; whatever else is for images is trained here."""
@@ -28,8 +31,9 @@ def test_every_image_recipe_is_trained_somewhere():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns(name, tmp_path):
-    """Of fifty steps of eight images, the last twenty lose less than the first ten, in which the rate rises."""
-    how = ["batch_size=8", "optimizer.lr=0.0002", "schedule={use: constant, warmup: 0.06}", "augment=[]"]
+    """Of fifty steps of eight images, the last twenty lose less than the first ten."""
+    rate = RATES.get(name, 0.0005)
+    how = ["batch_size=8", f"optimizer.lr={rate}", "schedule={use: constant}", "augment=[]"]
     loaded, settings = prepare(name, ["train.data=digits", *(f"train.{each}" for each in how)])
     steps = []
     train(loaded, settings, tmp_path / "run", report=steps.append, until=50)
