@@ -18,7 +18,7 @@ NAMES = [
 """`third_party` names a plugin that is not installed here; `test_plugins.py` has it."""
 
 RATES = {"lit_small": 0.0001}
-"""Of those that diverge at the others' rate when a step has eight images: the authors' is as low for so few."""
+"""Of those that diverge at the rate of the others when a step has eight images."""
 
 
 def test_every_image_recipe_is_trained_somewhere():
