@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "catalogue": {*NOUNS, "zoo", "hosts", "recipe", "alone", "catalogue"},
     "bench": {
         *NOUNS,
+        "functional",
         "plot",
         "workers",
         "inference",
