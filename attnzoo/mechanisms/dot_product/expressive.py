@@ -7,9 +7,8 @@ in "Small transformer architectures for task switching", 2025, arXiv:2508.04461.
 from dataclasses import replace
 from typing import Literal
 
-import torch
-
 from attnzoo.core import Card, Family, Head, Law, OptionError, Paper, PositiveFloat, Site
+from attnzoo.functional.expressive import expressive_weights
 
 
 class Expressive(Head):
@@ -79,24 +78,9 @@ class Expressive(Head):
                 f"`expressive`: with `norm: {norm}` there is no sum to add `eps` to",
                 help="leave `eps` out, or choose `norm: row`",
             )
-        self.norm, self.eps = norm, eps
+        self.norm: Literal["row", "none", "mean"] = norm
+        self.eps = eps
 
     def attend(self, q, k, v, *, mask, layout):
-        z = self.scores(q @ k.mT)
-        allowed, seen = mask.dense(q.shape[2], k.shape[2], q.device), torch.ones_like(z)
-        if allowed is not None:
-            z, seen = z.masked_fill(~allowed, 0.0), seen.masked_fill(~allowed, 0.0)  # e = 0, where -∞ gave 1
-        size = z.detach().abs().clamp(min=1)  # z² may overflow; e does not depend on it
-        root = z / size * (size**-2 + (z / size) ** 2).rsqrt()  # √e, with the sign of z
-        weights = root.square()
-        if self.norm == "mean":
-            weights = weights / seen.sum(dim=-1, keepdim=True).clamp(min=1)
-        elif self.norm == "row":
-            if self.eps is None:
-                # relative to the largest, since small squares vanish; A does not depend on it
-                largest = root.detach().abs().amax(dim=-1, keepdim=True)
-                some = largest > 0
-                weights = torch.where(some, (root / torch.where(some, largest, 1.0)).square(), seen)
-            total = weights.sum(dim=-1, keepdim=True) + (self.eps or 0.0)
-            weights = weights / torch.where(total > 0, total, 1.0)  # 0 where nothing may be attended to
-        return self.weights(weights) @ v
+        z, allowed = self.scores(q @ k.mT), mask.dense(q.shape[2], k.shape[2], q.device)
+        return self.weights(expressive_weights(z, allowed, self.norm, self.eps)) @ v
