@@ -46,6 +46,9 @@ def sink_dims(subject: Subject, count: int = 2, at: str = "*") -> list[int]:
     def note(leaf: Leaf, _out: Tensor, here: Here) -> None:
         x = here.context if here.tokens is None else here.tokens
         if x is not None and x.ndim == 3:
+            x = x.to(
+                torch.promote_types(x.dtype, torch.float32)
+            )  # squares of what is large overflow in half precision
             shares = (x.abs() / x.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-12)).amax(
                 dim=(0, 1)
             )

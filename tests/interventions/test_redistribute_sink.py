@@ -9,6 +9,7 @@ from attnzoo.core import Here, Layout
 from attnzoo.errors import ZooError
 from attnzoo.interventions import RedistributeSink
 from attnzoo.lab.calibration import sink_dims
+from attnzoo.lab.subject import Subject
 
 CHANNEL, PATCH = 11, 6
 """Where the planted sink is large, and which token it is (5 patches and the class token are before it)."""
@@ -63,6 +64,27 @@ def test_rows_that_stay_as_they_are(row, options, sinks):
         assert edited(row, tokens(sinks), layout, ratio=0.0, least=0.0) != row
 
 
+def test_squares_that_overflow_in_half_precision():
+    """1000² is beyond float16; the sink is a sink all the same."""
+    row, options = [0.1, 0.4, 0.2, 0.1, 0.2], {"targets": [1, 2, 3], "ratio": 0.4}
+    whole = edited(row, tokens([1]), Layout((4,), prefix=1), **options)
+    assert edited(row, tokens([1]).half(), Layout((4,), prefix=1), **options) == whole != row
+
+
+def test_tokens_of_zeros_are_no_sinks():
+    row, x = [0.1, 0.4, 0.2, 0.1, 0.2], tokens([])
+    x[1] = 0.0
+    assert edited(row, x, Layout((4,), prefix=1), ratio=0.0) == row
+
+
+def test_what_is_freed_goes_to_however_little_there_is():
+    """0.4 of the sink's weight over the least number of float16 is beyond it."""
+    weights = torch.tensor([0.0, 1.0, 6e-8, 0.0], dtype=torch.float16)[None, None, None]
+    here = Here("blocks.0", 0, 1, "softmax", "softmax", 1, layout=Layout((4,)), tokens=tokens([1], 4)[None])
+    found = RedistributeSink(ratio=0.0).edit_weights(weights, here).flatten()
+    torch.testing.assert_close(found, torch.tensor([0, 0.6, 0.4, 0], dtype=torch.float16))
+
+
 def planted() -> torch.nn.Module:
     """A ViT in which one patch is large in one channel, and whose blocks add little to the tokens."""
     model = vit()
@@ -78,6 +100,10 @@ def test_a_planted_sink_is_found_and_its_mass_goes_where_the_equation_says():
     model = planted()
     channel, _ = sink_dims(subject(model))
     assert channel == CHANNEL
+    half = planted().half()
+    with torch.no_grad():
+        half.pos_embed[0, PATCH, CHANNEL] = 2000.0  # whose square is beyond float16
+    assert sink_dims(Subject.of(half, images().half()))[0] == CHANNEL
     rule = RedistributeSink(dims=[channel], threshold=5.0, ratio=0.0, least=0.0, keep=0.25)
     (before, _), _ = passing(model, "weights")
     (after, _), _ = passing(model, "weights", rule)

@@ -43,7 +43,7 @@ class Cisformer(Mechanism):
         fidelity="inspired",
         notes="We have seen the abstract, which says that it is the transformer that is not invariant to translations; "
         "the matrices are our reading. MLPs by position belong to it, but here they are the host's. The same matrices "
-        "at all positions make multi-head attention. In the paper only this with extensive attention reaches some 95 %.",
+        "at all positions make multi-head attention. In the paper only this with extensive attention reaches 95 %.",
     )
 
     @classmethod
