@@ -17,6 +17,7 @@ from attnzoo.hosts.seq2seq import PAD
 from attnzoo.lab.intervening import intervene
 from attnzoo.lab.maps import Map, collect
 from attnzoo.lab.points import Leaf, chosen
+from attnzoo.lab.rollout import check_layer
 from attnzoo.lab.subject import Batch, Subject
 from attnzoo.zoo import load_zoo
 
@@ -98,7 +99,8 @@ def salient_tokens(
         `top` and `bottom`, over all tokens.
 
     Raises:
-        ZooError: AZ903, when the model has no grid or no attention; AZ924, when no map is formed in these layers.
+        ZooError: AZ903, when the model has no grid or no attention; AZ904, when there is no such layer; AZ924, when no
+            map is formed in these layers.
     """
     maps = collect(model, images)
     if len(maps.passage.layouts) > 1:
@@ -111,7 +113,8 @@ def salient_tokens(
     prefix, patches = maps.layout.prefix, maps.layout.length - maps.layout.prefix
 
     def of_layer(layer: int) -> Map:
-        place = layer % len(maps.sites)
+        place = layer + len(maps.sites) if layer < 0 else layer
+        check_layer(len(maps.sites), place)
         for one in maps.maps:
             if one.layer == place:
                 return one
@@ -129,10 +132,10 @@ def salient_tokens(
         )
 
     early, late = of_layer(first), of_layer(last)
-    scores = maps.on_grid(early).sum(dim=1).flatten(1)  # (b patches)
-    received = early.matrix(maps.layout.length).mean(dim=1)[:, prefix:, prefix:].sum(dim=1)
-    outstanding = maps.on_grid(late).sum(dim=1).flatten(1)
-    quarters = outstanding.quantile(torch.tensor([0.25, 0.75], device=images.device), dim=-1)
+    scores = maps.on_grid(early).float().sum(dim=1).flatten(1)  # (b patches)
+    received = early.matrix(maps.layout.length).float().mean(dim=1)[:, prefix:, prefix:].sum(dim=1)
+    outstanding = maps.on_grid(late).float().sum(dim=1).flatten(1)  # quantiles are not of half precision
+    quarters = outstanding.quantile(outstanding.new_tensor([0.25, 0.75]), dim=-1)
     bottom = outstanding > (quarters[1] + 1.5 * (quarters[1] - quarters[0]))[:, None]
     top = (largest(scores, share) | largest(received, spatial)) & ~bottom
     return F.pad(top, (prefix, 0)), F.pad(bottom, (prefix, 0))

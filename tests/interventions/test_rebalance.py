@@ -75,6 +75,15 @@ def test_salient_tokens_are_those_of_the_first_layer_and_outliers_of_the_last_bu
     assert more.sum() > fewer.sum() and (more | ~fewer).all()
 
 
+def test_salient_tokens_of_half_precision_and_of_layers_that_there_are():
+    for dtype in (torch.bfloat16, torch.float16):
+        top, bottom = salient_tokens(vit().to(dtype), images().to(dtype), last=-1)
+        assert top.sum(dim=1).add((top & bottom).sum(dim=1)).le(4).all() and bottom.dtype == torch.bool
+    for where in ({"first": 2}, {"last": -3}):
+        with pytest.raises(ZooError, match="AZ904"):
+            salient_tokens(vit(), images(), **where)
+
+
 def test_a_decoder_looks_more_at_words_of_its_source():
     model = pairs()
     before, _ = passing(model, "weights", inputs=sentences())
