@@ -8,6 +8,9 @@ from attnzoo.core.site import Site
 
 FUNCTIONS = {
     "ceil": math.ceil,
+    "each": lambda value, axes: (
+        value if isinstance(value, list) else [value] * axes
+    ),  # an option of each dimension
     "len": len,
     "log": math.log,
     "max": max,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -16,6 +17,16 @@ from attnzoo.functional.softmax import dot_product_attention
 
 TILE = 64
 """So many neighbouring queries look at their keys together."""
+
+
+def each(value: Any, axes: int) -> list[Any]:
+    """An option of all dimensions of a grid, or a list with one for each: one for each.
+
+    Args:
+        value: A list, or anything else for all.
+        axes: How many dimensions there are.
+    """
+    return list(value) if isinstance(value, list) else [value] * axes
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from by_hand import caught, narrow, near, normal, place, wrong
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attnzoo.core import NO_MASK, Layout, Mask, Site, watch
-from attnzoo.errors import RecipeError
+from attnzoo.core import NO_MASK, Layout, Mask, Site, evaluate, watch
+from attnzoo.errors import LayoutMismatch, RecipeError
 from attnzoo.functional import Windows, tiles_save
+from attnzoo.functional.neighbours import each
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 from attnzoo.mechanisms.local.neighborhood import Neighborhood
 from attnzoo.testing import against
@@ -50,8 +51,13 @@ def test_oracle(options, q, k, v, layout, allowed):
     """Token i sees token j when j lies in its window along every dimension, or when one of them is special."""
     grid, p = layout.grid, layout.prefix
     places = list(itertools.product(*(range(side) for side in grid)))
+    along = [
+        {name: one[i] if isinstance(one, list) else one for name, one in options.items()}
+        for i in range(len(grid))
+    ]
     boxes = [
-        [set(window_of(at, side, **options)) for at, side in zip(here, grid, strict=True)] for here in places
+        [set(window_of(at, side, **own)) for at, side, own in zip(here, grid, along, strict=True)]
+        for here in places
     ]
     near = torch.ones(layout.length, layout.length, dtype=torch.bool)
     for i, j in itertools.product(range(len(places)), repeat=2):
@@ -182,7 +188,48 @@ def test_hand_counts_on_a_plane_and_special_tokens():
     assert seen[2, 2:].nonzero().flatten().tolist() == [0, 1, 2, 5, 6, 7, 10, 11, 12]
 
 
+def test_hand_a_window_for_each_dimension():
+    """Columns of 3 by causal rows of 2, every second row: of 4 × 3 tokens the one at (2, 1)."""
+    layout = Layout((4, 3))
+    head = Neighborhood(Site("hand", 2, 1, layout), window=[2, 2], dilation=[2, 1], causal=[False, True])
+    seen = head.neighbours(layout, torch.device("cpu"))[0, 0, 2 * 3 + 1]
+    assert seen.nonzero().flatten().tolist() == [0, 1, 6, 7]  # rows 0 and 2, columns 0 and 1
+    assert head.reach() == 2 and head.card.grid == 2
+
+
 # Identities
+
+
+EACH = [
+    {"window": [3, 5]},
+    {"window": [4, 3], "stride": [2, 1]},
+    {"window": 2, "dilation": [1, 2], "causal": [True, False]},
+]
+
+
+@pytest.mark.parametrize("options", EACH)
+def test_identity_dimensions_by_themselves(options):
+    """Who sees whom on a plane is who does so along both lines; so is the oracle's answer."""
+    layout = Layout((6, 5), 1)
+    site = Site("hand", 6, 2, layout)
+    head = Neighborhood(site, **options)
+    lines = [
+        windows(side, *(each({"window": 7, "stride": 1, "dilation": 1, "causal": False}[o] if o not in options
+                             else options[o], 2)[i] for o in ("window", "stride", "dilation", "causal")))
+        for i, side in enumerate(layout.grid)
+    ]  # fmt: skip
+    near(head.neighbours(layout, torch.device("cpu"))[0, 0, 1:, 1:].double(), torch.kron(*lines).double())
+    q, k, v = normal(3, 2, 2, 31, 3)
+    full = {"window": 7, "stride": 1, "dilation": 1, "causal": False} | options
+    allowed = torch.ones(2, 2, 31, 31, dtype=torch.bool)
+    wanted = test_oracle.oracle(options=full, q=q, k=k, v=v, layout=layout, allowed=allowed)
+    near(head(q, k, v, layout=layout), wanted)
+
+
+def test_identity_as_many_alike_are_one_for_all():
+    one, many = (Neighborhood(place(4, 2, 4), window=w, stride=s) for w, s in ((3, 2), ([3], [2])))
+    q, k, v = normal(3, 1, 2, 4, 2)
+    assert torch.equal(*(head(q, k, v, layout=Layout((4,))) for head in (one, many)))
 
 
 def test_identity_the_whole_window_is_softmax():
@@ -207,10 +254,35 @@ def test_narrow_numbers_stay_near():
     narrow(Neighborhood, [(2, 3, 7, 4)] * 3, site=place(12, 3, 7), window=3)
 
 
+def test_lists_of_another_number_of_dimensions_are_refused():
+    with pytest.raises(RecipeError, match=r"AZ214.*window \[3, 3\] for a 1-D grid"):
+        Neighborhood(place(2), window=[3, 3])
+    with pytest.raises(RecipeError, match="AZ214.*stride of 4.*window of 3"):
+        Neighborhood(Site("hand", 2, 1, Layout((4, 4))), window=[5, 3], stride=4)
+    head = Neighborhood(Site("hand", 2, 1, Layout((4, 4))), window=[3, 2])
+    with pytest.raises(LayoutMismatch, match="AZ401.*2-D"):
+        head(*normal(3, 1, 1, 16, 2), layout=Layout((16,)))
+
+
+def test_the_cost_counts_each_dimension():
+    """As many operations as the tiles that are laid out; with lists that say the same, the same."""
+    site = Site("hand", 8, 2, Layout((64, 48), 1))
+    one, many, other = (
+        evaluate(Neighborhood.card.flops, site, {"window": w, "stride": s, "dilation": d, "causal": False})
+        for w, s, d in ((5, 2, 1), ([5, 5], [2, 2], [1, 1]), ([5, 3], [2, 1], [1, 2]))
+    )
+    assert one == many
+    sides = Neighborhood(site, window=[5, 3], stride=[2, 1], dilation=[1, 2]).along(site.layout)
+    made = [side.tiles(8, torch.device("cpu")) for side in sides]
+    asking, asked = (math.prod(t[i].numel() if i == 0 else t[i].shape[1] for t in made) for i in (0, 2))
+    assert other == 4 * 8 * (asking * (1 + asked) + 1 * site.layout.length)
+
+
 # Tiles
 
 
 TILED = [
+    ((24, 40), 1, {"window": [3, 5], "stride": [1, 4], "dilation": [2, 1], "causal": [False, True]}),
     ((300,), 0, {}),
     ((300,), 2, {"window": 5, "dilation": 3}),
     ((257,), 1, {"window": 9, "stride": 4, "causal": True}),
@@ -224,7 +296,8 @@ TILED = [
 
 def both(grid, prefix, options, mask=NO_MASK, batch=2, dim=6):
     """What tiles give and what the dense form gives, with the gradients of a random sum, in float64."""
-    layout, head = Layout(grid, prefix), Neighborhood(place(dim, 2, 4), **options).double()
+    layout = Layout(grid, prefix)
+    head = Neighborhood(Site("hand", dim, 2, layout), **options).double()
     assert tiles_save(head.along(layout))
     inputs = [t.requires_grad_() for t in normal(3, batch, 2, layout.length, dim // 2)]
     found = []

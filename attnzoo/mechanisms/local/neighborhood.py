@@ -13,20 +13,23 @@ from torch import Tensor
 
 from attnzoo.core import Card, Family, Head, Law, Layout, OptionError, Paper, PositiveInt, Site
 from attnzoo.functional import Windows, dot_product_attention, neighbours, tiled_attention, tiles_save
+from attnzoo.functional.neighbours import each
 
 
 class Neighborhood(Head):
     """Each grid token attends to the window around it on the grid; special tokens attend to all and are seen by all.
+
+    Each option is one for all dimensions of the grid, or a list with one for each.
 
     Args:
         site: Where the head is put.
         window: Side of the window, in tokens; a shorter grid side is seen whole.
         stride: Neighbouring queries that share a window, in tokens; the window gives blocked attention.
         dilation: Step between the tokens of a window, in tokens.
-        causal: Whether windows end with their query, along every dimension.
+        causal: Whether windows end with their query.
 
     Raises:
-        OptionError: AZ214, when the stride is longer than the window.
+        OptionError: AZ214, when the stride is longer than the window, or a list has not one for each dimension.
     """
 
     card = Card(
@@ -45,9 +48,10 @@ class Neighborhood(Head):
         memory="h n m",
         params="0",
         flops="sum(4 * (n * n if 2 * asking * asked >= (n - p)**2 else asking * (p + asked) + p * n) * c "
-        "for tile in [round(64 ** (1 / len(sides)))] "
-        "for asking in [prod(dilation * ceil(ceil(s / dilation) / tile) * tile for s in sides)] "
-        "for asked in [prod(min(ceil(s / dilation), window + tile + stride - 2) for s in sides)])",
+        "for axes in [len(sides)] for tile in [round(64 ** (1 / axes))] "
+        "for w, t, step in [(each(window, axes), each(stride, axes), each(dilation, axes))] "
+        "for asking in [prod(step[i] * ceil(ceil(sides[i] / step[i]) / tile) * tile for i in range(axes))] "
+        "for asked in [prod(min(ceil(sides[i] / step[i]), w[i] + tile + t[i] - 2) for i in range(axes))])",
         masks={"keys", "causal", "pairs"},
         grid="any",
         taps={"scores": "b h n m", "weights": "b h n m"},
@@ -65,33 +69,48 @@ class Neighborhood(Head):
     )
 
     @classmethod
-    def claims(cls, *, stride: int, **options) -> Card:
-        return cls.card if stride == 1 else replace(cls.card, laws=cls.card.laws - {Law.SHIFT_EQUIVARIANT})
+    def claims(cls, *, stride: int | list[int], **options) -> Card:
+        lists = [one for one in (stride, *options.values()) if isinstance(one, list)]
+        card = replace(cls.card, grid=len(lists[0])) if lists else cls.card
+        return card if {*each(stride, 1)} == {1} else replace(card, laws=card.laws - {Law.SHIFT_EQUIVARIANT})
 
     def __init__(
         self,
         site: Site,
         *,
-        window: PositiveInt = 7,
-        stride: PositiveInt = 1,
-        dilation: PositiveInt = 1,
-        causal: bool = False,
+        window: PositiveInt | list[PositiveInt] = 7,
+        stride: PositiveInt | list[PositiveInt] = 1,
+        dilation: PositiveInt | list[PositiveInt] = 1,
+        causal: bool | list[bool] = False,
     ):
         super().__init__(site)
-        if stride > window:
-            raise OptionError(
-                f"`neighborhood`: a stride of {stride} is longer than the window of {window}",
-                why="queries that share a window must lie inside it",
-                help=f"choose a stride from 1 to {window}",
-            )
+        axes = len(site.layout.grid)
+        given = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
+        for name, value in given.items():
+            if len(each(value, axes)) != axes:
+                raise OptionError(
+                    f"`neighborhood`: {name} {value} for a {axes}-D grid",
+                    help=f"give a list of {axes}, or one for all",
+                )
+        for one, width in zip(each(stride, axes), each(window, axes), strict=True):
+            if one > width:
+                raise OptionError(
+                    f"`neighborhood`: a stride of {one} is longer than the window of {width}",
+                    why="queries that share a window must lie inside it",
+                    help=f"choose a stride from 1 to {width}",
+                )
         self.window, self.stride, self.dilation, self.causal = window, stride, dilation, causal
 
     def reach(self) -> int:
-        return (self.window - 1) * self.dilation  # at a border the window lies to one side
+        axes = max(len(each(one, 1)) for one in (self.window, self.dilation))
+        along = zip(each(self.window, axes), each(self.dilation, axes), strict=True)
+        return max((window - 1) * step for window, step in along)  # at a border the window lies to one side
 
     def along(self, layout: Layout) -> list[Windows]:
         """The windows of each dimension."""
-        return [Windows(side, self.window, self.stride, self.dilation, self.causal) for side in layout.grid]
+        axes = len(layout.grid)
+        options = (each(one, axes) for one in (self.window, self.stride, self.dilation, self.causal))
+        return [Windows(*numbers) for numbers in zip(layout.grid, *options, strict=True)]
 
     def neighbours(self, layout: Layout, device: torch.device) -> Bool[Tensor, "1 1 n n"]:
         """Who sees whom."""
