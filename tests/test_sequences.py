@@ -205,24 +205,32 @@ def test_recall_by_hand():
     inputs, targets = laid_out(*parts, torch.zeros(1, 16, dtype=torch.int64))
     assert inputs.tolist() == [[2, 8, 4, 7, 0, 0, 4, 0, 0, 0, 0, 0, 2, 0, 0, 0]]
     assert targets.tolist() == [[*[IGNORE] * 6, 7, *[IGNORE] * 5, 8, *[IGNORE] * 3]]
+    parts = (torch.tensor([row]) for row in ([2, 4], [8, 7], [1, 0]))
+    inputs, targets = laid_out(*parts, torch.zeros(1, 12, dtype=torch.int64), passes=2)
+    assert inputs.tolist() == [[2, 8, 4, 7, 2, 8, 4, 7, 4, 0, 2, 0]]
+    assert targets.tolist() == [[*[IGNORE] * 8, 7, IGNORE, 8, IGNORE]]
 
 
 @pytest.mark.parametrize(
-    "name", ["recall", "recall:pairs=8,power=1", "recall:noise=true", "recall:pairs=5,length=20,vocab=21"]
-)
+    "name",
+    ["recall", "recall:pairs=8,power=1", "recall:noise=true", "recall:pairs=5,length=20,vocab=21",
+     "recall:pairs=3,passes=3,noise=true"],
+)  # fmt: skip
 def test_recall_looked_up(name):
     o = options(RecallOptions, name)
     data = load_sequences(f"{name}{',' if ':' in name else ':'}train=200,test=200", seed=6)
     n, half = o.pairs, o.vocab // 2
     for inputs, targets in zip(data.train.inputs.tolist(), data.train.targets.tolist(), strict=True):
         keys, values = inputs[0 : 2 * n : 2], inputs[1 : 2 * n : 2]
+        context = 2 * n * o.passes
+        assert inputs[:context] == inputs[: 2 * n] * o.passes
         assert len(set(keys)) == len(set(values)) == n
         assert min(keys) >= 1 and max(keys) < half <= min(values) and max(values) < o.vocab
         table = dict(zip(keys, values, strict=True))
         asked = [i for i, target in enumerate(targets) if target != IGNORE]
         assert sorted(inputs[i] for i in asked) == sorted(keys)
-        assert all(i >= 2 * n and i % 2 == 0 and targets[i] == table[inputs[i]] for i in asked)
-        rest = [inputs[i] for i in range(2 * n, o.length) if i not in asked]
+        assert all(i >= context and i % 2 == 0 and targets[i] == table[inputs[i]] for i in asked)
+        rest = [inputs[i] for i in range(context, o.length) if i not in asked]
         assert any(rest) == o.noise
     assert data.words[0] == "·" and data.words[1] == "k1" and data.words[half] == f"v{half}"
 
@@ -544,20 +552,24 @@ def test_recall_ceiling_by_hand():
         assert recall_accuracy(inputs, targets, window, 12) == pytest.approx(ceiling, abs=1e-12), window
 
 
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("window", [1, 4, 9, 16, 30])
-def test_recall_ceiling_is_reached_and_not_passed(window):
+def test_recall_ceiling_is_reached_and_not_passed(window, passes):
     """By one who answers what is in sight and else guesses a value that is not."""
-    data = load_sequences("recall:pairs=4,length=32,vocab=34,test=4000", seed=2)
+    data, context = (
+        load_sequences(f"recall:pairs=4,length=32,vocab=34,test=4000,passes={passes}", seed=2),
+        8 * passes,
+    )
     guess, right = random.Random(1), []
     for inputs, targets in zip(data.test.inputs.tolist(), data.test.targets.tolist(), strict=True):
         for t, target in enumerate(targets):
             if target != IGNORE:
                 shown = range(max(0, t - window + 1), t)
-                table = {inputs[i]: inputs[i + 1] for i in shown if i % 2 == 0 and i < 8}
-                values = {inputs[i] for i in shown if i % 2 and i < 8}
+                table = {inputs[i]: inputs[i + 1] for i in shown if i % 2 == 0 and i < context}
+                values = {inputs[i] for i in shown if i % 2 and i < context}
                 left = [v for v in range(17, 34) if v not in values]
                 right.append((table.get(inputs[t]) or guess.choice(left)) == target)
-    ceiling = recall_accuracy(data.test.inputs, data.test.targets, window, 34)
+    ceiling = recall_accuracy(data.test.inputs, data.test.targets, window, 34, passes)
     error = math.sqrt(0.25 / len(right))
     assert np.mean(right) < ceiling + 4 * error
     if window % 2:  # otherwise a value may come first in the window whose key is out of sight
@@ -611,6 +623,8 @@ WRONG = [
     ("recall:pairs=٤", "a whole number"),
     ("recall:pairs=0", "a whole number"),
     ("recall:pairs=9", "pairs=8 or fewer"),
+    ("recall:pairs=6,passes=2", "length=36 or more, or pairs=5 or fewer"),
+    ("recall:pairs=1,passes=16", "length=34 or more"),
     ("recall:length=31", "length=32"),
     ("recall:vocab=32", "vocab=64"),
     ("recall:power=nan", "a number from 0 to 1"),

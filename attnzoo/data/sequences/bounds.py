@@ -12,7 +12,7 @@ from attnzoo.data.sequences.regression import solve
 from attnzoo.data.sequences.sequence_data import IGNORE
 
 
-def recall_accuracy(inputs: Tensor, targets: Tensor, window: int, vocab: int) -> float:
+def recall_accuracy(inputs: Tensor, targets: Tensor, window: int, vocab: int, passes: int = 1) -> float:
     """The highest accuracy in `recall` that a model can expect on these sequences, over the draw of the values.
 
     A query whose value stands in the window may be answered. The value of any other is, given all that the window
@@ -25,14 +25,16 @@ def recall_accuracy(inputs: Tensor, targets: Tensor, window: int, vocab: int) ->
         targets: int64 (b L).
         window: Tokens that the model sees, w.
         vocab: V.
+        passes: How often keys and values stand there; the last time counts.
     """
     asked = targets != IGNORE
     pairs = int(asked[0].sum())
+    last = 2 * pairs * (passes - 1)  # where they stand there last
     row, at = asked.nonzero(as_tuple=True)
     begin = (at - window + 1).clamp(min=0)  # first position in sight
     values = inputs[row, 1 : 2 * pairs : 2]  # (queries n), at positions 1, 3, …
-    value_at = 2 * (values == targets[row, at, None]).long().argmax(dim=1) + 1
-    shown = (pairs - begin // 2).clamp(min=0)  # values at an odd position from `begin` on
+    value_at = last + 2 * (values == targets[row, at, None]).long().argmax(dim=1) + 1
+    shown = (pairs * passes - begin // 2).clamp(min=0, max=pairs)  # values at an odd position from `begin` on
     chance = 1 / (vocab - vocab // 2 - shown).double()
     return float(torch.where(value_at >= begin, 1, chance).mean())
 

@@ -22,10 +22,11 @@ class RecallOptions:
 
     Args:
         pairs: Keys and values per sequence, n.
-        length: Tokens per sequence, L; even, at least 4 n.
+        length: Tokens per sequence, L; even, at least 4 n, or 2 n more for each further pass.
         vocab: Number of tokens, V; greater than L.
         power: The exponent a of the gaps; 1 makes them uniform.
         noise: Whether random tokens stand between the queries, instead of token 0.
+        passes: How often the list of keys and values stands there before the queries.
         train: Sequences to train on.
         test: Sequences to test on.
     """
@@ -35,6 +36,7 @@ class RecallOptions:
     vocab: int = option(64, 6, 65_536)
     power: float = option(0.01, 0, 1)
     noise: bool = option(False)
+    passes: int = option(1, 1, 512)
     train: int = option(20_000, 1, 1_000_000)
     test: int = option(2_000, 1, 100_000)
 
@@ -51,12 +53,14 @@ def recall_options(name: str) -> RecallOptions:
     o = options(RecallOptions, name)
     if o.length % 2:
         raise impossible(name, f"the length {o.length} is odd", help=f"length={o.length + 1}")
-    if 4 * o.pairs > o.length:
+    tokens = 2 + 2 * o.passes  # of a pair
+    if tokens * o.pairs > o.length:
+        fewer = f", or pairs={o.length // tokens} or fewer" if o.length >= tokens else ""
         raise impossible(
             name,
             f"{o.pairs} pairs do not fit into {o.length} tokens",
-            why="a pair takes two tokens, and a slot of two for its query",
-            help=f"length={4 * o.pairs} or more, or pairs={o.length // 4} or fewer",
+            why="a pair takes two tokens in each pass, and a slot of two for its query",
+            help=f"length={tokens * o.pairs} or more{fewer}",
         )
     if o.vocab <= o.length:
         raise impossible(
@@ -73,9 +77,9 @@ def load_recall(name: str, seed: int) -> SequenceData:
     """Draw them.
 
     n keys, all different, from 1 to V/2 - 1, and n values, all different, from V/2 to V - 1, are drawn uniformly. The
-    sequence begins k₁ v₁ k₂ v₂ …; after it are G = (L - 2 n) / 2 slots of two tokens. Slots g_i are drawn without
-    replacement with p(g) ∝ (g + 1)^(a - 1); key i stands again at 2 n + 2 g_i, where its value is asked. Everything
-    else is token 0.
+    sequence begins k₁ v₁ k₂ v₂ …, `passes` times the same; after these C = 2 n `passes` tokens are G = (L - C) / 2
+    slots of two. Slots g_i are drawn without replacement with p(g) ∝ (g + 1)^(a - 1); key i stands again at C + 2 g_i,
+    where its value is asked. Everything else is token 0.
 
     Args:
         name: `recall`, with options such as `recall:pairs=8,length=64,vocab=128`.
@@ -91,7 +95,9 @@ def load_recall(name: str, seed: int) -> SequenceData:
     return SequenceData(name, o.vocab, None, o.vocab, False, o.length, train, test, words=words)
 
 
-def laid_out(keys: Tensor, values: Tensor, gaps: Tensor, fillers: Tensor) -> tuple[Tensor, Tensor]:
+def laid_out(
+    keys: Tensor, values: Tensor, gaps: Tensor, fillers: Tensor, passes: int = 1
+) -> tuple[Tensor, Tensor]:
     """Sequences from their parts.
 
     Args:
@@ -99,13 +105,14 @@ def laid_out(keys: Tensor, values: Tensor, gaps: Tensor, fillers: Tensor) -> tup
         values: int64 (b n).
         gaps: int64 (b n), the slot of each key's query.
         fillers: int64 (b L), what stands where nothing else does.
+        passes: How often keys and values stand there.
 
     Returns:
         Inputs and targets, int64 (b L).
     """
-    context = 2 * keys.shape[1]
+    context = 2 * keys.shape[1] * passes
     inputs, targets = fillers.clone(), torch.full_like(fillers, IGNORE)
-    inputs[:, 0:context:2], inputs[:, 1:context:2] = keys, values
+    inputs[:, 0:context:2], inputs[:, 1:context:2] = keys.repeat(1, passes), values.repeat(1, passes)
     inputs.scatter_(1, context + 2 * gaps, keys)
     targets.scatter_(1, context + 2 * gaps, values)
     return inputs, targets
@@ -121,7 +128,7 @@ def _chunk(seeds: Tensor, o: RecallOptions) -> tuple[Tensor, Tensor]:
     chance, half = Chance(seeds), o.vocab // 2
     keys = 1 + distinct(chance.uniform(o.pairs), half - 1)
     values = half + distinct(chance.uniform(o.pairs), o.vocab - half)
-    slots = (o.length - 2 * o.pairs) // 2
+    slots = (o.length - 2 * o.pairs * o.passes) // 2
     # Whoever arrives first when arrivals are exponential with rates p: drawing without replacement by p.
     rates = torch.arange(1, slots + 1) ** (o.power - 1)
     arrivals = -torch.log1p(-chance.uniform(slots)) / rates
@@ -130,7 +137,7 @@ def _chunk(seeds: Tensor, o: RecallOptions) -> tuple[Tensor, Tensor]:
         fillers = integers(chance.uniform(o.length), o.vocab)
     else:
         fillers = torch.zeros(len(seeds), o.length, dtype=torch.int64)
-    return laid_out(keys, values, gaps, fillers)
+    return laid_out(keys, values, gaps, fillers, o.passes)
 
 
 def distinct(uniform: Tensor, count: int) -> Tensor:
