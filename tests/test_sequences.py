@@ -28,7 +28,7 @@ from attnzoo.data.sequences.fitting import SmoothMap
 from attnzoo.data.sequences.markov import posterior
 from attnzoo.data.sequences.options import MOST_NUMBERS, options
 from attnzoo.data.sequences.recall import RecallOptions, distinct, laid_out
-from attnzoo.data.sequences.regression import ridge
+from attnzoo.data.sequences.regression import gradient_step, ridge
 from attnzoo.data.sequences.switching import RULES, streams
 from attnzoo.errors import DataError
 
@@ -400,6 +400,36 @@ def test_regression_has_the_moments_it_should():
     assert (covariance[15:, 15:] - 7 * torch.eye(5)).abs().max() < 0.3  # 3 of w'x, 4 of the noise
     product = (y[:, 0] * y[:, 1])[:, 0] * (x[:, 0] * x[:, 1]).sum(dim=1)
     assert abs(float(product.mean()) - 3) < 0.3  # E (w'x)(w'z)(x'z) = E (x'z)² = d: one w in a sequence
+
+
+def test_regression_with_variances_that_differ():
+    """κ = 16: variances 4, 1, 1/4; the best predictor is the same, and what y is made of too."""
+    data = load_sequences("regression:dim=3,examples=4,condition=16,train=50000,test=1", seed=1).train
+    plain = load_sequences("regression:dim=3,examples=4,train=50000,test=1", seed=1).train
+    x = data.inputs[..., :-1].double()
+    near = torch.tensor([4.0, 1.0, 0.25]).double()
+    assert (x.flatten(0, 1).var(dim=0) / near - 1).abs().max() < 0.02
+    torch.testing.assert_close(x / near.sqrt(), plain.inputs[..., :-1].double(), rtol=1e-6, atol=0)
+    assert (ridge(data.inputs, 0.0) - data.targets[:, -1, 0]).abs().median() < 1e-5
+    one = load_sequences("regression:dim=1,condition=9,train=20,test=1").train
+    assert torch.equal(one.inputs, load_sequences("regression:dim=1,train=20,test=1").train.inputs)
+
+
+def test_two_heads_come_to_a_debiased_step():
+    """He et al.'s two heads, γ = ± 0.05 and μ = ± 1 / 2γ, on one sequence whose examples are not centred."""
+    generator, gamma = torch.Generator().manual_seed(0), 0.05
+    x = torch.randn(1, 4001, 5, generator=generator, dtype=torch.float64) + 1.0
+    w = torch.randn(5, 1, generator=generator, dtype=torch.float64)
+    inputs = torch.cat([x, x @ w], dim=-1)
+    inputs[:, -1, -1] = 0
+    scores, y = (x[0, :-1] @ x[0, -1]) * gamma, inputs[0, :-1, -1]
+    two = ((scores.softmax(0) - (-scores).softmax(0)) * y).sum() / (2 * gamma)
+    step, biased = gradient_step(inputs, debiased=True), gradient_step(inputs)
+    assert abs(two - step) < 0.01 * abs(step) and abs(two - biased) > 0.05 * abs(step)
+    by_hand = torch.tensor(
+        [[[1.0, 2.0], [3.0, 4.0], [2.0, 0.0]]]
+    )  # (1·2 + 3·4) / 2 · 2; centred (-2 + 4) / 2 · 2
+    assert gradient_step(by_hand).item() == 14 and gradient_step(by_hand, debiased=True).item() == 2
 
 
 # Task switching

@@ -21,6 +21,7 @@ class RegressionOptions:
         dim: Numbers in x, d.
         examples: Pairs per sequence, L.
         noise: Standard deviation σ of what is added to y.
+        condition: Greatest variance of the numbers in x over the least, κ; 1 makes them alike.
         train: Sequences to train on.
         test: Sequences to test on.
     """
@@ -28,6 +29,7 @@ class RegressionOptions:
     dim: int = option(5, 1, 256)
     examples: int = option(20, 1, 2048)
     noise: float = option(0.0, 0, 100)
+    condition: float = option(1.0, 1, 1_000_000)
     train: int = option(20_000, 1, 1_000_000)
     test: int = option(2_000, 1, 100_000)
 
@@ -47,8 +49,9 @@ def regression_options(name: str) -> RegressionOptions:
 
 
 def load_regression(name: str, seed: int) -> SequenceData:
-    """Draw them: w and all x from N(0, I), y = wᵀx + σ ε with ε from N(0, 1).
+    """Draw them: w from N(0, I), all x from N(0, Σ), y = wᵀx + σ ε with ε from N(0, 1).
 
+    Σ is diagonal, its entries fall from √κ to 1 / √κ by equal factors; it is I for κ = 1, and where x is one number.
     Tokens are the vectors (x; y) and, last, (x; 0), where its y is asked. Its y has noise too, as the others have.
 
     Args:
@@ -80,6 +83,24 @@ def ridge(inputs: Tensor, noise: float) -> Tensor:
     return (query @ solve(x, noise) @ y)[:, 0, 0]
 
 
+def gradient_step(inputs: Tensor, debiased: bool = False) -> Tensor:
+    """The answer after one step of gradient descent from w = 0, of size 1, on the mean of (y - wᵀx)² / 2 over examples.
+
+    ŷ = (1/L) Σ_l y_l x_l · x_q; debiased (1/L) Σ_l y_l (x_l - x̄) · x_q, which two softmax heads of opposite signs come
+    to: (1/2γ) Σ_l y_l [softmax_l(γ x_l · x_q) - softmax_l(-γ x_l · x_q)] as γ → 0 (He et al., arXiv:2503.12734).
+
+    Args:
+        inputs: float (b n e), as `load_regression` makes them.
+        debiased: Whether the mean x̄ of the examples is taken off.
+
+    Returns:
+        float64 (b,).
+    """
+    x, y, query = inputs[:, :-1, :-1].double(), inputs[:, :-1, -1:].double(), inputs[:, -1:, :-1].double()
+    x = x - x.mean(dim=1, keepdim=True) if debiased else x
+    return (query @ x.mT @ y)[:, 0, 0] / x.shape[1]
+
+
 def solve(x: Tensor, noise: float) -> Tensor:
     """(b d k): the matrix that makes the posterior mean of w of the y to these x; without noise, of least norm.
 
@@ -96,6 +117,8 @@ def _side(seed: int, side: int, count: int, o: RegressionOptions) -> InMemory:
     chance, tokens = Chance(step_seeds(seed, side, torch.arange(count))), o.examples + 1
     w = chance.normal(o.dim).view(count, o.dim, 1)
     x = chance.normal(tokens * o.dim).view(count, tokens, o.dim)
+    if o.condition > 1 and o.dim > 1:
+        x = x * o.condition ** torch.linspace(0.25, -0.25, o.dim)  # roots of the variances
     y = x @ w  # (count, L + 1, 1)
     if o.noise:
         y = y + o.noise * chance.normal(tokens)[..., None]

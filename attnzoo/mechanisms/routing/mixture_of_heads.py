@@ -59,9 +59,10 @@ class MixtureOfHeads(Projected):
         laws={Law.PERMUTATION_EQUIVARIANT},
         fidelity="adapted",
         auxiliary="E Σ_e P_e f_e over the E routed heads: P_e the mean of p_e over tokens, f_e how many have e active",
-        notes="The authors weigh the balance loss with 0.01. The tap `weights` shows the softmax times the gate. All "
-        "heads are computed: no operation is saved. Ties are broken as PyTorch's topk does. `query_norm` is the "
-        "router of MoH-LLaMA3 as released, for inference; the paper trains it by straight-through gradients.",
+        notes="The authors weigh the balance loss with 0.01; that of the paper has no factor E. The tap `weights` "
+        "shows the softmax times the gate. All heads are computed: no operation is saved. Ties are broken as PyTorch's "
+        "topk does. `query_norm` is the router of MoH-LLaMA3 as released, for inference; the paper trains it by "
+        "straight-through gradients.",
     )
 
     shares: Tap
