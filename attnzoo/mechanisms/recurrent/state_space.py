@@ -109,15 +109,17 @@ class StateSpace(Recurrent):
         else:
             xbc, kept = short_conv(xbc, self.conv, there, kept)
             xbc = xbc + self.conv_bias
-        x, b, c = F.silu(xbc).split(self.sizes, dim=-1)
+        exact = torch.promote_types(xbc.dtype, torch.float32)  # products of three overflow in half precision
+        x, b, c = F.silu(xbc).to(exact).split(self.sizes, dim=-1)
         x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         fade, step = fade.mT[..., None], step.mT[..., None]
         heads, last = recurrence(c[:, None], b[:, None], step * x, fade, None, there, *state)
         return heads + self.through[:, None, None] * x, kept, last
 
     def write(self, x, heads):
-        gated = merge_heads(heads) * F.silu(self.gate_by(x))
-        return self.proj(self.norm(gated.to(self.norm.weight.dtype)))
+        gated, weight = merge_heads(heads) * F.silu(self.gate_by(x)), self.norm.weight
+        normed = F.rms_norm(gated, weight.shape, weight.to(gated.dtype), self.norm.eps)
+        return self.proj(normed.to(weight.dtype))
 
 
 # symbolic tracing knows no lengths
