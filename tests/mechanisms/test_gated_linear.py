@@ -201,3 +201,13 @@ def test_long_sequences_in_single_precision():
 
 def test_narrow_numbers_stay_near():
     narrow(GatedLinear, [(2, 7, 12)], site=place(12, 3, 7))
+
+
+def test_large_tokens_in_half_precision():
+    """Queries, keys and values are multiplied with each other before anything is divided."""
+    torch.manual_seed(0)
+    part, x = GatedLinear(place(64, 2, 50)).eval(), 64 * torch.randn(1, 50, 64)
+    wanted = part(x, layout=Layout((50,))).detach()
+    for dtype, tolerance in ((torch.float16, 0.02), (torch.bfloat16, 0.1)):
+        found = part.to(dtype)(x.to(dtype), layout=Layout((50,)))
+        near(found, wanted, tolerance * float(wanted.abs().max()))

@@ -5,6 +5,7 @@ Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Traini
 
 from typing import Literal
 
+import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -86,10 +87,14 @@ class GatedLinear(Recurrent):
 
     def carry(self, read, there, past=()):
         q, k, v, fade = (t.transpose(1, 2) for t in read)
+        v = v.to(torch.promote_types(v.dtype, torch.float32))  # products of three overflow in half precision
         return recurrence(q, k, v, fade, None, there, *past)
 
     def write(self, x, heads):
-        return self.proj(F.silu(self.gate_by(x)) * merge_heads(self.norm(heads)))
+        gate, norm = F.silu(self.gate_by(x)), self.norm
+        weight, bias = norm.weight.to(heads.dtype), norm.bias.to(heads.dtype)
+        heads = F.layer_norm(heads, norm.normalized_shape, weight, bias, norm.eps).to(gate.dtype)
+        return self.proj(gate * merge_heads(heads))
 
 
 fx.wrap("recurrence")  # symbolic tracing knows no lengths

@@ -81,12 +81,14 @@ class Retention(Recurrent):
         q, k, v = (split_heads(t, self.heads) for t in read)
         count, *state = past or (None,)
         q, k, decay, count = placed(q, k, there, count, self.turn)
+        v = v.to(torch.promote_types(v.dtype, torch.float32))  # products of three overflow in half precision
         heads, *state = recurrence(q, k, v, decay, None, there, *state)
         return heads, count, *state
 
     def write(self, x, heads):
-        heads = F.layer_norm(heads, (self.width,), eps=EPS)
-        return self.proj(F.silu(self.gate_by(x)) * merge_heads(heads))
+        gate = F.silu(self.gate_by(x))
+        heads = F.layer_norm(heads, (self.width,), eps=EPS).to(gate.dtype)
+        return self.proj(gate * merge_heads(heads))
 
 
 def placed(q, k, there, count, turn):
