@@ -192,6 +192,7 @@ def component_for(
         ZooError: As for `create`.
     """
     place = _place(said)
+    options = {name: [*value] if isinstance(value, tuple) else value for name, value in options.items()}
     plan = planned(mechanism, options, said)
     if place.form == "map" and place.prefix:
         raise OptionError(

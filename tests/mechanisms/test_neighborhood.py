@@ -12,6 +12,7 @@ from by_hand import caught, narrow, near, normal, place, wrong
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import attnzoo
 from attnzoo.core import NO_MASK, Layout, Mask, Site, evaluate, watch
 from attnzoo.errors import LayoutMismatch, RecipeError
 from attnzoo.functional import Windows, tiles_save
@@ -252,6 +253,13 @@ def test_a_stride_longer_than_the_window_is_refused():
 
 def test_narrow_numbers_stay_near():
     narrow(Neighborhood, [(2, 3, 7, 4)] * 3, site=place(12, 3, 7), window=3)
+
+
+def test_alone_it_takes_a_tuple_as_well_and_asks_for_a_plane():
+    part = attnzoo.create("neighborhood", dim=4, heads=2, grid=(3, 5), window=(3, 2))
+    assert part.attn.inner.window == [3, 2] and part(torch.randn(1, 15, 4)).shape == (1, 15, 4)
+    with pytest.raises(LayoutMismatch, match="AZ401.*2-D"):
+        attnzoo.create("neighborhood", dim=4, grid=15, window=(3, 2))
 
 
 def test_lists_of_another_number_of_dimensions_are_refused():
