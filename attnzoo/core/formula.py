@@ -8,9 +8,8 @@ from attnzoo.core.site import Site
 
 FUNCTIONS = {
     "ceil": math.ceil,
-    "each": lambda value, axes: (
-        value if isinstance(value, list) else [value] * axes
-    ),  # an option of each dimension
+    # an option of each dimension of the grid
+    "each": lambda value, axes: value if isinstance(value, list) else [value] * axes,
     "len": len,
     "log": math.log,
     "max": max,

@@ -88,9 +88,8 @@ class RedistributeSink(Intervention):
         )  # (b h n 1)
         share = self.ratio if self.form == "paper" else 1 - self.ratio
         chosen = queries & (of_targets >= self.least) & (of_rest > 0) & (of_rest >= share * of_targets)
-        shares = weights / of_rest.masked_fill(
-            ~chosen, 1.0
-        )  # at most 1 of the rest; what is freed over it may be inf
+        # at most 1 of the rest; what is freed over it may be infinite
+        shares = weights / of_rest.masked_fill(~chosen, 1.0)
         more = weights + (1 - self.keep) * of_sinks * shares
         changed = torch.where(sinks, self.keep * weights, torch.where(rest, more, weights))
         return torch.where(chosen, changed, weights)
@@ -112,8 +111,7 @@ class RedistributeSink(Intervention):
                 why=f"there are {x.shape[2]} channels, which count from 0",
                 help="attnzoo.lab.calibration.sink_dims(subject) finds them",
             )
-        x = x.to(
-            torch.promote_types(x.dtype, torch.float32)
-        )  # squares of what is large overflow in half precision
+        # squares of what is large overflow in half precision
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         large = (x.abs()[..., list(self.dims)] if self.dims else x.abs()).amax(dim=-1)
         return (large > 0) & (large >= self.threshold * x.square().mean(dim=-1).sqrt())

@@ -47,9 +47,8 @@ def sink_dims(subject: Subject, count: int = 2, at: str = "*") -> list[int]:
     def note(leaf: Leaf, _out: Tensor, here: Here) -> None:
         x = here.context if here.tokens is None else here.tokens
         if x is not None and x.ndim == 3:
-            x = x.to(
-                torch.promote_types(x.dtype, torch.float32)
-            )  # squares of what is large overflow in half precision
+            # squares of what is large overflow in half precision
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             shares = (x.abs() / x.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-12)).amax(
                 dim=(0, 1)
             )
@@ -132,9 +131,10 @@ def salient_tokens(
         )
 
     early, late = of_layer(first), of_layer(last)
-    scores = maps.on_grid(early).float().sum(dim=1).flatten(1)  # (b patches)
-    received = early.matrix(maps.layout.length).float().mean(dim=1)[:, prefix:, prefix:].sum(dim=1)
-    outstanding = maps.on_grid(late).float().sum(dim=1).flatten(1)  # quantiles are not of half precision
+    grids, matrix = (maps.on_grid(early), maps.on_grid(late)), early.matrix(maps.layout.length)
+    wide = torch.promote_types(matrix.dtype, torch.float32)  # there are no quantiles of half precision
+    scores, outstanding = (grid.to(wide).sum(dim=1).flatten(1) for grid in grids)  # (b patches)
+    received = matrix.to(wide).mean(dim=1)[:, prefix:, prefix:].sum(dim=1)
     quarters = outstanding.quantile(outstanding.new_tensor([0.25, 0.75]), dim=-1)
     bottom = outstanding > (quarters[1] + 1.5 * (quarters[1] - quarters[0]))[:, None]
     top = (largest(scores, share) | largest(received, spatial)) & ~bottom
