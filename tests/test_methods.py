@@ -71,6 +71,18 @@ def test_focal_region_loss_without_error_is_zero():
     assert loss.item() == 0 and bool(image.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_focal_region_loss_in_half_precision(dtype):
+    """Sums over thousands of pixels: in half precision they stall, at 256 ones in bfloat16."""
+    error = torch.full((1, 1, 64, 64), 0.0625)
+    error[:, :, :8], error[:, :, -1] = 2.0, 4.0
+    regions = torch.zeros(1, 64, 64, dtype=torch.long)
+    regions[:, -1] = 1
+    whole = focal_region_loss(error, torch.zeros_like(error), regions, beta=8.0)
+    half = focal_region_loss(error.to(dtype), torch.zeros_like(error).to(dtype), regions, beta=8.0)
+    assert half.dtype == dtype and float(half) == pytest.approx(float(whole), rel=1e-2)
+
+
 def test_names_of_regions_have_no_say():
     prediction, target = normal(2, 1, 3, 3), normal(2, 1, 3, 3, seed=1)
     regions = torch.randint(0, 3, (2, 3, 3), generator=torch.Generator().manual_seed(2))
@@ -172,6 +184,20 @@ def test_a_feature_on_an_anchor_has_its_class():
     balance = spread(ReliabilityBalance(6, 4, anchors=2, sharpness=1e-3))
     g = balance.by_distance(balance.anchors[2, 1][None])
     assert torch.allclose(g, torch.tensor([[0.0, 0, 1, 0]], dtype=torch.float64))
+
+
+def test_distances_do_not_depend_on_the_batch():
+    """Of features close to anchors that lie far out; PyTorch's fast way, from 26 on, would lose their last digits."""
+    torch.manual_seed(0)
+    balance = ReliabilityBalance(768, 7, anchors=10)
+    with torch.no_grad():
+        balance.anchors.copy_(torch.randn(768) + torch.randn(7, 10, 768) / 1000)
+        features = balance.anchors.flatten(0, 1)[:64] + 1e-3
+        many, few = balance.distances(features), balance.distances(features[:3])
+        exact = (features[:, None, None].double() - balance.anchors.double()).norm(dim=-1)
+        assert torch.equal(many[:3], few) and torch.allclose(many.double(), exact, atol=1e-6)
+        half = balance.bfloat16()(features.bfloat16(), torch.zeros(64, 7).bfloat16())
+    assert half.dtype == torch.bfloat16 and bool(half.isfinite().all())
 
 
 def test_confidence_by_hand():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from timm.layers import ConvNormAct, DropPath, LayerScale, Mlp
@@ -69,8 +70,12 @@ class OnGrid(nn.Sequential):
 
 
 def deformed(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """torchvision's deformable convolution with stride 2, a leaf for symbolic tracing."""
-    return deform_conv2d(x, offset, weight, bias, stride=(2, 2))
+    """torchvision's deformable convolution with stride 2, a leaf for symbolic tracing; its kernels take no bfloat16."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_, offset, weight, bias = (t.to(wide) for t in (x, offset, weight, bias))
+    autocasts = torch.amp.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocasts else nullcontext():
+        return deform_conv2d(x_, offset, weight, bias, stride=(2, 2)).to(x.dtype)
 
 
 fx.wrap("deformed")

@@ -33,11 +33,12 @@ def focal_region_loss(prediction: Tensor, target: Tensor, regions: Tensor, beta:
             help=f"hand over a target of the prediction's shape and regions ({b}, {y}, {x}) of whole numbers",
         )
     error = (prediction - target).abs()
-    of_pixel = error.detach().mean(dim=1).flatten()  # (b y x), over the channels
+    wide = torch.promote_types(error.dtype, torch.float32)  # sums over a region stall in half precision
+    of_pixel = error.detach().to(wide).mean(dim=1).flatten()  # (b y x), over the channels
     image = torch.arange(b, device=regions.device).repeat_interleave(y * x)
     _, region = torch.unique(torch.stack([image, regions.flatten()]), dim=1, return_inverse=True)
     count = torch.zeros_like(of_pixel).index_add(0, region, torch.ones_like(of_pixel)).clamp(min=1)
     mean = torch.zeros_like(of_pixel).index_add(0, region, of_pixel) / count
     worst = mean.max()
-    weight = (mean / torch.where(worst > 0, worst, 1.0))[region].reshape(b, 1, y, x)
+    weight = (mean / torch.where(worst > 0, worst, 1.0))[region].reshape(b, 1, y, x).to(error)
     return (error * (1 + beta * weight)).mean()

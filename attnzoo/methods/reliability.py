@@ -95,8 +95,11 @@ class ReliabilityBalance(nn.Module):
 
     def distances(self, features: Tensor) -> Tensor:
         """From each feature to each anchor, (b k a)."""
-        apart = torch.cdist(features, self.anchors.flatten(0, 1))
-        return rearrange(apart, "b (k a) -> b k a", k=self.anchors.shape[0])
+        wide = torch.promote_types(features.dtype, torch.float32)  # there is none in half precision
+        e, anchors = features.to(wide), self.anchors.flatten(0, 1).to(wide)
+        # not as ‖e‖² - 2 e·a + ‖a‖², where digits cancel, and which a batch of more than 25 would get and others not
+        apart = torch.cdist(e, anchors, compute_mode="donot_use_mm_for_euclid_dist")
+        return rearrange(apart.to(features.dtype), "b (k a) -> b k a", k=self.anchors.shape[0])
 
     def _by_class(self, scores: Tensor) -> Tensor:
         """Probabilities of the classes from scores of all anchors, (b k) of (b k·a)."""

@@ -24,7 +24,7 @@ def normed(norm, tokens, exist):
     """Tokens by place, normalised by the mean and deviation of all numbers of those that exist."""
     numbers = torch.cat([tokens[place] for place in exist]) if exist else torch.zeros(1).double()
     mean = sum(numbers) / len(numbers)
-    deviation = torch.sqrt(sum((numbers - mean) ** 2) / len(numbers) + 1e-5)
+    deviation = torch.sqrt(sum((numbers - mean) ** 2) / len(numbers) + 1e-6)
     return {place: (t - mean) / deviation * norm.weight + norm.bias for place, t in tokens.items()}
 
 

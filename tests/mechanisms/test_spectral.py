@@ -9,6 +9,7 @@ from torch import nn
 
 from attnzoo.core import Layout, Mask, Site
 from attnzoo.mechanisms.mixing.spectral import Spectral
+from attnzoo.recipe import compose_file
 from attnzoo.testing import against
 
 
@@ -182,6 +183,20 @@ def test_hand_a_wave_turned_by_a_quarter():
 def test_hand_parameters(grid, own):
     """2 y (x // 2 + 1) c, without the imaginary parts of bins that are their own mirror."""
     assert count(Spectral(at(grid, dim=8))) == 8 * (2 * grid[0] * (grid[1] // 2 + 1) - own)
+
+
+@pytest.mark.parametrize(
+    ("size", "theirs", "dim"),
+    [
+        ("tiny", 9_158_376, 256),
+        ("xs", 20_028_520, 384),
+        ("small", 32_449_768, 384),
+        ("base", 57_159_656, 512),
+    ],
+)
+def test_hand_parameters_of_the_authors_models(size, theirs, dim):
+    """What the authors' logs say, less the imaginary parts of four bins in each of four spectral blocks."""
+    assert compose_file(f"spectformer_{size}").loaded.recipe.expect.params == theirs - 4 * 4 * dim
 
 
 def test_hand_it_starts_small():

@@ -81,10 +81,10 @@ class Hierarchical(Mechanism):
         super().__init__(site)
         c = site.dim
         self.window, self.ratio = window, ratio
-        self.norm = nn.GroupNorm(1, c)
+        self.norm = nn.GroupNorm(1, c, eps=1e-6)
         self.qkv = nn.Linear(c, 3 * c, bias=site.qkv_bias)
         if window > 1:
-            self.window_norm, self.pool_norm = nn.GroupNorm(1, c), nn.GroupNorm(1, c)
+            self.window_norm, self.pool_norm = (nn.GroupNorm(1, c, eps=1e-6) for _ in range(2))
             self.q = nn.Linear(c, c, bias=site.qkv_bias)
             self.kv = nn.Linear(c, 2 * c, bias=site.qkv_bias)
         self.proj = nn.Linear(c, c, bias=site.proj_bias)
