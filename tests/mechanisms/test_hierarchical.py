@@ -184,7 +184,7 @@ def hierarchical(grid, prefix=0, dim=4, heads=2, **options) -> Hierarchical:
 
 def group_norm(norm, x):
     """PyTorch's, of one group, over tokens (b n c)."""
-    return F.group_norm(x.mT, 1, norm.weight, norm.bias).mT
+    return F.group_norm(x.mT, 1, norm.weight, norm.bias, norm.eps).mT
 
 
 def softmax_of(q, k, v, heads=2):
@@ -201,8 +201,8 @@ def test_hand_the_norm_is_of_the_whole_sample():
     """(1, 3, 5, 7) in two tokens of two channels: mean 4, variance 5; of the first token alone: mean 2, variance 1."""
     norm, t = Hierarchical(at((1, 2), dim=2)).norm.double(), torch.tensor([[[1.0, 3], [5, 7]]]).double()
     every, first = torch.ones(1, 2).bool(), torch.tensor([[True, False]])
-    near(masked_group_norm(norm, t, every), torch.tensor([[-3.0, -1], [1, 3]]).double() / math.sqrt(5 + 1e-5))
-    near(masked_group_norm(norm, t, first)[:, :1], torch.tensor([-1.0, 1]).double() / math.sqrt(1 + 1e-5))
+    near(masked_group_norm(norm, t, every), torch.tensor([[-3.0, -1], [1, 3]]).double() / math.sqrt(5 + 1e-6))
+    near(masked_group_norm(norm, t, first)[:, :1], torch.tensor([-1.0, 1]).double() / math.sqrt(1 + 1e-6))
 
 
 def test_hand_queries_and_keys_of_zero_give_means_of_windows_then_of_all():
@@ -214,10 +214,10 @@ def test_hand_queries_and_keys_of_zero_give_means_of_windows_then_of_all():
         for norm in (part.norm, part.window_norm):
             norm.weight.fill_(1)
     x = torch.tensor([-1.0, 1, -1, 1]).double().reshape(1, 4, 1)
-    near(part(x, layout=Layout((1, 4))), x / math.sqrt(1 + 1e-5))  # the means are zero
+    near(part(x, layout=Layout((1, 4))), x / math.sqrt(1 + 1e-6))  # the means are zero
     x = torch.tensor([-1.0, -1, 1, 1]).double().reshape(1, 4, 1)
-    twice = 1 + 1 / math.sqrt(1 + 1e-5)  # x + L
-    near(part(x, layout=Layout((1, 4))), x * twice / math.sqrt(twice**2 + 1e-5))
+    twice = 1 + 1 / math.sqrt(1 + 1e-6)  # x + L
+    near(part(x, layout=Layout((1, 4))), x * twice / math.sqrt(twice**2 + 1e-6))
 
 
 @pytest.mark.parametrize("window,wanted", [(2, 7 * 64 + 13 * 8), (1, 4 * 64 + 6 * 8)])
