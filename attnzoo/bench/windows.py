@@ -13,6 +13,7 @@ import torch
 
 from attnzoo.core import OptionError
 from attnzoo.functional import Windows
+from attnzoo.functional.neighbours import windows_along
 
 Each = int | Sequence[int]
 """A number for all dimensions, or one for each."""
@@ -60,18 +61,12 @@ def window_bounds(
     """
     lined = len(grid) > 1 and isinstance(queries, int) and isinstance(keys, int)
     sides, windows, strides, dilations = (_each(t, len(grid)) for t in (grid, window, stride, dilation))
-    if any(one > width for one, width in zip(strides, windows, strict=True)):
-        raise OptionError(
-            f"a stride of {max(strides)} is longer than the window",
-            why="queries that share a window must lie inside it",
-        )
     if lined and max(dilations) > 1:
         raise OptionError(
             "tokens of one group do not lie beside each other on the line of all tokens",
             help=f"give tiles a side for each of the {len(grid)} dimensions: queries=(8, 8)",
         )
-    along = zip(sides, windows, strides, dilations, strict=True)
-    axes = [_groups(Windows(*numbers, causal)) for numbers in along]
+    axes = [_groups(side) for side in windows_along(sides, [*windows], [*strides], [*dilations], causal)]
     pairs = math.prod(sum(end - start for group in axis for start, end in group) for axis in axes)
     if lined:
         axes, sides = [[_on_a_line(axes, sides)]], (math.prod(sides),)

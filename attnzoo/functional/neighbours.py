@@ -7,11 +7,11 @@ from functools import reduce
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnzoo.core import Component, Layout, Mask
+from attnzoo.core import Component, Layout, Mask, OptionError
 from attnzoo.functional.einops import rearrange
 from attnzoo.functional.softmax import dot_product_attention
 
@@ -49,6 +49,12 @@ class Windows:
     stride: int
     dilation: int
     causal: bool
+
+    @property
+    def ways(self) -> int:
+        """How many ways there are from a token to those that it may see, in tokens of a group."""
+        near = min(self.window, -(-self.length // self.dilation))
+        return near if self.causal else 2 * near - 1
 
     def bounds(self, i: Tensor) -> tuple[Tensor, Tensor]:
         """First place of a token's window in its group, and the one after its last."""
@@ -94,6 +100,40 @@ class Windows:
         return torch.where(there, queries, 0), there, torch.where(keys < self.length, keys, 0), seen
 
 
+def windows_along(
+    grid: Sequence[int],
+    window: int | list[int],
+    stride: int | list[int] = 1,
+    dilation: int | list[int] = 1,
+    causal: bool | list[bool] = False,
+) -> list[Windows]:
+    """The windows of each dimension; each option is one for all dimensions, or a list with one for each.
+
+    Args:
+        grid: Sides, in tokens.
+        window, stride, dilation, causal: As for `Windows`.
+
+    Raises:
+        OptionError: AZ214, for a list of another length than the grid has dimensions, or a stride longer than the
+            window.
+    """
+    given = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
+    for name, value in given.items():
+        if len(each(value, len(grid))) != len(grid):
+            raise OptionError(
+                f"{name} {value} for a {len(grid)}-D grid", help=f"give a list of {len(grid)}, or one for all"
+            )
+    sides = [Windows(*one) for one in zip(grid, *(each(t, len(grid)) for t in given.values()), strict=True)]
+    for side in sides:
+        if side.stride > side.window:
+            raise OptionError(
+                f"a stride of {side.stride} is longer than the window of {side.window}",
+                why="queries that share a window must lie inside it",
+                help=f"choose a stride from 1 to {side.window}",
+            )
+    return sides
+
+
 def neighbours(sides: Sequence[Windows], layout: Layout, device: torch.device) -> Bool[Tensor, "1 1 n n"]:
     """Who sees whom: the conjunction over dimensions; special tokens see all and are seen by all.
 
@@ -106,6 +146,26 @@ def neighbours(sides: Sequence[Windows], layout: Layout, device: torch.device) -
     grid = reduce(torch.kron, [windows.seen(device) for windows in sides])  # row-major, as tokens are
     seen[layout.prefix :, layout.prefix :] = grid
     return seen[None, None]
+
+
+def by_way(table: Tensor, sides: Sequence[Windows], layout: Layout) -> Float[Tensor, "h n n"]:
+    """What a table holds for the way from each token to each other, in tokens of a group; nothing for special ones.
+
+    Args:
+        table: By rows, columns, ... of the way, (h ...): the way to oneself is in the middle, or last where windows are
+            causal. Ways beyond its ends are those at the ends.
+        sides: The windows of each dimension.
+        layout: How the tokens lie.
+    """
+    for axis, windows in enumerate(sides):  # (h rows columns), (h y y columns), (h y y x x)
+        at, entries = torch.arange(windows.length, device=table.device), table.shape[1 + 2 * axis]
+        oneself = entries - 1 if windows.causal else entries // 2
+        way = at // windows.dilation
+        way = (way - way[:, None] + oneself).clamp(0, entries - 1)
+        table = table[(slice(None),) * (1 + 2 * axis) + (way,)]
+    axes = range(1, table.ndim)
+    square = table.permute(0, *axes[::2], *axes[1::2]).reshape(len(table), math.prod(layout.grid), -1)
+    return F.pad(square, (layout.prefix, 0, layout.prefix, 0))
 
 
 def tile_side(sides: Sequence[Windows]) -> int:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from functools import wraps
 
@@ -19,6 +20,7 @@ from attnzoo.functional import Windows, tiles_save
 from attnzoo.functional.neighbours import each
 from attnzoo.mechanisms.dot_product.softmax import Softmax
 from attnzoo.mechanisms.local.neighborhood import Neighborhood
+from attnzoo.mechanisms.local.window import Window
 from attnzoo.testing import against
 
 
@@ -48,9 +50,10 @@ def window_of(
 
 
 @against(Neighborhood)
-def test_oracle(options, q, k, v, layout, allowed):
+def test_oracle(component, options, q, k, v, layout, allowed):
     """Token i sees token j when j lies in its window along every dimension, or when one of them is special."""
-    grid, p = layout.grid, layout.prefix
+    grid, p, options = layout.grid, layout.prefix, dict(options)
+    table, step = component.bias if options.pop("bias") else None, options["dilation"]
     places = list(itertools.product(*(range(side) for side in grid)))
     along = [
         {name: one[i] if isinstance(one, list) else one for name, one in options.items()}
@@ -67,14 +70,22 @@ def test_oracle(options, q, k, v, layout, allowed):
     for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
         see = allowed[b, h, i] & near[i]
         if see.any():
-            weights = (k[b, h, see] @ q[b, h, i] / math.sqrt(q.shape[-1])).softmax(0)
-            out[b, h, i] = weights @ v[b, h, see]
+            scores = k[b, h, see] @ q[b, h, i] / math.sqrt(q.shape[-1])
+            for at, j in enumerate(see.nonzero()[:, 0].tolist()):
+                if table is not None and min(i, j) >= p:
+                    ways = zip(places[i - p], places[j - p], table.shape[1:], strict=True)
+                    # the last entry is oneself where windows are causal, else the middle one
+                    scores[at] += table[(h, *((to - here) // step + (e - 1 if options["causal"] else e // 2) for here, to, e in ways))]  # fmt: skip
+            out[b, h, i] = scores.softmax(0) @ v[b, h, see]
     return out
 
 
-test_oracle_of_small_windows = against(Neighborhood, options=lambda options: options.get("window") in (2, 3))(
-    test_oracle.oracle
-)
+test_oracle_of_small_windows = against(
+    Neighborhood, options=lambda options: options.get("window") in (2, 3) and not options.get("bias")
+)(test_oracle.oracle)
+test_oracle_of_tables = against(
+    Neighborhood, options=lambda options: options.get("window") in (2, 3) and options.get("bias")
+)(test_oracle.oracle)
 
 
 def built_with(change):
@@ -83,7 +94,9 @@ def built_with(change):
     @wraps(Neighborhood.__init__)  # the same options
     def init(self, site, **options):
         Neighborhood.__init__(self, site, **options)
-        vars(self).update(change(**{"window": 7, "stride": 1, "dilation": 1, "causal": False} | options))
+        vars(self).update(
+            change(**{"window": 7, "stride": 1, "dilation": 1, "causal": False, "bias": False} | options)
+        )
 
     return wrong(Neighborhood, __init__=init)
 
@@ -105,6 +118,30 @@ def neighbours(change):
         return change(Neighborhood.neighbours(self, layout, device).clone(), layout)
 
     return wrong(Neighborhood, neighbours=seen)
+
+
+def with_ways(change):
+    """The head with what its table holds for each way (h n n) changed."""
+
+    def ways(self, layout, table):
+        return change(self, Neighborhood.ways(self, layout, table), layout)
+
+    return wrong(Neighborhood, ways=ways)
+
+
+def special_ways(self, found, layout):
+    """On the way to special tokens lies the entry of the way to oneself."""
+    middle = self.bias[(slice(None), *(e - 1 if self.causal else e // 2 for e in self.bias.shape[1:]))]
+    found = found.clone()
+    found[:, :, : layout.prefix] = middle[:, None, None]
+    return found
+
+
+def in_tokens(self, found, layout):
+    """Ways are counted in tokens, not in steps of the dilation."""
+    plain = copy(self)
+    plain.dilation = 1
+    return Neighborhood.ways(plain, layout, self.bias)
 
 
 def special_blind(seen, layout):
@@ -129,9 +166,26 @@ MUTANTS = {
 }
 
 
+TABLES = {
+    "no table": with_ways(lambda self, found, layout: 0 * found),
+    "ways turned round": with_ways(lambda self, found, layout: found.mT),
+    "heads exchange their tables": with_ways(lambda self, found, layout: found.roll(1, 0)),
+    "ways of special tokens": with_ways(special_ways),
+    "rows as columns": with_ways(
+        lambda self, found, layout: Neighborhood.ways(self, layout, self.bias.transpose(1, -1))
+    ),
+    "ways in tokens": with_ways(in_tokens),
+}
+
+
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
 def test_mutants(mutant):
     caught(test_oracle_of_small_windows, mutant)
+
+
+@pytest.mark.parametrize("mutant", TABLES.values(), ids=TABLES)
+def test_mutants_of_tables(mutant):
+    caught(test_oracle_of_tables, mutant)
 
 
 # By hand
@@ -198,6 +252,44 @@ def test_hand_a_window_for_each_dimension():
     assert head.reach() == 2 and head.card.grid == 2
 
 
+def test_hand_the_table():
+    """By rows and columns from query to key, in steps of the dilation; special tokens have none."""
+    layout = Layout((1, 5), prefix=1)
+    head = Neighborhood(Site("hand", 2, 2, layout), window=3, dilation=2, bias=True)
+    assert head.bias.shape == (2, 1, 5) and 0 < head.bias.abs().max() <= 0.04
+    with torch.no_grad():
+        head.bias[1, 0] = torch.tensor([-2.0, -1, 0, 1, 2])
+    found = head.ways(layout, head.bias)[1]
+    assert not found[0].any() and not found[:, 0].any()
+    seen = head.neighbours(layout, torch.device("cpu"))[0, 0, 1:, 1:]
+    assert (found[1:, 1:] * seen).tolist() == [
+        [0, 0, 1, 0, 2], [0, 0, 0, 1, 0], [-1, 0, 0, 0, 1], [0, -1, 0, 0, 0], [-2, 0, -1, 0, 0],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "table"),
+    [
+        ((14, 14), {}, (13, 13)),  # NATTEN's: 2 k - 1 along each side
+        ((14, 14), {"dilation": 2}, (13, 13)),
+        ((14, 13), {"dilation": 3}, (9, 9)),
+        ((3, 14), {"window": 5}, (5, 9)),
+        ((14,), {"window": 4, "causal": True}, (4,)),
+        ((8, 8, 2), {"window": 3}, (5, 5, 3)),
+        ((8, 6), {"window": [3, 5], "dilation": [1, 2], "causal": [True, False]}, (3, 5)),
+    ],
+)
+def test_hand_the_size_of_the_table(grid, options, table):
+    assert Neighborhood(Site("hand", 4, 2, Layout(grid)), bias=True, **options).bias.shape == (2, *table)
+
+
+def test_a_larger_grid_uses_the_farthest_ways():
+    head = Neighborhood(Site("hand", 2, 1, Layout((2,))), window=3, bias=True)
+    with torch.no_grad():
+        head.bias.copy_(torch.tensor([[5.0, 6, 7]]))
+    assert head.ways(Layout((3,)), head.bias).tolist() == [[[6, 7, 7], [5, 6, 7], [5, 5, 6]]]
+
+
 # Identities
 
 
@@ -221,9 +313,9 @@ def test_identity_dimensions_by_themselves(options):
     ]  # fmt: skip
     near(head.neighbours(layout, torch.device("cpu"))[0, 0, 1:, 1:].double(), torch.kron(*lines).double())
     q, k, v = normal(3, 2, 2, 31, 3)
-    full = {"window": 7, "stride": 1, "dilation": 1, "causal": False} | options
+    full = {"window": 7, "stride": 1, "dilation": 1, "causal": False, "bias": False} | options
     allowed = torch.ones(2, 2, 31, 31, dtype=torch.bool)
-    wanted = test_oracle.oracle(options=full, q=q, k=k, v=v, layout=layout, allowed=allowed)
+    wanted = test_oracle.oracle(component=head, options=full, q=q, k=k, v=v, layout=layout, allowed=allowed)
     near(head(q, k, v, layout=layout), wanted)
 
 
@@ -231,6 +323,25 @@ def test_identity_as_many_alike_are_one_for_all():
     one, many = (Neighborhood(place(4, 2, 4), window=w, stride=s) for w, s in ((3, 2), ([3], [2])))
     q, k, v = normal(3, 1, 2, 4, 2)
     assert torch.equal(*(head(q, k, v, layout=Layout((4,))) for head in (one, many)))
+
+
+def test_identity_a_table_of_zero_is_none():
+    layout, (q, k, v) = Layout((20, 24), 1), normal(3, 1, 2, 481, 3)
+    site = Site("hand", 6, 2, layout)
+    with_table, without = (Neighborhood(site, window=3, bias=bias).double() for bias in (True, False))
+    torch.nn.init.zeros_(with_table.bias)
+    near(with_table(q, k, v, layout=layout), without(q, k, v, layout=layout))
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_identity_one_window_has_the_table_of_swin(size):
+    """Whose table is by the way from key to query."""
+    layout, (q, k, v) = Layout((size, size)), normal(3, 1, 2, size**2, 3)
+    site = Site("hand", 6, 2, layout)
+    head, swin = Neighborhood(site, window=size, bias=True).double(), Window(site, window=size).double()
+    with torch.no_grad():
+        swin.bias.copy_(head.bias.flip(1, 2))
+    near(head(q, k, v, layout=layout), swin(q, k, v, layout=layout))
 
 
 def test_identity_the_whole_window_is_softmax():

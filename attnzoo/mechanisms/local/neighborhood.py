@@ -8,12 +8,12 @@ arXiv:2209.15001.
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
-from attnzoo.core import Card, Family, Head, Law, Layout, OptionError, Paper, PositiveInt, Site
-from attnzoo.functional import Windows, dot_product_attention, neighbours, tiled_attention, tiles_save
-from attnzoo.functional.neighbours import each
+from attnzoo.core import Card, Family, Head, Law, Layout, Paper, PositiveInt, Site
+from attnzoo.functional import Windows, attention_from_scores, dot_product_attention, neighbours
+from attnzoo.functional.neighbours import by_way, each, tiled_attention, tiles_save, windows_along
 
 
 class Neighborhood(Head):
@@ -27,6 +27,8 @@ class Neighborhood(Head):
         stride: Neighbouring queries that share a window, in tokens; the window gives blocked attention.
         dilation: Step between the tokens of a window, in tokens.
         causal: Whether windows end with their query.
+        bias: Whether a table by the way from query to key, in steps of the dilation, is added to the scores, as in the
+            first paper; to and from special tokens nothing is.
 
     Raises:
         OptionError: AZ214, when the stride is longer than the window, or a list has not one for each dimension.
@@ -46,7 +48,9 @@ class Neighborhood(Head):
         ),
         time="n m c",
         memory="h n m",
-        params="0",
+        params="h * prod(near if past[i] else 2 * near - 1 for axes in [len(sides)] "
+        "for w, step, past in [(each(window, axes), each(dilation, axes), each(causal, axes))] "
+        "for i in range(axes) for near in [min(w[i], ceil(sides[i] / step[i]))]) if bias else 0",
         flops="sum(4 * (n * n if 2 * asking * asked >= (n - p)**2 else asking * (p + asked) + p * n) * c "
         "for axes in [len(sides)] for tile in [round(64 ** (1 / axes))] "
         "for w, t, step in [(each(window, axes), each(stride, axes), each(dilation, axes))] "
@@ -65,13 +69,15 @@ class Neighborhood(Head):
         },
         notes="While nobody watches its taps, tiles of 64 neighbouring queries look at the keys that one of them sees, "
         "at a cost linear in the tokens. `time` and `memory` are those of the dense form under a window mask, which "
-        "taps, masks of pairs and small grids ask for.",
+        "taps, masks of pairs, small grids and `bias` ask for. The first paper has a `bias`, the second none; it "
+        "is smaller where the grid that it is built for is, and on a larger one its ends stand for what is farther.",
     )
 
     @classmethod
-    def claims(cls, *, stride: int | list[int], **options) -> Card:
+    def claims(cls, *, stride: int | list[int], bias: bool, **options) -> Card:
         lists = [one for one in (stride, *options.values()) if isinstance(one, list)]
         card = replace(cls.card, grid=len(lists[0])) if lists else cls.card
+        card = replace(card, flops="4 * n * n * c") if bias else card
         return card if {*each(stride, 1)} == {1} else replace(card, laws=card.laws - {Law.SHIFT_EQUIVARIANT})
 
     def __init__(
@@ -82,24 +88,21 @@ class Neighborhood(Head):
         stride: PositiveInt | list[PositiveInt] = 1,
         dilation: PositiveInt | list[PositiveInt] = 1,
         causal: bool | list[bool] = False,
+        bias: bool = False,
     ):
         super().__init__(site)
-        axes = len(site.layout.grid)
-        given = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
-        for name, value in given.items():
-            if len(each(value, axes)) != axes:
-                raise OptionError(
-                    f"`neighborhood`: {name} {value} for a {axes}-D grid",
-                    help=f"give a list of {axes}, or one for all",
-                )
-        for one, width in zip(each(stride, axes), each(window, axes), strict=True):
-            if one > width:
-                raise OptionError(
-                    f"`neighborhood`: a stride of {one} is longer than the window of {width}",
-                    why="queries that share a window must lie inside it",
-                    help=f"choose a stride from 1 to {width}",
-                )
         self.window, self.stride, self.dilation, self.causal = window, stride, dilation, causal
+        table = [side.ways for side in self.along(site.layout)]
+        self.bias = nn.Parameter(torch.empty(site.heads, *table)) if bias else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The table from N(0, 0.02²), cut at two of its deviations."""
+        if self.bias is not None:
+            nn.init.trunc_normal_(self.bias, std=0.02, a=-0.04, b=0.04)
+
+    def no_weight_decay(self) -> set[str]:
+        return set() if self.bias is None else {"bias"}
 
     def reach(self) -> int:
         axes = max(len(each(one, 1)) for one in (self.window, self.dilation))
@@ -108,18 +111,24 @@ class Neighborhood(Head):
 
     def along(self, layout: Layout) -> list[Windows]:
         """The windows of each dimension."""
-        axes = len(layout.grid)
-        options = (each(one, axes) for one in (self.window, self.stride, self.dilation, self.causal))
-        return [Windows(*numbers) for numbers in zip(layout.grid, *options, strict=True)]
+        return windows_along(layout.grid, self.window, self.stride, self.dilation, self.causal)
 
     def neighbours(self, layout: Layout, device: torch.device) -> Bool[Tensor, "1 1 n n"]:
         """Who sees whom."""
         return neighbours(self.along(layout), layout, device)
 
+    def ways(self, layout: Layout, table: Tensor) -> Float[Tensor, "h n n"]:
+        """What the table holds for the way from each token to each other."""
+        return by_way(table, self.along(layout), layout)
+
     def attend(self, q, k, v, *, mask, layout):
         sides, watched = self.along(layout), self.scores.watched or self.weights.watched
-        if not watched and mask.pairs is None and tiles_save(sides):
+        if not watched and mask.pairs is None and self.bias is None and tiles_save(sides):
             return tiled_attention(self, q, k, v, mask, layout, sides)
         pairs = self.neighbours(layout, q.device)
         mask = replace(mask, pairs=pairs if mask.pairs is None else pairs & mask.pairs)
-        return dot_product_attention(self, q, k, v, mask)
+        if self.bias is None:
+            return dot_product_attention(self, q, k, v, mask)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT + self.ways(layout, self.bias).to(q.dtype)
+        allowed = mask.dense(q.shape[2], k.shape[2], q.device)
+        return attention_from_scores(self, scores, v, allowed)
