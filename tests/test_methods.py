@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attnzoo.errors import MissingMap, OptionError
-from attnzoo.methods import ReliabilityBalance, focal_region_loss
+from attnzoo.methods import PriorDictionary, ReliabilityBalance, focal_region_loss
 from attnzoo.methods.reliability import confidence
 
 
@@ -246,3 +246,84 @@ def test_certain_probabilities_have_finite_gradients():
 def test_what_cannot_be_balanced_is_refused(wrong):
     with pytest.raises(OptionError, match="AZ214"):
         ReliabilityBalance(6, **wrong)
+
+
+# The dictionary of priors
+
+
+def looked_up(dictionary, features):
+    """Priors, loss and entries place by place; the loss by its two terms."""
+    b, c, y, x = features.shape
+    found, entries, away = torch.zeros_like(features), torch.zeros(b, y, x, dtype=torch.long), 0.0
+    for i, j, k in torch.cartesian_prod(torch.arange(b), torch.arange(y), torch.arange(x)).tolist():
+        far = [sum((features[i, a, j, k] - e[a]) ** 2 for a in range(c)).item() for e in dictionary.entries]
+        entries[i, j, k] = far.index(min(far))
+        found[i, :, j, k] = dictionary.entries[entries[i, j, k]].detach()
+        away += min(far)
+    return found, away / features.numel() * (1 + dictionary.beta), entries
+
+
+def test_priors_place_by_place():
+    torch.manual_seed(0)
+    dictionary, features = PriorDictionary(3, 5, beta=0.7).double(), normal(2, 3, 4, 2)
+    with torch.no_grad():
+        dictionary.entries.copy_(normal(5, 3, seed=1))
+    made, wanted = dictionary(features), looked_up(dictionary, features)
+    assert torch.allclose(made.features, wanted[0], atol=1e-12) and torch.equal(made.entries, wanted[2])
+    assert float(made.loss) == pytest.approx(wanted[1], abs=1e-12) and len(made.entries.unique()) > 2
+
+
+@pytest.mark.parametrize(
+    ("weighed", "of_features", "of_entry"), [("entries", 1.0, 0.25), ("features", 0.25, 1.0)]
+)
+def test_priors_by_hand(weighed, of_features, of_entry):
+    """One channel, entries 0 and 10, features 4 and 9: the loss is (1 + β) (16 + 1) / 2."""
+    dictionary = PriorDictionary(1, 2, weighed=weighed)
+    with torch.no_grad():
+        dictionary.entries.copy_(torch.tensor([[0.0], [10.0]]))
+    features = torch.tensor([4.0, 9.0]).reshape(1, 1, 1, 2).requires_grad_()
+    made = dictionary(features)
+    assert made.entries.tolist() == [[[0, 1]]] and made.features.flatten().tolist() == [0, 10]
+    assert float(made.loss.detach()) == pytest.approx(1.25 * 17 / 2)
+    (own,) = torch.autograd.grad(made.loss, features, retain_graph=True)
+    assert own.flatten().tolist() == pytest.approx([of_features * 4, of_features * -1])  # 2 (z - e) / 2
+    (its,) = torch.autograd.grad(made.loss, dictionary.entries)
+    assert its.flatten().tolist() == pytest.approx([of_entry * -4, of_entry * 1])
+
+
+def test_the_gradient_of_priors_passes_to_the_features():
+    dictionary, features = PriorDictionary(3, 4).double(), normal(2, 3, 2, 2).requires_grad_()
+    weight = normal(2, 3, 2, 2, seed=1)
+    grads = torch.autograd.grad((dictionary(features).features * weight).sum(), features)
+    assert torch.equal(grads[0], weight)
+
+
+def test_entries_in_another_order_are_the_same_priors():
+    dictionary, features = PriorDictionary(3, 6).double(), normal(1, 3, 4, 4) / 10
+    made, order = dictionary(features), torch.tensor([3, 0, 5, 1, 4, 2])
+    with torch.no_grad():
+        dictionary.entries.copy_(dictionary.entries[order])
+    again = dictionary(features)
+    assert torch.equal(again.features, made.features) and torch.equal(order[again.entries], made.entries)
+
+
+def test_priors_start_within_one_by_their_number_and_take_half_precision():
+    torch.manual_seed(0)
+    dictionary = PriorDictionary()
+    assert dictionary.entries.shape == (1024, 256)
+    assert 0.9 / 1024 < float(dictionary.entries.detach().abs().max()) <= 1 / 1024
+    features = dictionary.entries.detach()[:12].T.reshape(1, 256, 3, 4).bfloat16()
+    made = dictionary.bfloat16()(features)
+    assert made.features.dtype == torch.bfloat16 and made.entries.flatten().tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("wrong", [{"entries": 0}, {"dim": 0}, {"weighed": "both"}])
+def test_a_dictionary_that_cannot_be_is_refused(wrong):
+    with pytest.raises(OptionError, match="AZ214"):
+        PriorDictionary(**{"dim": 4} | wrong)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 4), (2, 4, 16)])
+def test_features_that_do_not_fit_are_refused(shape):
+    with pytest.raises(MissingMap, match="AZ409.*4 channels"):
+        PriorDictionary(4)(torch.zeros(shape))

@@ -2,6 +2,9 @@
 
 from attnzoo.methods.dual_cross import DualCrossTransformer, dual_cross
 from attnzoo.methods.focal_region import focal_region_loss
+from attnzoo.methods.prior_dictionary import PriorDictionary, Priors
 from attnzoo.methods.reliability import ReliabilityBalance
 
-__all__ = ["DualCrossTransformer", "ReliabilityBalance", "dual_cross", "focal_region_loss"]
+__all__ = [
+    "DualCrossTransformer", "PriorDictionary", "Priors", "ReliabilityBalance", "dual_cross", "focal_region_loss",
+]  # fmt: skip

@@ -66,7 +66,7 @@ class PriorCross(Mechanism):
         notes="In the paper the residual lies on the prior: that is `queries: context`; by default it is the host's, "
         "on the tokens that ask. What is hidden counts in no statistics of the prior; those of tokens that ask are "
         "over all, special ones too, so pairs, causal masks and decoders are refused. The dictionary itself and its "
-        "quantisation are no part of it. The paper has 4 heads, its first version 8.",
+        "quantisation are `attnzoo.methods.PriorDictionary`. The paper has 4 heads, its first version 8.",
     )
 
     @classmethod
