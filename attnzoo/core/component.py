@@ -148,7 +148,7 @@ class Component(nn.Module, ABC):
             layout: How the tokens are arranged.
 
         Raises:
-            MissingMap: AZ409, when one is missing, or does not lie on the grid.
+            MissingMap: AZ409, when one is missing, does not lie on the grid, or has labels that are no whole numbers.
         """
         maps = {}
         for name, kind in self.card.given.items():
@@ -165,5 +165,11 @@ class Component(nn.Module, ABC):
                     "AZ409",
                     f"the map `{name}` has shape {tuple(maps[name].shape)}; the tokens want {wanted}",
                     help="one entry for each token of the grid, without special tokens",
+                )
+            if kind == "labels" and not isinstance(maps[name], fx.Proxy) and maps[name].is_floating_point():
+                raise MissingMap(
+                    "AZ409",
+                    f"the map `{name}` names regions by whole numbers; this one is of {maps[name].dtype}",
+                    help=f"hand over {name}=....long()",
                 )
         return maps

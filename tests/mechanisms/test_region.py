@@ -111,7 +111,7 @@ def test_hand_the_scale_is_of_the_width_or_of_the_heads(scale, factor):
 
 def test_identity_one_region_is_softmax():
     q, k, v = normal(3, 1, 2, 7, 3)
-    near(attend(region(), q, k, v, 3 * torch.ones(1, 2, 3)), Softmax(place(6, 2, 7))(q, k, v, layout=LAYOUT))
+    near(attend(region(), q, k, v, torch.full((1, 2, 3), 3)), Softmax(place(6, 2, 7))(q, k, v, layout=LAYOUT))
 
 
 def test_identity_each_token_its_own_region_gives_the_values():
@@ -170,6 +170,8 @@ def test_a_missing_map_or_one_of_another_grid_is_refused():
         region()(q, k, v, layout=LAYOUT)
     with pytest.raises(MissingMap, match="AZ409.*shape"):
         attend(region(), q, k, v, torch.zeros(1, 3, 2))
+    with pytest.raises(MissingMap, match="AZ409.*whole numbers; this one is of torch.float64"):
+        attend(region(), q, k, v, LABELS.double())
     with pytest.raises(LayoutMismatch, match="AZ401"):
         region()(q, k, v, layout=Layout((2, 3)), given={"regions": LABELS})
 
