@@ -387,6 +387,18 @@ def test_where_a_stream_is():
     assert seen == [(8, a, b), (9, b, a)]
 
 
+def test_a_guide_is_made_once_and_read_by_all_layers():
+    """MEDUSA: one body, a head in each layer, and all heads see what the body made, which nothing changes."""
+    model = attnzoo.compose("dual_medusa").eval()
+    made, read = [], []
+    model.b.stem.register_forward_hook(lambda _m, _x, out: made.append(out))
+    for block in model.blocks:
+        block.a.cross.register_forward_pre_hook(lambda _m, args: read.append(args[1]))
+    model(torch.randn(2, model.in_chans, *model.img_size))
+    assert len(made) == 1 and len(read) == len(model.blocks) > 1
+    assert all(torch.equal(guide, read[0]) for guide in read)
+
+
 FILLED = [(kind, empty) for kind in STREAMS for empty in EMPTY if kind != "pair" or empty == "all"]
 
 
