@@ -1,6 +1,6 @@
 """Attention within groups of the tokens of a plane, to which special tokens belong everywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,24 +21,29 @@ class Groups(NamedTuple):
         sides: How many rows and columns a group has, (i, j); they need not divide the grid.
         shift: By how many rows and columns windows are shifted, around the edges; those at an edge fall apart there.
         strided: Whether a group takes every ⌈y / i⌉-th row and every ⌈x / j⌉-th column.
+        least: How many windows there are at least, along each side; others than the plane needs lie beyond it.
     """
 
     grid: tuple[int, int]
     sides: tuple[int, int]
     shift: tuple[int, int] = (0, 0)
     strided: bool = False
+    least: tuple[int, int] = (1, 1)
 
     @property
     def filled(self) -> tuple[int, int]:
         """Rows and columns with those that fill up the last groups."""
-        return (
-            -(-self.grid[0] // self.sides[0]) * self.sides[0],
-            -(-self.grid[1] // self.sides[1]) * self.sides[1],
-        )
+        (y, x), (i, j), (least_y, least_x) = self.grid, self.sides, self.least
+        return max(-(-y // i), least_y) * i, max(-(-x // j), least_x) * j
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are windows as they lie, no more than the plane needs."""
+        return not (self.strided or any(self.shift)) and self.least == (1, 1)
 
     def cut(self, t: Tensor) -> Tensor:
         """(... y*x e) -> (... r w e); places without a token are filled up with zeros."""
-        if not (self.strided or any(self.shift)):
+        if self.plain:
             return windows(t, self.grid, self.sides)
         (y, x), (below, beside) = self.grid, self.filled
         t = t.unflatten(-2, self.grid)
@@ -52,7 +57,7 @@ class Groups(NamedTuple):
 
     def join(self, t: Tensor, heads: bool = False) -> Tensor:
         """The inverse of `cut`, (... r w e) -> (... y*x e); `heads` as `unwindows` has it."""
-        if not (self.strided or any(self.shift)):
+        if self.plain:
             return unwindows(t, self.grid, self.sides, heads)
         (y, x), (i, j), (below, _) = self.grid, self.sides, self.filled
         if self.strided:
@@ -149,6 +154,24 @@ def read_in_groups(
     shown = (q * q.shape[-1] ** -0.5) @ k.mT
     shown = shown if bias is None else shown + bias.to(shown.dtype)
     return groups.join(groups.weights(shown, taps, allowed) @ v)
+
+
+def filled_up(
+    parts: Iterable[Tensor], there: Tensor, groups: Groups, bias: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """Projections by group where tokens of zero fill up the plane: beyond it they are the biases, and all exist.
+
+    Args:
+        parts: Queries, keys, ... (b r w c).
+        there: Which places hold a token that exists, (b r w 1).
+        groups: How the plane is cut.
+        bias: Those of all parts, one after the other; None for none.
+    """
+    inside = torch.ones(groups.grid[0] * groups.grid[1], 1, dtype=torch.bool, device=there.device)
+    beyond, parts = ~groups.cut(inside), list(parts)
+    if bias is not None:
+        parts = [t + beyond * own for t, own in zip(parts, bias.chunk(len(parts)), strict=True)]
+    return parts, there | beyond
 
 
 def special_rows(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from by_hand import caught, count, narrow, near, normal, patched, seen, spread, wrong
-from torch import nn
+from torch import fx, nn
+from torch.nn import functional as F
 
+import attnzoo
 from attnzoo.core import Layout, Mask, Site
 from attnzoo.functional import merge_heads
 from attnzoo.mechanisms.dot_product.softmax import Softmax
@@ -26,11 +28,22 @@ def linear(layer, x):
 def test_oracle(component, options, x, layout, keys):
     """Region by region: which regions it chooses by means of those who exist; then query by query; then neighbours."""
     (b, n, c), p, (rows, columns), heads = x.shape, layout.prefix, layout.grid, component.heads
-    d, qkv, out = c // heads, linear(component.qkv, x), torch.zeros_like(x)
-    side = [math.ceil(of / min(options["regions"], of)) for of in layout.grid]
+    zeros, d, out = options["padding"] == "zeros", c // heads, torch.zeros_like(x)
+    qkv = linear(
+        component.qkv, torch.cat([x, 0 * x[:, :1]], 1)
+    )  # number n is a token of zero, beyond the grid
+    keys = torch.cat([keys, keys[:, :1] | True], 1)
+    side = [
+        math.ceil(of / (options["regions"] if zeros else min(options["regions"], of))) for of in layout.grid
+    ]
+    filled = [options["regions"] * of for of in side] if zeros else layout.grid
+    places = {
+        (y, x_): p + y * columns + x_ if y < rows and x_ < columns else n
+        for y, x_ in itertools.product(*map(range, filled))
+    }
     regions: dict = {}
-    for i in range(rows * columns):
-        regions.setdefault((i // columns // side[0], i % columns // side[1]), []).append(p + i)
+    for (y, x_), i in places.items():
+        regions.setdefault((y // side[0], x_ // side[1]), []).append(i)
     for s in range(b):
         q, k, v = qkv[s].chunk(3, -1)
         alive = {at: [i for i in tokens if keys[s, i]] for at, tokens in regions.items()}
@@ -56,8 +69,8 @@ def test_oracle(component, options, x, layout, keys):
                 total = component.local.bias
                 for i, j in itertools.product(range(size), repeat=2):
                     at = y + i - (size - 1) // 2, x_ + j - (size - 1) // 2
-                    if 0 <= at[0] < rows and 0 <= at[1] < columns and keys[s, p + at[0] * columns + at[1]]:
-                        total = total + kernel[:, i, j] * v[p + at[0] * columns + at[1]]
+                    if at in places and keys[s, places[at]]:
+                        total = total + kernel[:, i, j] * v[places[at]]
                 out[s, p + y * columns + x_] = out[s, p + y * columns + x_] + total
     return linear(component.proj, out)
 
@@ -94,7 +107,7 @@ def every_place(q, k, there, chosen):
     return (q.mean(2) @ k.mean(2).mT).topk(min(chosen, k.shape[1]), dim=-1).indices
 
 
-ROUTE = module.route
+ROUTE, FILLED_UP = module.route, module.filled_up
 MUTANTS = {
     "the worst regions": routed(q=lambda q: -q),
     "always the first regions": routed(best=lambda best: torch.zeros_like(best) + torch.arange(best.shape[-1])),
@@ -108,6 +121,10 @@ MUTANTS = {
     "no neighbours": before(lambda self: setattr(self, "local", None)),
     "the convolution turned": before(
         lambda self: None if self.local is None else self.local.weight.copy_(self.local.weight.flip(2).clone())
+    ),
+    "zeros are nobody": before(lambda self: setattr(self, "zeros", False)),
+    "zeros have no biases": patched(
+        BiLevelRouting, "filled_up", lambda parts, there, groups, bias: FILLED_UP(parts, there, groups, None)
     ),
     "columns first": wrong(
         BiLevelRouting,
@@ -200,6 +217,19 @@ def test_identity_the_convolution_is_pytorchs():
     near(part(x, layout=layout) - plain(x, layout=layout), (conv(v).flatten(2).mT @ part.proj.weight.T))
 
 
+@pytest.mark.parametrize(("grid", "filled"), [((5, 4), (6, 6)), ((2, 7), (3, 9)), ((6, 3), (6, 3))])
+def test_identity_zeros_are_tokens_of_a_larger_grid(grid, filled):
+    """Three regions along each side in any case; without a fault where they divide the grid."""
+    small, large = Layout(grid), Layout(filled)
+    part = routing(small, regions=3, chosen=2, local=3, padding="zeros")
+    plain = routing(large, regions=3, chosen=2, local=3)
+    plain.load_state_dict(part.state_dict())
+    x = normal(2, small.length, 8)
+    wide = F.pad(small.to_grid(x), (0, filled[1] - grid[1], 0, filled[0] - grid[0]))
+    out = large.to_grid(plain(wide.flatten(2).mT, layout=large))[..., : grid[0], : grid[1]]
+    near(part(x, layout=small), out.flatten(2).mT)
+
+
 def test_identity_a_grid_that_is_filled_up_is_a_larger_one_under_a_mask():
     small, large, x = Layout((5, 5)), Layout((6, 6)), normal(2, 6, 6, 8)
     part, keys = routing(small, regions=2, chosen=2), torch.zeros(6, 6, dtype=torch.bool)
@@ -217,6 +247,14 @@ def test_dropout_drops_weights_of_special_tokens_too():
     layout, x = Layout((2, 3), 1), normal(1, 7, 8)
     part = BiLevelRouting(Site("hand", 8, 2, layout, attn_drop=0.5)).double()
     assert (part.train()(x, layout=layout) - part.eval()(x, layout=layout))[:, 0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("padding", ["hidden", "zeros"])
+def test_symbolic_tracing_follows_it(padding):
+    layout, x = Layout((5, 4), 1), normal(2, 21, 8)
+    options = {"regions": 3, "chosen": 2, "padding": padding}
+    part = spread(attnzoo.create("bi_level_routing", 8, 2, grid=layout.grid, prefix=1, **options)).eval()
+    near(fx.symbolic_trace(part)(x), part(x))
 
 
 def test_narrow_numbers_stay_near():

@@ -3,6 +3,7 @@
 Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attention", 2023, arXiv:2303.08810, §3.2.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 from attnzoo.core import Card, Family, Law, Mask, Mechanism, Paper, PositiveInt, Site
 from attnzoo.functional import existing, masked_mean, merge_heads, rearrange, split_heads
-from attnzoo.functional.groups import Groups, read_in_groups, special_rows, with_special
+from attnzoo.functional.groups import Groups, filled_up, read_in_groups, special_rows, with_special
+from attnzoo.functional.windows import unwindows
 
 TITLE = "BiFormer: Vision Transformer with Bi-Level Routing Attention"
 
@@ -27,6 +29,8 @@ class BiLevelRouting(Mechanism):
         chosen: K, how many regions a region reads; all where there are fewer.
         local: Side of the depthwise convolution of the values; 1 for none.
         scale: s: `full`, c^-½, the authors', or `dim`, d^-½ of a head.
+        padding: What fills up regions that do not divide the grid: `hidden`, nobody; `zeros`, tokens of zero that are
+            read as all others, to S × S regions in any case, as in the authors' code.
     """
 
     card = Card(
@@ -47,59 +51,65 @@ class BiLevelRouting(Mechanism):
         taps={"scores": "b h x w", "weights": "b h x w"},
         laws={Law.STOCHASTIC},
         notes="m is K n / S², the keys of a token. Regions that do not divide the grid are filled up with tokens that "
-        "do not exist, and those have no part in means, nor are regions without any chosen; the authors' code fills up "
-        "with zeros that are read. Special tokens, which are ours, are keys of all and read all, outside regions and "
-        "convolution. Taps show the rows of the grid: special tokens, then those of the chosen regions, best first.",
+        "do not exist, and those have no part in means, nor are regions without any chosen. Special tokens, which are "
+        "ours, are keys of all and read all, outside regions and convolution. Taps show the rows of the grid: special "
+        "tokens, then those of the chosen regions, best first.",
     )
+
+    @classmethod
+    def claims(cls, *, padding: str, **options) -> Card:
+        if padding == "hidden":
+            return cls.card
+        places = "sum(4 * r * w * (p + min(chosen, r) * w) * c + (local > 1) * 2 * local**2 * r * w * c + 2 * r**2 * c "
+        places += "for r in [regions**2] for w in [prod(ceil(s / regions) for s in sides)])"
+        return replace(cls.card, flops=f"8 * n * c**2 + 4 * p * n * c + {places}")
 
     def __init__(
         self, site: Site, *, regions: PositiveInt = 7, chosen: PositiveInt = 4, local: PositiveInt = 5,
-        scale: Literal["full", "dim"] = "full",
+        scale: Literal["full", "dim"] = "full", padding: Literal["hidden", "zeros"] = "hidden",
     ):  # fmt: skip
         super().__init__(site)
-        self.regions, self.chosen = regions, chosen
+        self.regions, self.chosen, self.zeros = regions, chosen, padding == "zeros"
         self.factor = (site.dim if scale == "full" else site.head_dim) ** -0.5
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=site.qkv_bias)
         self.local = nn.Conv2d(site.dim, site.dim, local, groups=site.dim) if local > 1 else None  # DWC
         self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
 
     def mix(self, x, source, *, mask, layout):
-        (rows, columns), p, h = layout.grid, layout.prefix, self.heads
-        sides = (-(-rows // min(self.regions, rows)), -(-columns // min(self.regions, columns)))
-        groups = Groups((rows, columns), sides)
+        grid, p, h = layout.grid, layout.prefix, self.heads
+        number = [self.regions if self.zeros else min(self.regions, side) for side in grid]
+        sides = -(-grid[0] // number[0]), -(-grid[1] // number[1])
+        groups = Groups(grid, sides, least=(number[0], number[1]) if self.zeros else (1, 1))
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        near_q, near_k, near_v = (groups.cut(t[:, p:]) for t in (q, k, v))  # (b r w c)
-        there = groups.cut(existing(x, mask)[:, p:, None])  # (b r w 1)
+        parts = [groups.cut(t[:, p:]) for t in (q, k, v)]
+        there = groups.cut(existing(x, mask)[:, p:, None])
+        if self.zeros:
+            parts, there = filled_up(parts, there, groups, self.qkv.bias)
+        near_q, near_k, near_v = parts  # (b r w c), and there (b r w 1)
         best = route(near_q, near_k, there, self.chosen)  # (b r k)
+        held = near_v.masked_fill(~there, 0.0)
+        around = 0.0 if self.local is None else self._around(self.local, held, groups, layout)
         factor = self.factor * (x.shape[-1] // h) ** 0.5  # the kernel divides by √d
-        near_q, first = by_head(near_q * factor, h), split_heads(q[:, :p] * factor, h)
-        k, v_heads = split_heads(k, h), split_heads(v, h)
-        near_k, near_v = (
-            with_special(by_head(of_regions(near, best), h), t, p)  # (b h r p+k*w d)
-            for near, t in ((near_k, k), (near_v, v_heads))
-        )
+        parts = [near_q * factor, of_regions(near_k, best), of_regions(near_v, best)]
+        near_q, near_k, near_v = (rearrange(t, "b r w (h d) -> b h r w d", h=h) for t in parts)
+        first, k, v = (split_heads(t, h) for t in (q[:, :p] * factor, k, v))
+        near_k, near_v = with_special(near_k, k, p), with_special(near_v, v, p)  # (b h r p+k*w d)
         allowed = None
-        if mask.keys is not None or groups.filled != groups.grid:
+        if mask.keys is not None or groups.filled != grid:
             allowed = readable(of_regions(there, best) & there.any(dim=2, keepdim=True), mask, p)
         taps = self.scores, self.weights
         out = read_in_groups(near_q, near_k, near_v, groups=groups, taps=taps, allowed=allowed)
-        if p:
-            drop = self.attn_drop if self.training else 0.0
-            out = torch.cat([special_rows(first, k, v_heads, mask, drop), out], dim=2)
-        out = merge_heads(out)
-        return self.proj(out if self.local is None else out + self._around(self.local, v, mask, layout))
+        drop = self.attn_drop if self.training else 0.0
+        out = torch.cat([special_rows(first, k, v, mask, drop), out], dim=2) if p else out
+        return self.proj(merge_heads(out) + around)
 
-    def _around(self, conv, v, mask, layout):
-        """DWC(v), nothing for special tokens."""
-        p, side = layout.prefix, conv.kernel_size[0]
-        v = v if mask.keys is None else v * mask.keys[..., None]
-        image = F.pad(layout.to_grid(v[:, p:]), [(side - 1) // 2, side // 2] * 2)
-        return layout.from_grid(torch.zeros_like(v[:, :p]), conv(image))
-
-
-def by_head(t: Tensor, heads: int) -> Tensor:
-    """(b r w h*d) -> (b h r w d)."""
-    return rearrange(t, "b r w (h d) -> b h r w d", h=heads)
+    def _around(self, conv, near, groups, layout):
+        """DWC(v), nothing for special tokens, of v by region (b r w c)."""
+        (rows, columns), (y, x), side = layout.grid, groups.filled, conv.kernel_size[0]
+        y, x = (y, x) if self.zeros else (rows, columns)
+        image = unwindows(near, groups.filled, groups.sides).mT.unflatten(2, groups.filled)[..., :y, :x]
+        image = conv(F.pad(image, [(side - 1) // 2, side // 2] * 2))[..., :rows, :columns]
+        return F.pad(image.flatten(2).mT, (0, 0, layout.prefix, 0))
 
 
 def route(q: Tensor, k: Tensor, there: Tensor, chosen: int) -> Tensor:
@@ -125,5 +135,5 @@ def readable(there: Tensor, mask: Mask, p: int) -> Tensor:
     return torch.cat([special, near], dim=-1)
 
 
-for _name in ("route", "of_regions", "readable"):
+for _name in ("filled_up", "route", "of_regions", "readable"):
     fx.wrap(_name)  # symbolic tracing knows no lengths
