@@ -572,6 +572,27 @@ def test_steps_hand_on_too(use, at):
     assert near(steps, model(source, target))
 
 
+@pytest.mark.parametrize("use", ["probs_pairmean", "logits_pairmean"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("grouped_query", "multi_head_latent"),
+        ("multi_head_latent", "softmax"),
+        ("softmax", "grouped_query"),
+    ],
+)
+def test_steps_of_mechanisms_with_caches_of_their_own_hand_on_too(use, first, second):
+    """Each hands on the maps of the newest tokens alone, as the others do."""
+    recipe = SEQ % "" + f"heads: 4\nattention: {second}\nskip: {{use: {use}, at: decoder.*.self}}\n"
+    model = rough(recipe + f"overrides: [{{at: decoder.0.self, put: {first}}}, {{at: encoder.*, put: softmax}}, "
+                  "{at: decoder.*.cross, put: softmax}]\n")
+    source, target = padded()
+    target = target.clamp(min=4)
+    state = model.start(model.encode(source))
+    steps = torch.cat([model.step(part, state) for part in target.split([1, 3, 1, 2], dim=1)], dim=1)
+    assert near(steps, model(source, target))
+
+
 # ------------------------------------------------------------------------------------------------- tools of PyTorch
 
 

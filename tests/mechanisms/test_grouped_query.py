@@ -7,7 +7,7 @@ import torch
 from by_hand import caught, count, narrow, near, normal, place, spread, wrong
 from torch.nn import functional as F
 
-from attnzoo.core import Layout, Mask, MultiHead, Site
+from attnzoo.core import KVCache, Layout, Mask, MultiHead, Site
 from attnzoo.errors import RecipeError
 from attnzoo.functional import split_heads
 from attnzoo.mechanisms.dot_product.softmax import Softmax
@@ -113,6 +113,13 @@ def test_hand_groups_go_to_neighbouring_heads():
         part.proj.bias.zero_()
     out = part(normal(1, 5, 8), layout=Layout((5,)))
     near(out[0, 0], [1, 1, 1, 1, 2, 2, 2, 2])  # heads 0, 0, 1, 1, 2, 2, 3, 3
+
+
+def test_hand_a_step_caches_keys_and_values_of_the_groups():
+    part, cache = groups(2), KVCache()
+    part.step(normal(3, 4, 8), cache, mask=Mask(causal=True), layout=Layout((4,)))
+    k, v = cache.extend(normal(3, 2, 0, 2), normal(3, 2, 0, 2))
+    assert k.shape == v.shape == (3, 2, 4, 2)  # (b g n d)
 
 
 # Identities

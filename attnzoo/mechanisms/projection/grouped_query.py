@@ -39,9 +39,12 @@ class GroupedQuery(Mechanism):
         flops="4 * n * c**2 + 4 * m * e * groups * d + 4 * n * m * c",
         masks={"keys", "causal", "pairs"},
         context=True,
+        incremental=True,
         honours={"qkv_bias", "proj_bias", "qk_norm"},
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
+        notes="Decoding keeps keys and values of the groups, 2 g d numbers of a token. Out of multi-head attention the "
+        "paper makes those of a group as the means of its heads'.",
     )
 
     def __init__(self, site: Site, *, groups: PositiveInt = 1):
@@ -60,9 +63,22 @@ class GroupedQuery(Mechanism):
         self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
 
     def mix(self, x, source, *, mask, layout):
-        k, v = self.kv(source).chunk(2, dim=-1)
-        q, k, v = split_heads(self.q(x), self.heads), split_heads(k, self.groups), split_heads(v, self.groups)
-        q, k = self.q_norm(q), self.k_norm(k)
+        return self._merged(x, *self._read(source), mask)
+
+    def step(self, x, cache, context=None, *, mask, layout, context_layout=None):
+        source = self.source(x, context)
+        own = context is None
+        k, v = cache.extend(*self._read(source)) if own else cache.keep(lambda: self._read(source))
+        return self.proj_drop(self._merged(x, k, v, mask))
+
+    def _read(self, source):
+        """Keys and values of the groups, (b g m d) each."""
+        k, v = (split_heads(t, self.groups) for t in self.kv(source).chunk(2, dim=-1))
+        return self.k_norm(k), v
+
+    def _merged(self, x, k, v, mask):
+        """What tokens (b n c) receive of keys and values of the groups, projected."""
+        q = self.q_norm(split_heads(self.q(x), self.heads))
         # contiguous heads share
         k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
         return self.proj(merge_heads(dot_product_attention(self, q, k, v, mask)))

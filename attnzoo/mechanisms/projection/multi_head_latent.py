@@ -46,6 +46,7 @@ class MultiHeadLatent(Mechanism):
         flops="2 * n * c * ((query_rank or 0) + (query_rank or c) + 3 * (rank or 4 * d) + c) + 4 * n * m * c "
         "+ 4 * (max(1, d // 4) if pairs is None else pairs) * n * (h * (query_rank or c) + c + h * m)",
         masks={"keys", "causal", "pairs"},
+        incremental=True,
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC},
         notes="There are no biases, as in the authors' code. Positions are places in the order of the tokens, special "
@@ -81,17 +82,14 @@ class MultiHeadLatent(Mechanism):
         self.proj = nn.Linear(h * d, c, bias=False)  # W_O
 
     def mix(self, x, source, *, mask, layout):
-        q, (latent, key) = self._queries(x), self._latents(x)
-        k, v = rearrange(self.up(latent), "b m (h t d) -> t b h m d", t=2, d=self.head_dim)
-        k = torch.cat([k, key.expand(-1, self.heads, -1, -1)], dim=-1)
-        return self.proj(merge_heads(dot_product_attention(self, q, k, v, mask)))
+        return self._merged(self._queries(x), *self._latents(x), mask)
 
     def step(self, x, cache, context=None, *, mask, layout, context_layout=None):
-        if type(self.up) is not nn.Linear:  # somebody has put more around the matrix than its weight
-            return super().step(x, cache, context, mask=mask, layout=layout, context_layout=context_layout)
         source, first = self.source(x, context), cache.length
         q, (latent, key) = self._queries(x, first), self._latents(source, first)
         latent, key = cache.extend(latent, key[:, 0])
+        if type(self.up) is not nn.Linear:  # somebody has put more around the matrix than its weight
+            return self.proj_drop(self._merged(q, latent, key[:, None], mask))
         k_up, v_up = rearrange(self.up.weight, "(h t d) r -> t h d r", t=2, d=self.head_dim)
         q, turned = q.split([self.head_dim, self.turned], dim=-1)
         q = torch.cat([einsum(q, k_up, "b h n d, h d r -> b h n r"), turned], dim=-1)
@@ -99,6 +97,12 @@ class MultiHeadLatent(Mechanism):
         k, v = (t[:, None].expand(-1, self.heads, -1, -1) for t in (torch.cat([latent, key], dim=-1), latent))
         out = einsum(dot_product_attention(self, q, k, v, mask), v_up, "b h n r, h d r -> b h n d")
         return self.proj_drop(self.proj(merge_heads(out)))
+
+    def _merged(self, q, latent, key, mask):
+        """What queries (b h n d+d_R) receive of c (b m r) and k_R (b 1 m d_R), projected."""
+        k, v = rearrange(self.up(latent), "b m (h t d) -> t b h m d", t=2, d=self.head_dim)
+        k = torch.cat([k, key.expand(-1, self.heads, -1, -1)], dim=-1)
+        return self.proj(merge_heads(dot_product_attention(self, q, k, v, mask)))
 
     def _queries(self, x, first=0):
         """(b h n d+d_R), the last ones turned."""
