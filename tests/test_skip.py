@@ -584,8 +584,10 @@ def test_steps_hand_on_too(use, at):
 def test_steps_of_mechanisms_with_caches_of_their_own_hand_on_too(use, first, second):
     """Each hands on the maps of the newest tokens alone, as the others do."""
     recipe = SEQ % "" + f"heads: 4\nattention: {second}\nskip: {{use: {use}, at: decoder.*.self}}\n"
-    model = rough(recipe + f"overrides: [{{at: decoder.0.self, put: {first}}}, {{at: encoder.*, put: softmax}}, "
-                  "{at: decoder.*.cross, put: softmax}]\n")
+    model = rough(
+        recipe + f"overrides: [{{at: decoder.0.self, put: {first}}}, {{at: encoder.*, put: softmax}}, "
+        "{at: decoder.*.cross, put: softmax}]\n"
+    )
     source, target = padded()
     target = target.clamp(min=4)
     state = model.start(model.encode(source))

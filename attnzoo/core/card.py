@@ -216,8 +216,8 @@ class Card:
         grid: Number of grid dimensions it needs, `any` when every number will do, None when it needs no geometry.
         hard_routing: Whether a small change may choose other keys or experts: influence comes and goes in steps.
         fixed_length: Whether it only reads from as many tokens as it was built for; `most` when from fewer too.
-        incremental: Whether the newest query alone, against all keys so far under a causal mask, gives the last row of the
-            full pass; a mechanism that is not a head has a `step` that asks it alone.
+        incremental: Whether the newest query alone, against all keys so far under a causal mask, gives the last row
+            of the full pass; a mechanism with projections of its own has a `step` then that asks it alone.
         given: Maps on the grid that the caller hands over, by name: `labels` or `scores`.
         honours: Of a mechanism with projections of its own: which of the site's wishes it follows.
         taps: Axes of each tap in the shape letters, by name: `{"weights": "b h n m"}`. A name is a kind of tap, or

@@ -41,6 +41,7 @@ def test_oracle(component, options, x, keys):
                         before = chunks[r - 1] if len(chunks) > 1 else []
                         reads[i] += [j for j in [*before, *chunk] if keys[s, j]]
             for i, js in enumerate(reads):
+                js = js if options["duplicates"] == "counted" else sorted(set(js))
                 others = [j for j in js if j != i]
                 if others:
                     k = q[s, others, mine] / q[s, others, mine].norm(dim=1, keepdim=True)
@@ -70,7 +71,7 @@ def masked(change):
     return wrong(Lsh, mix=mix)
 
 
-ORDER = module.hashed_order
+ORDER, MEETINGS = module.hashed_order, module.meetings
 MUTANTS = {
     "a token reads itself": patched(Lsh, "ITSELF", 0.0),
     "keys as long as they are": wrong(
@@ -91,6 +92,10 @@ MUTANTS = {
     ),
     "the mask ignored": masked(lambda mask: Mask()),
     "the mask inverted": masked(lambda mask: replace(mask, keys=None if mask.keys is None else ~mask.keys)),
+    "duplicates as the other option says": before(lambda self: setattr(self, "once", not self.once)),
+    "all pairs meet once": patched(
+        Lsh, "meetings", lambda order, at, near: MEETINGS(order, at, near).clamp(max=1)
+    ),
     "chunks one larger": before(lambda self: setattr(self, "chunk", self.chunk + 1)),
     "values of queries": before(lambda self: self.v.weight.copy_(self.q.weight)),
     "a softmax over samples": patched(
@@ -117,11 +122,11 @@ def lsh(n, dim=8, heads=2, **options) -> Lsh:
     return spread(Lsh(Site("hand", dim, heads, Layout((n,))), **options))
 
 
-def full(part, x, keys=None):
-    """Shared-QK attention of all tokens without themselves."""
+def full(part, x, keys=None, pairs=True):
+    """Shared-QK attention of all tokens, or of these pairs (b h n n), without themselves."""
     q, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (part.q(x), part.v(x)))
     scores = q @ (q / q.norm(dim=-1, keepdim=True)).mT / 2
-    allowed = ~torch.eye(x.shape[1], dtype=torch.bool)
+    allowed = pairs & ~torch.eye(x.shape[1], dtype=torch.bool)
     if keys is not None:
         allowed = allowed & keys[:, None, None]
     return part.proj((masked_softmax(scores, allowed) @ v).transpose(1, 2).flatten(2))
@@ -179,6 +184,28 @@ def test_identity_two_chunks_in_many_rounds_are_full_shared_attention_too():
     """Rounds do not look into each other, unlike the authors' code."""
     part, x = lsh(8, chunk=4, rounds=3), normal(2, 8, 8)
     near(part(x, layout=Layout((8,))), full(part, x))
+
+
+def test_hand_in_how_many_rounds_tokens_meet():
+    """Chunks of one, in the orders 0 1 2 3 and 0 2 1 3: only 0 reads another, 3, in both rounds, and each itself."""
+    order = torch.tensor([[0, 1, 2, 3], [0, 2, 1, 3]])[None, None]
+    at = order[..., None]  # (b h k r c)
+    number = module.meetings(order, at, torch.cat([at.roll(1, 3), at], 4))
+    assert number[0, 0, :, :, 0].tolist() == [[[2, 2], [1, 2], [1, 2], [1, 2]]] * 2
+
+
+@pytest.mark.parametrize("n", [7, 24])
+def test_identity_where_pairs_count_once_it_is_a_softmax_over_all_that_are_read(n):
+    part, x = lsh(n, chunk=3, rounds=3, duplicates="once"), normal(1, n, 8)
+    q = part.q(x).unflatten(-1, (2, 4)).transpose(1, 2)
+    read = torch.zeros(1, 2, n, n, dtype=torch.bool)
+    for head, orders in enumerate(module.hashed_order(q, part.directions, Mask(), -n % 3)[0].tolist()):
+        for order in orders:
+            chunks = [[i for i in order[at : at + 3] if i < n] for at in range(0, len(order), 3)]
+            for here, chunk in enumerate(chunks):
+                for i in chunk:
+                    read[0, head, i, [*chunks[here - 1], *chunk]] = True
+    near(part(x, layout=Layout((n,))), full(part, x, pairs=read))
 
 
 def test_identity_directions_are_a_buffer_and_nothing_is_drawn_in_a_forward():

@@ -3,6 +3,8 @@
 Kitaev et al., "Reformer: The Efficient Transformer", 2020, arXiv:2001.04451, §2.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -26,6 +28,8 @@ class Lsh(Mechanism):
         chunk: How many tokens a chunk holds.
         rounds: k, how often the tokens are hashed.
         directions: Columns of R; there are twice as many buckets. The paper has as many buckets as chunks.
+        duplicates: Whether a pair that meets in several rounds is `counted` in each, or counts `once`, its scores being
+            less by the logarithm of their number, as in the paper's appendix A.
     """
 
     card = Card(
@@ -48,16 +52,23 @@ class Lsh(Mechanism):
         notes="R is a buffer, drawn once, for all heads; the paper draws it in each forward. A causal mask, which the "
         "paper uses, is refused: which tokens share a chunk depends on later ones too, so these would have a say. "
         "Tokens that do not exist are sorted last. A token reads another chunk than in the authors' code at the start "
-        "of a round, which there follows the round before. Pairs that meet in several rounds count several times.",
+        "of a round, which there follows the round before. Pairs that meet in several rounds count several times by "
+        "default: to count them once costs another pass over the scores for each round.",
     )
 
     directions: Tensor
 
     def __init__(
-        self, site: Site, *, chunk: PositiveInt = 64, rounds: PositiveInt = 4, directions: PositiveInt = 8
+        self,
+        site: Site,
+        *,
+        chunk: PositiveInt = 64,
+        rounds: PositiveInt = 4,
+        directions: PositiveInt = 8,
+        duplicates: Literal["counted", "once"] = "counted",
     ):
         super().__init__(site)
-        self.chunk = chunk
+        self.chunk, self.once = chunk, duplicates == "once"
         biases = site.qkv_bias, site.qkv_bias, site.proj_bias
         self.q, self.v, self.proj = (nn.Linear(site.dim, site.dim, bias=bias) for bias in biases)
         self.register_buffer("directions", torch.empty(rounds, site.head_dim, directions))  # R
@@ -86,6 +97,8 @@ class Lsh(Mechanism):
         near_k, near_v = sort(kv, near).chunk(2, dim=-1)
         there = existing_places(near[..., None, :], mask, n)  # (b h k r 1 w)
         scores = itself_last(sort(q, at) @ near_k.mT)
+        if self.once:
+            scores = scores - meetings(order, at, near).to(scores.dtype).log()
         if not (self.scores.watched or self.weights.watched):
             # exponentials by the greatest score of all rounds, then sums
             if more or mask.keys is not None:
@@ -123,6 +136,17 @@ def itself_last(scores: Tensor) -> Tensor:
     return scores.masked_fill_(itself.triu(first) & itself.tril(first), ITSELF)
 
 
+def meetings(order: Tensor, at: Tensor, near: Tensor) -> Tensor:
+    """In how many rounds the token of a place (b h k r c) reads that of another (b h k r w): (b h k r c w)."""
+    places, (r, c) = order.argsort(dim=-1), at.shape[3:]
+    number = torch.zeros((), device=order.device, dtype=order.dtype)
+    for chunk in (places // c).unbind(dim=2):  # of each token in one round, (b h n+more)
+        mine, theirs = (picked(chunk[..., None], t.flatten(2)).reshape(t.shape) for t in (at, near))
+        mine, theirs = mine[..., None], theirs[..., None, :]
+        number = number + ((theirs == mine) | (theirs == (mine - 1) % r))
+    return number
+
+
 def existing_places(at: Tensor, mask: Mask, n: int) -> Tensor:
     """Which of the positions (b h k r 1 w) hold a token that exists."""
     if mask.keys is None:
@@ -131,5 +155,5 @@ def existing_places(at: Tensor, mask: Mask, n: int) -> Tensor:
     return keys.gather(1, at.clamp(max=n).flatten(1)).reshape(at.shape)
 
 
-for _name in ("hashed_order", "itself_last", "existing_places"):
+for _name in ("hashed_order", "itself_last", "meetings", "existing_places"):
     fx.wrap(_name)  # symbolic tracing cannot ask for a device
