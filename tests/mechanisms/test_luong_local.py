@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from by_hand import caught, count, line, narrow, near, normal, place, seen, set_all, wrong
+from torch import nn
 
 from attnzoo.core import Layout, Mask
 from attnzoo.errors import RecipeError
@@ -19,12 +20,17 @@ def test_oracle(component, options, x, source, allowed, keys):
     width, predicted = options["window"], options["alignment"] == "predictive"
     out = []
     for b in range(x.shape[0]):
+        at = range(source.shape[1])
+        if predicted:  # counted are those that exist
+            at = [int(keys[b, :j].sum()) + options["one_based"] for j in at]
         for i, t in enumerate(x[b]):
             p = i
             if predicted:
                 inner = torch.tanh(component.position.weight @ t)
                 p = int(keys[b].sum()) / (1 + torch.exp(-(component.position_weight @ inner)))
-            see = [j for j in range(source.shape[1]) if allowed[b, 0, i, j] and p - width <= j <= p + width]
+            see = [
+                j for j in range(source.shape[1]) if allowed[b, 0, i, j] and p - width <= at[j] <= p + width
+            ]
             c = torch.zeros_like(source[b, 0])
             if see:
                 w = 1 if options["score"] == "dot" else component.general.weight
@@ -32,7 +38,7 @@ def test_oracle(component, options, x, source, allowed, keys):
                     [t @ (source[b, j] if options["score"] == "dot" else w @ source[b, j]) for j in see]
                 )
                 for j, weight in zip(see, rated.softmax(0), strict=True):
-                    factor = torch.exp(-((j - p) ** 2) / (2 * (width / 2) ** 2)) if predicted else 1
+                    factor = torch.exp(-((at[j] - p) ** 2) / (2 * (width / 2) ** 2)) if predicted else 1
                     c = c + weight * factor * source[b, j]
             out.append(torch.tanh(component.proj.weight @ torch.cat([c, t])))
     return torch.stack(out).reshape(x.shape)
@@ -67,6 +73,14 @@ MUTANTS = {
     "a window too narrow": widened(-1),
     "positions from 1": aligned(lambda p, self, x, m, mask: p + 1),
     "padding counts": aligned(of_all),
+    "padding has places": wrong(
+        LuongLocal,
+        _places=lambda self, m, mask, device: LuongLocal._places(self, m, Mask(), device),
+    ),
+    "from the other end": wrong(
+        LuongLocal,
+        _places=lambda self, m, mask, device: LuongLocal._places(self, m, mask, device) + 1 - 2 * self.first,
+    ),
     "no gradient to the position": aligned(lambda p, self, x, m, mask: p.detach()),
     "the mask ignored": wrong(
         LuongLocal,
@@ -113,6 +127,18 @@ def test_hand_the_positions_that_exist_are_counted():
     near(weights * 2, [math.exp(-0.5), 1, 0, 0])  # p = 2 / 2
 
 
+def test_hand_positions_from_one():
+    """p = 4 / 2 is the second of four positions, 1, 2, 3, 4."""
+    part = LuongLocal(place(1, tokens=4), alignment="predictive", window=2, one_based=True)
+    weights = seen(set_all(part, 0.0), line(1, 1, 1, 1), layout=Layout((4,)))[0, 0, 0]
+    near(weights * 4, [math.exp(-0.5), 1, math.exp(-0.5), math.exp(-2)])
+
+
+def test_one_based_is_refused_where_nothing_is_predicted():
+    with pytest.raises(RecipeError, match="AZ214.*one_based"):
+        LuongLocal(place(4), one_based=True)
+
+
 def test_hand_parameters():
     assert count(LuongLocal(place(4))) == 4 * 4 + 2 * 4 * 4
     assert count(LuongLocal(place(4), score="dot", alignment="predictive")) == 4 * 4 + 4 + 2 * 4 * 4
@@ -130,6 +156,17 @@ def test_identity_a_wide_window_is_global(window):
     local.load_state_dict(everywhere.state_dict())
     x = normal(2, 5, 4)
     near(local(x, layout=Layout((5,))), everywhere(x, layout=Layout((5,))).tolist())
+
+
+@pytest.mark.parametrize("there", [[2, 3, 4], [0, 1, 2], [0, 2, 4], [4]])
+def test_identity_padding_anywhere_is_a_shorter_sequence(there):
+    """Before the tokens, behind them and in between."""
+    part = LuongLocal(place(4, tokens=5), alignment="predictive", window=2).double()
+    nn.init.normal_(part.position_weight)
+    x, keys = normal(1, 5, 4), torch.zeros(1, 5, dtype=torch.bool)
+    keys[0, there] = True
+    wanted = part(x[:, there], layout=Layout((len(there),)))
+    near(part(x, mask=Mask(keys=keys), layout=Layout((5,)))[:, there], wanted)
 
 
 def test_the_gradient_reaches_the_position():

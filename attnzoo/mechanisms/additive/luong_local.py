@@ -17,10 +17,10 @@ Alignment = Literal["monotonic", "predictive"]
 
 
 class LuongLocal(Mechanism):
-    """Attention in a window [p_t - D, p_t + D] of positions around an aligned position p_t, counted from 0.
+    """Attention in a window [p_t - D, p_t + D] of positions around an aligned position p_t.
 
-    `monotonic`: p_t = t. `predictive`: p_t = S σ(v_pᵀ tanh(W_p h_t)), S the number of positions that exist, and the
-    weights are multiplied by exp(-(s - p_t)² / (2 (D/2)²)) without being normalised again, so they sum to at most 1.
+    `monotonic`: p_t = t. `predictive`: p_t = S σ(v_pᵀ tanh(W_p h_t)) among the S positions that exist, and the weights
+    are multiplied by exp(-(s - p_t)² / (2 (D/2)²)) without being normalised again, so they sum to at most 1.
     Positions outside the window or the sequence are absent from the softmax. Token t receives tanh(W_c [c_t; h_t]), c_t
     the mean of the h̄_s by these weights; the h_t are the tokens x, the h̄_s are what is read, s.
 
@@ -29,9 +29,11 @@ class LuongLocal(Mechanism):
         alignment: `monotonic` (local-m) or `predictive` (local-p).
         window: D, in tokens to each side.
         score: `dot` h_tᵀ h̄_s or `general` h_tᵀ W h̄_s, unscaled.
+        one_based: Whether the positions among which p_t is predicted are 1 to S, and not 0 to S - 1.
 
     Raises:
-        OptionError: AZ214, when `dot` is asked of a context of another width.
+        OptionError: AZ214, when `dot` is asked of a context of another width, or `one_based` of positions that are not
+            predicted.
     """
 
     card = Card(
@@ -60,7 +62,9 @@ class LuongLocal(Mechanism):
         context=True,
         taps={"scores": "b h n m", "weights": "b h n m"},
         laws={Law.STOCHASTIC, Law.LOCAL},
-        notes="Computed as dense attention under a window mask. Special tokens count as positions.",
+        notes="Computed as dense attention under a window mask. Special tokens count as positions. The paper does not "
+        "say whether positions are counted from 0 or from 1. Where p is predicted, tokens that do not exist are not "
+        "counted, wherever they are.",
     )
 
     @classmethod
@@ -76,9 +80,15 @@ class LuongLocal(Mechanism):
         alignment: Alignment = "monotonic",
         window: PositiveInt = 10,
         score: Literal["dot", "general"] = "general",
+        one_based: bool = False,
     ):
         super().__init__(site)
-        self.alignment, self.window = alignment, window
+        self.alignment, self.window, self.first = alignment, window, int(one_based)
+        if one_based and alignment == "monotonic":
+            raise OptionError(
+                "`luong_local`: `one_based` says nothing where positions are not predicted, for p_t is t",
+                help="leave it out, or choose `alignment: predictive`",
+            )
         width = site.context_dim or site.dim
         if score == "dot" and width != site.dim:
             raise OptionError(
@@ -102,7 +112,7 @@ class LuongLocal(Mechanism):
 
     def mix(self, x, source, *, mask, layout):
         n, m = x.shape[1], source.shape[1]
-        distance = torch.arange(m, device=x.device) - self._aligned(x, m, mask)  # (b n m)
+        distance = self._places(m, mask, x.device) - self._aligned(x, m, mask)  # (b n m)
         allowed = (distance.abs() <= self.window)[:, None]
         outer = mask.dense(n, m, x.device)
         allowed = allowed if outer is None else allowed & outer
@@ -112,6 +122,12 @@ class LuongLocal(Mechanism):
             weights = weights * (-(distance**2) / (2 * sigma**2)).exp()[:, None]  # eq. 10
         c = (self.weights(weights) @ source[:, None])[:, 0]
         return torch.tanh(self.proj(torch.cat([c, x], dim=-1)))
+
+    def _places(self, m, mask, device):
+        """s, (1 1 m); where p_t is predicted, among the positions that exist, (b 1 m)."""
+        if self.alignment == "monotonic" or mask.keys is None:
+            return torch.arange(self.first, self.first + m, device=device)[None, None]
+        return mask.keys.cumsum(dim=1)[:, None] - 1 + self.first
 
     def _aligned(self, x, m, mask):
         """p_t, in positions: (b n 1), or (1 n 1) where it is t."""
