@@ -63,7 +63,8 @@ class GroupedQuery(Mechanism):
         self.proj = nn.Linear(site.dim, site.dim, bias=site.proj_bias)
 
     def mix(self, x, source, *, mask, layout):
-        return self._merged(x, *self._read(source), mask)
+        k, v = self._read(source)
+        return self._merged(x, k, v, mask)
 
     def step(self, x, cache, context=None, *, mask, layout, context_layout=None):
         source = self.source(x, context)

@@ -82,7 +82,8 @@ class MultiHeadLatent(Mechanism):
         self.proj = nn.Linear(h * d, c, bias=False)  # W_O
 
     def mix(self, x, source, *, mask, layout):
-        return self._merged(self._queries(x), *self._latents(x), mask)
+        latent, key = self._latents(x)
+        return self._merged(self._queries(x), latent, key, mask)
 
     def step(self, x, cache, context=None, *, mask, layout, context_layout=None):
         source, first = self.source(x, context), cache.length
