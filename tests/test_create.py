@@ -202,6 +202,30 @@ def test_other_shapes_are_refused(shape):
     assert caught.value.code == "AZ401" and str(shape) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["softmax", "soft", "additive", "fourier", "gaussian_adaptive"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_what_is_no_floating_point_is_refused(name, dtype):
+    """Fourier transforms and weights below 1 would be rounded to whole numbers without a word."""
+    with pytest.raises(LayoutMismatch, match="AZ401.*in floating point"):
+        attnzoo.create(name, DIM, HEADS, grid=N)(torch.ones(2, N, DIM, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["softmax", "soft", "additive", "linformer", "grouped_query"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_context_of_other_samples_is_refused(name, samples):
+    m = attnzoo.create(name, DIM, HEADS, context_dim=16, grid=N)
+    with pytest.raises(LayoutMismatch, match="AZ401.*of 2 samples"):
+        m(torch.randn(2, N, DIM), torch.randn(samples, N, 16))
+    image = attnzoo.create("softmax", DIM, HEADS, context_dim=16, form="map")
+    for context in (torch.randn(samples, 16, 2, 3), torch.randn(samples, 6, 16)):
+        with pytest.raises(LayoutMismatch, match="AZ401.*of 2 samples"):
+            image(torch.randn(2, DIM, *GRID), context)
+    other = attnzoo.as_mha("softmax", DIM, HEADS, kdim=16, vdim=16, batch_first=True)
+    keys = torch.randn(samples, N, 16)
+    with pytest.raises(LayoutMismatch, match="AZ401.*of 2 samples"):
+        other(torch.randn(2, N, DIM), keys, keys)
+
+
 def test_what_belongs_to_positions_needs_a_grid():
     for name, options in (("linformer", {}), ("agent", {}), ("luong_global", {"score": "location"})):
         with pytest.raises(LayoutMismatch, match="no grid was given"):

@@ -9,8 +9,16 @@ from attnzoo.core import Layout, Mask, Mechanism, Pool
 from attnzoo.errors import LayoutMismatch, UnknownArgument, UnsupportedContext, did_you_mean
 
 
-def admit(formula: str, x: Tensor, what: str, width: int | None, axes: int, channels: int = -1) -> None:
-    """Refuse what has another number of axes or channels.
+def admit(
+    formula: str,
+    x: Tensor,
+    what: str,
+    width: int | None,
+    axes: int,
+    channels: int = -1,
+    beside: Tensor | None = None,
+) -> None:
+    """Refuse what has another number of axes, channels or samples, and whole numbers, which some would round to.
 
     Args:
         formula: Who takes it.
@@ -19,17 +27,31 @@ def admit(formula: str, x: Tensor, what: str, width: int | None, axes: int, chan
         width: Channels; None for any.
         axes: Number of axes.
         channels: Which of them counts channels.
+        beside: What has as many samples; None for any number.
 
     Raises:
         LayoutMismatch: AZ401.
     """
-    if isinstance(x, fx.Proxy):  # symbolic tracing knows no shapes
+    if isinstance(x, fx.Proxy) or isinstance(beside, fx.Proxy):  # symbolic tracing knows no shapes
         return
     if x.ndim != axes or (width is not None and x.shape[channels] != width):
         raise LayoutMismatch(
             "AZ401",
             f"`{formula}` takes {what}{f' of {width} channels' if width else ''}; this has shape {tuple(x.shape)}",
             help="maps (b c y x) are taken by what is created with form='map'",
+        )
+    if not x.is_floating_point():
+        raise LayoutMismatch(
+            "AZ401",
+            f"`{formula}` takes {what} in floating point; this is {x.dtype}",
+            help="embed what is an index, and turn what is a quantity into a number: x.float()",
+        )
+    if beside is not None and x.shape[0] != beside.shape[0]:
+        raise LayoutMismatch(
+            "AZ401",
+            f"`{formula}` takes {what} of {beside.shape[0]} samples, as many as ask; this has shape {tuple(x.shape)}",
+            why="a sample reads from its own context",
+            help="one context for all is context.expand(len(x), -1, -1)" if x.shape[0] == 1 else "",
         )
 
 
@@ -95,7 +117,8 @@ class Alone(nn.Module):
         layout = layout or self.layout or Layout((x.shape[1] - self.prefix,), self.prefix)
         layout.check(x)
         if context is not None:
-            admit(self.formula, context, "a context (b m e)", getattr(self.attn, "context_dim", None), 3)
+            width = getattr(self.attn, "context_dim", None)
+            admit(self.formula, context, "a context (b m e)", width, 3, beside=x)
             context_layout = context_layout or self.context_layout or Layout((context.shape[1],))
             context_layout.check(context)
         return self._run(x, context, mask, causal, layout, context_layout, given)
@@ -211,10 +234,10 @@ class FeatureMap(Alone):
         if context is not None:
             width = getattr(self.attn, "context_dim", None)
             if isinstance(context, fx.Proxy) or context.ndim == self.axes + 2:
-                admit(self.formula, context, "a context (b e *grid)", width, self.axes + 2, 1)
+                admit(self.formula, context, "a context (b e *grid)", width, self.axes + 2, 1, x)
                 read, read_grid = self._tokens(context, context_layout, self.context_layout)
             else:
-                admit(self.formula, context, "a context (b m e) or (b e *grid)", width, 3)
+                admit(self.formula, context, "a context (b m e) or (b e *grid)", width, 3, beside=x)
                 read_grid = context_layout or Layout((context.shape[1],))
                 read_grid.check(context)
         keys = grid if read_grid is None else read_grid

@@ -181,7 +181,7 @@ class MultiheadAttention(nn.Module):
         batched = traced or query.ndim == 3
         x, context = (self._batch_first(t, batched) for t in (query, key))
         admit(self.formula, x, "queries", self.embed_dim, 3)
-        admit(self.formula, context, "keys", self.kdim, 3)
+        admit(self.formula, context, "keys", self.kdim, 3, beside=x)
         mask = self._mask(x, context, key_padding_mask, attn_mask, is_causal) if not traced else Mask()
         cross = self.attn.context_dim is not None
         layout = self.layout or Layout((x.shape[1] - self.prefix,), self.prefix)

@@ -178,6 +178,12 @@ def test_identity_samples_alone_even_when_there_are_as_many_as_tokens():
     assert torch.linalg.matrix_rank(together.flatten(0, 1)).max() == 1
 
 
+@pytest.mark.parametrize("variant", ["pooled", "gated", "bahdanau", "cls_query"])
+def test_no_samples_give_none(variant):
+    q, k, v = normal(3, 0, 2, 5, 3)
+    assert Soft(place(6, 2, 5), variant=variant).double()(q, k, v, layout=Layout((5,))).shape == (0, 2, 5, 3)
+
+
 def test_padded_tokens_get_no_share_of_the_pool():
     head = Soft(place(6, 2, 5)).double()
     q, k, v = normal(3, 1, 2, 5, 3)

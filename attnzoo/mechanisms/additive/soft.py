@@ -124,7 +124,7 @@ class Soft(Head):
 
     def _value_scores(self, v):
         """tanh(V W + b) w, (b h m): one product per head over all samples, which takes v as it lies in memory."""
-        b, h, m, _ = v.shape
-        rows = v.transpose(0, 1).reshape(h, b * m, -1)
+        b, h, m, d = v.shape
+        rows = v.transpose(0, 1).reshape(h, b * m, d)
         hidden = torch.baddbmm(self.value_bias[:, None], rows, self.value_weight).tanh_()  # (h b*m a)
         return (hidden @ self.score_weight[..., None]).reshape(h, b, m).transpose(0, 1)
