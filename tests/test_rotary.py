@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from attnzoo.core.rotary import rotate
+from attnzoo.core.rotary import Rotation, rotate
 
 F64 = torch.float64
 
@@ -43,3 +43,14 @@ def test_rotary_angles_are_not_in_half_precision():
     wanted = torch.tensor([math.cos(1001), math.sin(1001)])
     torch.testing.assert_close(rotate(x.bfloat16(), 1001)[0, 0, 0].float(), wanted, rtol=0, atol=0.005)
     assert rotate(x.half()).dtype == torch.float16
+
+
+def test_both_pairings_are_one_function_of_channels_in_another_order():
+    """Pairs (2i, 2i + 1) of a vector are pairs (i, i + d/2) of [evens, odds]; with the same order they are not the same."""
+    x, evens_odds = torch.randn(2, 3, 5, 8, dtype=F64), [0, 2, 4, 6, 1, 3, 5, 7]
+    angles = torch.arange(5, dtype=F64)[:, None] * 10_000.0 ** (-torch.arange(0, 8, 2, dtype=F64) / 8)
+    twice = torch.cat([angles, angles], dim=-1)
+    halves = Rotation(torch.cat([twice.sin(), twice.cos()], dim=-1), half=True)
+    found = halves.turn(x[..., evens_odds], 0)
+    torch.testing.assert_close(found, rotate(x)[..., evens_odds], rtol=0, atol=1e-12)
+    assert (halves.turn(x, 0) - rotate(x)).abs().max() > 0.1

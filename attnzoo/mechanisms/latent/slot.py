@@ -55,7 +55,7 @@ class Slot(Pool):
         laws={Law.STOCHASTIC, Law.PERMUTATION_EQUIVARIANT},
         fidelity="adapted",
         notes="The paper draws ε anew in every forward and keeps the slots apart, for a decoder; here ε is drawn when "
-        "weights are initialised, and kept, so that a image always gives the same, and the slots' mean is pooled, "
+        "weights are initialised, and kept, so that an image always gives the same, and the slots' mean is pooled, "
         "since a host asks for one token. Special tokens are read like all others. Taps are numbered by round. The "
         "norms are the host's; the authors' have an ε of 1e-3. Where no token exists u is zero.",
     )
