@@ -595,6 +595,20 @@ def test_steps_of_mechanisms_with_caches_of_their_own_hand_on_too(use, first, se
     assert near(steps, model(source, target))
 
 
+@pytest.mark.parametrize("use", ["probs_pairmean", "logits_pairmean"])
+def test_maps_of_experts_and_features_are_counted_as_they_are(use):
+    """Eight experts hand on to four heads; four heads hand on to no eight experts, nor to 16 features."""
+    recipe = SEQ % "" + f"heads: 4\nattention: softmax\nskip: {{use: {use}, at: encoder.*}}\n"
+    experts = rough(recipe + "overrides: [{at: encoder.0, put: mixture_of_attention}]\n")
+    seen: list[int] = []
+    with watch(experts.encoder, "weights", lambda _name, t: seen.append(t.shape[1])):
+        experts.encode(padded()[0])
+    assert seen == [8, 4, 4, 4]
+    for put in ("mixture_of_attention", "random_feature_layer"):
+        with pytest.raises(RecipeError, match="AZ314.*cannot be averaged into the"):
+            compose(recipe + f"overrides: [{{at: encoder.2, put: {put}}}]\n")
+
+
 # ------------------------------------------------------------------------------------------------- tools of PyTorch
 
 

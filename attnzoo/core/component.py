@@ -85,6 +85,11 @@ class Component(nn.Module, ABC):
         """
         return None
 
+    @property
+    def tap_heads(self) -> int:
+        """How many heads its taps show, the size of their axis h; override it where these are not the site's."""
+        return 1 if self.card.one_head else self.heads
+
     def reach(self) -> int:
         """For the law `LOCAL`: how far, in grid steps along any dimension, a token has influence."""
         raise NotImplementedError(

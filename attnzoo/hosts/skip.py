@@ -228,7 +228,7 @@ def check(skip: Skip, mechanisms: Sequence[tuple[Site, Mechanism]]) -> None:
                     f"`{component.card.name}` at {site.name} forms none, or several",
                     help="use `merged`, or `softmax` there",
                 )
-            heads = 1 if component.card.one_head else component.heads
+            heads = owner.tap_heads
             if before is not None and before[1] % heads:
                 raise RecipeError(
                     "AZ314",

@@ -48,7 +48,7 @@ class Leaf:
     @property
     def heads(self) -> int:
         """Number of its heads."""
-        return 1 if self.component.card.one_head else int(self.component.heads)
+        return int(self.component.tap_heads)
 
     @property
     def mechanism(self) -> str:

@@ -137,6 +137,7 @@ BROKEN = [
     ("check_taps", heads.FiresTwice, heads.Healthy),
     ("check_taps", heads.TapsUnderOtherAxes, heads.Healthy),
     ("check_taps", heads.CallsTapOtherwise, heads.Healthy),
+    ("check_taps", heads.CountsOtherHeads, heads.Healthy),
     ("check_taps_live", heads.ShowsOtherWeights, heads.Healthy),
     ("check_taps_transparent", heads.NormalisesWhatIsShown, heads.Healthy),
     ("check_taps_transparent", heads.DetachesReplacements, heads.Healthy),

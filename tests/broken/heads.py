@@ -188,6 +188,12 @@ class TapsUnderOtherAxes(Healthy):
         self.weights = Tap("b n m")
 
 
+class CountsOtherHeads(Healthy):
+    @property
+    def tap_heads(self) -> int:
+        return 2 * self.heads
+
+
 class CallsTapOtherwise(Healthy):
     def __init__(self, site: Site):
         super().__init__(site)

@@ -31,6 +31,24 @@ def test_equals_the_loop():
     assert found["share"] == pytest.approx([value / math.log(17) for value in found["entropy"]], rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("attention", "heads"),
+    [
+        ("{use: mixture_of_attention, with: {experts: 6, active: 6}}", 6),
+        ("{use: random_feature_layer, with: {features: 16, weights: softmax}}", 16),
+        ("{use: random_feature_layer, with: {qk: frozen}}", 4),
+        ("additive", 1),
+    ],
+)
+def test_every_map_is_seen_where_there_are_other_heads_than_the_site_s(attention, heads):
+    model = vit(attention)
+    found = attnzoo.probe(subject(model), "entropy")
+    maps = [one.weights.double() for one in collect(model, images()).maps]
+    wanted = torch.cat([by_loop(one / one.sum(dim=-1, keepdim=True)) for one in maps])
+    assert found["head"] == list(range(heads)) * 2
+    assert torch.allclose(torch.tensor(found["entropy"], dtype=torch.float64), wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize(("scale", "wanted"), [(0.0, math.log(17)), (1e6, 0.0)])
 def test_hand_uniform_and_one_hot(scale, wanted):
     model = vit()

@@ -66,6 +66,10 @@ class External(Mechanism):
         if self.value_memory is not None:
             nn.init.normal_(self.value_memory, std=(2 / d) ** 0.5)
 
+    @property
+    def tap_heads(self) -> int:
+        return self.all_heads
+
     def mix(self, x, source, *, mask, layout):
         f = rearrange(self.widen(x), "b n (h d) -> b h n d", h=self.all_heads)
         scores = self.scores(f @ self.key_memory.mT)  # (b h n r)

@@ -84,6 +84,10 @@ class Perceiver(Pool):
         """The latents from N(0, 0.02²), cut at ± 2."""
         nn.init.trunc_normal_(self.latents, std=0.02)
 
+    @property
+    def tap_heads(self) -> int:
+        return self.cross_heads
+
     def pool(self, x, *, mask, layout):
         keys = existing(x, mask)[:, None, None]
         z = repeat(self.latents, "r c -> b r c", b=x.shape[0])

@@ -90,6 +90,10 @@ class MsaConv(Mechanism):
     def reach(self) -> int:
         return self.side * self.dilation * self.pool + self.pool - 1 + (self.side if self.conv else 0)
 
+    @property
+    def tap_heads(self) -> int:
+        return self.parts
+
     def mix(self, x, source, *, mask, layout):
         p, grid = layout.prefix, layout.grid
         tokens = layout.to_grid(x[:, p:])  # (b c y x)

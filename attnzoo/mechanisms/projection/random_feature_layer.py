@@ -115,6 +115,10 @@ class RandomFeatureLayer(Mechanism):
         if self.qk == "biased":
             self.kernel.diagonal(dim1=1, dim2=2)[:, :-1].add_(1.0)
 
+    @property
+    def tap_heads(self) -> int:
+        return self.heads if self.qk == "frozen" else len(self.kernel)
+
     def mix(self, x, source, *, mask, layout):
         allowed = mask.dense(x.shape[1], source.shape[1], x.device)
         if self.qk == "frozen":

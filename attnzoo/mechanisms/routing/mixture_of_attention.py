@@ -91,6 +91,10 @@ class MixtureOfAttention(Mechanism):
         for layer in (self.k, self.v):
             nn.init.xavier_uniform_(layer.weight, gain=2**-0.5)
 
+    @property
+    def tap_heads(self) -> int:
+        return self.experts
+
     def auxiliary(self, *, scores_experts, shares):
         return (
             balance_loss(shares, self.active) / self.active

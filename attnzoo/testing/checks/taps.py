@@ -46,6 +46,10 @@ def check_taps(cls: Checkable, scene: Scene) -> None:
     for name, seen in ((n, s) for mask in masks for n, s in seen_by(component, scene, inputs, mask).items()):
         last, tap = name.rpartition(".")[2], component.get_submodule(name)
         assert isinstance(tap, Tap)
+        if (
+            heads := getattr(component.get_submodule(name.rpartition(".")[0]), "tap_heads", None)
+        ) is not None:
+            sizes["h"] = heads
         claim(kind_of(last) in KINDS, f"taps are called {', '.join(KINDS)}", f"one is called `{name}`")
         claim(len(seen) == 1, f"the tap `{name}` fires once in a forward", f"it fires {len(seen)} times")
         axes = tap.axes.split()
