@@ -254,9 +254,6 @@ def test_a_context_is_read():
         m(x)
     with pytest.raises(UnsupportedContext):
         attnzoo.create("softmax", DIM, HEADS)(x, x)
-    for few in (context[:1], context[:0], torch.randn(3, 6, 16)):
-        with pytest.raises(UnsupportedContext, match=f"AZ404.*{len(few)} samples was given for 2"):
-            m(x, few)
     assert m(x, context[:1].expand(2, -1, -1)).shape == (2, N, DIM)
     with pytest.raises(UnsupportedContext, match="cannot read a context"):
         attnzoo.create("fourier", DIM, context_dim=16)

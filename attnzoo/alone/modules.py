@@ -106,8 +106,7 @@ class Alone(nn.Module):
 
         Raises:
             ZooError: AZ210 an unknown keyword; AZ401, AZ403, AZ408 a layout or length that does not fit; AZ402, AZ405 a
-                mask that cannot be honoured or is none; AZ404 a context too many or too few, or of another
-                number of samples; AZ409 a missing map.
+                mask that cannot be honoured or is none; AZ404 a context too many or too few; AZ409 a missing map.
         """
         if isinstance(x, fx.Proxy):
             x, context, mask, causal, layout, context_layout, given = self._traced(
@@ -141,12 +140,6 @@ class Alone(nn.Module):
                 "AZ210",
                 f"`{self.formula}` takes no `{name}` when it is called",
                 help=f"{did_you_mean(name, takes)} it takes {', '.join(f'`{one}`' for one in takes)}".strip(),
-            )
-        if not isinstance(x, fx.Proxy) and context is not None and context.shape[0] != x.shape[0]:
-            raise UnsupportedContext(
-                "AZ404",
-                f"a context of {context.shape[0]} samples was given for {x.shape[0]}",
-                help="each sample reads from its own: a context for all is context.expand(b, -1, -1)",
             )
         m = x.shape[1] if context is None else context.shape[1]
         mask = masks.mask_of(mask, causal, card, x.shape[0], x.shape[1], m)
