@@ -137,5 +137,4 @@ class RandomFeatureLayer(Mechanism):
 
     def _weigh(self, scores, allowed):
         """a of the scores, (b h n m)."""
-        by = masked_softmax if self.softmax else masked_relu
-        return self.weights(by(self.scores(scores), allowed))
+        return self.weights((masked_softmax if self.softmax else masked_relu)(self.scores(scores), allowed))

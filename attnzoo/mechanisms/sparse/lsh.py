@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from attnzoo.core import Card, Family, Law, Mask, Mechanism, Paper, PositiveInt, Site
-from attnzoo.functional import einsum, masked_softmax, merge_heads, rearrange, split_heads
+from attnzoo.core import Card, Family, Law, Mechanism, Paper, PositiveInt, Site
+from attnzoo.functional import masked_softmax, merge_heads, rearrange, split_heads
+from attnzoo.functional.hashing import existing_places, hashed_order, meetings
 from attnzoo.functional.tokens import picked
 
 ITSELF = -5e4
@@ -117,42 +118,11 @@ class Lsh(Mechanism):
         return self.proj(merge_heads(rows(weights @ near_v).sum(dim=2)))
 
 
-def hashed_order(q: Tensor, directions: Tensor, mask: Mask, more: int) -> Tensor:
-    """Positions by bucket and position, (b h k n+more); what does not exist, and what fills up, comes last."""
-    n = q.shape[2]
-    turned = einsum(q, directions.to(q.dtype), "b h n d, k d e -> b h k n e")
-    buckets = torch.cat([turned, -turned], dim=-1).argmax(dim=-1)
-    most = 2 * directions.shape[2]
-    if mask.keys is not None:
-        buckets = buckets.masked_fill(~mask.keys[:, None, None], most)
-    buckets = F.pad(buckets, (0, more), value=most)
-    return (buckets * (n + more) + torch.arange(n + more, device=q.device)).argsort(dim=-1)
-
-
 def itself_last(scores: Tensor) -> Tensor:
     """Scores (... c w) with `ITSELF` where a token meets itself: its chunk is the last of those it reads."""
     itself = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
     first = scores.shape[-1] - scores.shape[-2]
     return scores.masked_fill_(itself.triu(first) & itself.tril(first), ITSELF)
-
-
-def meetings(order: Tensor, at: Tensor, near: Tensor) -> Tensor:
-    """In how many rounds the token of a place (b h k r c) reads that of another (b h k r w): (b h k r c w)."""
-    places, (r, c) = order.argsort(dim=-1), at.shape[3:]
-    number = torch.zeros((), device=order.device, dtype=order.dtype)
-    for chunk in (places // c).unbind(dim=2):  # of each token in one round, (b h n+more)
-        mine, theirs = (picked(chunk[..., None], t.flatten(2)).reshape(t.shape) for t in (at, near))
-        mine, theirs = mine[..., None], theirs[..., None, :]
-        number = number + ((theirs == mine) | (theirs == (mine - 1) % r))
-    return number
-
-
-def existing_places(at: Tensor, mask: Mask, n: int) -> Tensor:
-    """Which of the positions (b h k r 1 w) hold a token that exists."""
-    if mask.keys is None:
-        return at < n
-    keys = F.pad(mask.keys, (0, 1))  # nothing lies beyond
-    return keys.gather(1, at.clamp(max=n).flatten(1)).reshape(at.shape)
 
 
 for _name in ("hashed_order", "itself_last", "meetings", "existing_places"):
