@@ -167,7 +167,7 @@ def test_losses_by_hand():
         ({"summary": "One line,\nand another."}, "the summary is one line"),
         ({"fidelity": "close"}, "fidelity is one of exact, adapted, inspired"),
         ({"fidelity": "adapted"}, "needs notes"),
-        ({"needs": {"labels", "luck"}}, r"\['luck'\] is nothing that can be needed"),
+        ({"needs": frozenset({"luck"})}, r"\['luck'\] is nothing that can be needed"),
     ],
     ids=str,
 )
