@@ -107,7 +107,7 @@ def windows_along(
     dilation: int | list[int] = 1,
     causal: bool | list[bool] = False,
 ) -> list[Windows]:
-    """The windows of each dimension; each option is one for all dimensions, or a list with one for each.
+    """The windows of `neighborhood` along each dimension; each option is one for all dimensions, or a list with one for each.
 
     Args:
         grid: Sides, in tokens.
@@ -121,13 +121,14 @@ def windows_along(
     for name, value in given.items():
         if len(each(value, len(grid))) != len(grid):
             raise OptionError(
-                f"{name} {value} for a {len(grid)}-D grid", help=f"give a list of {len(grid)}, or one for all"
+                f"`neighborhood`: {name} {value} for a {len(grid)}-D grid",
+                help=f"give a list of {len(grid)}, or one for all",
             )
     sides = [Windows(*one) for one in zip(grid, *(each(t, len(grid)) for t in given.values()), strict=True)]
     for side in sides:
         if side.stride > side.window:
             raise OptionError(
-                f"a stride of {side.stride} is longer than the window of {side.window}",
+                f"`neighborhood`: a stride of {side.stride} is longer than the window of {side.window}",
                 why="queries that share a window must lie inside it",
                 help=f"choose a stride from 1 to {side.window}",
             )

@@ -10,9 +10,9 @@ from attnzoo.data import Step, check_images, check_steps
 from attnzoo.data.parallel import check_pairs
 from attnzoo.data.sequences import check_sequences
 from attnzoo.errors import Diagnostic, RecipeError, ZooError
-from attnzoo.recipe import Composition, Loaded, resolve
+from attnzoo.recipe import Composition, Loaded, build, resolve
 from attnzoo.recipe.source import MAX_FAULTS, Loc
-from attnzoo.train.methods import learner
+from attnzoo.train.methods import with_method
 from attnzoo.train.optimizer import check_optimizer
 from attnzoo.train.settings import Kind, kind_of
 
@@ -37,7 +37,7 @@ def checked(loaded: Loaded) -> Composition:
     try:
         composition = resolve(loaded)
         if train.method is not None:
-            learner(composition, train, device="meta")
+            with_method(build(composition, {"device": "meta"}), loaded, train)
     except RecipeError as error:
         faults = [*error.diagnostics, *faults]
     if composition is None or faults:

@@ -39,14 +39,14 @@ from torch.nn.utils import get_total_norm
 
 from attnzoo.core import auxiliary_losses
 from attnzoo.errors import RunError
-from attnzoo.recipe import Loaded, load, resolve
+from attnzoo.recipe import Loaded, build, load, resolve
 from attnzoo.recipe.made_with import made_with
 from attnzoo.train import checkpoint, sampler
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.curve import draw_curve
 from attnzoo.train.kinds import task_of
 from attnzoo.train.lock import held
-from attnzoo.train.methods import learner
+from attnzoo.train.methods import with_method
 from attnzoo.train.optimizer import make_optimizer
 from attnzoo.train.record import FIRST, Record, record_of
 from attnzoo.train.run import Run, newest, reading, usable
@@ -189,7 +189,7 @@ class _Training:
         settings = self.settings
         sampler.reseed(settings.seed)
         self.composition = resolve(self.loaded)
-        self.net = learner(self.composition, settings)
+        self.net = with_method(build(self.composition, {}), self.loaded, settings)
         self.plugins = made_with(self.composition.entries).plugins
         self.ema = ModelEmaV3(self.net, decay=settings.ema).to(self.device) if settings.ema else None
         self.raw_optimizer = make_optimizer(self.net, settings.optimizer)

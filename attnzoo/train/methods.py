@@ -1,14 +1,12 @@
 """Training methods that a recipe names: what each makes of a model."""
 
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
 from attnzoo.errors import RecipeError, ZooError
 from attnzoo.methods import dual_cross
-from attnzoo.recipe import Composition, Loaded
-from attnzoo.recipe.composing import build
+from attnzoo.recipe import Loaded
 from attnzoo.recipe.schema import Train
 
 METHODS = {"dual_cross": dual_cross}
@@ -16,23 +14,21 @@ METHODS = {"dual_cross": dual_cross}
 minimised of each example, and without them log-probabilities."""
 
 
-def learner(recipe: Loaded | Composition, train: Train, **options: Any) -> nn.Module:
-    """The model of a recipe as its training method wants it: itself, without a method.
+def with_method(model: nn.Module, loaded: Loaded, train: Train) -> nn.Module:
+    """The model as the method of a training wants it: itself, without one.
 
     Args:
-        recipe: The recipe, or what it was resolved to.
+        model: As the recipe composes it.
+        loaded: The recipe.
         train: How it is trained.
-        options: As `build` takes them: `device`, `dtype`.
 
     Raises:
-        RecipeError: AZ326, when the method does not fit the model; those of `build`.
+        RecipeError: AZ326, when the method does not fit the model.
     """
-    model = build(recipe, options)
     if train.method is None:
         return model
     try:
         return METHODS[train.method](model)
     except ZooError as error:
-        loaded = recipe.loaded if isinstance(recipe, Composition) else recipe
         place = loaded.source.value_place(("train", "method"))
         raise RecipeError.of([replace(fault, place=place) for fault in error.diagnostics]) from None

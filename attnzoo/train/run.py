@@ -16,13 +16,13 @@ from attnzoo.errors import RecipeError, RunError, ZooError
 from attnzoo.hosts.given import taken
 from attnzoo.hosts.info import BackboneInfo
 from attnzoo.inference import accelerate
-from attnzoo.recipe import Loaded, load, resolve
+from attnzoo.recipe import Loaded, build, load, resolve
 from attnzoo.recipe.made_with import warn_of_others
 from attnzoo.recipe.schema import ImageHost, Seq2SeqHost, SequenceHost
 from attnzoo.train import checkpoint
 from attnzoo.train.checkpoint import Checkpoint
 from attnzoo.train.kinds import load_data, task_of
-from attnzoo.train.methods import learner
+from attnzoo.train.methods import with_method
 from attnzoo.train.metrics import Evaluation, evaluate
 from attnzoo.train.record import Record
 from attnzoo.train.settings import Kind, Settings, kind_of
@@ -66,7 +66,7 @@ class Run:
             ZooError: AZ413, when it cannot be accelerated.
         """
         saved = self._newest()
-        model = learner(self.loaded, self.settings)
+        model = with_method(build(self.loaded, {}), self.loaded, self.settings)
         names = {"best": ("best", "ema", "model"), "last": ("ema", "model")}[which]
         with reading(saved):
             model.load_state_dict(saved.tensors(next((name for name in names if saved.has(name)), "model")))
