@@ -107,7 +107,7 @@ def windows_along(
     dilation: int | list[int] = 1,
     causal: bool | list[bool] = False,
 ) -> list[Windows]:
-    """The windows of `neighborhood` along each dimension; each option is one for all dimensions, or a list with one for each.
+    """The windows of `neighborhood` along each dimension; an option is one for all, or a list.
 
     Args:
         grid: Sides, in tokens.
